@@ -28,6 +28,7 @@ ENV CLAUDE_BIND=0.0.0.0 \
     CLAUDE_AUTH_MODE=shared \
     CLAUDE_CONFIG_DIR=/login \
     OCP_HOME=/data \
+    OCP_PUBLIC_URL=none \
     DISABLE_AUTOUPDATER=1
 
 USER 1000

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""ocp shows and manages an OCP server: its usage, its state, its keys, its service, its updates.
+# /// script
+# requires-python = ">=3.9"
+# ///
+"""ocp shows and manages an OCP server: its usage, keys, service and updates.
 
-    ocp COMMAND [ARGUMENTS]        ocp COMMAND --help says more about one command
-
-The address of the server is OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or the one
-that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key is
-OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key; the key of the file is sent to this machine's
+The address of the server is --url, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or
+the one that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key
+is OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key; the key of the file is sent to this machine's
 own server only. OCP_HOME replaces ~/.ocp. Colour and bars appear on terminals only; NO_COLOR
-turns colour off. --debug shows where an error came from.
+turns colour off.
 
 Every command that reads accepts --json and prints the server's JSON unchanged.
 
@@ -30,7 +31,7 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 #     12. Update           from release to release, and back
 #     13. Command line     parser, help, version, completion
 #     14. Main             errors become messages and exit codes
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 
@@ -48,10 +49,13 @@ import email.utils
 import enum
 import fcntl
 import functools
+import hashlib
 import http.client
 import ipaddress
 import json
 import os
+import platform
+import plistlib
 import re
 import shlex
 import shutil
@@ -64,6 +68,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, Union
 
@@ -88,9 +93,17 @@ class Command(NamedTuple):
     """One command."""
 
     name: str
+    #: What it does, as an imperative: the list shows it with a capital.
     help: str
     arguments: tuple[Argument, ...] = ()
     actions: tuple[Command, ...] = ()
+    #: What one types after `ocp`, for the command's own help.
+    examples: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """Return what it does as a sentence of its own."""
+        return self.help[:1].upper() + self.help[1:]
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -101,6 +114,26 @@ def argument(*names: str, **options: Any) -> Argument:
 def flag(*names: str, help: str) -> Argument:
     """Return an argument that is given or not."""
     return argument(*names, action="store_true", help=help)
+
+
+#: Units of a period, in milliseconds, the longest first.
+SPAN_UNITS_MS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1000, "ms": 1}
+
+
+def span_ms(text: str) -> int:
+    """Return a period such as 90s, 1h30m or 7d in milliseconds. Raises ValueError."""
+    if not re.fullmatch(r"([0-9]{1,9}(d|h|ms|m|s))+", text):
+        raise ValueError(f"takes a period such as 30m, 2h or 7d, not {text!r}")
+    parts = re.findall(r"([0-9]+)([a-z]+)", text)
+    return sum(int(count) * SPAN_UNITS_MS[unit] for count, unit in parts)
+
+
+def period(text: str) -> float:
+    """Return the period that the user wrote, in seconds."""
+    try:
+        return span_ms(text) / 1000
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def day_count(text: str) -> int:
@@ -130,6 +163,13 @@ QUOTAS = (
 JSON = argument("--json", action="store_true", default=argparse.SUPPRESS,
                 help="print the server's JSON unchanged")
 REPORT = argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+#: What every command takes, before its name too.
+EVERYWHERE = (
+    argument("--url", metavar="URL", default=argparse.SUPPRESS,
+             help="the server: host:port or http(s)://host"),
+    argument("--debug", action="store_true", default=argparse.SUPPRESS,
+             help="show where an error came from"),
+)
 YES = flag("--yes", "-y", help="do not ask before acting")
 # Metavars in capitals are completed: see VALUES.
 KEY = argument("key", metavar="KEY", help="a key's name or id")
@@ -151,75 +191,140 @@ QUOTA_FIELDS = tuple(
     for name, _ in QUOTAS
 )
 
+ALL_KEYS = flag("--all", help="the revoked ones too")
 KEY_ACTIONS = (
-    Command("list", "list all keys, newest first", (JSON,)),
+    Command("list", "list the keys, newest first", (ALL_KEYS, JSON),
+            examples=("keys list", "keys list --all")),
     Command("add", "create a key; its secret is shown only once",
             (argument("name", metavar="NAME", help="what it is for"),
-             *KEY_FIELDS, *QUOTA_FIELDS, JSON)),
-    Command("show", "show one key and its quotas", (KEY, JSON)),
-    Command("quota", "show or change the quotas of a key", (KEY, *QUOTA_FIELDS, JSON)),
-    Command("edit", "change what a key may do", (KEY, *KEY_FIELDS, JSON)),
+             *KEY_FIELDS, *QUOTA_FIELDS, JSON),
+            examples=("keys add laptop", "keys add phone --expiry 90d --daily 200")),
+    Command("show", "show one key and its quotas", (KEY, JSON), examples=("keys show laptop",)),
+    Command("quota", "show or change the quotas of a key", (KEY, *QUOTA_FIELDS, JSON),
+            examples=("keys quota laptop", "keys quota laptop --daily 200 --tokens-weekly none")),
+    Command("edit", "change what a key may do", (KEY, *KEY_FIELDS, JSON),
+            examples=("keys edit laptop --expiry never --models sonnet,haiku",)),
     Command("rename", "give a key another name",
-            (KEY, argument("name", metavar="NAME", help="the new name"), JSON)),
-    Command("rotate", "give a key a new secret; the old one stops working at once", (KEY, JSON)),
-    Command("revoke", "end a key", (KEY, JSON)),
+            (KEY, argument("name", metavar="NAME", help="the new name"), JSON),
+            examples=("keys rename laptop 'old laptop'",)),
+    Command("rotate", "give a key a new secret; the old one stops working at once",
+            (KEY, argument("--grace", metavar="TIME",
+                           help="how long the old secret still works, such as 24h; none ends it "
+                           "now, without a new secret"), YES, JSON),
+            examples=("keys rotate laptop", "keys rotate laptop --grace 24h")),
+    Command("revoke", "end a key", (KEY, YES, JSON), examples=("keys revoke laptop",)),
 )
+SESSION = argument("session", nargs="?", metavar="SESSION", help="a session's id; none = all")
 
 COMMANDS = (
-    Command("usage", "show plan limits and requests; usage per day or per key", (
-        flag("--by-key", help="the usage of each key, in the last day or in the last N days"),
-        argument("--days", metavar="N", type=day_count,
-                 help="the usage of each of the last N days"), JSON,
-    )),
+    Command("usage", "show plan limits and requests; usage by key, model or day", (
+        argument("--by", choices=("key", "model", "day"), metavar="WHAT",
+                 help="the usage of each key, model or day"),
+        argument("--since", metavar="PERIOD", type=period,
+                 help="how far back, such as 12h or 7d; by default 1d, by day 7d"),
+        flag("--by-key", help="the same as --by key"),
+        argument("--days", metavar="N", type=day_count, help="the same as --by day --since Nd"),
+        JSON,
+    ), examples=("usage", "usage --by key --since 7d", "usage --by day")),
     Command("status", "show the server, its requests and the plan on one screen",
-            (flag("--watch", help="repeat every 2 s, until Ctrl-C"), JSON)),
-    Command("health", "show the state of the server; exit code 1 when it is not well", (JSON,)),
-    Command("models", "list the models that the server offers", (JSON,)),
+            (flag("--watch", help="repeat every 2 s, until Ctrl-C"), JSON),
+            examples=("status", "status --watch")),
+    Command("dashboard", "show the address of the dashboard, and how to get in",
+            (flag("--open", help="open it in the browser of this machine"), JSON),
+            examples=("dashboard", "dashboard --open")),
+    Command("health", "show the state of the server; exit code 1 when it is not well", (JSON,),
+            examples=("health",)),
+    Command("models", "list the models that the server offers", (JSON,), examples=("models",)),
     Command("settings", "show, change or reset settings", (
         argument("key", nargs="?", metavar="SETTING", help="a setting"),
-        argument("value", nargs="?", metavar="VALUE", help="its new value"),
-        argument("--reset", metavar="SETTING", help="back to environment or default"), JSON,
-    )),
+        argument("value", nargs="?", metavar="VALUE",
+                 help="its new value; a time may have a unit, such as 90s or 1h"),
+        argument("--reset", metavar="SETTING", help="back to environment or default"),
+        flag("--changed", help="only those that are not at their default"), JSON,
+    ), examples=("settings", "settings timeout", "settings timeout 20m",
+                 "settings --reset timeout")),
     Command("logs", "show the newest events, by default 20", (
-        argument("words", nargs="*", metavar="N|LEVEL",
-                 help="how many, and the least level: " + ", ".join(LOG_WORDS)),
-        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"), JSON,
-    )),
-    Command("sessions", "list the conversations that the server remembers", (JSON,)),
-    Command("clear", "forget all sessions, or one",
-            (argument("session", nargs="?", metavar="SESSION", help="a session's id"), JSON)),
-    Command("keys", "list, create and change the keys of your devices", (JSON,), KEY_ACTIONS),
-    Command("lan", "show the address for other devices, and test it", (JSON,)),
+        argument("words", nargs="*", metavar="N|LEVEL", help="the same as -n N and --level LEVEL"),
+        argument("-n", "--lines", metavar="N", help="how many events, at most 1000"),
+        argument("--level", metavar="LEVEL", choices=LOG_WORDS,
+                 help="the least level: " + ", ".join(LOG_WORDS)),
+        argument("--since", metavar="PERIOD", type=period,
+                 help="only events of the last 30m, 2h or 7d"),
+        flag("--follow", "-f", help="print new events as they come, until Ctrl-C"),
+        argument("--key", metavar="KEY", help="only events of this key"),
+        argument("--request", metavar="ID", help="only events of this request"), JSON,
+    ), examples=("logs", "logs -n 50 --level warn", "logs --level error --since 1h",
+                 "logs --follow")),
+    Command("errors", "show failed and refused requests, and what to do about them", (
+        argument("about", nargs="?", metavar="KEY|REQUEST",
+                 help="only those of a key, or one request, whose id is in its response"),
+        argument("--since", metavar="WHEN", help="a time, or a period before now: 30m, 2h, 7d"),
+        argument("-n", dest="count", metavar="N", type=whole_number, default=20,
+                 help="how many, by default 20"), JSON,
+    ), examples=("errors", "errors laptop --since 1h")),
+    Command("sessions", "list the conversations that the server remembers", (JSON,), (
+        Command("clear", "forget all sessions, or one", (SESSION, YES, JSON),
+                examples=("sessions clear", "sessions clear chat-1")),
+    ), ("sessions", "sessions clear")),
+    Command("clear", "forget all sessions, or one: the same as `sessions clear`",
+            (SESSION, YES, JSON), examples=("clear", "clear chat-1")),
+    Command("cache", "show how the cache of answers does", (JSON,), (
+        Command("clear", "forget all cached answers", (JSON,), examples=("cache clear",)),
+    ), ("cache", "cache clear")),
+    Command("keys", "list, create and change the keys of your devices", (ALL_KEYS, JSON),
+            KEY_ACTIONS, ("keys", "keys add laptop --expiry 90d --daily 200",
+                          "keys quota laptop --tokens-weekly 5000000", "keys revoke laptop")),
+    Command("lan", "show the address for other devices, and test it", (JSON,), examples=("lan",)),
     Command("connect", "set up this machine's tools for a server", (
         argument("rest", nargs="+", metavar="HOST",
                  help="HOST and the other arguments of ocp_connect.py, such as --list and --undo"),
     )),
     Command("sync", "update the list of models in OpenClaw",
-            (flag("--dry-run", help="only show what would change"), REPORT)),
+            (flag("--dry-run", help="only show what would change"), REPORT),
+            examples=("sync --dry-run", "sync")),
     Command("ask", "ask one question: the quickest proof that everything works", (
-        argument("question", metavar="QUESTION",
-                 help="the question; - reads it from standard input"),
-        argument("--model", metavar="MODEL", help="a model or alias"),
-    )),
-    Command("start", "start the service"),
-    Command("stop", "stop the service"),
+        argument("words", nargs="*", metavar="QUESTION",
+                 help="the question; what comes through a pipe is put before it"),
+        argument("-m", "--model", metavar="MODEL", help="a model or alias"),
+        argument("-s", "--system", metavar="TEXT", help="the system prompt"), JSON,
+    ), examples=("ask why is the sky blue", "ask -m haiku 'Is 91 a prime?'",
+                 "ask -s 'Answer in one word.' the capital of Peru",
+                 "ask summarise this < notes.txt")),
+    Command("start", "start the service", examples=("start",)),
+    Command("stop", "stop the service", examples=("stop",)),
     Command("restart", "restart the service, or OpenClaw's gateway",
             (argument("what", nargs="?", choices=("gateway",), metavar="gateway",
-                      help="restart OpenClaw's gateway instead"),)),
-    Command("doctor", "examine the installation and say what to do", (REPORT,)),
+                      help="restart OpenClaw's gateway instead"),),
+            examples=("restart", "restart gateway")),
+    Command("doctor", "examine the installation and say what to do", (
+        flag("--fix", help="do what is safe: see the page of this command; asks nothing"),
+        flag("--report", help="write a file for an issue, without keys, names and addresses"),
+        REPORT), examples=("doctor", "doctor --fix", "doctor --report")),
     Command("update", "update a git checkout to a release, or roll back", (
         flag("--check", help="only say whether there is a newer release"),
         flag("--dry-run", help="only say what would be done"),
         argument("--target", metavar="VERSION", help="another release than the newest"),
         flag("--rollback", help="return to the version before the last update"),
         flag("--list", help="with --rollback: list the snapshots"), YES,
-    )),
-    Command("version", "show the installed version, the running one and claude's", (REPORT,)),
+    ), examples=("update --check", "update", "update --rollback")),
+    Command("version", "show the installed version, the running one and claude's", (REPORT,),
+            examples=("version", "--version")),
     Command("completion", "print a completion script: bash, zsh or fish",
             (argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL",
-                      help="bash, zsh or fish"),)),
+                      help="bash, zsh or fish"),),
+            examples=("completion bash", "completion zsh", "completion fish")),
     Command("help", "show this help, or that of a command",
-            (argument("words", nargs="*", metavar="COMMAND", help="a command"),)),
+            (argument("words", nargs="*", metavar="COMMAND",
+                      help="a command; `environment` = variables and exit codes"),),
+            examples=("help keys add", "help environment")),
+)
+
+#: How the help groups the commands; what is named in none comes last.
+GROUPS = (
+    ("Everyday", ("status", "usage", "ask", "dashboard", "models", "logs", "errors")),
+    ("Devices", ("keys", "lan", "connect", "sync", "tls")),
+    ("Server", ("start", "stop", "restart", "health", "settings", "sessions", "clear", "cache")),
+    ("Care", ("doctor", "update", "version", "completion", "help")),
 )
 
 
@@ -397,6 +502,18 @@ def settings_of(text: str) -> dict[str, str]:
 # --- end shared
 
 
+# --- shared: drain
+def drain_s(text: str) -> float:
+    """Return the seconds of OCP_DRAIN; the server's default where it is no duration.
+
+    A bare number is milliseconds, as for the server.
+    """
+    units = {"": 0.001, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h|d|)", text.strip().lower())
+    return int(found[1]) * units[found[2]] if found else 20.0
+# --- end shared
+
+
 # --- shared: confirm
 def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
     """Ask before something is changed, unless the user said --yes.
@@ -420,9 +537,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -451,11 +571,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -463,7 +583,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -528,6 +648,8 @@ class Env:
     #: Takes what run_program takes.
     run: Callable[..., Completed] = run_program
     addresses: Callable[[], list[str]] = lan_addresses
+    #: Shows an address in a browser; returns whether there is one.
+    browse: Callable[[str], bool] = webbrowser.open
 
     @property
     def ocp_home(self) -> str:
@@ -656,7 +778,13 @@ def record_of(found: dict[str, Json]) -> Record:
 
 
 def parse_url(text: str, source: str) -> str:
-    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none."""
+    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none.
+
+    A name alone, with or without a port, is that of an http server.
+    """
+    if re.fullmatch(r"\s*(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?/?\s*", text):
+        has_port = re.search(r":[0-9]+/?\s*$", text) and not text.rstrip(" /").endswith("]")
+        text = f"http://{text.strip().rstrip('/')}" + ("" if has_port else f":{DEFAULT_PORT}")
     try:
         parts = urllib.parse.urlsplit(text.strip())
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -746,6 +874,28 @@ def admin_key(env: Env, url: str) -> str:
     return key
 
 
+def is_ocp_server(url: str) -> bool:
+    """Return whether an OCP server answers there. No key is sent, so no certificate is verified."""
+    try:
+        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=any_certificate())
+    except (HttpProblem, TypeError):
+        return False
+
+
+def not_ocp(url: str, status: int = 0) -> Problem:
+    """Return what to say when another program answers at the server's address."""
+    told = f" (it answered {status})" if status else ""
+    return Problem(
+        Exit.FAILED, f"What answers at {url} is not an OCP server{told}. Name another address with "
+        f"--url or OCP_URL, or find out who owns port {port_of(url)} with `ocp doctor`.")
+
+
+def errors_hint(request_id: str) -> str:
+    """Return a further line of an error message: the command that tells more about it."""
+    command = f"ocp errors {clean(request_id)}".rstrip()
+    return f"\nMore: `{command}`"
+
+
 class Answer(NamedTuple):
     """What the server answered."""
 
@@ -760,7 +910,7 @@ class Answer(NamedTuple):
             value = json.loads(self.text)
             if isinstance(value, dict):
                 return value
-        raise Problem(Exit.FAILED, f"{self.url} answers, but not as an OCP server does.")
+        raise not_ocp(self.url)
 
 
 @contextlib.contextmanager
@@ -785,6 +935,13 @@ class Server(NamedTuple):
             with self.open(method, path, body, timeout_s) as response, reading():
                 return Answer(self.url, response.read().decode("utf-8", "replace"))
 
+    def health(self) -> Answer:
+        """Return the answer of /health. Raises Problem, also for another program's."""
+        answer = self.ask("GET", "/health", timeout_s=5.0)
+        if "version" not in answer.value or "status" not in answer.value:
+            raise not_ocp(self.url)
+        return answer
+
     @contextlib.contextmanager
     def open(
         self, method: str, path: str, body: object, timeout_s: float
@@ -800,10 +957,15 @@ class Server(NamedTuple):
     def _explained(self, problem: HttpProblem) -> Problem:
         """Return the same problem in the user's terms, with advice."""
         message, url = clean(problem).rstrip("."), self.url
+        is_ocp_error = isinstance(problem.body, dict) and "error" in problem.body
+        if problem.kind != "unreachable" and not is_ocp_error and not is_ocp_server(url):
+            return not_ocp(url, problem.status)
         if "CERTIFICATE_VERIFY_FAILED" in message:
             return Problem(
                 Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
                 "of its authority in SSL_CERT_FILE.")
+        has_failed = problem.status == 429 or problem.status >= 500
+        hint = errors_hint(problem.request_id) if has_failed else ""
         code, text = {
             "unreachable": (
                 Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
@@ -811,8 +973,8 @@ class Server(NamedTuple):
             "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
-                f"{message}.\nSee `ocp logs 20 error`."),
-        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}."))
+                f"{message}.{hint}"),
+        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
         return Problem(code, text, problem.body)
 
     def _key_advice(self) -> str:
@@ -830,14 +992,6 @@ def find_server(env: Env) -> Server:
     return Server(env, url, admin_key(env, url))
 
 
-def is_ocp_server(url: str) -> bool:
-    """Return whether an OCP server answers there. No key is sent, so no certificate is verified."""
-    try:
-        return "version" in http_json("GET", url + "/health", timeout_s=2.0, tls=any_certificate())
-    except (HttpProblem, TypeError):
-        return False
-
-
 def health_of(url: str) -> Json | None:
     """Return the answer of /health, None if nobody answers. Raises Problem for another program."""
     try:
@@ -847,7 +1001,7 @@ def health_of(url: str) -> Json | None:
             return None
         health = None
     if not isinstance(health, dict) or "version" not in health or "status" not in health:
-        raise Problem(Exit.FAILED, f"What answers at {url} is not an OCP server.")
+        raise not_ocp(url)
     return health
 
 
@@ -894,6 +1048,8 @@ class Style(NamedTuple):
     bars: bool = False
     now_s: float = 0.0
     zone: datetime.tzinfo | None = datetime.timezone.utc
+    #: Columns of the terminal; 0 = no limit, as in a pipe.
+    width: int = 0
 
     def paint(self, color: str, text: str) -> str:
         """Return the text in a colour, where there is colour."""
@@ -904,7 +1060,8 @@ def style_of(env: Env) -> Style:
     """Return the style for where the output goes."""
     terminal = env.stdout.isatty()
     plain = bool(env.environ.get("NO_COLOR")) or env.environ.get("TERM") == "dumb"
-    return Style(terminal and not plain, terminal, env.clock(), None)
+    width = shutil.get_terminal_size().columns if terminal else 0
+    return Style(terminal and not plain, terminal, env.clock(), None, width)
 
 
 #: What turns the server's JSON into text.
@@ -917,6 +1074,8 @@ class Column(NamedTuple):
     head: str
     text: Callable[[Json, Style], object]
     side: str = "<"
+    #: Whether it is cut at the end of the terminal's line. Only for the last column.
+    is_prose: bool = False
 
 
 def text_column(head: str, name: str) -> Column:
@@ -952,7 +1111,9 @@ def table(
     for line in cells:
         padded = [f"{cell:{column.side}{width}}" for cell, column, width in zip(
             line, columns, widths)]
-        lines.append(("  " + "  ".join(padded)).rstrip())
+        text = ("  " + "  ".join(padded)).rstrip()
+        is_cut = columns[-1].is_prose and 0 < style.width < len(text)
+        lines.append(text[:style.width - 3] + "..." if is_cut else text)
     return "\n".join([style.paint("bold", lines[0]), *lines[1:]])
 
 
@@ -987,6 +1148,11 @@ def short_number(value: Json) -> str:
     return f"{value:g}"
 
 
+def counted(count: Json, noun: str) -> str:
+    """Return a count with its noun, in the plural where it needs one: "1 error", "2 errors"."""
+    return f"{short_number(count)} {noun}{'' if count == 1 else 's'}"
+
+
 def file_size(size_bytes: float) -> str:
     """Return a size for people."""
     return f"{short_number(size_bytes)}B" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
@@ -1006,6 +1172,12 @@ def duration(ms: Json) -> str:
         if whole >= size:
             return f"{whole // size}{big} {whole % size // unit}{small}"
     return f"{whole // 60}m {whole % 60}s"
+
+
+def span(ms: int) -> str:
+    """Return milliseconds as people write a period, exactly: 10m, 90s, 1500ms."""
+    return next(f"{ms // size}{unit}" for unit, size in SPAN_UNITS_MS.items()
+                if ms and ms % size == 0 or size == 1)
 
 
 def parse_time(text: object) -> float | None:
@@ -1056,8 +1228,9 @@ def on_off(value: object) -> str:
 
 
 def answer_text(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> str:
-    """Return an answer as it is printed: for people, or with --json as it came."""
-    return answer.text.rstrip("\n") if args.json else show(answer.value, style_of(env))
+    """Return an answer as it is printed: for people, or with --json as it came. Raises Problem."""
+    value = answer.value
+    return answer.text.rstrip("\n") if args.json else show(value, style_of(env))
 
 
 def print_answer(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> Exit:
@@ -1117,34 +1290,17 @@ def show_plan(plan: Json, style: Style) -> str:
     for name in sorted(set(weekly) - {"allModels"}):
         lines.append(_window_line(f"Weekly ({clean(name)})", weekly[name], style))
     lines.append(f"  {'Extra usage':<20} {_extra_usage_words(extra)}")
+    if not any((window or {}).get("observedAt") or (window or {}).get("percent")
+               for window in (plan.get("currentSession"), *weekly.values())):
+        lines.append("  (claude reports the limits of a plan with its answers)")
     return "\n".join(lines)
-
-
-MODEL_COLUMNS = (
-    text_column("Model", "name"), number_column("Requests", "requests"),
-    number_column("OK", "successes"), number_column("Err", "errors"),
-    duration_column("Avg Time", "avgElapsed"), duration_column("Max Time", "maxElapsed"),
-    number_column("Avg Prompt", "avgPromptChars"), number_column("Max Prompt", "maxPromptChars"),
-)
 
 
 def _counts_line(title: str, row: Json) -> str:
     """Return the request counters of a server in one line."""
-    parts = [f"{short_number(row.get(name))} {word}" for name, word in (
-        ("activeRequests", "active"), ("errors", "errors"), ("timeouts", "timeouts"))]
+    parts = [f"{short_number(row.get('activeRequests'))} active",
+             counted(row.get("errors"), "error"), counted(row.get("timeouts"), "timeout")]
     return " | ".join([title, *parts])
-
-
-def show_usage(answer: Json, style: Style) -> str:
-    """Return the plan, what each model did since the start, and one line about the server."""
-    models, proxy = answer.get("models") or {}, answer.get("proxy") or {}
-    total = short_number(sum(row.get("requests") or 0 for row in models.values()))
-    rows = [{"name": name, **row} for name, row in models.items()]
-    stats = table(MODEL_COLUMNS, rows, style, ("Total", total)) if rows else "  no requests yet"
-    lead = (f"Proxy: up {clean(proxy.get('uptime', '?'))}"
-            f" | {short_number(proxy.get('totalRequests'))} requests")
-    return "\n".join([show_plan(answer.get("plan"), style), "", style.paint("bold", "Model Stats"),
-                      stats, "", _counts_line(lead, proxy)])
 
 
 def _prompt_tokens(row: Json) -> str:
@@ -1158,15 +1314,38 @@ def _cached_share(row: Json) -> str:
 
 
 TOKEN_COLUMNS = (
-    Column("Prompt tokens", lambda row, style: _prompt_tokens(row), ">"),
+    Column("Tokens in", lambda row, style: _prompt_tokens(row), ">"),
     Column("Cached", lambda row, style: _cached_share(row), ">"),
-    number_column("Answer tokens", "output_tokens"),
-    number_column("Searches", "web_search_requests"),
+    number_column("Tokens out", "output_tokens"),
 )
+#: Within 80 columns.
+MODEL_COLUMNS = (
+    text_column("Model", "name"), number_column("Requests", "requests"),
+    number_column("Err", "errors"), TOKEN_COLUMNS[0], TOKEN_COLUMNS[2],
+    duration_column("Avg time", "avg_elapsed"),
+)
+
+
+def show_usage(answer: Json, style: Style) -> str:
+    """Return the plan, what each model did since the start, and one line about the server."""
+    models, proxy = answer.get("models") or {}, answer.get("proxy") or {}
+    total = short_number(sum(row.get("requests") or 0 for row in models.values()))
+    # The fields of a period's usage have their words divided by "_", these by capitals.
+    rows = [{"name": name, **{re.sub("([A-Z])", r"_\1", field).lower(): value
+                              for field, value in row.items()}} for name, row in models.items()]
+    stats = table(MODEL_COLUMNS, rows, style, ("Total", total)) if rows else "  no requests yet"
+    lead = f"Proxy: up {clean(proxy.get('uptime', '?'))} | " + counted(
+        proxy.get("totalRequests"), "request")
+    return "\n".join([show_plan(answer.get("plan"), style), "",
+                      style.paint("bold", "Models since the server started"),
+                      stats, "", _counts_line(lead, proxy)])
+
+
 USAGE_COLUMNS = (
     number_column("Requests", "requests"), number_column("OK", "successes"),
     number_column("Err", "errors"), *TOKEN_COLUMNS,
-    duration_column("Avg Time", "avg_elapsed_ms"), age_column("Last", "last_request", ">"),
+    number_column("Searches", "web_search_requests"),
+    duration_column("Avg time", "avg_elapsed_ms"), age_column("Last", "last_request", ">"),
 )
 DAY_COLUMNS = (
     text_column("Day", "day"), number_column("Requests", "requests"),
@@ -1178,11 +1357,20 @@ def _since(answer: Json, style: Style) -> str:
     return f"Since {local_time(answer.get('since'), style)}"
 
 
+def _show_usage_by(answer: Json, style: Style, part: str, title: str, field: str) -> str:
+    rows = answer.get(part) or []
+    columns = (text_column(title, field), *USAGE_COLUMNS)
+    return f"{_since(answer, style)}\n{table(columns, rows, style) if rows else '  nothing'}"
+
+
 def show_usage_by_key(answer: Json, style: Style) -> str:
     """Return what each key used in the period."""
-    rows = answer.get("byKey") or []
-    columns = (text_column("Key", "key_name"), *USAGE_COLUMNS)
-    return f"{_since(answer, style)}\n{table(columns, rows, style) if rows else '  nothing'}"
+    return _show_usage_by(answer, style, "byKey", "Key", "key_name")
+
+
+def show_usage_by_model(answer: Json, style: Style) -> str:
+    """Return what was used of each model in the period."""
+    return _show_usage_by(answer, style, "byModel", "Model", "model")
 
 
 def show_usage_days(answer: Json, style: Style) -> str:
@@ -1204,13 +1392,31 @@ def show_usage_days(answer: Json, style: Style) -> str:
     return "\n\n".join(parts)
 
 
+#: What `usage --by` takes: what shows it, and how far back it goes by default.
+USAGE_BY: dict[str, tuple[Show, float]] = {
+    "key": (show_usage_by_key, 86_400), "model": (show_usage_by_model, 86_400),
+    "day": (show_usage_days, 7 * 86_400),
+}
+
+
+def _usage_since(now_s: float, back_s: float, is_by_day: bool) -> float:
+    """Return the beginning of a period; of days it is a midnight, so that all of them are whole."""
+    if not is_by_day:
+        return now_s - back_s
+    days = max(1, round(back_s / 86_400))
+    today = datetime.date.fromtimestamp(now_s)
+    return time.mktime((today - datetime.timedelta(days=days - 1)).timetuple())
+
+
 def cmd_usage(env: Env, args: argparse.Namespace) -> Exit:
     """Show the plan and the models, or what was used in a period."""
-    if not args.by_key and args.days is None:
+    by = args.by or ("key" if args.by_key else "day" if args.days or args.since else "")
+    if not by:
         return read(env, args, "/usage", show_usage)
-    since = iso_time(env.clock() - 86_400 * (args.days or 1))
+    show, back_s = USAGE_BY[by]
+    back_s = args.since or 86_400 * (args.days or 0) or back_s
+    since = iso_time(_usage_since(env.clock(), back_s, by == "day"))
     query = urllib.parse.urlencode({"since": since, "all": "true"})
-    show = show_usage_by_key if args.by_key else show_usage_days
     return read(env, args, f"/api/usage?{query}", show)
 
 
@@ -1219,13 +1425,19 @@ def _state_word(state: object, style: Style) -> str:
     return style.paint(colours.get(str(state), "red"), clean(state))
 
 
+def login_words(state: object) -> str:
+    """Return the state of the login in a sentence: where it is not known, what is not."""
+    return "login not known yet" if state in (None, "not known yet") else clean(state)
+
+
 def show_status(answer: Json, style: Style) -> str:
     """Return the server on one screen: its state, its requests, the plan, the last errors."""
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
     counts = {**requests, "activeRequests": requests.get("active")}
     lines = [
         f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), style)}, "
-        f"up {clean(proxy.get('uptime', '?'))}, login {clean(proxy.get('auth', 'unknown'))}",
+        f"up {clean(proxy.get('uptime', '?'))}, {login_words(proxy.get('auth'))}",
+        *([f"To do: {clean(proxy['fix'])}"] if proxy.get("fix") else []),
         _counts_line(f"Requests: {short_number(requests.get('total'))}", counts),
         "", show_plan(answer.get("plan"), style),
     ]
@@ -1233,8 +1445,11 @@ def show_status(answer: Json, style: Style) -> str:
     if errors:
         lines += ["", style.paint("bold", "Recent Errors")]
     for error in errors:
-        moment = local_time(error.get("time"), style)
-        lines.append(f"  {moment}  {clean(error.get('message'))}")
+        about = [local_time(error.get("time"), style), error.get("key"), error.get("kind"),
+                 error.get("message")]
+        lines.append("  " + clean("  ".join(str(each) for each in about if each)))
+    if errors:
+        lines.append("  More: `ocp errors`")
     return "\n".join(lines)
 
 
@@ -1261,11 +1476,12 @@ def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
 def show_health(answer: Json, style: Style) -> str:
     """Return what the server says about itself to everybody."""
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
-    login = {True: "works", False: "refused", None: "not known before the first answer"}
+    login = {True: "logged in", False: "not logged in", None: "not known yet"}
     load, extra_usage = answer.get("concurrency") or {}, answer.get("extraUsage")
     spares = [f"{model} {count}" for model, count in (answer.get("spares") or {}).items()]
     rows = [
         ("version", answer.get("version")),
+        ("demo", "no model is asked" if answer.get("demo") else None),
         ("instance", answer.get("instanceName") or None), ("up", answer.get("uptimeHuman")),
         ("access mode", answer.get("authMode")), ("login", login.get(auth.get("ok"), "?")),
         ("claude", answer.get("claudeVersion") or "not usable"),
@@ -1283,60 +1499,83 @@ def show_health(answer: Json, style: Style) -> str:
 
 def cmd_health(env: Env, args: argparse.Namespace) -> Exit:
     """Show the state of the server. FAILED when it is not well, for scripts."""
-    answer = find_server(env).ask("GET", "/health")
+    answer = find_server(env).health()
     is_ok = answer.value.get("status") == "ok"
     print_answer(env, args, answer, show_health)
     return Exit.OK if is_ok else Exit.FAILED
 
 
+MODEL_LIST_COLUMNS = (
+    text_column("Model", "id"), number_column("Window", "context_window"),
+    number_column("Max output", "max_output_tokens"),
+    Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(row.get("reasoning"), "-")),
+    Column("Aliases", lambda row, _: ", ".join(map(str, row.get("aliases") or []))),
+)
+
+
 def show_models(answer: Json, style: Style) -> str:
-    """Return the models, newest first."""
-    columns = (
-        text_column("Model", "id"), text_column("Name", "display_name"),
-        number_column("Window", "context_window"), number_column("Answer", "max_output_tokens"),
-        Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(
-            row.get("reasoning"), "-")),
-        Column("Aliases", lambda row, _: ", ".join(map(str, row.get("aliases") or []))),
-    )
-    return table(columns, answer.get("data") or [], style)
+    """Return the models, newest first, with the default one marked."""
+    rows = [{**row, "id": f"{row.get('id')}{' *' if row.get('default') else ''}"}
+            for row in answer.get("data") or []]
+    shown = table(MODEL_LIST_COLUMNS, rows, style)
+    is_marked = any(row.get("default") for row in answer.get("data") or [])
+    return shown + ("\n\n  * for requests that name no model" if is_marked else "")
 
 
 cmd_models = reader("/v1/models", show_models)
 
 
+#: Units of settings that are times.
+TIME_UNITS_MS = {**SPAN_UNITS_MS, "days": 86_400_000}
+
+
+def _setting_value(value: object, row: Json) -> str:
+    """Return a value of a setting as people write it: 10m, on, 8."""
+    if row.get("unit") in TIME_UNITS_MS and isinstance(value, int):
+        return span(value * TIME_UNITS_MS[row["unit"]]) if value else "0"
+    if row.get("unit") == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
+        return f"{value // 2**20} MiB"
+    return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
+
+
+def is_changed(row: Json) -> bool:
+    """Return whether somebody has set a setting."""
+    return row.get("source") in ("stored", "environment")
+
+
 def _range(row: Json) -> str:
     """Return the range of a setting."""
-    least, most = row.get("min"), row.get("max")
-    if least is None and most is None:
+    ends = [row.get("min"), row.get("max")]
+    if ends == [None, None]:
         return ""
-    return f"{'' if least is None else least}..{'' if most is None else most}"
+    is_time = row.get("unit") in TIME_UNITS_MS
+    words = ["" if end is None else _setting_value(end, row if is_time else {}) for end in ends]
+    return "..".join(words) + ("" if is_time else f" {row.get('unit') or ''}".rstrip())
 
 
 SETTING_COLUMNS = (
     text_column("Setting", "name"),
-    Column("Value", lambda row, _: on_off(row.get("value")), ">"),
-    Column("Unit", lambda row, _: row.get("unit") or ""),
-    Column("Range", lambda row, _: _range(row)),
-    Column("From", lambda row, _: row.get("source") or ""),
-    Column("What it is", lambda row, _: row.get("desc") or ""),
+    Column("Value", lambda row, _: _setting_value(row.get("value"), row), ">"),
+    Column("From", lambda row, _: row.get("source") if is_changed(row) else ""),
+    Column("What it is", lambda row, _: row.get("desc") or "", is_prose=True),
 )
 
 
 def show_settings(answer: Json, style: Style) -> str:
-    """Return every setting with its value, its range and where the value comes from."""
+    """Return every setting with its value and where the value comes from."""
     rows = [{**row, "name": name} for name, row in answer.items()]
-    return table(SETTING_COLUMNS, rows, style)
-
-
-def _with_unit(value: object, row: Json) -> str:
-    return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
+    if not rows:
+        return "every setting is at its default"
+    return table(SETTING_COLUMNS, rows, style) + (
+        "\n\n  ocp settings SETTING shows one in full" if style.width else "")
 
 
 def show_setting(name: str, row: Json, style: Style) -> str:
     """Return everything about one setting."""
     return style.paint("bold", clean(name)) + "\n" + field_list([
-        ("value", _with_unit(row.get("value"), row)), ("from", row.get("source")),
-        ("default", _with_unit(row.get("default"), row)), ("range", _range(row) or None),
+        ("value", _setting_value(row.get("value"), row)), ("from", row.get("source")),
+        ("default", _setting_value(row.get("default"), row)),
+        ("range", _range(row) or None),
         ("environment", row.get("env")), ("what it is", row.get("desc")),
     ])
 
@@ -1352,24 +1591,51 @@ def parse_value(name: str, row: Json, text: str) -> object:
         return int(text)
     if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}\.[0-9]{1,9}", text):
         return float(text)
+    if row.get("unit") in TIME_UNITS_MS:
+        with contextlib.suppress(ValueError):
+            ms, unit_ms = span_ms(text), TIME_UNITS_MS[row["unit"]]
+            return ms // unit_ms if ms % unit_ms == 0 else ms / unit_ms
     if kind in ("boolean", "number"):
-        wanted = "on or off" if kind == "boolean" else "a number" + (
-            f" of {row['unit']}" if row.get("unit") else "")
+        unit = f" of {row['unit']}" if row.get("unit") else ""
+        unit += ", or a time such as 90s or 1h" if row.get("unit") in TIME_UNITS_MS else ""
+        wanted = "on or off" if kind == "boolean" else f"a number{unit}"
         raise Problem(Exit.USAGE, f"{name} takes {wanted}, not {clean(text)!r}.")
     return text
 
 
-def _find_setting(settings: Json, name: str) -> Json:
-    if name in settings:
-        return settings[name]
-    hint = did_you_mean(name, settings) or " `ocp settings` lists them."
+def start_settings(env: Env) -> dict[str, str]:
+    """Return the variables of all settings by their names in the server beside this script."""
+    pattern = r'^    (\w+): \w+ = setting\([^()]*?"([A-Z]+_[A-Z0-9_]+)"'
+    try:
+        with open(env.beside("ocp_server.py"), encoding="utf-8") as file:
+            return dict(re.findall(pattern, file.read(), re.M))
+    except (OSError, ValueError):
+        return {}
+
+
+def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
+    """Return the name and the row of a setting, also by its variable. Raises Problem."""
+    for known, row in settings.items():
+        if name in (known, row.get("env")):
+            return known, row
+    at_start, plain = start_settings(env), name.replace("_", "").lower()
+    for field, variable in at_start.items():
+        if name == variable or plain == field.replace("_", ""):
+            record = installation(env)
+            file = (record.env_file if record else "") or os.path.join(env.ocp_home, "ocp.env")
+            raise Problem(
+                Exit.USAGE, f"{clean(name)} is read at the start of the server only. Set "
+                f"{variable} in {file}, and restart with `ocp restart`.")
+    hint = did_you_mean(name, settings) or did_you_mean(name, at_start) or (
+        " `ocp settings` lists them.")
     raise Problem(Exit.USAGE, f"There is no setting {clean(name)!r}.{hint}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the most similar known word, empty if there is none."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f" Did you mean {near[0]}?" if near else ""
+    lowered = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
+    return f" Did you mean {lowered[near[0]]}?" if near else ""
 
 
 def _change_setting(server: Server, name: str, value: object) -> Answer:
@@ -1391,10 +1657,16 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
     """Show all settings or one, change one, or reset one to environment or default."""
     if args.reset and args.key:
         raise Problem(Exit.USAGE, "--reset takes the only name: ocp settings --reset SETTING")
+    if args.changed and (args.key or args.reset):
+        raise Problem(Exit.USAGE, "--changed lists settings, and takes no name.")
+    server = find_server(env)
+    answer = server.ask("GET", "/settings")
+    if args.changed:
+        kept = {name: row for name, row in answer.value.items() if is_changed(row)}
+        return print_answer(env, args, Answer(server.url, json.dumps(kept)), show_settings)
     if not args.key and not args.reset:
-        return read(env, args, "/settings", show_settings)
-    server, name = find_server(env), args.reset or args.key
-    row = _find_setting(server.ask("GET", "/settings").value, name)
+        return print_answer(env, args, answer, show_settings)
+    name, row = _find_setting(env, answer.value, args.reset or args.key)
     if not args.reset and args.value is None:
         env.say(json.dumps({name: row}) if args.json else show_setting(name, row, style_of(env)))
         return Exit.OK
@@ -1405,7 +1677,7 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
         changed = (value["results"])[name].get("value")
         current = (value.get("current") or {}).get(name) or {"value": changed}
         source = f" (from {clean(current['source'])})" if args.reset and "source" in current else ""
-        return f"{name} = {clean(_with_unit(current.get('value'), row))}{source}"
+        return f"{name} = {clean(_setting_value(current.get('value'), row))}{source}"
 
     return print_answer(env, args, answer, show)
 
@@ -1438,14 +1710,21 @@ def new_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Json]
     return entries[known:]
 
 
-def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
-    """Return the number of events and the level, given in any order. Raises Problem."""
-    count, level = 20, "all"
-    for word in words:
+#: As many events as the server keeps.
+_MOST_EVENTS = 1000
+
+
+def _log_arguments(args: argparse.Namespace) -> tuple[int, str]:
+    """Return the number of events and the level, by options or words in any order. Raises Problem.
+
+    A period without a number has all of its events.
+    """
+    count, level = _MOST_EVENTS if args.since else 20, args.level or "all"
+    for word in [*args.words, *([args.lines] if args.lines else [])]:
         lowered = "warn" if word.lower() == "warning" else word.lower()
-        if re.fullmatch(r"[0-9]{1,4}", word) and 0 < int(word) <= 1000:
+        if re.fullmatch(r"[0-9]{1,4}", word) and 0 < int(word) <= _MOST_EVENTS:
             count = int(word)
-        elif lowered in LOG_WORDS:
+        elif lowered in LOG_WORDS and word != args.lines:
             level = lowered
         else:
             raise Problem(
@@ -1457,12 +1736,25 @@ def _log_arguments(words: Sequence[str]) -> tuple[int, str]:
 _FOLLOW_EVERY_S = 1.0
 
 
+def _events_since(entries: Iterable[Json], since_s: float) -> list[Json]:
+    """Return the events from a time on."""
+    return [entry for entry in entries if (parse_time(entry.get("ts")) or since_s) >= since_s]
+
+
+def _logs_path(args: argparse.Namespace, count: int, level: str) -> str:
+    """Return the path of the events that the user wants to see."""
+    wanted = {"n": count, "level": level, "key": args.key, "request": args.request}
+    return "/logs?" + urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+
+
 def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> NoReturn:
     """Print events as they come, for ever, also across a restart of the server."""
     server, seen, was_there = find_server(env), None, True
+    since_s = env.clock() - args.since if args.since else 0.0
     while True:
         try:
-            entries = server.ask("GET", f"/logs?n=1000&level={level}").value.get("entries") or []
+            answer = server.ask("GET", _logs_path(args, _MOST_EVENTS, level)).value
+            entries = _events_since(answer.get("entries") or [], since_s)
             for entry in entries[-count:] if seen is None else new_entries(seen, entries):
                 shown = json.dumps(entry) if args.json else show_log_entry(entry, style_of(env))
                 env.say(shown)
@@ -1478,10 +1770,80 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
 
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     """Show the newest events of the server's log."""
-    count, level = _log_arguments(args.words)
+    count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
-    return read(env, args, f"/logs?n={count}&level={level}", show_logs)
+    answer = find_server(env).ask("GET", _logs_path(args, count, level))
+    if args.since:
+        value = answer.value
+        kept = _events_since(value.get("entries") or [], env.clock() - args.since)
+        answer = Answer(answer.url, json.dumps({**value, "count": len(kept), "entries": kept}))
+    return print_answer(env, args, answer, show_logs)
+
+
+ERROR_COLUMNS = (
+    age_column("When", "lastAt"),
+    Column("Who", lambda row, style: row.get("key") or row.get("preview") or row.get("peer")),
+    text_column("Status", "status"), text_column("Kind", "kind"),
+    Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
+)
+
+
+def _all_errors(answer: Json) -> list[Json]:
+    """Return failed and refused requests in one list, newest first."""
+    failed = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
+    rows = [*failed, *(answer.get("refusals") or [])]
+    return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
+
+
+def show_errors(answer: Json, style: Style) -> str:
+    """Return failed and refused requests, and for each kind the newest message and what to do."""
+    rows = _all_errors(answer)
+    if not rows:
+        return "no failed requests"
+    lines = [table(ERROR_COLUMNS, rows, style), "", style.paint("bold", "What to do")]
+    for kind in answer.get("byKind") or []:
+        lines += [
+            f"  {clean(kind.get('kind'))} ({clean(kind.get('count'))}, the last one "
+            f"{age(kind.get('lastAt'), style)})",
+            f"    {clean(kind.get('message') or '')}", f"    {clean(kind.get('action') or '')}",
+        ]
+    return "\n".join(line for line in lines if line.strip() or not line)
+
+
+def show_error(row: Json, style: Style) -> str:
+    """Return one failed or refused request in full, with what to do."""
+    count = row.get("count")
+    return field_list((
+        ("request", row.get("id")),
+        ("when", f"{local_time(row.get('lastAt'), style)} ({age(row.get('lastAt'), style)})"),
+        ("times", f"{count}, since {local_time(row.get('at'), style)}" if count else None),
+        ("key", row.get("key")), ("key shown", row.get("preview")),
+        ("from", row.get("peer")), ("program", row.get("userAgent")),
+        ("path", row.get("path")), ("model", row.get("model")),
+        ("status", row.get("status")), ("kind", row.get("kind")),
+        ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
+        ("message", row.get("message") or None), ("what to do", row.get("action") or None),
+        ("its log", f"ocp logs --request {row.get('id')}"),
+    ))
+
+
+def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
+    """Show failed and refused requests, or one of them in full."""
+    request = args.about if re.fullmatch(r"req_\w+", args.about or "") else None
+    wanted = {"limit": args.count, "since": args.since, "request": request,
+              "key": None if request else args.about}
+    query = urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+    answer = find_server(env).ask("GET", f"/api/errors?{query}")
+    if request is None or args.json:
+        return print_answer(env, args, answer, show_errors)
+    rows = _all_errors(answer.value)
+    if not rows:
+        raise Problem(
+            Exit.FAILED, f"No failure of {request} is known: it succeeded, or it was refused "
+            f"before the server's last start.\nMore: `ocp logs 1000 --request {request}`")
+    env.say("\n\n".join(show_error(row, style_of(env)) for row in rows))
+    return Exit.OK
 
 
 SESSION_COLUMNS = (
@@ -1499,12 +1861,53 @@ def show_sessions(answer: Json, style: Style) -> str:
 cmd_sessions = reader("/sessions", show_sessions)
 
 
-def cmd_clear(env: Env, args: argparse.Namespace) -> Exit:
+def ask_first(env: Env, args: argparse.Namespace, question: str) -> None:
+    """Ask before something is lost for good. Raises Problem for any answer but yes.
+
+    The question is no part of the result, which may go into a file or a variable.
+    """
+    if not args.yes and not env.stdin.isatty():
+        raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes.")
+    confirm(question, args.yes, env.stdin, env.stderr)
+
+
+def cmd_sessions_clear(env: Env, args: argparse.Namespace) -> Exit:
     """Forget all sessions, or one."""
+    server = find_server(env)
+    if not args.session:
+        ask_first(env, args, f"Forget all sessions of {server.url}?")
     path = "/sessions" + ("/" + urllib.parse.quote(args.session, "") if args.session else "")
-    answer = find_server(env).ask("DELETE", path)
+    answer = server.ask("DELETE", path)
     return print_answer(env, args, answer, lambda value, style: (
-        f"cleared {short_number(value.get('cleared'))} sessions"))
+        f"cleared {counted(value.get('cleared'), 'session')}"))
+
+
+cmd_clear = cmd_sessions_clear
+
+
+def show_cache(answer: Json, style: Style) -> str:
+    """Return what the cache of answers holds, and how often it was of use."""
+    ttl_ms, hits, misses = (answer.get(name) or 0 for name in ("ttl", "hits", "misses"))
+    asked = hits + misses
+    return field_list([
+        ("kept for", span(ttl_ms) if ttl_ms else "off: `ocp settings cacheTTL 1h` switches it on"),
+        ("answers", short_number(answer.get("entries"))),
+        ("size", f"{file_size(answer.get('sizeBytes') or 0)} of "
+                 f"{file_size(answer.get('maxBytes') or 0)}"),
+        ("hits", f"{short_number(hits)} of {short_number(asked)}"
+                 + (f" ({hits / asked:.0%})" if asked else "")),
+        ("shared", f"{short_number(answer.get('shared'))} with the same request at the same time"),
+    ])
+
+
+cmd_cache = reader("/cache/stats", show_cache)
+
+
+def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
+    """Forget all cached answers."""
+    answer = find_server(env).ask("DELETE", "/cache")
+    return print_answer(env, args, answer, lambda value, style: (
+        f"cleared {counted(value.get('cleared'), 'answer')}"))
 
 
 # ==== 7. Keys ================================================================
@@ -1520,27 +1923,46 @@ def _created(key: Json) -> Json:
     return key.get("createdAt") or key.get("created_at")
 
 
+def _quota_words(key: Json) -> str:
+    """Return what is used of each quota of a key that has a limit."""
+    rows = [(option, (key.get("quota") or {}).get(name) or {}) for option, name in QUOTAS]
+    return ", ".join(
+        f"{option} {short_number(row.get('used') or 0)}/{short_number(row['limit'])}"
+        for option, row in rows if row.get("limit") is not None) or "-"
+
+
 KEY_COLUMNS = (
     Column("Id", lambda key, _: key.get("id"), ">"), text_column("Name", "name"),
     text_column("Key", "keyPreview"), Column("State", lambda key, _: _key_state(key)),
-    Column("Created", lambda key, style: age(_created(key), style)),
     age_column("Last used", "lastUsed"),
     Column("Expires", lambda key, style: age(key["expiry"], style) if key.get("expiry")
            else "never"),
+    Column("Quotas", lambda key, _: _quota_words(key)),
 )
 
 
-def show_keys(answer: Json, style: Style) -> str:
+def show_all_keys(answer: Json, style: Style) -> str:
     """Return all keys, newest first."""
     keys = answer.get("keys") or []
     return table(KEY_COLUMNS, keys, style) if keys else "no keys yet: ocp keys add NAME"
 
 
+def show_keys(answer: Json, style: Style) -> str:
+    """Return the keys that are not revoked, newest first, and how many others there are."""
+    keys = answer.get("keys") or []
+    kept = [key for key in keys if not key.get("revoked")]
+    hidden = len(keys) - len(kept)
+    more = f"\n\n  {hidden} revoked: ocp keys list --all" if hidden else ""
+    return show_all_keys({"keys": kept}, style) + more
+
+
 def show_key(answer: Json, style: Style) -> str:
     """Return everything about one key."""
-    limit = answer.get("maxConcurrent") or 0
+    limit, old = answer.get("maxConcurrent") or 0, answer.get("oldSecret")
     return style.paint("bold", clean(answer.get("name"))) + "\n" + field_list([
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
+        ("old key", old and f"{old.get('keyPreview')}, works until "
+         f"{local_time(old.get('until'), style)}"),
         ("created", local_time(_created(answer), style)),
         ("last used", age(answer.get("lastUsed"), style)),
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
@@ -1567,6 +1989,11 @@ QUOTA_COLUMNS = (
            else short_number(row["limit"]), ">"),
     Column("Resets in", lambda row, _: row.get("resetsIn") or "-", ">"),
 )
+
+
+def show_key_and_quota(answer: Json, style: Style) -> str:
+    """Return everything about one key, with its quotas."""
+    return f"{show_key(answer, style)}\n\n{show_quota(answer, style)}"
 
 
 def show_quota(answer: Json, style: Style) -> str:
@@ -1612,27 +2039,43 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
     return found
 
 
-cmd_keys = cmd_keys_list = reader("/api/keys", show_keys)
+def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
+    """List the keys."""
+    return read(env, args, "/api/keys", show_all_keys if args.all else show_keys)
+
+
+cmd_keys_list = cmd_keys
+
+
+def key_advice(answer: Answer, secret: str) -> Iterator[str]:
+    """Yield what to do with a new key, and why it may be of no use."""
+    url, note = clean(answer.value.get("connectUrl") or ""), answer.value.get("connectNote")
+    if note:
+        yield f"ATTENTION: {clean(note)}"
+    where = f"On its device run\n  {connect_line(url)}\nwhich asks for it; or, for one tool:"
+    yield where if url else "For one tool on this machine:"
+    yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
 
 
 def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
     """Print an answer that contains a new secret."""
-    if args.json:
-        env.say(answer.text.rstrip("\n"))
-        return Exit.OK
     try:
         secret, name = answer.value["key"], answer.value["name"]
     except (Problem, KeyError):
+        if not is_ocp_server(answer.url):
+            raise not_ocp(answer.url) from None
         # Better shown raw than lost: nobody can ask for it again.
         env.say(answer.text)
         raise Problem(Exit.FAILED, "The server's answer, above, is not as expected.") from None
+    if args.json:
+        env.say(answer.text.rstrip("\n"))
+        return Exit.OK
     env.say(clean(secret))
-    url = device_url(env, server_url(env))
     if answer.value.get("warning"):
         env.note(f"ATTENTION: {clean(answer.value['warning'])}")
-    env.note(f"This is the key {clean(name)!r}. It is shown only now. On its device run")
-    env.note(f"  {connect_line(url)}\nwhich asks for it; or, for one tool:")
-    env.note(f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url}/v1")
+    env.note(f"This is the key {clean(name)!r}. It is shown only now.")
+    for line in key_advice(answer, secret):
+        env.note(line)
     return Exit.OK
 
 
@@ -1645,16 +2088,34 @@ def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
     return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
 
 
+def show_grace(answer: Json, style: Style) -> str:
+    """Return what became of a key's old secret."""
+    name = clean(answer.get("name"))
+    return (f"The old secret of {name!r} stopped working." if answer.get("ended")
+            else f"{name!r} has no old secret that works.")
+
+
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key a new secret; the old one stops working at once."""
-    path = _key_path(args.key) + "/rotate"
-    return _print_secret(env, args, find_server(env).ask("POST", path))
+    """Give a key a new secret; the old one stops working at once, or after --grace."""
+    path, server = _key_path(args.key), find_server(env)
+    if args.grace == "none":
+        return print_answer(env, args, server.ask("DELETE", path + "/grace"), show_grace)
+    if not args.grace:
+        ask_first(
+            env, args, f"Give {clean(args.key)} a new secret? The old one stops working at once.")
+    body = {"grace": args.grace} if args.grace else None
+    answer = server.ask("POST", path + "/rotate", body)
+    code = _print_secret(env, args, answer)
+    old = answer.value.get("oldSecret")
+    if old and not args.json:
+        env.note(f"The old secret {clean(old.get('keyPreview'))} works until "
+                 f"{local_time(old.get('until'), style_of(env))}.")
+    return code
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
-    """Show one key, and for people its quotas too."""
-    code = read(env, args, _key_path(args.key), show_key)
-    return code if args.json else read(env, args, _key_path(args.key) + "/quota", show_quota)
+    """Show one key and its quotas."""
+    return read(env, args, _key_path(args.key), show_key_and_quota)
 
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
@@ -1685,7 +2146,9 @@ def cmd_keys_edit(env: Env, args: argparse.Namespace) -> Exit:
 
 def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:
     """End a key. FAILED when there was none to end."""
-    answer = find_server(env).ask("DELETE", _key_path(args.key))
+    server = find_server(env)
+    ask_first(env, args, f"Revoke {clean(args.key)}? Its device is refused at once, for good.")
+    answer = server.ask("DELETE", _key_path(args.key))
     if not answer.value.get("revoked"):
         raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.")
     return print_answer(env, args, answer, lambda value, style: f"revoked {clean(args.key)}")
@@ -1718,27 +2181,36 @@ class StreamEnd(NamedTuple):
     answer_tokens: int | None = None
 
 
-def print_stream(env: Env, events: Iterable[str]) -> StreamEnd:
-    """Print the text of a streamed answer as it comes. Raises Problem for an error in it."""
-    started_s, end, terminal = env.clock(), StreamEnd(), env.stdout.isatty()
-    for data in events:
-        if data == "[DONE]":
-            break
-        chunk = json.loads(data)
-        if "error" in chunk:
-            raise Problem(Exit.FAILED, f"The answer failed: {clean(chunk['error'].get('message'))}")
-        tokens = (chunk.get("usage") or {}).get("completion_tokens")
-        end = end._replace(
-            model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
-        for choice in chunk.get("choices") or []:
-            end = end._replace(finish_reason=choice.get("finish_reason") or end.finish_reason)
-            text = (choice.get("delta") or {}).get("content") or ""
-            if text and end.first_token_s is None:
-                end = end._replace(first_token_s=env.clock() - started_s)
-            # A model may be made to write what would command a terminal.
-            shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text) if terminal else text
-            env.stdout.write(shown)
-            env.stdout.flush()
+def print_stream(
+    env: Env, events: Iterable[str], started_s: float, hint: str = "",
+) -> StreamEnd:
+    """Print the text of a streamed answer as it comes, and end its line. Raises Problem for an
+    error in it, with `hint` behind its message. `started_s` is when it was asked for."""
+    end, terminal = StreamEnd(), env.stdout.isatty()
+    try:
+        for data in events:
+            if data == "[DONE]":
+                break
+            chunk = json.loads(data)
+            if "error" in chunk:
+                message = clean(chunk["error"].get("message"))
+                raise Problem(Exit.FAILED, f"The answer failed: {message}{hint}")
+            tokens = (chunk.get("usage") or {}).get("completion_tokens")
+            end = end._replace(
+                model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
+            for choice in chunk.get("choices") or []:
+                end = end._replace(finish_reason=choice.get("finish_reason") or end.finish_reason)
+                text = (choice.get("delta") or {}).get("content") or ""
+                if text and end.first_token_s is None:
+                    end = end._replace(first_token_s=env.clock() - started_s)
+                # A model may be made to write what would command a terminal.
+                shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text) if terminal else text
+                env.stdout.write(shown)
+                env.stdout.flush()
+    finally:
+        # Also before the message of an error.
+        env.stdout.write("\n" if end != StreamEnd() else "")
+        env.stdout.flush()
     return end
 
 
@@ -1753,38 +2225,107 @@ def _stream_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 def _question(env: Env, args: argparse.Namespace) -> str:
-    """Return what the user wants to ask. Raises Problem."""
+    """Return what the user wants to ask: what came through a pipe, and the words. Raises Problem.
+
+    The word - alone reads standard input, on a terminal too.
+    """
+    is_dash = args.words == ["-"]
     try:
-        question = env.stdin.read() if args.question == "-" else args.question
+        piped = env.stdin.read() if is_dash or not env.stdin.isatty() else ""
     except UnicodeDecodeError as error:
         raise Problem(
             Exit.USAGE, f"Standard input is not text in {error.encoding}: see LANG.") from None
-    if not question.strip():
-        raise Problem(Exit.USAGE, 'Ask something: ocp ask "Why is the sky blue?"')
-    return str(question)
+    words = "" if is_dash else " ".join(args.words)
+    question = "\n\n".join(part for part in (piped, words) if part.strip())
+    if not question:
+        raise Problem(Exit.USAGE, "Ask something: ocp ask why is the sky blue")
+    return question
+
+
+def _ask_in_json(server: Server, body: Mapping[str, object]) -> Exit:
+    """Print the whole answer as the server writes it."""
+    answer = server.ask("POST", "/v1/chat/completions", body, _ANSWER_TIMEOUT_S)
+    if "choices" not in answer.value:
+        raise not_ocp(server.url)
+    server.env.say(answer.text.rstrip("\n"))
+    return Exit.OK
+
+
+def _answer_note(server: Server, end: StreamEnd) -> str:
+    """Return what a person may want to know about an answer."""
+    health: Json = {}
+    with contextlib.suppress(Problem):
+        health = health_of(server.url) or {}
+    who = "the demo, no model was asked" if health.get("demo") else clean(end.model)
+    tokens = f", {counted(end.answer_tokens, 'token')}" if end.answer_tokens else ""
+    return f"({who}; first token after {end.first_token_s or 0:.2f} s{tokens})"
 
 
 def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     """Ask one question and print the answer as it comes."""
-    body = {
-        "messages": [{"role": "user", "content": _question(env, args)}], "stream": True,
-        "stream_options": {"include_usage": True}, **({"model": args.model} if args.model else {}),
-    }
     server, path = find_server(env), "/v1/chat/completions"
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    body = {"messages": [*system, {"role": "user", "content": _question(env, args)}],
+            **({"model": args.model} if args.model else {})}
+    if args.json:
+        return _ask_in_json(server, body)
+    body.update(stream=True, stream_options={"include_usage": True})
+    started_s = env.clock()
     try:
-        with server.open("POST", path, body, _ANSWER_TIMEOUT_S) as response:
-            end = print_stream(env, sse_data(_stream_lines(response)))
+        with contextlib.ExitStack() as stack:
+            with progress(env, f"waiting for {server.url}"):
+                response = stack.enter_context(
+                    server.open("POST", path, body, _ANSWER_TIMEOUT_S))
+            hint = errors_hint(response.headers.get("X-Request-Id", ""))
+            end = print_stream(env, sse_data(_stream_lines(response)), started_s, hint)
     except ValueError:
         raise Problem(
             Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
-    env.stdout.write("\n")
+    if end == StreamEnd() and not is_ocp_server(server.url):
+        raise not_ocp(server.url)
     if not end.finish_reason:
         raise Problem(Exit.FAILED, "The answer broke off before its end.")
     if end.finish_reason != "stop":
         env.note(f"(the answer ended early: {clean(end.finish_reason)})")
     if env.stderr.isatty() and end.first_token_s is not None:
-        tokens = f", {end.answer_tokens} tokens" if end.answer_tokens else ""
-        env.note(f"({clean(end.model)}, first token after {end.first_token_s:.2f} s{tokens})")
+        env.note(_answer_note(server, end))
+    return Exit.OK
+
+
+def show_dashboard(answer: Json, style: Style) -> str:
+    """Return where the dashboard is, and what it asks for."""
+    return field_list([
+        ("dashboard", answer["url"]), ("on a device", answer.get("deviceUrl")),
+        ("key", answer["key"]),
+    ])
+
+
+def _dashboard_key(env: Env, url: str, mode: object) -> str:
+    """Return how to get into the dashboard at an address."""
+    if mode == "none" and is_loopback(url):
+        return "none needed on this machine"
+    if mode == "none":
+        port = port_of(url)
+        return f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST"
+    if not is_loopback(url):
+        return "the admin key of that server"
+    path = admin_key_path(env)
+    return "the admin key: " + (
+        "what OCP_ADMIN_KEY has" if env.environ.get("OCP_ADMIN_KEY", "").strip()
+        else f"cat {shlex.quote(path)}")
+
+
+def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
+    """Show the address of the dashboard and how to get in, and open it if asked to."""
+    server = find_server(env)
+    health = server.health().value
+    mode, device = health.get("authMode"), device_url(env, server.url)
+    found = {"url": f"{server.url}/dashboard", "key": _dashboard_key(env, server.url, mode)}
+    if device != server.url and mode != "none":
+        found["deviceUrl"] = f"{device}/dashboard"
+    print_answer(env, args, Answer(server.url, json.dumps(found)), show_dashboard)
+    if args.open and not env.browse(found["url"]):
+        raise Problem(Exit.FAILED, "No browser was found here: open the address yourself.")
     return Exit.OK
 
 
@@ -1807,7 +2348,7 @@ def show_lan(answer: Json, style: Style) -> str:
 def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     """Show the address for other devices. FAILED when they cannot reach it."""
     server = find_server(env)
-    health = server.ask("GET", "/health", timeout_s=5.0).value
+    health = server.health().value
     url = lan_url(env, server.url)
     if not url:
         raise Problem(Exit.FAILED, "This machine has no address in a network.")
@@ -1827,6 +2368,15 @@ def connect_command(env: Env, *words: str) -> list[str]:
             Exit.FAILED, f"{script} is not there. Copy ocp_connect.py from the server's checkout "
             "of OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
     return [sys.executable, script, *words]
+
+
+def connect_options(env: Env) -> list[str]:
+    """Return the long options of ocp_connect.py, none if it is not there."""
+    try:
+        with open(env.beside("ocp_connect.py"), encoding="utf-8") as file:
+            return re.findall(r'\b(?:flag|add|add_argument)\("(--[a-z-]+)"', file.read())
+    except (OSError, ValueError):
+        return []
 
 
 def _run_attached(env: Env, command: Sequence[str]) -> Exit:
@@ -1884,6 +2434,30 @@ def service_of(env: Env) -> Record | None:
     return record
 
 
+def service_environ(env: Env, record: Record | None) -> dict[str, str]:
+    """Return the environment of the server, as far as the installer and ocp.env tell it."""
+    if record is None:
+        return dict(env.environ)
+    ours = ("CLAUDE_", "OCP_", "PROXY_")
+    inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
+    known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
+             "OCP_HOME": record.data_dir}
+    settings: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        with open(record.env_file, encoding="utf-8") as file:
+            settings = settings_of(file.read())
+    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+
+
+#: How long the server may take to end after it has drained.
+_END_S = 10.0
+
+
+def drain_of(env: Env, record: Record | None) -> float:
+    """Return how many seconds the server lets running answers finish when it is stopped."""
+    return drain_s(service_environ(env, record).get("OCP_DRAIN", ""))
+
+
 def service_lines(env: Env, record: Record, verb: str) -> list[str]:
     """Return the commands that start, stop, restart or enable the service, for a shell."""
     sudo = "sudo " if record.needs_root and env.user_id != 0 else ""
@@ -1898,11 +2472,13 @@ def run_service(env: Env, record: Record, verb: str) -> str:
     if record.needs_root and env.user_id != 0:
         line = service_lines(env, record, verb)[0]
         raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {line}")
+    timeout_s = 70 + drain_of(env, record)
     for step in record.commands.get(verb, []):
         for attempt in range(step.tries):
             # launchd refuses for a while after it has stopped a service.
             env.sleep(float(attempt))
-            done = env.command(*step.command, timeout_s=90, more=with_user_bus(env.environ))
+            done = env.command(
+                *step.command, timeout_s=timeout_s, more=with_user_bus(env.environ))
             if done.code == 0:
                 break
         if done.code != 0 and not step.may_fail:
@@ -1993,20 +2569,40 @@ def _systemd_unit(pid: int) -> tuple[str, str] | None:
     return None
 
 
+def command_by_hand(env: Env) -> str:
+    """Return the line that starts the server in a shell, as the installer prints it. The server
+    itself reads the settings in its folder."""
+    record = None
+    with contextlib.suppress(Problem):
+        record = installation(env)
+    python = (record.python if record else "") or sys.executable
+    server = (record.server_path if record else "") or env.beside("ocp_server.py")
+    line = shlex.join([python, server])
+    folder = (record.data_dir if record else "") or env.ocp_home
+    if folder == os.path.join(env.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(folder)} {line}"
+
+
 def _manual_command(env: Env, verb: str, owner: Owner) -> str:
     """Return the command that stops or restarts a server that the installer does not know."""
     unit = _systemd_unit(owner.pid) if owner.pid else None
     if unit:
         return f"systemctl {unit[0]}{verb} {unit[1]}"
-    again = shlex.join([sys.executable, env.beside("ocp_server.py")])
-    return f"kill {owner.pid}" + (f", and then {again}" if verb == "restart" else "")
+    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
+    return f"kill {owner.pid}{again}"
+
+
+def _refuse_elsewhere(env: Env, record: Record | None, verb: str) -> None:
+    """Raise Problem if the server that is named runs on another machine."""
+    url = server_url(env)
+    if not is_loopback(url) and (record is None or url != record.url):
+        raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
 
 
 def _without_service(env: Env, verb: str) -> Exit:
     """Explain how to start, stop or restart a server that is not an installed service."""
     url = server_url(env)
-    if not is_loopback(url):
-        raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
     port = port_of(url)
     try:
         owner = port_owner(env, port)
@@ -2018,11 +2614,10 @@ def _without_service(env: Env, verb: str) -> Exit:
         env.say(f"Nothing listens on port {port}.")
         return Exit.OK
     if owner is None:
-        by_hand, install = ([sys.executable, env.beside(name)] for name in (
-            "ocp_server.py", "setup.py_install.py"))
+        install = [sys.executable, env.beside("setup.py_install.py")]
         raise Problem(
-            Exit.FAILED, f"No service is installed. Run the server by hand: {shlex.join(by_hand)}\n"
-            f"or make it a service: {shlex.join(install)}")
+            Exit.FAILED, "No service is installed. Run the server by hand: "
+            f"{command_by_hand(env)}\nor make it a service: {shlex.join(install)}")
     if not owner.is_ocp:
         kind = "is not an OCP server" if owner.command else "cannot be identified"
         raise Problem(
@@ -2099,6 +2694,7 @@ def _owner_sentence(env: Env, url: str) -> str:
 def _start(env: Env, verb: str) -> Exit:
     """Start or restart the service and wait until the server answers."""
     record = service_of(env)
+    _refuse_elsewhere(env, record, verb)
     if record is None:
         return _without_service(env, verb)
     since_s = env.clock() if verb == "restart" else None
@@ -2123,6 +2719,7 @@ def cmd_start(env: Env, args: argparse.Namespace) -> Exit:
 def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
     """Stop the service and wait until nobody answers."""
     record = service_of(env)
+    _refuse_elsewhere(env, record, "stop")
     if record is None:
         return _without_service(env, "stop")
     complaint = run_service(env, record, "stop")
@@ -2182,6 +2779,8 @@ class Finding(NamedTuple):
 
     level: str
     message: str
+    #: Whether the check could be made at all.
+    is_known: bool = True
 
 
 class Fix(NamedTuple):
@@ -2199,25 +2798,15 @@ class Check(NamedTuple):
     """One row of the table."""
 
     id: str
+    #: What people call it.
+    title: str
     #: What it looks at, for the documentation.
     about: str
     probe: Callable[[Facts], Finding]
     fix: Union[Fix, Callable[[Facts], Fix]]
-
-
-def service_environ(env: Env, record: Record | None) -> dict[str, str]:
-    """Return the environment of the server, as far as the installer and ocp.env tell it."""
-    if record is None:
-        return dict(env.environ)
-    ours = ("CLAUDE_", "OCP_", "PROXY_")
-    inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
-    known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
-             "OCP_HOME": record.data_dir}
-    settings: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        with open(record.env_file, encoding="utf-8") as file:
-            settings = settings_of(file.read())
-    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+    #: Carries the fix out. Only where that interrupts no answer and changes nothing but this
+    #: user's own files and service. Raises Problem, OSError.
+    mend: Union[Callable[[Facts], None], None] = None
 
 
 class Facts:
@@ -2279,6 +2868,15 @@ class Facts:
         """Return the answer of /health, {} if there is none."""
         return self.answer[0]
 
+    @functools.cached_property
+    def failures(self) -> list[Json]:
+        """Return the kinds of failures in the last hour, each with count and action. Raises
+        Unknown, Problem."""
+        if not self.health:
+            raise Unknown("the server does not run")
+        answer = find_server(self.env).ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
+        return list(answer.value.get("byKind") or [])
+
     @property
     def server_path(self) -> str:
         """Return the path of the server that should be running."""
@@ -2304,7 +2902,7 @@ class Facts:
             tags = remote_tags(self.env, git_tree(self.env))
         except Problem as problem:
             return "", str(problem)
-        return max(tags, key=version_tuple, default=""), "the remote has no release"
+        return max(tags, key=version_tuple, default=""), NO_RELEASE
 
     @functools.cached_property
     def claude(self) -> str | None:
@@ -2488,6 +3086,36 @@ def _check_unit(facts: Facts) -> Finding:
     return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}")
 
 
+def _stop_timeout_s(record: Record) -> float:
+    """Return how long the service manager lets the server end. Raises Unknown, OSError."""
+    if record.platform == "launchd":
+        with open(record.unit_path, "rb") as file:
+            try:
+                return float(plistlib.load(file).get("ExitTimeOut", 20))
+            except (ValueError, AttributeError, plistlib.InvalidFileException) as error:
+                raise Unknown(f"{record.unit_path}: {error}") from None
+    with open(record.unit_path, encoding="utf-8", errors="replace") as file:
+        told = re.findall(r"(?m)^TimeoutStopSec=(.*)$", file.read())
+    text = told[-1].strip() if told else "90"
+    if text == "infinity":
+        return float("inf")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Unknown(f"TimeoutStopSec={clean(text)} in {record.unit_path}")
+    return float(text)
+
+
+def _check_stop_timeout(facts: Facts) -> Finding:
+    record = facts.service
+    if record is None or not record.unit_path:
+        return Finding("INFO", "no service is installed")
+    drain, allowed = drain_of(facts.env, record), _stop_timeout_s(record)
+    if allowed < drain + _END_S:
+        return Finding(
+            "WARN", f"running answers may take {drain:.0f} s at a stop (OCP_DRAIN), but the "
+            f"service ends the server after {allowed:.0f} s")
+    return Finding("PASS", f"running answers get {drain:.0f} s at a stop")
+
+
 def _check_service(facts: Facts) -> Finding:
     health, _, wrong = facts.answer
     if wrong:
@@ -2509,17 +3137,30 @@ def _check_extra_usage(facts: Facts) -> Finding:
     return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
 
 
+def _check_failures(facts: Facts) -> Finding:
+    kinds = facts.failures
+    if not kinds:
+        return Finding("PASS", "no request failed in the last hour")
+    # Wrong keys and requests are matters of clients; those of claude and the account are not.
+    is_ours = any(
+        int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
+        for kind in kinds)
+    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
+    return Finding("WARN" if is_ours else "INFO",
+                   f"failed in the last hour: {counts}; see `ocp errors --since 1h`")
+
+
 def _check_login(facts: Facts) -> Finding:
     if not facts.health:
         raise Unknown("the server does not run")
     auth = facts.health.get("auth") or {}
     if auth.get("ok") is False:
-        return Finding("FAIL", f"the login was refused: {auth.get('message') or ''}".rstrip(": "))
+        return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "))
     if facts.health.get("ownerHidden") is False:
         return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
     if auth.get("ok") is True:
-        return Finding("PASS", "the last answer proved the login")
-    return Finding("INFO", "not known before the first answer; `ocp ask hello` gets one")
+        return Finding("PASS", "logged in: the last answer proved it")
+    return Finding("INFO", "not known yet: the first answer tells; `ocp ask hello` gets one")
 
 
 def _check_served_version(facts: Facts) -> Finding:
@@ -2596,6 +3237,11 @@ def _fix_extra_usage(facts: Facts) -> Fix:
     return Fix("extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",))
 
 
+def _fix_failures(facts: Facts) -> Fix:
+    actions = (f"{kind.get('kind')}: {kind.get('action')}" for kind in facts.failures)
+    return Fix("recent_failures", tuple(clean(action) for action in actions))
+
+
 def _fix_login(facts: Facts) -> Fix:
     if (facts.health.get("auth") or {}).get("ok") is not False:
         return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
@@ -2606,14 +3252,15 @@ def _fix_service(facts: Facts) -> Fix:
     record = facts.service
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
-    by_hand = f"run it by hand: {facts.script('ocp_server.py')}"
-    return Fix("fix_service", (by_hand,), _fix_install(facts).commands)
+    by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
+    return Fix("fix_install", (by_hand,), _fix_install(facts).commands)
 
 
 def _fix_version(facts: Facts) -> Fix:
     record = facts.service
     if record is None:
-        return Fix("restart", ("end the server and start it again, as you started it",))
+        again = f"end the server and start it again: {command_by_hand(facts.env)}"
+        return Fix("restart", (again,))
     return Fix("restart", (), tuple(service_lines(facts.env, record, "restart")))
 
 
@@ -2629,44 +3276,111 @@ def _fix_unit(facts: Facts) -> Fix:
     return Fix("fix_unit", (), tuple(service_lines(facts.env, record, "enable")))
 
 
+def _complain(complaint: str) -> None:
+    """Raise Problem with the complaint of a command, if there is one."""
+    if complaint:
+        raise Problem(Exit.FAILED, complaint)
+
+
+def _mend_modes(facts: Facts) -> None:
+    for path, mode in _loose_paths(facts):
+        # A link may lead to a file of somebody else.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(descriptor).st_uid != facts.env.user_id:
+                raise Problem(Exit.DENIED, f"{path} belongs to another user")
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+
+
+def _mend_unit(facts: Facts) -> None:
+    if facts.service:
+        _complain(run_service(facts.env, facts.service, "enable"))
+
+
+def _mend_service(facts: Facts) -> None:
+    if facts.health:
+        raise Problem(Exit.FAILED, "it is shutting down: wait until it has ended")
+    owner = None
+    with contextlib.suppress(OSError):
+        owner = port_owner(facts.env, port_of(facts.url))
+    if owner and owner.command and not owner.is_ocp:
+        raise Problem(Exit.FAILED, f"its port belongs to {owner.words}")
+    if facts.service:
+        since_s = facts.env.clock()
+        complaint = run_service(facts.env, facts.service, "restart")
+        wrong = wait_for_server(facts.env, facts.service.url, facts.version, since_s)
+        _complain(f"{wrong} {complaint}".rstrip() if wrong else "")
+
+
+def _mend_linger(facts: Facts) -> None:
+    done = facts.env.command("loginctl", "enable-linger")
+    _complain("" if done.code == 0 else done.complaint)
+
+
 _INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
 
 CHECKS = (
-    Check("python", "The Python that runs this, and the one of the service",
-          _check_python, _fix_install),
-    Check("install_dir", "The installer's record and the server that it names",
-          _check_record, _fix_install),
-    Check("claude_found", "Whether the server finds the claude program", _check_claude,
+    Check("python", "Python",
+          "The Python that runs this, and the one of the service", _check_python, _fix_install),
+    Check("install_dir", "Installation",
+          "The installer's record and the server that it names", _check_record, _fix_install),
+    Check("claude_found", "claude",
+          "Whether the server finds the claude program", _check_claude,
           Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)),
-    Check("claude_version", "Whether claude is new enough", _check_claude_version,
+    Check("claude_version", "Version of claude",
+          "Whether claude is new enough", _check_claude_version,
           Fix("fix_claude", (), ("{claude} update",))),
-    Check("node", "Whether Node is too old for npm to install a new claude", _check_node,
+    Check("node", "Node",
+          "Whether Node is too old for npm to install a new claude", _check_node,
           Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE)),
-    Check("disk_space", "How much room is left for the server's files", _check_disk,
+    Check("disk_space", "Disk",
+          "How much room is left for the server's files", _check_disk,
           Fix("fix_disk", ("make room on the disk of {data_dir}",))),
-    Check("database", "Whether the server writes to its database, and whether that is in order",
+    Check("database", "Database",
+          "Whether the server writes to its database, and whether that is in order",
           _check_database, _fix_database),
-    Check("file_modes", "Whether others may read the database, the keys or the settings file",
-          _check_modes, _fix_modes),
-    Check("port_owner", "Which process owns the server's port", _check_port,
+    Check("file_modes", "Private files",
+          "Whether others may read the database, the keys or the settings file",
+          _check_modes, _fix_modes, _mend_modes),
+    Check("port_owner", "Port",
+          "Which process owns the server's port", _check_port,
           Fix("fix_port", ("end the other program, or install again with another --port",))),
-    Check("service_unit", "Whether the service is there and starts by itself",
-          _check_unit, _fix_unit),
-    Check("service_running", "Whether an OCP server answers", _check_service, _fix_service),
-    Check("oauth_ok", "What the last answer told about the login", _check_login, _fix_login),
-    Check("extra_usage", "Whether answers are billed as extra usage, beyond the plan",
+    Check("service_unit", "Service",
+          "Whether the service is there and starts by itself",
+          _check_unit, _fix_unit, _mend_unit),
+    Check("stop_timeout", "Time to stop",
+          "Whether the service gives running answers the time that OCP_DRAIN promises",
+          _check_stop_timeout, _fix_install),
+    Check("service_running", "Server",
+          "Whether an OCP server answers", _check_service, _fix_service, _mend_service),
+    Check("oauth_ok", "Login",
+          "What the last answer told about the login", _check_login, _fix_login),
+    Check("extra_usage", "Extra usage",
+          "Whether answers are billed as extra usage, beyond the plan",
           _check_extra_usage, _fix_extra_usage),
-    Check("service_version_matches_tree", "Whether the installed version is the one that runs",
+    Check("recent_failures", "Failed requests",
+          "Which requests failed in the last hour, and why", _check_failures, _fix_failures),
+    Check("service_version_matches_tree", "Running version",
+          "Whether the installed version is the one that runs",
           _check_served_version, _fix_version),
-    Check("linger", "Whether a service of a user outlives the login (systemd)", _check_linger,
-          Fix("fix_linger", (), ("loginctl enable-linger",))),
-    Check("clock", "Whether the server's clock and this one agree", _check_clock,
+    Check("linger", "Running without you",
+          "Whether a service of a user outlives the login (systemd)", _check_linger,
+          Fix("fix_linger", (), ("loginctl enable-linger",)), _mend_linger),
+    Check("clock", "Clock",
+          "Whether the server's clock and this one agree", _check_clock,
           Fix("fix_clock", ("let both machines set their clocks from the network",))),
-    Check("openclaw_models", "Whether OpenClaw, if it is here, knows the same models",
+    Check("openclaw_models", "OpenClaw",
+          "Whether OpenClaw, if it is here, knows the same models",
           _check_openclaw, Fix("fix_openclaw", (), ("{ocp} sync",))),
-    Check("current_version", "Whether there is a newer release", _check_latest,
+    Check("current_version", "Release",
+          "Whether there is a newer release", _check_latest,
           Fix("update", (), ("{ocp} update --yes",))),
 )
+
+#: What a check and its finding are, in the order of CHECKS.
+Findings = Sequence[tuple[Check, Finding]]
 
 
 def run_check(check: Check, facts: Facts) -> Finding:
@@ -2674,25 +3388,35 @@ def run_check(check: Check, facts: Facts) -> Finding:
     try:
         return check.probe(facts)
     except (Unknown, Problem, OSError) as error:
-        return Finding("INFO", f"could not check: {error}".splitlines()[0])
+        reason = str(error)
+    except Exception as error:
+        # One answer that nobody foresaw must not hide what the other checks find.
+        reason = f"{type(error).__name__}: {error}"
+    return Finding("INFO", f"could not check: {reason}".splitlines()[0], is_known=False)
 
 
-def next_action(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
+def fix_of(check: Check, facts: Facts) -> Fix:
+    """Return what to do about the finding of a check."""
+    if not isinstance(check.fix, Fix):
+        return check.fix(facts)
+    human, commands = (tuple(text.format_map(facts.names) for text in texts)
+                       for texts in (check.fix.human, check.fix.commands))
+    return Fix(check.fix.kind, human, commands)
+
+
+def is_safe(check: Check, fix: Fix) -> bool:
+    """Return whether `ocp doctor --fix` carries this fix out."""
+    is_whole = fix.kind == "fix_install" or any(each.startswith("sudo ") for each in fix.commands)
+    return check.mend is not None and not is_whole
+
+
+def next_action(facts: Facts, findings: Findings) -> Json:
     """Return what to do about the first failure, else about the first warning, else nothing."""
-    kind, human, commands = "noop", [], []
     found = [check for level in ("FAIL", "WARN") for check, finding in findings
              if finding.level == level]
-    if found:
-        fix = found[0].fix
-        if isinstance(fix, Fix):
-            human = [text.format_map(facts.names) for text in fix.human]
-            commands = [text.format_map(facts.names) for text in fix.commands]
-        else:
-            fix = fix(facts)
-            human, commands = list(fix.human), list(fix.commands)
-        kind = fix.kind
-    return {"kind": kind, "human_required": human, "ai_executable": commands,
-            "verify": facts.script("ocp.py", "doctor")}
+    fix = fix_of(found[0], facts) if found else Fix("noop")
+    return {"kind": fix.kind, "human_required": list(fix.human),
+            "ai_executable": list(fix.commands), "verify": facts.script("ocp.py", "doctor")}
 
 
 def _units(facts: Facts) -> list[Json] | None:
@@ -2708,7 +3432,18 @@ def _units(facts: Facts) -> list[Json] | None:
     }]
 
 
-def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Json:
+def _check_row(check: Check, finding: Finding, facts: Facts) -> Json:
+    """Return a check and what it found as JSON, with its fix if it needs one."""
+    row = {"id": check.id, "title": check.title, "level": finding.level,
+           "message": clean(finding.message), "checked": finding.is_known}
+    if finding.level in ("FAIL", "WARN"):
+        fix = fix_of(check, facts)
+        row["fix"] = {"kind": fix.kind, "human_required": list(fix.human),
+                      "ai_executable": list(fix.commands), "safe": is_safe(check, fix)}
+    return row
+
+
+def doctor_report(facts: Facts, findings: Findings) -> Json:
     """Return the whole examination as JSON."""
     levels = [finding.level for _, finding in findings]
     current = facts.version
@@ -2726,10 +3461,8 @@ def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Js
         "latest_version": latest if current else None,
         "from_version_supported": bool(current), "units": _units(facts),
         "fail_count": levels.count("FAIL"), "warn_count": levels.count("WARN"),
-        "checks": [
-            {"id": check.id, "level": finding.level, "message": clean(finding.message)}
-            for check, finding in findings
-        ],
+        "unknown_count": sum(not finding.is_known for _, finding in findings),
+        "checks": [_check_row(check, finding, facts) for check, finding in findings],
         "next_action": next_action(facts, findings),
     }
 
@@ -2737,27 +3470,255 @@ def doctor_report(facts: Facts, findings: Sequence[tuple[Check, Finding]]) -> Js
 _LEVEL_COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red", "INFO": "dim"}
 
 
+def _doctor_advice(answer: Json) -> Iterator[str]:
+    """Yield what to do next, in lines."""
+    unknown = answer["unknown_count"]
+    yield f"{answer['fail_count']} failed, {counted(answer['warn_count'], 'warning')}" + (
+        f", {unknown} could not be checked" if unknown else "")
+    safe = [row["title"] for row in answer["checks"] if row.get("fix", {}).get("safe")]
+    if safe:
+        yield f"`ocp doctor --fix` does what is safe: {', '.join(safe)}."
+    if answer["next_action"]["kind"] != "noop":
+        yield f"Failures first, from the top down. Then again: {answer['next_action']['verify']}"
+
+
 def show_doctor(answer: Json, style: Style) -> str:
-    """Return the examination for people."""
+    """Return the examination for people, with the fix under each row that needs one."""
     current, latest = answer["current_version"] or "unknown", answer["latest_version"] or "unknown"
     lines = [style.paint("bold", f"OCP {current}") + (
         "" if latest == current else f" -> {latest} is available")]
-    for check in answer["checks"]:
-        level = style.paint(_LEVEL_COLOURS[check["level"]], f"[{check['level']}]")
-        lines.append(f"  {level} {check['id']}: {check['message']}")
-    lines += ["", f"{answer['fail_count']} failed, {answer['warn_count']} warnings"]
-    action = answer["next_action"]
-    if action["kind"] != "noop":
-        lines.append(style.paint("bold", f"What to do next ({action['kind']}):"))
-        lines += [f"  {line}" for line in [*action["ai_executable"], *action["human_required"]]]
-        lines.append(f"and then: {action['verify']}")
-    return "\n".join(lines)
+    for row in answer["checks"]:
+        word = row["level"] if row["checked"] else "SKIP"
+        level = style.paint(_LEVEL_COLOURS[row["level"]], f"[{word}]")
+        lines.append(f"  {level} {row['title']} ({row['id']}): {row['message']}")
+        fix = row.get("fix", {"ai_executable": [], "human_required": []})
+        steps = [*fix["ai_executable"], *fix["human_required"]]
+        lines += [f"         {'    ' if at else 'fix:'} {clean(step)}"
+                  for at, step in enumerate(steps)]
+    return "\n".join([*lines, "", *_doctor_advice(answer)])
+
+
+def mend(env: Env, facts: Facts, findings: Findings) -> list[Json]:
+    """Carry the safe fixes out, and say so. Returns what was done and what failed.
+
+    No terminal is given to what runs here, so nothing can ask.
+    """
+    done = []
+    for check, finding in findings:
+        fix = fix_of(check, facts) if finding.level in ("FAIL", "WARN") else Fix("noop")
+        if check.mend is None or fix.kind == "noop" or not is_safe(check, fix):
+            continue
+        words = f"{check.title}: {clean(' && '.join(fix.commands))}"
+        try:
+            check.mend(facts)
+            failure = ""
+        except (Problem, OSError) as error:
+            failure = clean(error)
+        env.note(f"{words}: {'failed: ' + failure if failure else 'done'}")
+        done.append({"id": check.id, "commands": list(fix.commands), "ok": not failure,
+                     "message": failure})
+    if not done:
+        env.note("There is nothing that can be fixed safely without you.")
+    return done
+
+
+#: How much of the log goes into a report.
+_REPORT_LOG_LINES = 60
+#: Fields of the log whose words tell what happened. The words of all others may be names.
+_TELLING_FIELDS = frozenset((
+    "adjusted", "claude", "detail", "dialect", "error", "help", "kind", "message", "method", "mode",
+    "model", "outcome", "path", "reason", "request_id", "setting", "status", "stop_reason",
+    "storage", "version", "why"))
+#: Names of a user or a machine that tell nothing of their owner.
+_COMMON_NAMES = frozenset(("root", "ocp", "claude", "user", "localhost", "ubuntu", "debian", "pi"))
+_TOKEN = re.compile(
+    r"(?:sk-|ocp_|Bearer )[\w.-]{6,}|(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{24,}")
+
+
+#: Variables whose values are names.
+_NAMING = ("USER", "LOGNAME", "OCP_INSTANCE_NAME", "OCP_ALLOWED_HOSTS")
+
+
+class Redactor:
+    """Takes out of a text what lets others in and what tells who the owner is.
+
+    Known secrets and names are found wherever they stand; unknown ones by their form.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        env = facts.env
+        environ = {**env.environ, **service_environ(env, facts.readable_record)}
+        self._secrets = [text for name, text in environ.items()
+                         if re.search("KEY|TOKEN|SECRET|PASSW", name) and len(text) > 3]
+        with contextlib.suppress(Problem):
+            self._secrets += filter(None, [admin_key(env, facts.url)])
+        self._home = env.home
+        machine = socket.gethostname()
+        names = {machine, machine.partition(".")[0], os.path.basename(env.home),
+                 *(part for name in _NAMING for part in environ.get(name, "").split(",")),
+                 str(facts.health.get("instanceName", "")), *_key_names(facts)}
+        self._names = sorted((name for name in names if len(name) > 2
+                              and name.lower() not in _COMMON_NAMES), key=len, reverse=True)
+
+    def text(self, text: object) -> str:
+        """Return a text without secrets, names, addresses and home folders."""
+        found = clean(text)
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            found = found.replace(secret, "<secret>")
+        found = re.sub(r"[\w.+-]+@[\w-]+\.[\w.-]+", "<e-mail>", found)
+        found = found.replace(self._home, "~") if len(self._home) > 1 else found
+        found = re.sub(r"/(?:home|Users)/[^/\s'\"]+", "~", found)
+        found = re.sub(r"(?<=://)\[?[\w.:%-]+\]?", self._host, found)
+        found = re.sub(r"[0-9A-Fa-f.:]{3,}", self._address, found)
+        for name in self._names:
+            found = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<name>", found, flags=re.I)
+        return _TOKEN.sub("<secret>", found)
+
+    @staticmethod
+    def _host(found: re.Match[str]) -> str:
+        host, colon, port = found[0].rpartition(":")
+        host, port = (host, colon + port) if port.isdigit() else (found[0], "")
+        is_known = is_loopback(f"http://{host}") or host.endswith(("anthropic.com", "github.com"))
+        return found[0] if is_known else f"<host>{port}"
+
+    @staticmethod
+    def _address(found: re.Match[str]) -> str:
+        text = found[0].strip(".:") if "::" not in found[0] else found[0].rstrip(".")
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            return found[0]
+        is_plain = address.is_loopback or address.is_unspecified
+        return found[0] if is_plain else found[0].replace(text, "<address>")
+
+    def log_line(self, entry: Json) -> str:
+        """Return one event of the log: numbers, and the words of fields that tell no names."""
+        if not isinstance(entry, dict) or "event" not in entry:
+            return "(a line that is no event)"
+        words = [str(entry.get(name, "")) for name in ("ts", "level", "event")]
+        for name, value in entry.items():
+            if name in ("ts", "level", "event"):
+                continue
+            is_told = is_number(value) or isinstance(value, bool) or (
+                isinstance(value, str) and name in _TELLING_FIELDS)
+            words.append(f"{name}={self.text(value)[:300] if is_told else '...'}")
+        return clean(" ".join(words))
+
+
+def _key_names(facts: Facts) -> list[str]:
+    """Return the names of all keys, from the server or its database, as far as they can be had."""
+    with contextlib.suppress(Problem, KeyError, TypeError):
+        keys = find_server(facts.env).ask("GET", "/api/keys", timeout_s=3.0).value["keys"]
+        return [str(key["name"]) for key in keys]
+    path = os.path.join(facts.data_dir, "ocp.db")
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(open_database(path, "ro")) as base:
+        return [str(name) for (name,) in base.execute("SELECT name FROM keys")]
+    return []
+
+
+def _system_name() -> str:
+    """Return the operating system and the processor's kind, without the machine's name."""
+    name = platform.system()
+    with contextlib.suppress(OSError), open("/etc/os-release", encoding="utf-8") as file:
+        name = settings_of(file.read()).get("PRETTY_NAME", name)
+    return f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
+    health, record = facts.health, facts.readable_record
+    yield (f"installed {answer['current_version'] or 'unknown'}, "
+           f"runs {health.get('version') or 'no server'}")
+    with contextlib.suppress(Problem):
+        yield f"commit {git(facts.env, git_tree(facts.env), 'rev-parse', '--short', 'HEAD')}"
+    yield f"python {sys.version.split()[0]}, sqlite {sqlite3.sqlite_version}, {ssl.OPENSSL_VERSION}"
+    yield _system_name()
+    yield f"claude {facts.claude_version or 'unknown'} at {facts.claude or 'unknown'}"
+    yield f"service {record.platform if record and record.label else 'none'}"
+    for part in ("status", "authMode", "storage", "stats", "concurrency"):
+        if part in health:
+            yield f"{part} {json.dumps(health[part])}"
+
+
+def _bundle_settings(facts: Facts) -> Iterator[str]:
+    """Yield settings: numbers, switches and words of a choice; of all others, that they are set."""
+    for name, text in sorted(service_environ(facts.env, facts.readable_record).items()):
+        if name.startswith(("CLAUDE_", "OCP_", "PROXY_")) and text:
+            yield f"{name}={text if re.fullmatch('[0-9.]{1,12}', text) else '(set)'}"
+    with contextlib.suppress(Problem):
+        for name, row in find_server(facts.env).ask("GET", "/settings").value.items():
+            value = row.get("value")
+            is_word = isinstance(value, str) and re.fullmatch("[a-z0-9]{0,8}", value)
+            shown = json.dumps(value) if is_word or not isinstance(value, str) else "(set)"
+            yield f"{name} = {shown}, from {row.get('source')}"
+
+
+def _bundle_errors(facts: Facts) -> Iterator[str]:
+    with contextlib.suppress(Problem):
+        for row in find_server(facts.env).ask("GET", "/api/errors").value.get("byKind") or []:
+            yield f"{row.get('kind')}: {row.get('count')}, last at {row.get('lastAt')}"
+
+
+def _log_entries(facts: Facts) -> list[Json]:
+    """Return the newest events of the log, from the server, or from its file if it is down."""
+    with contextlib.suppress(Problem):
+        answer = find_server(facts.env).ask("GET", f"/logs?n={_REPORT_LOG_LINES}&level=all")
+        return list(answer.value.get("entries") or [])
+    entries = []
+    path = os.path.join(facts.data_dir, "logs", "ocp.log")
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file.readlines()[-_REPORT_LOG_LINES:]:
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
+def bundle(facts: Facts, answer: Json) -> str:
+    """Return the text of a report for an issue: versions, checks, settings, errors, log."""
+    redactor = Redactor(facts)
+    checks = [f"[{row['level']}] {row['id']}: {row['message']}" for row in answer["checks"]]
+    parts = (
+        ("Versions", _bundle_versions(facts, answer)), ("Checks", checks),
+        ("Settings", _bundle_settings(facts)), ("Errors by kind", _bundle_errors(facts)),
+    )
+    lines = [f"OCP report of {answer['timestamp']}"]
+    for title, rows in parts:
+        lines += ["", f"{title}:", *(f"  {redactor.text(row)}" for row in rows)]
+    lines += ["", "Log:", *(f"  {redactor.log_line(entry)}" for entry in _log_entries(facts))]
+    return "\n".join(lines) + "\n"
+
+
+def write_bundle(facts: Facts, answer: Json) -> str:
+    """Write a report for an issue, which only its owner can read. Returns its path."""
+    name = utc_time(facts.env.clock()).strftime("report-%Y%m%dT%H%M%SZ.txt")
+    path = os.path.join(facts.env.ocp_home, "logs", name)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        write_whole(path, bundle(facts, answer).encode("utf-8", "replace"))
+    except OSError as error:
+        raise Problem(Exit.FAILED, f"{path} cannot be written: {error.strerror}.") from None
+    return path
+
+
+def examine(env: Env) -> tuple[Facts, Findings]:
+    """Make all checks."""
+    facts = Facts(env)
+    return facts, [(check, run_check(check, facts)) for check in CHECKS]
 
 
 def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
-    """Examine the installation. FAILED when a check fails."""
-    facts = Facts(env)
-    answer = doctor_report(facts, [(check, run_check(check, facts)) for check in CHECKS])
+    """Examine the installation, and mend it if told to. FAILED when a check fails."""
+    facts, findings = examine(env)
+    fixes: dict[str, Json] = {}
+    if args.fix:
+        fixes = {"fixes": mend(env, facts, findings)}
+        facts, findings = examine(env)
+    answer = {**doctor_report(facts, findings), **fixes}
+    if args.report:
+        path = write_bundle(facts, answer)
+        env.say(json.dumps({"report": path}) if args.json else path)
+        env.note("Read it before you pass it on: keys, names and addresses are left out as far as "
+                 "a program can know them.")
+        return Exit.OK
     env.say(json.dumps(answer, indent=2) if args.json else show_doctor(answer, style_of(env)))
     return Exit.FAILED if answer["fail_count"] else Exit.OK
 
@@ -2767,6 +3728,8 @@ def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
 # and of this program; and a journal, written before each step, from which the next call knows how
 # far an interrupted one had come.
 
+#: Why there is nothing to compare an installation with.
+NO_RELEASE = "the remote has no release yet: no tag such as v1.2.3"
 _RELEASE = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 
 
@@ -2822,6 +3785,10 @@ def remote_tags(env: Env, tree: str) -> dict[str, str]:
 
     The remote is asked each time: a release that was withdrawn must not be offered.
     """
+    if "origin" not in git(env, tree, "remote").splitlines():
+        raise Problem(
+            Exit.FAILED, f"{tree} has no remote named origin, so no release can be looked for. "
+            f"Name it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
     listed = git(env, tree, "ls-remote", "--tags", "origin", timeout_s=15)
     found: dict[str, str] = {}
     for line in listed.splitlines():
@@ -3065,6 +4032,53 @@ def refuse_local_work(env: Env, plan: Journal) -> None:
             f"was changed.\nMerge the release yourself: git -C {tree} merge v{plan.to_version}")
 
 
+#: In a checkout: who may sign releases, in the form of ssh-keygen. The file of the version that is
+#: installed counts, never that of the new one.
+SIGNERS = os.path.join("tools", "allowed_signers")
+#: The first git that verifies such signatures.
+_VERIFYING_GIT = (2, 34)
+
+
+def verify_tag(env: Env, plan: Journal) -> str:
+    """Return in words whether the fetched tag is signed. Raises Problem if it must not be taken."""
+    name, tree = f"v{plan.to_version}", plan.tree
+    if git(env, tree, "rev-parse", f"refs/tags/{name}^{{commit}}") != plan.to_commit:
+        raise Problem(Exit.FAILED, f"{name} has changed while it was fetched: update once more.")
+    if not os.path.exists(os.path.join(tree, SIGNERS)):
+        return f"{name}: no signature to verify, because this version names no signers ({SIGNERS})"
+    found = re.search(r"(\d+)\.(\d+)", git(env, tree, "version"))
+    if not found or (int(found[1]), int(found[2])) < _VERIFYING_GIT:
+        return f"{name}: its signature was not verified, because git is older than 2.34"
+    try:
+        # Only keys of that file count: none of the user's own for other kinds of signatures.
+        git(env, tree, "-c", f"gpg.ssh.allowedSignersFile={os.path.join(tree, SIGNERS)}",
+            "-c", "gpg.program=false", "-c", "gpg.x509.program=false", "verify-tag",
+            f"refs/tags/{name}")
+    except Problem:
+        raise Problem(
+            Exit.FAILED, f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it "
+            "was not installed, and nothing was changed.") from None
+    # A signed tag could be offered again under the name of another release.
+    if f"\ntag {name}\n" not in git(env, tree, "cat-file", "tag", f"refs/tags/{name}"):
+        raise Problem(Exit.FAILED, f"What is offered as {name} was signed as another release.")
+    return f"{name} is signed by a key of {SIGNERS}"
+
+
+def compare_sums(env: Env, plan: Journal, folder: str) -> str:
+    """Return in words whether files have the SHA-256 sums in the tag's message. Raises Problem."""
+    told = git(env, plan.tree, "for-each-ref", "--format=%(contents)",
+               f"refs/tags/v{plan.to_version}")
+    compared = 0
+    for wanted, name in re.findall(r"(?m)^([0-9a-f]{64})  ([\w.-]+)$", told):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as file:
+            if hashlib.sha256(file.read()).hexdigest() != wanted:
+                raise Problem(Exit.FAILED, f"{name} does not have the sum that the tag names.")
+            compared += 1
+    if not compared:
+        return f"v{plan.to_version} names no sums: its files are taken as git fetched them"
+    return f"{counted(compared, 'file')} of v{plan.to_version} compared with the sums in its tag"
+
+
 def show_update_plan(plan: Journal, record: Record | None) -> str:
     """Return what an update is going to do."""
     restart = f"restart {record.label} and ask its version" if record else (
@@ -3087,8 +4101,10 @@ def remove_worktree(env: Env, snapshot: Snapshot) -> None:
 def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
     """Raise Problem unless the new version says that it would start here."""
     plan, folder = snapshot.journal, snapshot.path("tree")
-    git(env, plan.tree, "worktree", "add", "--quiet", "--detach", folder, plan.to_commit)
+    git(env, plan.tree, "-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach",
+        folder, plan.to_commit)
     try:
+        env.say(compare_sums(env, plan, folder))
         server = os.path.join(folder, "ocp_server.py")
         found = version_of(server)
         if found != plan.to_version:
@@ -3299,11 +4315,20 @@ def _rollback(env: Env, args: argparse.Namespace) -> Exit:
     return roll_back(env, done, record)
 
 
+def _nothing_newer(env: Env, tree: str) -> str:
+    """Return why there is no update: no release at all, or this is the newest. Raises Problem."""
+    newest = max(remote_tags(env, tree), key=version_tuple, default="")
+    version = version_of(os.path.join(tree, "ocp_server.py"))
+    if not newest:
+        return f"v{version} is installed; {NO_RELEASE}"
+    return f"v{version} is installed, and there is nothing newer: the newest release is {newest}"
+
+
 def _check_for_update(env: Env, args: argparse.Namespace) -> Exit:
-    plan = plan_update(env, git_tree(env), args.target)
-    current = version_of(env.beside("ocp_server.py"))
-    newest = f"v{plan.to_version} is available" if plan else "the newest"
-    env.say(f"installed v{current}, {newest}")
+    tree = git_tree(env)
+    plan = plan_update(env, tree, args.target)
+    env.say(f"installed v{plan.from_version}, v{plan.to_version} is available" if plan
+            else _nothing_newer(env, tree))
     return Exit.OK
 
 
@@ -3311,8 +4336,7 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     tree = git_tree(env)
     plan = plan_update(env, tree, args.target)
     if plan is None:
-        version = version_of(os.path.join(tree, "ocp_server.py"))
-        env.say(f"v{version} is installed, and there is nothing newer")
+        env.say(_nothing_newer(env, tree))
         return Exit.OK
     refuse_local_work(env, plan)
     record = service_to_update(env, tree)
@@ -3322,6 +4346,7 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     confirm("Do this?", args.yes, env.stdin, env.stdout)
     tag = f"refs/tags/v{plan.to_version}"
     git(env, tree, "fetch", "--quiet", "--no-tags", "origin", f"{tag}:{tag}", timeout_s=300)
+    env.say(verify_tag(env, plan))
     snapshot = take_snapshot(env, plan)
     env.say(f"saved {snapshot.folder}")
     return switch(env, snapshot, record)
@@ -3371,14 +4396,54 @@ def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def commands_text() -> str:
-    """Return the list of commands."""
-    return "Commands:\n" + field_list((command.name, command.help) for command in COMMANDS)
+    """Return the commands in groups, each with what it does."""
+    named = {name for _, names in GROUPS for name in names}
+    rest = tuple(command.name for command in COMMANDS if command.name not in named)
+    width = max(len(command.name) for command in COMMANDS)
+    parts = []
+    for title, names in (*GROUPS, ("Others", rest)):
+        rows = [f"  {command.name:<{width}}  {command.summary}" for name in names
+                for command in COMMANDS if command.name == name]
+        parts += ["\n".join([f"{title}:", *rows])] if rows else []
+    return "\n\n".join(parts)
+
+
+def help_text() -> str:
+    """Return the help of the whole."""
+    first = (__doc__ or "").partition("\n")[0]
+    options = field_list([
+        ("--json", "print JSON, where a command has it"), *(
+            (" ".join([each.names[0], *filter(None, [each.options.get("metavar")])]),
+             each.options["help"]) for each in EVERYWHERE),
+        ("-V, --version", "print the version, and ask no server"), ("-h, --help", "show this help"),
+    ])
+    return f"""{first}
+
+Usage: ocp COMMAND [ARGUMENTS]
+
+{commands_text()}
+
+Options, before or after the command:
+{options}
+
+Examples:
+  ocp ask why is the sky blue
+  ocp keys add laptop --expiry 90d --daily 200
+  ocp logs --level error --since 1h
+  git diff | ocp ask -s 'You review code.' find the mistakes
+
+More: ocp COMMAND --help; ocp help environment for variables and exit codes"""
 
 
 def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the help of the whole, or of one command."""
-    parser(env).parse_args([*args.words, "--help"])
-    return Exit.OK
+    """Show the help of the whole, of one command, or of the environment."""
+    if args.words == ["environment"]:
+        env.say((__doc__ or "").partition("\n\n")[2].strip())
+        return Exit.OK
+    asked = parse(env, [*args.words, "--help"])
+    # Only what another program explains comes back.
+    code: Exit = asked.run(env, asked)
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -3402,70 +4467,47 @@ def _add_commands(
     """Add the rows of a table; each is done by the function of its name."""
     below = parent.add_subparsers(metavar="COMMAND", title="commands", parser_class=kind)
     for command in commands:
+        examples = "".join(f"\n  ocp {example}" for example in command.examples)
         added = below.add_parser(
-            command.name, help=command.help, description=command.help, allow_abbrev=False)
-        for each in command.arguments:
+            command.name, help=command.help, description=f"{command.summary}.", allow_abbrev=False,
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter, max_help_position=28),
+            epilog=f"examples:{examples}" if examples else None)
+        for each in (*command.arguments, *EVERYWHERE):
             added.add_argument(*each.names, **each.options)
-        added.set_defaults(run=globals()[prefix + command.name])
+        added.set_defaults(run=globals()[prefix + command.name], parser=added)
         if command.actions:
             _add_commands(added, command.actions, kind, f"{prefix}{command.name}_")
 
 
 def parser(env: Env) -> argparse.ArgumentParser:
-    """Return the whole command line. Its help is this script's docstring and the commands."""
+    """Return the whole command line."""
 
     class Here(Parser):
         stream = env.stdout
 
     class Whole(Here):
         def format_help(self) -> str:
-            return f"{(__doc__ or '').strip()}\n\n{commands_text()}\n"
+            return help_text() + "\n"
 
         def format_usage(self) -> str:
             return "ocp COMMAND [ARGUMENTS]"
 
     whole = Whole(prog="ocp", allow_abbrev=False)
-    whole.add_argument("--version", action="store_true")
-    whole.set_defaults(json=False, run=None)
+    whole.add_argument("--version", "-V", action="store_true")
+    for each in (JSON, *EVERYWHERE):
+        whole.add_argument(*each.names, **each.options)
+    whole.set_defaults(run=None, url=None, debug=False, parser=whole)
     _add_commands(whole, COMMANDS, Here, "cmd_")
     return whole
 
 
-#: Metavar of an argument that is completed with names of the server: path, list, field of a row.
-#: Without a list, the names are those of the answer's own fields.
-VALUES = {
-    "KEY": ("/api/keys", "keys", "name"), "MODEL": ("/v1/models", "data", "id"),
-    "SESSION": ("/sessions", "sessions", "id"), "SETTING": ("/settings", "", ""),
-}
-
-
-def _server_names(env: Env, metavar: str) -> list[str]:
-    """Return names of the server for a metavar; none if they cannot be had quickly."""
-    if metavar not in VALUES:
-        return []
-    path, rows, field = VALUES[metavar]
-    try:
-        answer = find_server(env).ask("GET", path, timeout_s=2.0).value
-        return [str(row[field]) for row in answer[rows]] if rows else list(answer)
-    except (Problem, KeyError, TypeError):
-        return []
-
-
-def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield what may be an argument of a command after the words `before`, each with its help."""
-    last = before[-1] if before else ""
-    expecting = [each for each in command.arguments
-                 if last in each.names and "metavar" in each.options]
-    for each in expecting or command.arguments:
-        if each.names[0].startswith("-") and not expecting:
-            yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
-            continue
-        words = each.options.get("choices", ()) or _server_names(env, each.options["metavar"])
-        yield from ((name, "") for name in words)
-    if command.name == "logs":
-        yield from ((level, "") for level in LOG_WORDS)
-    if not expecting:
-        yield "--help", "show the help"
+def behind_options(words: Sequence[str]) -> Sequence[str]:
+    """Return the words from the command on: without the options before it."""
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        at += 2 if words[at] == "--url" else 1
+    return words[at:]
 
 
 def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
@@ -3479,14 +4521,90 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     return row, ()
 
 
+def _refuse_unknown(words: Sequence[str]) -> None:
+    """Raise Problem for a command, or an action of one, that does not exist."""
+    row, behind = find_command(words)
+    if not row.actions or not behind or behind[0].startswith("-"):
+        return
+    hint = did_you_mean(behind[0], [each.name for each in row.actions])
+    kind = "action" if row.name else "command"
+    line = " ".join(filter(None, ["ocp", row.name, "--help"]))
+    raise Problem(Exit.USAGE, f"There is no {kind} {clean(behind[0])!r}.{hint}\nMore: {line}")
+
+
+def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of a command line. Raises Problem, and SystemExit after a --help."""
+    command = behind_options(words)
+    _refuse_unknown(command)
+    if command[:1] == ["connect"]:
+        # The options behind it, --help too, are another program's.
+        words = [*words[:len(words) - len(command)], "connect", "--", *command[1:]]
+    args, more = parser(env).parse_known_args(list(words))
+    row = find_command(command)[0]
+    options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names
+               if name.startswith("--")]
+    if more and hasattr(args, "words") and not any(word.startswith("-") for word in more):
+        # Words that an option divides, which argparse does not put together.
+        args.words += more
+    elif more:
+        hint = did_you_mean(more[0], options)
+        args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}.{hint}")
+    takes_json = JSON.names[0] in options
+    if hasattr(args, "json") and args.run and not takes_json:
+        args.parser.error("there is no --json here")
+    return argparse.Namespace(**{"json": False, **vars(args)})
+
+
+#: Metavar of an argument that is completed with names of the server: path, list, field of a row.
+#: Without a list, the names are those of the answer's own fields.
+VALUES = {
+    "KEY": ("/api/keys", "keys", "name"), "MODEL": ("/v1/models", "data", "id"),
+    "SESSION": ("/sessions", "sessions", "id"), "SETTING": ("/settings", "", ""),
+}
+
+
+def _server_names(env: Env, metavar: str) -> list[str]:
+    """Return names of the server for a metavar; none if they cannot be had quickly."""
+    metavar = metavar.partition("|")[0]
+    if metavar not in VALUES:
+        return []
+    path, rows, field = VALUES[metavar]
+    try:
+        answer = find_server(env).ask("GET", path, timeout_s=2.0).value
+        return [str(row[field]) for row in answer[rows]] if rows else list(answer)
+    except (Problem, KeyError, TypeError):
+        return []
+
+
+def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield what may be an argument of a command after the words `before`, each with its help."""
+    last = before[-1] if before else ""
+    if command.name == "connect":
+        yield from ((name, "") for name in connect_options(env))
+        return
+    expecting = [each for each in command.arguments
+                 if last in each.names and "metavar" in each.options]
+    for each in expecting or (*command.arguments, *EVERYWHERE):
+        if each.names[0].startswith("-") and not expecting:
+            yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
+            continue
+        words = each.options.get("choices", ()) or _server_names(env, each.options["metavar"])
+        yield from ((name, "") for name in words)
+    if command.name == "logs" and not expecting:
+        yield from ((level, "") for level in LOG_WORDS)
+    if not expecting:
+        yield "--help", "show the help"
+
+
 def completions(env: Env, words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield what the last of these words may become, each with its help.
 
     Names with characters that a shell would have to quote are left out.
     """
     *before, current = words or [""]
+    before = list(behind_options(before))
     row, behind = find_command(before[1:] if before[:1] == ["help"] else before)
-    possible = [] if behind else [(each.name, each.help) for each in row.actions]
+    possible = [] if behind else [(each.name, each.summary) for each in row.actions]
     for name, text in [*possible, *_argument_words(env, row, behind)]:
         if name.startswith(current) and re.fullmatch(r"[\w.@%+,/-]+", name):
             yield name, text
@@ -3536,21 +4654,17 @@ def program(env: Env) -> Exit:
         for name, text in completions(env, words[1:]):
             env.say(f"{name}\t{text}")
         return Exit.OK
-    if words[:1] == ["connect"] and words[1:] and words[1] not in ("-h", "--help"):
-        # The options behind it are another program's.
-        words = ["connect", "--", *words[1:]]
-    elif "--debug" in words:
-        words.remove("--debug")
-    first = words[0] if words else ""
-    if first[:1] not in ("", "-") and first not in [command.name for command in COMMANDS]:
-        hint = did_you_mean(first, [command.name for command in COMMANDS])
-        raise Problem(Exit.USAGE, f"There is no command {clean(first)!r}.{hint}\nMore: ocp --help")
-    args = parser(env).parse_args(words)
+    args = parse(env, words)
     if args.version:
-        return cmd_version(env, args)
-    if args.run is None:
-        parser(env).print_help()
+        version = version_of(env.beside("ocp_server.py"))
+        env.say(f"ocp {version}" if version else "ocp of an unknown version: no ocp_server.py here")
         return Exit.OK
+    if args.run is None:
+        args.parser.print_help()
+        return Exit.OK
+    if args.url is not None:
+        url = parse_url(args.url, "--url")
+        env = dataclasses.replace(env, environ={**env.environ, "OCP_URL": url})
     code: Exit = args.run(env, args)
     return code
 

@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """ocp_connect configures the tools of this machine to use an OCP server, and can undo it.
 
     curl -fsSL http://HOST:3456/connect | python3 - HOST
@@ -36,7 +39,7 @@ is missing or refused; 130 interrupted.
 #     13. Writing           the only section that changes anything
 #     14. Output            plans, tools and results as text and as JSON
 #     15. Command line      arguments, questions, main
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 

@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """OCP serves your Claude plan to the tools that speak the OpenAI or the Anthropic API.
 
 It drives the official `claude` program, installed and logged in by you, and answers requests of
@@ -66,7 +69,7 @@ Sections (search for "==== 8" to jump to the eighth):
     45. Demo claude             the stand-in for claude behind --demo
     46. Command line            arguments, signals, main
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 
@@ -82,6 +85,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import email.utils
 import enum
 import errno
@@ -100,11 +104,13 @@ import logging.handlers
 import math
 import os
 import queue
+import random
 import re
 import resource
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -258,6 +264,14 @@ def one_line(text: str, max_chars: int = 300) -> str:
     return line if len(line) <= max_chars else line[: max_chars - 3] + "..."
 
 
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name is one of these; a pattern can end in a star."""
+    return any(
+        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+        for pattern in patterns
+    )
+
+
 def printable(text: str) -> str:
     """Return `text` with escapes, such as \\x1b, for control characters, marks of direction and
     lone surrogates, which would be invisible or control a terminal."""
@@ -266,6 +280,12 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def safe_text(text: str, max_chars: int) -> str:
+    """Return `text` as it may be logged and kept: without secrets and invisible characters, on one
+    line, cut to `max_chars`."""
+    return printable(one_line(redact(text), max_chars))
 
 
 def _parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -295,6 +315,19 @@ def peer_group(address: str) -> str:
     if parsed.version == 4 or parsed.is_loopback:
         return str(parsed)
     return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+def network_address() -> str:
+    """Return the address by which this machine reaches others, IPv4 if it has one; empty if there
+    is no network. Sends nothing."""
+    # Documentation addresses: connecting a UDP socket only chooses the route.
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            address = str(probe.getsockname()[0])
+            if not is_loopback(address):
+                return address
+    return ""
 
 
 #: The length of a header that lists names. Clients reject very long headers.
@@ -328,9 +361,12 @@ def format_failure(error: BaseException) -> str:
 
 
 def format_uptime(seconds: float) -> str:
-    """Return a duration in hours and minutes, rounded down: "0h 4m"."""
+    """Return a duration rounded down to minutes, or to seconds if it is short: "3h 4m", "4m",
+    "12s"."""
     minutes = int(seconds // 60)
-    return f"{minutes // 60}h {minutes % 60}m"
+    if minutes < 1:
+        return f"{int(seconds)}s"
+    return f"{minutes // 60}h {minutes % 60}m" if minutes >= 60 else f"{minutes}m"
 
 
 def format_span(seconds: float) -> str:
@@ -341,6 +377,25 @@ def format_span(seconds: float) -> str:
     if minutes > 24 * 60:
         return f"{minutes // 1440}d {minutes % 1440 // 60}h"
     return f"{minutes // 60}h {minutes % 60}m" if minutes >= 60 else f"{minutes}m"
+
+
+#: The milliseconds of the units of durations, the longest first.
+_DURATION_UNITS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+_DURATION = re.compile(r"([0-9]{1,12})\s*(d|h|m|s|ms)", re.IGNORECASE)
+
+
+def parse_duration_ms(text: str) -> int | None:
+    """Return the milliseconds of a duration such as 30s, 90m, 1h or 7d; None for other text."""
+    match = _DURATION.fullmatch(text.strip())
+    return None if match is None else int(match[1]) * _DURATION_UNITS[match[2].lower()]
+
+
+def format_duration(duration_ms: int) -> str:
+    """Return a duration with the longest unit in which it is a whole number: "90m", "1h", "0s"."""
+    if duration_ms == 0:
+        return "0s"
+    unit = next(unit for unit, size in _DURATION_UNITS.items() if duration_ms % size == 0)
+    return f"{duration_ms // _DURATION_UNITS[unit]}{unit}"
 
 
 def iso_time(epoch_s: float) -> str:
@@ -517,6 +572,11 @@ class Config:
     allowed_hosts: str = setting(
         "", "OCP_ALLOWED_HOSTS",
         "host names, besides local ones, under which the server may be called, comma separated",
+    )
+    public_url: str = setting(
+        "", "OCP_PUBLIC_URL",
+        "address that other devices use, such as https://ocp.example.org; empty = the one of the "
+        "network; `none` = it is not known, as in a container",
     )
     tls_cert: str = setting("", "OCP_TLS_CERT", "certificate chain (PEM) to serve https with")
     tls_key: str = setting("", "OCP_TLS_KEY", "private key (PEM) of the certificate")
@@ -780,6 +840,12 @@ class Config:
         return frozenset({self.api_key, self.admin_key, self.anonymous_key} - {""})
 
     @property
+    def own_names(self) -> frozenset[str]:
+        """Host names of this server that the operator has set, in lower case."""
+        public = urllib.parse.urlsplit(self.public_url).hostname or ""
+        return frozenset(name.lower() for name in (*split_list(self.allowed_hosts), public)) - {""}
+
+    @property
     def home_path(self) -> str:
         """The state folder as an absolute path."""
         return os.path.abspath(os.path.expanduser(self.home))
@@ -790,6 +856,9 @@ _ORIGIN = re.compile(
     r"[^*]*|https?://(\*\.)?[^*/:]+(:(\*|\d+))?/?|(?!https?:)[a-z][a-z0-9+.-]*://[^/]*/?",
     re.IGNORECASE,
 )
+
+#: A value of OCP_PUBLIC_URL.
+_PUBLIC_URL = re.compile(r"(none|https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?(/[\w./~-]*)?)?")
 
 #: An entry of OCP_MODEL_ALIASES, and what to say of another one.
 _MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
@@ -840,6 +909,11 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         lambda config: not all(map(_MODEL_ALIAS.fullmatch, split_list(config.model_aliases))),
         _MODEL_ALIAS_HELP,
     ),
+    (
+        lambda config: not _PUBLIC_URL.fullmatch(config.public_url),
+        "OCP_PUBLIC_URL takes an address such as https://ocp.example.org or "
+        "http://192.168.1.10:3456, or none",
+    ),
 )
 
 #: The JSON names of the types of settings.
@@ -867,13 +941,41 @@ class ConfigError(Exception):
     """Invalid settings. `args[0]` has one line for each problem."""
 
 
+#: The milliseconds of the units of settings that are durations.
+_UNIT_MS = {"ms": 1, "s": 1_000, "days": 86_400_000}
+
+
+def is_duration(row: dataclasses.Field[Any]) -> bool:
+    """Return whether this setting is a duration: its value can be written as 30s or 1h too."""
+    return row.metadata["unit"] in _UNIT_MS
+
+
+def _in_unit(row: dataclasses.Field[Any], text: str) -> int | None:
+    """Return the number of a row's units that a duration has, rounded down; None if there is no
+    duration in `text`, or the row is none."""
+    duration_ms = parse_duration_ms(text) if is_duration(row) else None
+    return None if duration_ms is None else duration_ms // _UNIT_MS[row.metadata["unit"]]
+
+
+def setting_text(row: dataclasses.Field[Any], value: int | str | bool) -> str:
+    """Return a value as people write it: a duration as 1h, a number with its unit."""
+    unit = row.metadata["unit"]
+    if is_duration(row) and value:
+        return format_duration(int(value) * _UNIT_MS[unit])
+    return f"{int(value) if isinstance(value, bool) else value} {unit}".strip()
+
+
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
-    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,400}", text) else None
+    value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,400}", text) else _in_unit(row, text)
     minimum, maximum = row.metadata["minimum"], row.metadata["maximum"]
     if value is None:
-        raise ValueError("is not a whole number")
+        more = ", nor a duration such as 30s, 90m or 1h" if is_duration(row) else ""
+        raise ValueError(f"is not a whole number{more}")
     if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
         span = f"{minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
+        if is_duration(row):
+            ends = (setting_text(row, minimum), setting_text(row, maximum))
+            span += f" {row.metadata['unit']} ({ends[0]} to {ends[1]})"
         raise ValueError(f"is out of range: must be {span}")
     return value
 
@@ -898,9 +1000,12 @@ def setting_from_json(row: dataclasses.Field[Any], value: object) -> int | str |
     kind = type(row.default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if is_duration(row) and isinstance(value, str) and _in_unit(row, value) is not None:
+        return parse_setting(row, value)
     if type(value) is not kind:
         words = {int: "a whole number", bool: "true or false", str: "a string"}
-        raise ValueError(f"must be {words[kind]}")
+        more = " or a duration such as \"1h\"" if is_duration(row) else ""
+        raise ValueError(f"must be {words[kind]}{more}")
     return parse_setting(row, str(value))
 
 
@@ -949,8 +1054,130 @@ def removed_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the variables of this environment that are in REMOVED_SETTINGS: (name, why)."""
     return [
         (name, why) for name in sorted(environ) for pattern, why in REMOVED_SETTINGS
-        if name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
+        if matches_any(name, (pattern,))
     ]
+
+
+#: Variables of claude, of the other scripts of OCP and of what surrounds it, whose names look like
+#: those of settings.
+_OTHER_VARIABLES = (
+    "CLAUDE_CODE_*", "CLAUDE_CONFIG_DIR", "CLAUDE_SESSION_ID", "CLAUDE_API_KEY", "OCP_URL",
+    "OCP_API_KEY", "OCP_CONNECT_KEY", "OCP_DIR_OVERRIDE", "OCP_UPDATE_DOCS", "OCP_TEST_*",
+)
+_SETTING_PREFIX = re.compile("CLAUDE_PROXY_|CLAUDE_|OCP_|PROXY_")
+#: Only OCP has variables that begin like this. Of the others, those of claude and of other programs
+#: cannot be told from typing errors, except by their likeness to a setting.
+_OWN_PREFIXES = ("OCP_*", "CLAUDE_PROXY_*")
+
+
+def unknown_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the variables that are meant as settings but are none: (name, the setting that is
+    probably meant, or an empty string). An empty variable counts as not set."""
+    rows = [row.metadata["env"] for row in dataclasses.fields(Config)]
+    known = {_SETTING_PREFIX.sub("", name, 1): name for name in rows}
+    others = (
+        *rows, *_OTHER_VARIABLES, *(pattern for pattern, _ in REMOVED_SETTINGS),
+        *split_list(environ.get("OCP_PASS_ENV", "")),
+    )
+    found = []
+    for name in sorted(environ):
+        prefix = _SETTING_PREFIX.match(name)
+        if not prefix or not environ[name].strip() or matches_any(name, others):
+            continue
+        near = difflib.get_close_matches(name[prefix.end():], known, 1, 0.75)
+        if near or matches_any(name, _OWN_PREFIXES):
+            found.append((name, known[near[0]] if near else ""))
+    return found
+
+
+# --- shared: env_file
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+
+
+def unquoted(text: str) -> str:
+    """Return the value that `text`, what follows the = of a line, means to systemd and sh."""
+    found = []
+    quote = ""
+    characters = iter(text.strip())
+    for character in characters:
+        if character == quote:
+            quote = ""
+        elif quote == "'":
+            found.append(character)
+        elif character == "\\":
+            following = next(characters, "")
+            is_kept = quote == '"' and following not in ('"', "\\", "$", "`")
+            found.append("\\" + following if is_kept else following)
+        elif not quote and character in "'\"":
+            quote = character
+        else:
+            found.append(character)
+    return "".join(found)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Return the settings in the text of an environment file, such as ocp.env."""
+    matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
+    return {match[1]: unquoted(match[2]) for match in matches if match}
+# --- end shared
+
+
+#: The settings file in OCP_HOME. The installer writes it.
+SETTINGS_FILE = "ocp.env"
+
+
+class Environment(NamedTuple):
+    """The variables that the server runs with."""
+
+    variables: dict[str, str]
+    #: The path of the settings file; empty = there is none.
+    file: str
+    #: Where the variables come from that are not in the environment of the process.
+    sources: Mapping[str, str]
+
+    def source(self, name: str) -> str:
+        """Return where a variable comes from: an option, a file, or "environment"."""
+        return self.sources.get(name, "environment")
+
+
+def read_environment(
+    environ: Mapping[str, str], options: Mapping[str, tuple[str, str]]
+) -> Environment:
+    """Return the variables of the command line, else of `environ`, else of the settings file in
+    OCP_HOME. `options` are values and options by variable. An empty variable counts as not set.
+    Raises ConfigError if the file cannot be read."""
+    given = {name: value for name, value in environ.items() if value.strip()}
+    home = Config(home=given.get("OCP_HOME", "~/.ocp").strip()).home_path
+    path, text = os.path.join(home, SETTINGS_FILE), ""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        path = ""
+    except OSError as problem:
+        # Without its settings the server could be open to everybody.
+        raise ConfigError(f"{path} cannot be read: {problem.strerror}") from None
+    stored = settings_of(text)
+    sources = dict.fromkeys(stored.keys() - given.keys(), path)
+    sources.update({name: option for name, (_, option) in options.items()})
+    values = {name: value for name, (value, _) in options.items()}
+    return Environment({**environ, **stored, **given, **values}, path, sources)
+
+
+def settings_in_use(config: Config, environment: Environment) -> list[tuple[str, str, str]]:
+    """Return the settings that are not the default: (variable, value, where it comes from). The
+    values of secrets are not shown."""
+    memory_bytes, found = machine_memory_bytes(), []
+    for row in dataclasses.fields(Config):
+        name, value = row.metadata["env"], getattr(config, row.name)
+        if environment.variables.get(name, "").strip():
+            shown = int(value) if isinstance(value, bool) else value
+            text = "(secret)" if row.metadata["secret"] else str(shown)
+            found.append((name, text, environment.source(name)))
+        elif row.metadata["from_memory"]:
+            size = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else "of unknown size"
+            found.append((name, str(value), f"memory, {size}"))
+    return found
 
 
 def split_list(text: str) -> tuple[str, ...]:
@@ -984,6 +1211,8 @@ def settings_markdown() -> str:
             default = "follows memory" if row.metadata["from_memory"] else str(row.default)
         unit = f" {row.metadata['unit']}" if row.metadata["unit"] and default else ""
         shown = f"{default}{unit}" or "empty"
+        if is_duration(row) and row.default:
+            shown += f" ({setting_text(row, default_of(row, None))})"
         live = f"`{row.metadata['live']}`" if row.metadata["live"] else ""
         cells = (f"`{row.metadata['env']}`", shown, span, live, row.metadata["help"])
         lines.append(f"| {' | '.join(cells)} |")
@@ -995,6 +1224,8 @@ def settings_markdown() -> str:
 # a table. An instance adds the message, which says what to do next, and, where the time is known,
 # `retry_after_s`. `Response.send_error` is the only place that sends one. ClientGone is separate
 # because it is never sent, and ConfigError (see Settings) because only the operator sees it.
+# An error has one name everywhere, its `kind`: in the log, in rows of usage, in /api/errors and in
+# the documents. ACTIONS says for each kind what the operator can do.
 
 # Error types of both APIs.
 _INVALID = "invalid_request_error"
@@ -1032,10 +1263,20 @@ class OcpError(Exception):
         self.retry_after_s = retry_after_s
         #: Additional JSON fields for programs that read the error.
         self.details: Json = {}
-        #: Whether the error is in the log already.
+        #: Whether the error is in the log already, and whether a row of usage has it.
         self.logged = False
+        self.has_row = False
+        #: For the log, of a caller that was not let in: a little of the key that came, and whose
+        #: key it is or was, if that is known exactly.
+        self.preview = ""
+        self.key_name = ""
         #: Whether the API itself rejected the request: quotas do not count such requests.
         self.refused_upstream = False
+
+    @property
+    def kind(self) -> str:
+        """The one name of this failure: its code, or its type if it has no code."""
+        return self.error_code or self.openai_type
 
     def headers(self) -> dict[str, str]:
         """Return the response headers for this error."""
@@ -1069,13 +1310,33 @@ class EmptyAnswer(BadRequest):
 
 
 class Unauthorized(OcpError):
-    """The key is missing or wrong."""
+    """The key is none that this server ever gave out."""
     status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
     code, retryable, rejected_before_work = "invalid_api_key", False, True
 
     def headers(self) -> dict[str, str]:
         """Return the headers, with the authentication scheme that HTTP requires for a 401."""
         return {**super().headers(), "WWW-Authenticate": 'Bearer realm="ocp"'}
+
+
+class MissingKey(Unauthorized):
+    """No key came."""
+    code = "missing_api_key"
+
+
+class ReplacedKey(Unauthorized):
+    """The key was replaced by a newer one."""
+    code = "replaced_api_key"
+
+
+class ExpiredKey(Unauthorized):
+    """The key has expired."""
+    code = "expired_api_key"
+
+
+class RevokedKey(Unauthorized):
+    """The key was revoked."""
+    code = "revoked_api_key"
 
 
 class LoginLost(OcpError):
@@ -1090,6 +1351,31 @@ class Forbidden(OcpError):
     retryable = False
 
 
+class AdminKeyRequired(Forbidden):
+    """Only the operator may do this."""
+    code = "admin_key_required"
+
+
+class LocalOnly(Forbidden):
+    """Without keys, only the server's own machine may do this."""
+    code = "local_only"
+
+
+class HostNotAllowed(Forbidden):
+    """The server was called under a name that is not its own."""
+    code = "host_not_allowed"
+
+
+class OriginNotAllowed(Forbidden):
+    """A web page of another origin called the server."""
+    code = "origin_not_allowed"
+
+
+class ModelNotAllowed(Forbidden):
+    """The key may not use this model."""
+    code = "model_not_allowed"
+
+
 class UpstreamForbidden(Forbidden):
     """The API rejected this account, or does not give it this model."""
     code = "upstream_forbidden"
@@ -1098,7 +1384,7 @@ class UpstreamForbidden(Forbidden):
 class NotFound(OcpError):
     """The requested object or path does not exist."""
     status, openai_type, anthropic_type = 404, _INVALID, "not_found_error"
-    retryable = False
+    code, retryable = "not_found", False
 
 
 class UnknownModel(NotFound):
@@ -1114,7 +1400,7 @@ class ModelNeedsNewerClaude(NotFound):
 class MethodNotAllowed(OcpError):
     """The path exists, but not for this method."""
     status, openai_type, anthropic_type = 405, _INVALID, _INVALID
-    retryable = False
+    code, retryable = "method_not_allowed", False
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
         super().__init__(message)
@@ -1128,6 +1414,7 @@ class MethodNotAllowed(OcpError):
 class RequestTimeout(OcpError):
     """The request did not arrive in time."""
     status, openai_type, anthropic_type = 408, _INVALID, _INVALID
+    code = "request_timeout"
 
 
 class Conflict(OcpError):
@@ -1139,7 +1426,7 @@ class Conflict(OcpError):
 class TooLarge(OcpError):
     """The body, or an image in it, is larger than this server accepts."""
     status, openai_type, anthropic_type = 413, _INVALID, "request_too_large"
-    retryable = False
+    code, retryable = "request_too_large", False
 
 
 class QueueFull(OcpError):
@@ -1158,6 +1445,11 @@ class QuotaExceeded(OcpError):
     status, openai_type, anthropic_type = 429, "quota_exceeded", _RATE_LIMIT
     code, retryable, rejected_before_work = "insufficient_quota", False, True
 
+    @property
+    def kind(self) -> str:
+        """The type: it shares its code, which OpenAI's clients know, with the plan's limit."""
+        return self.openai_type
+
 
 class PlanLimit(OcpError):
     """A limit of the plan is used up, until it resets."""
@@ -1173,7 +1465,7 @@ class ExtraUsageStopped(PlanLimit):
 class HeadTooLarge(OcpError):
     """The request line or a header is longer than this server accepts."""
     status, openai_type, anthropic_type = 431, _INVALID, _INVALID
-    retryable = False
+    code, retryable = "head_too_large", False
 
 
 class UpstreamFailed(OcpError):
@@ -1254,6 +1546,86 @@ class ClientGone(Exception):
     outcome: ClassVar[str] = "abandoned"
 
 
+_LOOK_AT_REQUEST = "Correct the request in the client; the message names the field."
+_LET_FINISH = "Nothing, if it is rare: the client retries."
+#: What the operator can do about each kind of failure. KEY stands for the name of a key.
+ACTIONS: Mapping[str, str] = MappingProxyType({
+    "server_error": "Look at the server's log with `ocp logs --request ID`, and report the error.",
+    "invalid_request_error": _LOOK_AT_REQUEST,
+    "unsupported_parameter": _LOOK_AT_REQUEST,
+    "context_length_exceeded": (
+        "Begin a new conversation, or choose a model with a longer window: `ocp models`."
+    ),
+    "empty_answer": "Ask in another way, or raise the client's max_tokens.",
+    "content_filter": "Ask in another way: the model declined.",
+    "images_unsupported_in_system_messages": _LOOK_AT_REQUEST,
+    "invalid_image_url": _LOOK_AT_REQUEST,
+    "missing_api_key": (
+        "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
+    ),
+    "invalid_api_key": (
+        "Give the client a key of this server: compare the preview with those of "
+        "`ocp keys list`, or create a key with `ocp keys add NAME`."
+    ),
+    "replaced_api_key": (
+        "Put the newer key of KEY into the client, or create another with `ocp keys rotate KEY`."
+    ),
+    "expired_api_key": "Give the key more time: `ocp keys edit KEY --expiry 90d`.",
+    "revoked_api_key": (
+        "If the device may use the server again, create a key with `ocp keys add NAME`; "
+        "otherwise remove the key from the device."
+    ),
+    "upstream_login_required": "Log in on the server: `claude auth login`.",
+    "permission_error": "Use a key that is allowed to do this.",
+    "admin_key_required": (
+        "Send the admin key, which is in the file admin-key of OCP_HOME or in OCP_ADMIN_KEY."
+    ),
+    "local_only": "Call this route on the server's own machine, or set CLAUDE_AUTH_MODE=multi.",
+    "host_not_allowed": "Add the name to OCP_ALLOWED_HOSTS, if you gave it to this server.",
+    "origin_not_allowed": "Add the origin to OCP_ALLOWED_ORIGINS, if you trust this web page.",
+    "model_not_allowed": "Allow the key this model with `ocp keys edit KEY --models`.",
+    "upstream_forbidden": (
+        "Look at the account on claude.ai: it may not use this model, or is on hold."
+    ),
+    "not_found": "Correct the address in the client; `/openapi.json` lists all paths.",
+    "previous_response_not_found": (
+        "Begin the conversation again: stored responses end after a time and at a restart."
+    ),
+    "model_not_found": "Choose a model of `ocp models`, or add an alias to modelAliases.",
+    "model_needs_newer_claude": "Update claude on the server.",
+    "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
+    "request_timeout": "Look at the network of the client: its request came too slowly.",
+    "name_taken": "Choose another name, or revoke the other key: `ocp keys list`.",
+    "request_too_large": "Send less, or raise the limit that the message names.",
+    "rate_limit_exceeded": (
+        "Nothing, if it is rare: the client retries. Else let fewer requests run at a time."
+    ),
+    "quota_exceeded": (
+        "Wait for the reset, or raise the quota: `ocp keys quota KEY` shows it."
+    ),
+    "insufficient_quota": "Wait for the reset of the plan's window: `ocp usage` shows it.",
+    "head_too_large": "Send shorter headers.",
+    "upstream_failed": "Retry. If it stays so, run `ocp doctor` and update claude.",
+    "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
+    "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
+    "memory_full": "Send fewer large requests at a time.",
+    "shutting_down": _LET_FINISH,
+    "not_ready": "Run `ocp doctor`: it says what is missing.",
+    "database_failed": "Run `ocp doctor`: it says what is wrong with the database.",
+    "database_locked": "End the other program that uses ocp.db.",
+    "disk_full": "Free space on the disk of OCP_HOME.",
+    "timeout": "Ask for less in one request, or raise CLAUDE_TIMEOUT.",
+    "overloaded": "Nothing: the API is overloaded, and clients retry.",
+})
+
+
+def action_for(kind: str, key_name: str = "") -> str:
+    """Return what the operator can do about a kind of failure, "" if nothing is known. `key_name`
+    is the name of a key, if there is one."""
+    action = ACTIONS.get(kind, "")
+    return re.sub(r"\bKEY\b", lambda _: shlex.quote(key_name), action) if key_name else action
+
+
 # ==== 4. Log =================================================================
 # An event is one flat record with a fixed name in the past tense. It is written as a JSON line to
 # a rotated file and as a plain line to the terminal, and kept in a ring buffer for GET /logs. No
@@ -1280,6 +1652,30 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         """Ignore the error: a full disk must not stop an answer."""
 
 
+#: How much of the end of a log file is read at the start.
+_TAIL_BYTES = 500_000
+
+
+def _file_tail(path: str, count: int) -> list[Json]:
+    """Return the last events of a log file, at most `count`, oldest first. Lines that are no
+    events are skipped. Empty if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()[-count:]
+    except OSError:
+        return []
+    entries = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = from_json(line)
+            if isinstance(entry, dict) and entry.get("level") in LEVELS and all(
+                isinstance(entry.get(name), str) for name in ("ts", "event")
+            ):
+                entries.append(entry)
+    return entries
+
+
 def _log_value(value: object) -> object:
     """Return a value for the log, with text redacted, shortened, printable and on one line."""
     if isinstance(value, (bool, int, float)) or value is None:
@@ -1288,7 +1684,7 @@ def _log_value(value: object) -> object:
         return {str(_log_value(str(key))): _log_value(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_log_value(each) for each in value]
-    return printable(one_line(redact(str(value)), 500))
+    return safe_text(str(value), 500)
 
 
 class Log:
@@ -1310,19 +1706,46 @@ class Log:
         self._audit_file: _LogFile | None = None
 
     def to_file(self, path: str) -> None:
-        """Write later events to `path` too, and audit events to audit.log beside it.
+        """Write later events to `path` too, and audit events to audit.log beside it. The rings get
+        the last events that the files have.
 
         The files are rotated at 10 MB and 1 MB, with three backups each. Raises OSError.
         """
         folder = os.path.dirname(path)
         os.makedirs(folder, mode=0o700, exist_ok=True)
+        audit_path = os.path.join(folder, "audit.log")
+        self._load(path, audit_path)
         handler = _LogFile(path, maxBytes=10_000_000, backupCount=3, encoding="utf-8")
         audits = _LogFile(
-            os.path.join(folder, "audit.log"), maxBytes=1_000_000, backupCount=3,
-            encoding="utf-8", delay=True,
+            audit_path, maxBytes=1_000_000, backupCount=3, encoding="utf-8", delay=True,
         )
         with self._lock:
             self._file, self._audit_file = handler, audits
+
+    def _load(self, path: str, audit_path: str) -> None:
+        """Put the ends of the files, and of their newest backups, before the events in memory."""
+        audits, events = (
+            [*_file_tail(f"{name}.1", maximum), *_file_tail(name, maximum)][-maximum:]
+            for name, maximum in ((audit_path, _RING_AUDITS), (path, _RING_EVENTS))
+        )
+        # The log has audit events too.
+        audited = {(entry["ts"], entry["event"]) for entry in audits}
+        events = [entry for entry in events if (entry["ts"], entry["event"]) not in audited]
+        numbered = sorted(
+            [(entry, ring) for ring, entries in ((self._audits, audits), (self._ring, events))
+             for entry in entries],
+            key=lambda pair: str(pair[0]["ts"]),
+        )
+        with self._lock:
+            rings = (self._audits, self._ring)
+            present = [[(number + len(numbered), e) for number, e in ring] for ring in rings]
+            for ring in rings:
+                ring.clear()
+            for number, (entry, ring) in enumerate(numbered):
+                ring.append((number, entry))
+            for ring, entries in zip(rings, present):
+                ring.extend(entries)
+            self._count += len(numbered)
 
     def event(self, level: str, name: str, **fields: object) -> None:
         """Log one event, if its level is logged. Fields that are None are left out."""
@@ -1370,13 +1793,18 @@ class Log:
         ready.register(descriptor, select.POLLOUT)
         return bool(ready.poll(0))
 
-    def recent(self, count: int, level: str) -> list[Json]:
-        """Return the newest `count` events of at least this level, oldest first; "all" = every
-        level, "audit" = audit events only."""
+    def recent(
+        self, count: int, level: str, matches: Callable[[Json], bool] = lambda entry: True
+    ) -> list[Json]:
+        """Return the newest `count` events of at least this level that match, oldest first;
+        "all" = every level, "audit" = audit events only."""
         minimum = LEVELS.index(level) if level in LEVELS else 0
         with self._lock:
             numbered = list(self._audits) if level == "audit" else self._numbered_events()
-        entries = [entry for _, entry in numbered if LEVELS.index(entry["level"]) >= minimum]
+        entries = [
+            entry for _, entry in numbered
+            if LEVELS.index(entry["level"]) >= minimum and matches(entry)
+        ]
         return entries[-count:] if count else []
 
     def _numbered_events(self) -> list[tuple[int, Json]]:
@@ -1401,6 +1829,136 @@ class Log:
                 handler.close()
 
 
+class Refused(NamedTuple):
+    """A request that was refused before any work: it has no row of usage."""
+
+    peer: str
+    status: int
+    kind: str
+    message: str
+    #: The name of the key, or of the caller; "" if it is not known.
+    key: str = ""
+    #: A little of the wrong key that came; "" if none did.
+    preview: str = ""
+    path: str = ""
+    request_id: str = ""
+    user_agent: str = ""
+
+
+class RefusedGroup:
+    """Refusals with the same peer, key, preview and kind."""
+
+    def __init__(self, at_s: float) -> None:
+        self.at_s = at_s
+        self.count = 0
+        #: The latest ones, oldest first, with their times.
+        self.latest: collections.deque[tuple[float, Refused]] = collections.deque(
+            maxlen=_LATEST_REFUSALS
+        )
+
+    def add(self, at_s: float, refused: Refused) -> None:
+        self.count += 1
+        self.latest.append((at_s, refused))
+
+    def copy(self) -> RefusedGroup:
+        copied = RefusedGroup(self.at_s)
+        copied.count, copied.latest = self.count, self.latest.copy()
+        return copied
+
+    @property
+    def last_s(self) -> float:
+        return self.latest[-1][0]
+
+    @property
+    def newest(self) -> Refused:
+        return self.latest[-1][1]
+
+    def count_since(self, since_s: float) -> int:
+        """Return how many came since then; of a longer list at least the latest ones."""
+        if self.at_s >= since_s:
+            return self.count
+        return sum(at_s >= since_s for at_s, _ in self.latest)
+
+    def with_id(self, request_id: str) -> Refused | None:
+        """Return the refusal of this request; None if it is not among the latest ones."""
+        found = (each for _, each in self.latest if each.request_id == request_id)
+        return next(found, None)
+
+
+#: How many groups are kept, of callers with a key and of strangers; how many of the latter may be
+#: of one peer, and how many refusals of a group are kept one by one.
+_MAX_REFUSED_GROUPS = 200
+_MAX_REFUSED_GROUPS_OF_PEER = 20
+_LATEST_REFUSALS = 50
+
+
+class RefusedRequests:
+    """The latest refusals for /api/errors, in memory. Strangers displace only strangers."""
+
+    def __init__(self, clock: Clock = time.time) -> None:
+        self._clock = clock
+        # Guards the two dicts and the groups in them.
+        self._lock = threading.Lock()
+        #: Groups of callers with a key, and of strangers; least recent first.
+        self._known: collections.OrderedDict[tuple[str, ...], RefusedGroup] = (
+            collections.OrderedDict()
+        )
+        self._strangers: collections.OrderedDict[tuple[str, ...], RefusedGroup] = (
+            collections.OrderedDict()
+        )
+
+    def add(self, refused: Refused, at_s: float | None = None) -> None:
+        """Keep a refusal of now, or of an earlier time that is not before the last one. Texts that
+        the client wrote are bounded and printable in it."""
+        refused = refused._replace(
+            message=safe_text(refused.message, 500), path=safe_text(refused.path, 100),
+            user_agent=safe_text(refused.user_agent, 120),
+        )
+        at_s = self._clock() if at_s is None else at_s
+        with self._lock:
+            groups = self._known if refused.key else self._strangers
+            place = self._place(refused)
+            group = groups.pop(place, None) or RefusedGroup(at_s)
+            group.add(at_s, refused)
+            groups[place] = group
+            while len(groups) > _MAX_REFUSED_GROUPS:
+                groups.popitem(last=False)
+
+    def _place(self, refused: Refused) -> tuple[str, ...]:
+        """Return what its group has in common. The caller holds the lock."""
+        peer = peer_group(refused.peer)
+        place = (peer, refused.key, refused.preview, refused.kind)
+        if not refused.key and place not in self._strangers:
+            if sum(p == peer for p, *_ in self._strangers) >= _MAX_REFUSED_GROUPS_OF_PEER:
+                return (peer, "", "others", refused.kind)
+        return place
+
+    def groups(self) -> list[RefusedGroup]:
+        """Return copies of all groups, the latest first."""
+        with self._lock:
+            groups = [*self._known.values(), *self._strangers.values()]
+            copies = [group.copy() for group in groups]
+        return sorted(copies, key=lambda group: group.last_s, reverse=True)
+
+
+_REFUSED_EVENT = "request_refused"
+
+
+def _refused_of(entry: Json) -> Refused | None:
+    """Return the refusal that an event of the log tells; None if it tells none."""
+    caller = entry.get("caller")
+    fields = {
+        **entry, "key": entry.get("key") or ("" if caller == "public" else caller),
+    }
+    texts = [fields.get(name, "") for name in Refused._fields if name != "status"]
+    is_whole = isinstance(entry.get("status"), int) and "kind" in entry
+    if entry["event"] != _REFUSED_EVENT or not is_whole:
+        return None
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return Refused(**{name: fields[name] for name in Refused._fields if name in fields})
+
+
 #: How many refusals of one peer are logged one by one in a period, how many peers are counted
 #: separately, and how long a period lasts.
 _MAX_LOGGED_REFUSALS = 5
@@ -1409,8 +1967,8 @@ _REFUSALS_PERIOD_S = 60.0
 
 
 class Refusals:
-    """Logs refused requests, so that nobody without a key can fill the log: a few events for each
-    peer and minute, then one event with the counts."""
+    """Keeps refused requests, and logs them so that nobody without a key can fill the log: a few
+    events for each peer and minute, then one event with the counts."""
 
     def __init__(self, log: Log, clock: Clock = time.monotonic) -> None:
         self._log = log
@@ -1418,6 +1976,13 @@ class Refusals:
         # Guards the next fields; never held while an event is logged.
         self._lock = threading.Lock()
         self._since_s = clock()
+        #: The latest ones, for the operator, with those that the log has from before the start.
+        self.kept = RefusedRequests()
+        for entry in log.recent(_RING_EVENTS, "all"):
+            refused = _refused_of(entry)
+            if refused is not None:
+                with contextlib.suppress(ValueError):
+                    self.kept.add(refused, parse_time(entry["ts"]))
         #: Number of refusals in this period by peer and status; all further peers are "others".
         self._counts: dict[str, collections.Counter[int]] = {}
 
@@ -1432,7 +1997,7 @@ class Refusals:
             is_logged = is_listed and sum(counts.values()) < _MAX_LOGGED_REFUSALS
             counts[status] += 1
         if is_logged:
-            self._log.event("info", "request_refused", peer=peer, status=status, **fields)
+            self._log.event("info", _REFUSED_EVENT, peer=peer, status=status, **fields)
 
     def tend(self, *, at_once: bool = False) -> None:
         """Log the counts if the period is over, or `at_once`, and begin a new period."""
@@ -3145,6 +3710,19 @@ MIGRATIONS = (
     "ALTER TABLE keys ADD COLUMN effort TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE keys ADD COLUMN web_search INTEGER NOT NULL DEFAULT 0",
     "ALTER TABLE usage ADD COLUMN web_search_requests INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE usage ADD COLUMN message TEXT",
+    "ALTER TABLE usage ADD COLUMN peer TEXT",
+    "ALTER TABLE usage ADD COLUMN user_agent TEXT",
+    "CREATE INDEX usage_failed ON usage (at_s) WHERE outcome NOT IN ('ok', 'abandoned')",
+    """
+    CREATE TABLE replaced_secrets (
+        hash TEXT PRIMARY KEY,
+        key_id INTEGER NOT NULL,
+        replaced_s INTEGER NOT NULL
+    )
+    """,
+    "ALTER TABLE replaced_secrets ADD COLUMN valid_until_s INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE replaced_secrets ADD COLUMN preview TEXT NOT NULL DEFAULT ''",
 )
 
 
@@ -3346,6 +3924,10 @@ class Store:
                 with self.transaction():
                     pass
 
+    @property
+    def is_in_memory(self) -> bool:
+        return self._path is None
+
     def is_in_place(self) -> bool:
         """Return whether the path still names the opened file. Always true in memory."""
         if self._path is None:
@@ -3476,6 +4058,7 @@ class Settings:
         return {
             name: {
                 "value": getattr(self.config, row.name),
+                "text": setting_text(row, getattr(self.config, row.name)),
                 "type": kinds[type(row.default)],
                 "min": row.metadata["minimum"],
                 "max": row.metadata["maximum"],
@@ -3591,20 +4174,31 @@ class Key(NamedTuple):
 _RESERVED_NAMES = ("admin", "anonymous", "local", "public", "remote", "shared")
 #: How often the time of a key's last use is updated and written.
 _LAST_USE_EVERY_S = 60.0
+_MAX_KEY_NAME_CHARS = 64
 
 
 def key_name(name: str) -> str:
-    """Return the name if it is valid for a key. Raises BadRequest."""
-    if not re.fullmatch(r"[A-Za-z0-9 ._-]{1,64}", name) or name != name.strip():
+    """Return the name of a key in its usual Unicode form (NFC). Raises BadRequest if it is not
+    valid: every character must be visible, and none may separate parts of a path."""
+    name = unicodedata.normalize("NFC", name)
+    is_path = bool(re.search(r"[/\\]", name)) or name in (".", "..")
+    if not 0 < len(name) <= _MAX_KEY_NAME_CHARS or not name.isprintable() or is_path or (
+        name != name.strip()
+    ):
         raise BadRequest(
-            "name: takes 1 to 64 letters, digits, spaces, dots, underscores and hyphens.",
-            param="name",
+            f"name: takes 1 to {_MAX_KEY_NAME_CHARS} visible characters, spaces only between "
+            "them, and no slash or backslash.", param="name",
         )
     if name.isdigit() or name.lower() in _RESERVED_NAMES:
         raise BadRequest(
             f"name: must not be a number, nor one of {', '.join(_RESERVED_NAMES)}.", param="name"
         )
     return name
+
+
+def _folded(name: str) -> str:
+    """Return a name as names are compared: without regard to case and Unicode form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _key(row: sqlite3.Row) -> Key:
@@ -3619,6 +4213,9 @@ def _column_value(value: object) -> object:
     return json.dumps(value) if isinstance(value, (dict, tuple, list)) else value
 
 
+#: Makes replaced secrets of a key invalid.
+_END_GRACE = "UPDATE replaced_secrets SET valid_until_s = 0 WHERE key_id = ?"
+
 #: The consequences of a failed write, for error messages.
 _IN_MEMORY_ONLY = (
     "The change is in effect in memory and will be written as soon as possible; until then a "
@@ -3626,13 +4223,77 @@ _IN_MEMORY_ONLY = (
 )
 _NOTHING_CHANGED = "Nothing was changed; try again when the problem is solved."
 
-_NEEDS_KEY = "This server requires its key: send `Authorization: Bearer KEY` or `x-api-key`."
+#: The length of a key that this server creates.
+_KEY_CHARS = 36
+#: Keys of other services by their prefixes, the longest first where one begins like another.
+_VENDOR_PREFIXES = (
+    ("sk-ant-", "Anthropic"), ("sk-or-", "OpenRouter"), ("sk-proj-", "OpenAI"), ("sk-", "OpenAI"),
+    ("AIza", "Google"), ("gsk_", "Groq"), ("xai-", "xAI"), ("hf_", "Hugging Face"),
+    ("github_pat_", "GitHub"), ("ghp_", "GitHub"),
+)
+
+
+def key_preview(secret: str) -> str:
+    """Return a little of a wrong key that came, for its sender and for the log.
+
+    A key of this server is shown as in the list of keys. Of anything else, which may be a password
+    or the key of another service, no more than a public prefix or two characters are shown.
+    """
+    for prefix, _ in _VENDOR_PREFIXES:
+        if secret.startswith(prefix):
+            return f"{prefix}..."
+    if secret.startswith("ocp_") and len(secret) >= 20:
+        return safe_text(f"{secret[:8]}...{secret[-4:]}", 60)
+    return safe_text(f"{secret[:2]}..." if len(secret) >= 8 else f"({len(secret)} characters)", 60)
+
+
+def _unknown_key(secret: str, *, is_multi: bool) -> Unauthorized:
+    """Return the error for a key that never was one of this server. `is_multi` says whether keys
+    have the form that the server gives them."""
+    if not secret:
+        return MissingKey(
+            "No key came with the request. This server requires its key: send "
+            "`Authorization: Bearer KEY` or `x-api-key`."
+        )
+    preview = key_preview(secret)
+    vendor = next((name for start, name in _VENDOR_PREFIXES if secret.startswith(start)), "")
+    advice = "compare it with the one that you got from the operator, or ask for a new one"
+    if vendor:
+        reason = f"looks like one of {vendor}: send a key of this server"
+    elif is_multi and secret.startswith("ocp_") and len(secret) < _KEY_CHARS:
+        reason = (
+            f"looks cut off: it has {len(secret)} characters and should have {_KEY_CHARS}; "
+            "copy it again"
+        )
+    elif is_multi and not secret.startswith("ocp_"):
+        reason = f"has the wrong prefix (keys of this server begin with ocp_): {advice}"
+    else:
+        reason = f"is unknown to this server: {advice}"
+    error = Unauthorized(f"The key {preview} {reason}.")
+    error.preview = preview
+    return error
+
+
+class ReplacedSecret(NamedTuple):
+    """A secret that was the one of a key before the key was rotated."""
+
+    key_id: int
+    replaced_s: int
+    #: How long it works nevertheless; 0 = not at all.
+    valid_until_s: int = 0
+    preview: str = ""
+
+
+def _day_of(at_s: float) -> str:
+    """Return the day in the machine's time zone."""
+    return time.strftime("%Y-%m-%d", time.localtime(at_s))
 
 
 # A lookup of a key needs no file: all keys are in memory. Changes differ in when they are written.
 # A change of a key, such as its revocation, takes effect in memory first, and is queued if the
 # database cannot be written. A new key or a new secret is written first and takes effect only if
-# that succeeds, because the secret is handed out and must survive a restart.
+# that succeeds, because the secret is handed out and must survive a restart. The old secret stays
+# valid for the time of grace that the operator sets; of each key, one at most.
 
 
 class Keys:
@@ -3647,6 +4308,12 @@ class Keys:
         self._keys: dict[int, Key] = {}
         #: Ids by hash of the secret.
         self._ids: dict[str, int] = {}
+        #: Former secrets by their hashes. They explain a refusal, and give access only during the
+        #: time of grace that the operator has set.
+        self._replaced: dict[str, ReplacedSecret] = {
+            row["hash"]: ReplacedSecret(*(row[name] for name in ReplacedSecret._fields))
+            for row in store.rows("SELECT * FROM replaced_secrets")
+        }
         #: Times of last use by id, and those of them that are not in the database yet.
         self._used_s: dict[int, int] = {}
         self._unwritten: dict[int, int] = {}
@@ -3696,7 +4363,7 @@ class Keys:
     def _check_free(self, name: str, key_id: int | None) -> None:
         """Raise Conflict if another key that is not revoked has this name."""
         if any(
-            key.revoked_s is None and key.id != key_id and key.name.lower() == name.lower()
+            key.revoked_s is None and key.id != key_id and _folded(key.name) == _folded(name)
             for key in self._keys.values()
         ):
             raise Conflict(
@@ -3727,7 +4394,7 @@ class Keys:
         if re.fullmatch("[0-9]{1,15}", id_or_name):
             matches = [key for key in self.all() if key.id == int(id_or_name)]
         else:
-            matches = [key for key in self.all() if key.name.lower() == id_or_name.lower()]
+            matches = [key for key in self.all() if _folded(key.name) == _folded(id_or_name)]
             matches.sort(key=lambda key: key.revoked_s is not None)
         if not matches:
             raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
@@ -3769,22 +4436,71 @@ class Keys:
         except sqlite3.Error as problem:
             raise storage_failure(problem, _IN_MEMORY_ONLY) from None
 
-    def rotate(self, key: Key) -> str:
-        """Replace the secret of the key and return the new one.
+    def rotate(self, key: Key, grace_s: int = 0) -> str:
+        """Replace the secret of the key and return the new one. The old one is valid for `grace_s`
+        more; one that was replaced before ends at once.
 
         Raises BadRequest, and StorageFailed, after which the old secret is still valid.
         """
         secret, secret_columns = self._new_secret()
         with self._lock:
             key = self._require_unrevoked(key)
-            statement = "UPDATE keys SET hash = ?, preview = ? WHERE id = ?"
-            self._write(statement, secret_columns["hash"], secret_columns["preview"], key.id)
+            former = {known for known, key_id in self._ids.items() if key_id == key.id}
+            now_s = int(self._clock())
+            replaced = ReplacedSecret(key.id, now_s, now_s + grace_s if grace_s else 0, key.preview)
+            try:
+                with self._store.transaction() as connection:
+                    connection.execute(
+                        "UPDATE keys SET hash = :hash, preview = :preview WHERE id = :id",
+                        {**secret_columns, "id": key.id},
+                    )
+                    connection.execute(_END_GRACE, (key.id,))
+                    connection.executemany(
+                        "INSERT OR REPLACE INTO replaced_secrets VALUES (?, ?, ?, ?, ?)",
+                        [(known, *replaced) for known in former],
+                    )
+            except sqlite3.Error as problem:
+                raise storage_failure(problem, _NOTHING_CHANGED) from None
+            self._end_grace_in_memory(key.id)
+            self._replaced.update(dict.fromkeys(former, replaced))
             self._ids = {
-                **{known: key_id for known, key_id in self._ids.items() if key_id != key.id},
+                **{known: key_id for known, key_id in self._ids.items() if known not in former},
                 secret_columns["hash"]: key.id,
             }
             self._keys[key.id] = key._replace(preview=secret_columns["preview"])
         return secret
+
+    def _end_grace_in_memory(self, key_id: int) -> None:
+        for hashed, each in self._replaced.copy().items():
+            if each.key_id == key_id and each.valid_until_s:
+                self._replaced[hashed] = each._replace(valid_until_s=0)
+
+    def in_grace(self, key: Key) -> ReplacedSecret | None:
+        """Return the secret before the last rotation, if it is still valid."""
+        now_s = self._clock()
+        return next(
+            (each for each in self._replaced.copy().values()
+             if each.key_id == key.id and each.valid_until_s > now_s and key.revoked_s is None),
+            None,
+        )
+
+    def _id_in_grace(self, hashed: str) -> int:
+        """Return the id of the key whose replaced secret has this hash and is still valid; 0 =
+        none."""
+        found = self._replaced.get(hashed)
+        return found.key_id if found is not None and found.valid_until_s > self._clock() else 0
+
+    def end_grace(self, key: Key) -> bool:
+        """Make the replaced secret of a key invalid now; return False if there was none. Raises
+        StorageFailed if that is in effect but not written yet."""
+        with self._lock:
+            was_valid = self.in_grace(key) is not None
+            self._end_grace_in_memory(key.id)
+            try:
+                self._store.write_or_queue(_END_GRACE, key.id)
+            except sqlite3.Error as problem:
+                raise storage_failure(problem, _IN_MEMORY_ONLY) from None
+        return was_valid
 
     def revoke(self, key: Key) -> bool:
         """Revoke the key; return False if it was revoked already.
@@ -3802,7 +4518,11 @@ class Keys:
 
     def verify(self, secret: str) -> Caller:
         """Return the caller with this secret. Raises Unauthorized."""
-        key = self._require_valid(self._keys.get(self._ids.get(self._hash(secret), 0)))
+        hashed = self._hash(secret)
+        key = self._keys.get(self._ids.get(hashed) or self._id_in_grace(hashed))
+        if key is None:
+            raise self._not_a_key(secret, self._replaced.get(hashed))
+        self._require_valid(key, key.preview)
         now_s = int(self._clock())
         if now_s - (self._with_last_use(key).used_s or 0) >= _LAST_USE_EVERY_S:
             self._used_s[key.id] = self._unwritten[key.id] = now_s
@@ -3813,15 +4533,49 @@ class Keys:
         not valid any more."""
         if caller.key_id is None:
             return caller
-        return self._require_valid(self._keys.get(caller.key_id)).caller
+        key = self._keys[caller.key_id]
+        # The request may have come with a secret that was replaced since.
+        self._require_valid(key, "of this request")
+        return key.caller
 
-    def _require_valid(self, key: Key | None) -> Key:
-        if key is None:
-            raise Unauthorized(_NEEDS_KEY)
-        if key.revoked_s is not None or key.expired(self._clock()):
-            reason = "was revoked" if key.revoked_s is not None else "has expired"
-            raise Unauthorized(f"This key {reason}: ask the operator of this server for a new one.")
-        return key
+    def _require_valid(self, key: Key, shown: str) -> None:
+        """Raise Unauthorized if a key was revoked or has expired. `shown` is its name for the
+        client."""
+        if key.revoked_s is not None:
+            kind: type[Unauthorized] = RevokedKey
+            reason = f"was revoked on {_day_of(key.revoked_s)}"
+        elif key.expiry_s is not None and key.expired(self._clock()):
+            kind, reason = ExpiredKey, f"expired on {_day_of(key.expiry_s)}"
+        else:
+            return
+        error = kind(f"The key {shown} {reason}: ask the operator of this server for a new one.")
+        error.preview, error.key_name = key.preview, key.name
+        raise error
+
+    def _not_a_key(self, secret: str, replaced: ReplacedSecret | None) -> Unauthorized:
+        """Return the error for a secret that is none of a key, but may have been one."""
+        owner = None if replaced is None else self._keys.get(replaced.key_id)
+        if replaced is None or owner is None:
+            return _unknown_key(secret, is_multi=True)
+        preview = key_preview(secret)
+        error = ReplacedKey(
+            f"The key {preview} was replaced on {_day_of(replaced.replaced_s)}: use the newer one, "
+            "or ask the operator of this server for it."
+        )
+        error.preview, error.key_name = preview, owner.name
+        return error
+
+    def prune(self, days: int) -> None:
+        """Forget former secrets that were replaced longer ago. Raises sqlite3.Error."""
+        before_s = self._clock() - days * 86_400
+        with self._lock, self._store.transaction() as connection:
+            connection.execute(
+                "DELETE FROM replaced_secrets WHERE MAX(replaced_s, valid_until_s) < ?", (before_s,)
+            )
+            self._replaced = {
+                hashed: each for hashed, each in self._replaced.items()
+                if max(each.replaced_s, each.valid_until_s) >= before_s
+            }
 
     def write_last_use(self) -> None:
         """Write the times at which keys were last used. Raises sqlite3.Error."""
@@ -3942,14 +4696,16 @@ def authorize(config: Config, keys: Keys, access: Access, headers: Headers, peer
         # Behind a reverse proxy on this machine every request has a loopback address.
         is_local = is_loopback(peer) and not is_forwarded(headers)
         if access is Access.ADMIN and not is_local:
-            raise Forbidden("This route can be used only on the machine that runs the server.")
+            raise LocalOnly("This route can be used only on the machine that runs the server.")
         return Caller("local" if is_local else "remote", is_admin=is_local)
     caller = _authenticate_any(config, keys, headers, access)
     if access is Access.ADMIN and not caller.is_admin:
-        raise Forbidden(
+        error = AdminKeyRequired(
             "This route requires the admin key: OCP_ADMIN_KEY of the server, or the content of its "
             "file admin-key."
         )
+        error.key_name = caller.name
+        raise error
     return caller
 
 
@@ -3964,7 +4720,8 @@ def _authenticate_any(config: Config, keys: Keys, headers: Headers, access: Acce
         except Unauthorized as failure:
             failures.append(failure)
     if not callers:
-        raise failures[0]
+        # What is known of a key tells more than that another one is unknown.
+        raise next((failure for failure in failures if failure.key_name), failures[0])
     return next((c for c in callers if c.is_admin and access is Access.ADMIN), callers[0])
 
 
@@ -3978,7 +4735,7 @@ def _authenticate(config: Config, keys: Keys, key: str) -> Caller:
         return keys.verify(key)
     if same_secret(key, config.api_key):
         return Caller("shared")
-    raise Unauthorized(_NEEDS_KEY)
+    raise _unknown_key(key, is_multi=False)
 
 
 _LOCAL_SUFFIXES = (".local", ".lan", ".home.arpa", ".internal")
@@ -4007,7 +4764,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     rights, names of the local network are rejected too: any device in it may announce them.
     """
     name = host_name(host)
-    if name in machine_names() or name in (own.lower() for own in split_list(config.allowed_hosts)):
+    if name in machine_names() or name in config.own_names:
         return True
     if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
         return True
@@ -4022,7 +4779,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
 def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
     """Reject requests from web pages of other origins. Raises Forbidden, BadRequest."""
     if host and not is_own_host(config, host, peer):
-        raise Forbidden(
+        raise HostNotAllowed(
             f"{one_line(host, 80)!r} is not a host name of this server: use localhost, or add the "
             "name to OCP_ALLOWED_HOSTS."
         )
@@ -4030,10 +4787,10 @@ def check_origin(config: Config, origin: str, host: str, content_type: str, peer
         return
     # Requests that a browser sends without a CORS preflight, such as forms, are never JSON.
     if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
-        raise Forbidden("Web pages must send application/json.")
+        raise OriginNotAllowed("Web pages must send application/json.")
     if is_allowed_origin(config, origin) or origin in (f"http://{host}", f"https://{host}"):
         return
-    raise Forbidden(
+    raise OriginNotAllowed(
         f"Web pages of {one_line(origin, 80)!r} may not call this server: "
         "add the origin to OCP_ALLOWED_ORIGINS."
     )
@@ -4064,7 +4821,7 @@ class UsageRow(NamedTuple):
     caller: str
     model: str
     dialect: str
-    #: "ok", "abandoned" if the client disconnected, else the code or the type of the error.
+    #: "ok", "abandoned" if the client disconnected, else the kind of the error.
     outcome: str
     status: int
     #: How many requests it counts as for quotas: one for each answer that was requested from
@@ -4085,6 +4842,10 @@ class UsageRow(NamedTuple):
     first_token_ms: int | None
     total_ms: int
     web_search_requests: int = 0
+    #: Of a failed request only: what the client was told, its address, and its User-Agent.
+    message: str | None = None
+    peer: str | None = None
+    user_agent: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -4096,12 +4857,14 @@ class UsageRow(NamedTuple):
 #: The tokens of a row's prompt, and UsageRow.tokens, in SQL.
 _PROMPT = "input_tokens + cache_read_tokens + cache_write_tokens"
 _TOKENS = f"{_PROMPT} + output_tokens"
+#: The condition for failed requests, in the words of the index usage_failed.
+_FAILED = "outcome NOT IN ('ok', 'abandoned')"
 #: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
 _SUMS = (
     ("requests", "COUNT(*)"),
     ("successes", "SUM(outcome = 'ok')"),
     ("abandoned", "SUM(outcome = 'abandoned')"),
-    ("errors", "SUM(outcome NOT IN ('ok', 'abandoned'))"),
+    ("errors", f"SUM({_FAILED})"),
     ("cached", "SUM(path IN ('cached', 'shared'))"),
     ("input_tokens", "SUM(input_tokens)"),
     ("output_tokens", "SUM(output_tokens)"),
@@ -4386,6 +5149,53 @@ class Ledger:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
 
 
+    def failures(self, wanted: FailureFilter, limit: int) -> tuple[list[Json], list[Json]]:
+        """Return the newest `limit` failed requests, newest first, and for each kind of failure
+        the count and the newest of all that match. Raises as `report` does."""
+        where, values = wanted.condition()
+        with self._store.read_transaction() as connection:
+            newest = connection.execute(
+                f"SELECT *, {_CURRENT_NAME} AS key_name FROM usage WHERE {where} "
+                "ORDER BY at_s DESC LIMIT ?", (*values, limit),
+            ).fetchall()
+            # Columns beside MAX() are those of the row with the maximum.
+            kinds = connection.execute(
+                "SELECT outcome AS kind, COUNT(*) AS count, MAX(at_s) AS last_s, message, status, "
+                f"key_id, {_CURRENT_NAME} AS key_name FROM usage WHERE {where} GROUP BY outcome",
+                values,
+            ).fetchall()
+        return [dict(row) for row in newest], [dict(row) for row in kinds]
+
+
+class FailureFilter(NamedTuple):
+    """Which failures are asked for. Empty = any."""
+
+    since_s: float = 0.0
+    #: The name of a key or a caller, and the id of the key if it has one.
+    key: str = ""
+    key_id: int | None = None
+    request_id: str = ""
+    kind: str = ""
+
+    def condition(self) -> tuple[str, list[object]]:
+        """Return the condition in SQL for rows of usage, and its values."""
+        parts: list[tuple[str, list[object]]] = [(_FAILED, []), ("at_s >= ?", [self.since_s])]
+        if self.key_id is not None:
+            parts.append(("key_id = ?", [self.key_id]))
+        elif self.key:
+            parts.append(("key_id IS NULL AND caller = ?", [self.key]))
+        if self.request_id:
+            parts.append(("request_id = ?", [self.request_id]))
+        if self.kind:
+            parts.append(("outcome = ?", [self.kind]))
+        return " AND ".join(sql for sql, _ in parts), [v for _, values in parts for v in values]
+
+    def takes(self, refused: Refused) -> bool:
+        """Return whether a refusal matches in key and kind."""
+        is_of_key = not self.key or refused.key.lower() == self.key.lower()
+        return is_of_key and self.kind in ("", refused.kind)
+
+
 class Rows:
     """The rows of usage that match a condition, for a report."""
 
@@ -4429,7 +5239,7 @@ class Rows:
         )
         entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in results]
         for entry in entries:
-            for name in ("id", "at_s", "key_id", "caller", "total_ms"):
+            for name in ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent"):
                 del entry[name]
         return entries
 
@@ -11107,13 +11917,6 @@ FIXED_ENVIRONMENT = {
 _RESTRICTED = {"CLAUDE_CODE_RESTRICTED": "1", "SHELL": "/bin/bash"}
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(
-        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
-        for pattern in patterns
-    )
-
-
 def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, str]:
     """Return the environment of a claude process: allowed variables of the server, variables that
     the operator names, and fixed ones. A variable that holds one of the server's own keys is left
@@ -11123,8 +11926,10 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     passed = {
         name: value
         for name, value in environ.items()
-        if _matches(name, named)
-        or (_matches(name, CHILD_ENVIRONMENT) and value not in keys and not has_key_format(value))
+        if matches_any(name, named) or (
+            matches_any(name, CHILD_ENVIRONMENT)
+            and value not in keys and not has_key_format(value)
+        )
     }
     return {
         **passed, **FIXED_ENVIRONMENT, **({} if config.is_agent else _RESTRICTED),
@@ -11445,10 +12250,16 @@ class ClaudeProgram:
     def has_login(self, variables: Mapping[str, str]) -> bool:
         """Return whether claude reports a login when it runs with these extra variables. Blocks
         while `claude auth status` runs. Return False when that fails."""
+        return self.login_state(variables) is True
+
+    def login_state(self, variables: Mapping[str, str]) -> bool | None:
+        """Return what claude reports of its login, as `has_login` does; None if it does not tell.
+        Nothing is asked of the API."""
         with contextlib.suppress(OcpError, OSError, subprocess.TimeoutExpired, ValueError):
             command = [*self.resolve().command, "auth", "status"]
-            return _object(from_json(self._output_of(command, variables))).get("loggedIn") is True
-        return False
+            state = _object(from_json(self._output_of(command, variables))).get("loggedIn")
+            return state if isinstance(state, bool) else None
+        return None
 
     def _output_of(self, command: list[str], variables: Mapping[str, str] = _NO_VARIABLES) -> bytes:
         """Return the output of a command, cut at a limit. Raise OSError, and TimeoutExpired when it
@@ -11537,6 +12348,13 @@ _ACCOUNT_FIELDS = (
 _FETCHED_IN_2100_MS = 4_102_444_800_000
 
 
+def folder_variables(path: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that give claude this configuration folder, with the login of its
+    owner's."""
+    own = environ.get("CLAUDE_CONFIG_DIR", "")
+    return {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
+
+
 class ClaudeFolder:
     """The configuration folder of the claudes that the server starts.
 
@@ -11564,7 +12382,7 @@ class ClaudeFolder:
         self._credentials = os.path.join(
             own or os.path.join(home, ".claude"), ".credentials.json"
         )
-        self._variables = {"CLAUDE_CONFIG_DIR": path, "CLAUDE_SECURESTORAGE_CONFIG_DIR": own}
+        self._variables = folder_variables(path, environ)
         # Guards the two fields below and the file. Held while claude checks its login, once.
         self._lock = threading.Lock()
         self._login_checked = logged_in is None
@@ -14134,9 +14952,11 @@ class Metrics:
 
 
 # ==== 35. Connections ========================================================
-# Client sockets and their shared limits: how many connections stay open, and how much memory
-# request bodies and unread answers use together. Nothing here knows HTTP.
+# The server's address; client sockets and their shared limits: how many connections stay open, and
+# how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
+#: Bound to one of these, the server listens on all addresses.
+_ALL_ADDRESSES = ("0.0.0.0", "::")
 #: How long a client that is refused early may go on sending before its connection is closed, so
 #: that it reads the refusal instead of a connection reset.
 _LINGER_S = 2.0
@@ -14150,6 +14970,40 @@ _MAX_READ_BYTES = 262_144
 _MAX_SENT_BYTES = 16_384
 #: What a non-blocking socket raises when it is not ready.
 _WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class ServerAddress(NamedTuple):
+    """Where the server listens, and under which addresses it is reached."""
+
+    config: Config
+    #: The address that the socket is bound to, and its port.
+    host: str
+    port: int
+
+    def _url(self, host: str) -> str:
+        scheme = "https" if self.config.tls_cert else "http"
+        host = f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{self.port}"
+
+    @property
+    def local_url(self) -> str:
+        """The address for programs on this machine."""
+        return self._url("127.0.0.1" if self.host in _ALL_ADDRESSES else self.host)
+
+    def for_devices(self) -> tuple[str, str]:
+        """Return the address for other devices and an empty string; or an empty string and why
+        there is none."""
+        if self.config.public_url == "none":
+            return "", "Use the address and the port under which this machine publishes the server."
+        if self.config.public_url:
+            return self.config.public_url.rstrip("/"), ""
+        if is_loopback(self.host):
+            return "", (
+                f"Only this machine can reach the server, because it listens on {self.host}: "
+                "`ocp lan` says how to open it to other devices."
+            )
+        host = network_address() if self.host in _ALL_ADDRESSES else self.host
+        return (self._url(host), "") if host else ("", "This machine is in no network.")
 
 
 class Hold:
@@ -14549,14 +15403,16 @@ class StateFolder:
     """The folder of the database, the log and the admin key."""
 
     def __init__(self, config: Config, log: Log, clock: Clock, *, is_demo: bool) -> None:
-        """Open the database; the log goes to the folder from now on. A demo beside a server keeps
-        everything in memory. Raises HomeInUse."""
+        """Open the database; the log goes to the folder from now on. A demo keeps everything in
+        memory, so that several can run. Raises HomeInUse."""
         self._path = config.home_path
         self._log = log
         self._clock = clock
         self._lock: HomeLock | None = None
         #: What to do about a folder that cannot be used; empty when it can be.
         self._memory_fix = ""
+        #: Whether the file admin-key has the admin key.
+        self.has_admin_key_file = False
         #: Whether the database is not where it was.
         self._is_lost = False
         self.store = self._open_store(config, is_demo)
@@ -14570,7 +15426,7 @@ class StateFolder:
         "disk"; "memory" without a usable folder; "lost" when the database was taken away;
         "damaged"; "behind" while writes wait for a database that is full or locked.
         """
-        if self._memory_fix or self._lock is None:
+        if self.store.is_in_memory:
             return "memory", self._memory_fix
         if self._is_lost:
             return "lost", _RETURN_DATABASE
@@ -14607,10 +15463,12 @@ class StateFolder:
         except (OSError, ValueError):
             found = ""
         key = found or "ocp_admin_" + secrets.token_urlsafe(24)
+        self.has_admin_key_file = bool(found)
         if not found:
             try:
                 write_private(path, key + "\n")
                 self._log.audit("admin_key_made", path=path)
+                self.has_admin_key_file = True
             except OSError as problem:
                 self._log.event(
                     "error", "admin_key_not_kept", error=str(problem),
@@ -14633,12 +15491,13 @@ class StateFolder:
     def _open_store(self, config: Config, is_demo: bool) -> Store:
         path = self.path_of("ocp.db")
         try:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            for folder in (os.path.dirname(self._path), self._path) if is_demo else (self._path,):
+                os.makedirs(folder, mode=0o700, exist_ok=True)
             self._lock = HomeLock(self._path, config.drain_ms / 1000 + _STOP_PATIENCE_S)
             logs = self.path_of("logs")
             self._log.to_file(os.path.join(logs, "ocp.log"))
             self._make_private(self._path, *_entries(self._path), *_entries(logs))
-            return Store(path)
+            return Store(":memory:" if is_demo else path)
         except HomeInUse:
             if not is_demo:
                 raise
@@ -14798,14 +15657,17 @@ class Job:
 
     def __init__(
         self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
-        now_s: float,
+        now_s: float, *, peer: str = "", user_agent: str = "",
     ) -> None:
-        """`dialect` is the name of the dialect."""
+        """`dialect` is the name of the dialect; `peer` and `user_agent` tell the operator who
+        sent a request that fails."""
         self.turn = turn
         self.caller = caller
         self.client = client
         self.request_id = request_id
         self.dialect = dialect
+        self.peer = peer
+        self.user_agent = user_agent
         self.started_s = now_s
         self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
         self.reservation = Reservation(None, 0)
@@ -15168,10 +16030,9 @@ class TurnRunner:
             if isinstance(error, LoginLost):
                 self._app.login_lost()
             error.logged = True
-            detail = error.message if error.status >= 500 or isinstance(error, LoginLost) else None
             self._log(
-                "warn", "answer_failed", status=error.status, error=type(error).__name__,
-                detail=detail,
+                "warn", "answer_failed", status=error.status, kind=error.kind,
+                message=error.message,
             )
             raise
 
@@ -15493,8 +16354,9 @@ class Requests:
             self._app.ledger.check(caller)
         except OcpError as error:
             metrics.add("ocp_requests_started_total")
-            word = error.error_code or error.openai_type
-            metrics.add("ocp_requests_total", dialect=dialect.name, model="other", outcome=word)
+            metrics.add(
+                "ocp_requests_total", dialect=dialect.name, model="other", outcome=error.kind
+            )
             raise
 
     def running(self) -> list[Json]:
@@ -15551,7 +16413,8 @@ class Requests:
         """Start a thread that produces the answer, so that it outlives the client that sent the
         request first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
-            job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s
+            job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s,
+            peer=job.peer, user_agent=job.user_agent,
         )
         produced.reservation = job.reservation
         thread = threading.Thread(
@@ -15622,7 +16485,8 @@ class Requests:
                 raise job.ended_by from None
             raise
         except Exception as error:
-            failure = error if isinstance(error, OcpError) else OcpError(str(error))
+            broke = OcpError(f"OCP failed: {redact_paths(repr(error))}")
+            failure = error if isinstance(error, OcpError) else broke
             raise
         finally:
             if failure is not None:
@@ -15645,10 +16509,15 @@ class Requests:
         job.is_recorded = True
         word, status = "ok", 200
         if isinstance(error, OcpError):
-            word, status = error.error_code or error.openai_type, error.status
+            word, status = error.kind, error.status
         elif error is not None:
             word, status = error.outcome, error.status
         row = job.row(word, status, time.time(), app.clock())
+        if isinstance(error, OcpError):
+            row = row._replace(
+                message=safe_text(error.message, 500), peer=job.peer,
+                user_agent=safe_text(job.user_agent, 120),
+            )
         self._count(row, known=job.turn.model.known)
         if job.path:
             app.log.event(
@@ -15656,8 +16525,10 @@ class Requests:
                 dialect=row.dialect, path=job.path, model=row.model, stream=row.stream,
                 total_ms=row.total_ms, outcome=word,
             )
-        if isinstance(error, OcpError) and error.rejected_before_work and not job.was_asked:
-            return
+        if isinstance(error, OcpError):
+            if error.rejected_before_work and not job.was_asked:
+                return
+            error.has_row = True
         try:
             app.ledger.record(row, job.reservation)
         except sqlite3.Error as problem:
@@ -15870,8 +16741,7 @@ class App:
         self.log = log
         self.catalog = ModelCatalog(models)
         self.demo = bool(demo_command)
-        self.started_s = clock()
-        self.started_at_s = time.time()
+        self.started_s, self.started_at_s = clock(), time.time()
         self.clock = clock
         environ = dict(environ)
         self._open_state(config, environ)
@@ -15898,6 +16768,7 @@ class App:
         self.requests = Requests(self)
         self.intervals = Intervals(clock)
         self.connections = Connections()
+        self.address = ServerAddress(config, config.bind, config.port)
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
@@ -16074,6 +16945,7 @@ class App:
         self._prune_at_s = self.clock() + _PRUNE_EVERY_S
         try:
             self.ledger.prune(self.config.usage_days)
+            self.keys.prune(self.config.usage_days)
         except sqlite3.Error as problem:
             self.log.event("error", "usage_not_pruned", error=str(problem))
 
@@ -16361,7 +17233,8 @@ class Response:
 
     def send_nothing(self, status: int) -> None:
         """Send a response without a body."""
-        self._begin(status, {})
+        # By HTTP, 204 and 304 never have one; of others the client has to be told.
+        self._begin(status, {} if status in (204, 304) else {"Content-Length": "0"})
         self._write(b"")
         self._is_complete = True
 
@@ -16641,6 +17514,14 @@ class Exchange:
         """The name under which the memory of the request is counted."""
         return self.peer if self.caller.key_id is None else self.caller.scope
 
+    def refused(self, error: OcpError) -> Refused:
+        """Return what the operator is told when the request is refused with this error."""
+        caller = "" if self.caller.name == "public" else self.caller.name
+        return Refused(
+            self.peer, error.status, error.kind, error.message, caller or error.key_name,
+            error.preview, self.path, self.request_id, self.headers.get("User-Agent", ""),
+        )
+
     def body(self) -> bytearray:
         """Return the body. Raises BadRequest, TooLarge, RequestTimeout, MemoryFull, ClientGone."""
         if self._length is not None:
@@ -16750,7 +17631,8 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
                 method=exchange.method, error=format_failure(problem),
             )
             failure = OcpError(f"OCP failed; its log has the details under {exchange.request_id}.")
-            exchange.response.send_error(failure, exchange.dialect)
+            failure.logged = True
+            self._refuse(exchange, failure)
 
     def _call_endpoint(self, exchange: Exchange) -> None:
         """Find the route of a request, authorize its caller, and call the endpoint."""
@@ -16821,16 +17703,23 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
     # -- errors -----------------------------------------------------------------------------------
 
     def _refuse(self, exchange: Exchange, error: OcpError) -> None:
-        """Send an error and log it, unless it was logged as the failure of a turn. Refusals of
-        callers without a key are summed up when there are many."""
+        """Send an error, keep it for /api/errors if no row of usage has it, and log it, unless it
+        was logged as the failure of a turn. Refusals of callers without a key are summed up when
+        there are many."""
+        refused = exchange.refused(error)
+        if not error.has_row:
+            # First, so that the operator finds what a client complains of.
+            self._app.refusals.kept.add(refused)
         exchange.response.send_error(error, exchange.dialect)
         if error.logged:
             return
         fields = {
             "request_id": exchange.request_id, "method": exchange.method, "path": exchange.path,
-            "caller": exchange.caller.name, "error": type(error).__name__, "param": error.param,
+            "caller": exchange.caller.name, "kind": error.kind, "param": error.param,
+            "preview": refused.preview or None, "message": error.message,
         }
         if exchange.caller.name == "public":
+            fields["key"] = refused.key or None
             self._app.refusals.record(exchange.peer, error.status, **fields)
         else:
             self._app.log.event(
@@ -16882,14 +17771,13 @@ class Server(ThreadingHTTPServer):
         host = app.config.bind
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, app.config.port), ConnectionHandler)
+        bound, port = self.server_address[:2]
+        app.address = ServerAddress(app.config, str(bound), int(port))
 
     @property
     def url(self) -> str:
         """Return the address for clients on this machine."""
-        address, port = self.server_address[:2]
-        host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(str(address), str(address))
-        scheme = "http" if self._tls is None else "https"
-        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+        return self.app.address.local_url
 
     def server_bind(self) -> None:
         """Bind the socket. The address :: accepts IPv4 too."""
@@ -16957,6 +17845,10 @@ class Server(ThreadingHTTPServer):
     def _refuse(self, connection: Connection, error: OcpError) -> None:
         """Answer a connection before anything was read from it."""
         response = Response(connection)
+        self.app.refusals.kept.add(Refused(
+            connection.peer, error.status, error.kind, error.message,
+            request_id=response.request_id,
+        ))
         response.send_error(error, CHAT)
         response.finish()
 
@@ -17102,9 +17994,8 @@ _LONG_CONTEXT_BETA = "context-1m-"
 def _check_model_allowed(models: Models, caller: Caller, model: Model) -> None:
     """Raise Forbidden if the caller may not use this model."""
     if caller.models and model.id not in models.resolve(caller.models):
-        raise Forbidden(
-            f"This key may use {', '.join(caller.models)} only.",
-            param="model", code="model_not_allowed",
+        raise ModelNotAllowed(
+            f"This key may use {', '.join(caller.models)} only.", param="model"
         )
 
 
@@ -17197,7 +18088,8 @@ def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
     job = Job(
-        turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock()
+        turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock(),
+        peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
     )
     with app.requests.answering(job) as events:
         def store(body: Json) -> None:
@@ -17344,9 +18236,10 @@ def no_embeddings(app: App, exchange: Exchange) -> None:
 _MODELS_CREATED_S = 1_750_000_000
 
 
-def _model_entry(models: Models, model: Model) -> Json:
+def _model_entry(models: Models, model: Model, default_name: str) -> Json:
     """Return the fields of OpenAI's and of Anthropic's model entries, those of other servers that
     clients read (OpenRouter's context_length, vLLM's max_model_len), and those of OCP."""
+    is_default = models.resolve([default_name]) == {model.id}
     return {
         "id": model.id,
         "object": "model",
@@ -17366,6 +18259,7 @@ def _model_entry(models: Models, model: Model) -> Json:
         "efforts": list(model.efforts),
         "default_effort": model.default_effort or None,
         "aliases": models.aliases_of(model),
+        "default": is_default,
     }
 
 
@@ -17400,7 +18294,8 @@ def get_models(app: App, exchange: Exchange) -> None:
         # A key can name models that are not listed.
         models = [model for model in known.all() if model.id in allowed and known.can_run(model)]
     page, has_more = _page(exchange.query, [model.id for model in models])
-    entries = [_model_entry(known, model) for model in models[page]]
+    default_name = app.config.default_model
+    entries = [_model_entry(known, model, default_name) for model in models[page]]
     ends = [entries[0]["id"], entries[-1]["id"]] if entries else [None, None]
     exchange.response.send_json({
         "object": "list", "data": entries, "has_more": has_more,
@@ -17414,7 +18309,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     found = models.find(model)
     _check_model_allowed(models, exchange.caller, found)
     models.check_runs(found)
-    exchange.response.send_json(_model_entry(models, found))
+    exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
 # ==== 43. Management endpoints ===============================================
@@ -17578,15 +18473,54 @@ def _live_state(app: App) -> Json:
 _MAX_LOG_LINES = 1000
 
 
+_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
+_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
+
+
+def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
+    """Return a time of the query string in epoch seconds; it is ISO 8601, epoch seconds, or a span
+    before now such as 2h. Raises BadRequest."""
+    text = query.get(name, "")
+    span = _SPAN.fullmatch(text)
+    try:
+        if span is not None:
+            return max(0.0, time.time() - int(span[1]) * _SPAN_S[span[2]])
+        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
+            return float(text)
+        # In a query string the plus of a time zone arrives as a space.
+        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
+    except (ValueError, OverflowError, OSError):
+        raise BadRequest(
+            f"{name}: must be a time such as 2026-11-20T14:00:00Z, a span such as 30m, 2h or 7d, "
+            "or epoch seconds.", param=name,
+        ) from None
+
+
+def _log_filter(query: Mapping[str, str]) -> Callable[[Json], bool]:
+    """Return what tells whether a log event is of the key and the request that the query names,
+    and not older than it says. Raises BadRequest."""
+    key, request_id = query.get("key", "").lower(), query.get("request", "")
+    since_s = _query_time(query, "since", 0.0)
+    since = iso_time(since_s) if since_s else ""
+
+    def matches(entry: Json) -> bool:
+        names = (str(entry.get(field, "")).lower() for field in ("key", "caller"))
+        is_of_request = not request_id or entry.get("request_id") == request_id
+        return is_of_request and (not key or key in names) and str(entry["ts"]) >= since
+
+    return matches
+
+
 def get_logs(app: App, exchange: Exchange) -> None:
-    """GET /logs?n=30&level=all: list the newest log events of this level or above, oldest first;
-    level=audit lists the operator's changes."""
+    """GET /logs?n=30&level=all&key=&request=&since=: list the newest log events of this level or
+    above, oldest first, of one key or request if they are named; level=audit lists the operator's
+    changes."""
     level = exchange.query.get("level", "all").lower()
     level = "warn" if level == "warning" else level
     if level not in ("all", "audit", *LEVELS):
         raise BadRequest(f"level: must be one of all, audit, {', '.join(LEVELS)}.", param="level")
     count = query_integer(exchange.query, "n", 30, _MAX_LOG_LINES)
-    entries = app.log.recent(count, level)
+    entries = app.log.recent(count, level, _log_filter(exchange.query))
     exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
@@ -17612,10 +18546,6 @@ def _with_known_fields(fields: Fields, known: tuple[str, ...]) -> Fields:
 def _read_fields(exchange: Exchange, known: tuple[str, ...]) -> Fields:
     """Return the fields of the body. Raises BadRequest, also for unknown fields."""
     return _with_known_fields(Fields(parse_json_body(exchange.body())), known)
-
-
-_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
-_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
 def _expiry(fields: Fields) -> int | None:
@@ -17672,7 +18602,10 @@ def _quota_limits(fields: Fields) -> dict[str, int | None]:
 _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] = (
     (
         "name", "name", lambda app, fields: fields.required_text("name"),
-        {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9 ._-]{0,62}[A-Za-z0-9._-]$"},
+        {
+            "type": "string", "minLength": 1, "maxLength": 64,
+            "description": "visible characters, no slash; not a number",
+        },
     ),
     (
         "expiry", "expiry_s", lambda app, fields: _expiry(fields),
@@ -17711,10 +18644,11 @@ def _key_columns(app: App, fields: Fields) -> dict[str, object]:
     }
 
 
-def _key_entry(key: Key) -> Json:
+def _key_entry(app: App, key: Key) -> Json:
     def iso(epoch_s: int | None) -> str | None:
         return None if epoch_s is None else iso_time(epoch_s)
 
+    old = app.keys.in_grace(key)
     limits = {
         "quota_" + re.sub("([A-Z])", r"_\1", name).lower(): key.quota.get(name)
         for name in _QUOTA_NAMES
@@ -17736,6 +18670,8 @@ def _key_entry(key: Key) -> Json:
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
+        # The secret before the last rotation, while it is still valid.
+        "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.valid_until_s)},
     }
 
 
@@ -17744,13 +18680,25 @@ def _audit(app: App, exchange: Exchange, event: str, **fields: object) -> None:
     app.log.audit(event, **fields, by=exchange.caller.name, peer=exchange.peer)
 
 
+def _connect_fields(app: App) -> Json:
+    """Return where a device with a key reaches this server; null with the reason if it cannot."""
+    url, note = app.address.for_devices()
+    if app.config.mode != "multi":
+        note += (
+            f" In mode {app.config.mode} keys of devices have no effect: set "
+            "CLAUDE_AUTH_MODE=multi and restart the server."
+        )
+    return {"connectUrl": url or None, "connectNote": note.strip() or None}
+
+
 def get_keys(app: App, exchange: Exchange) -> None:
     """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
-    secrets; revoked keys are included."""
+    secrets; revoked keys are included. `connectUrl` is the address that devices reach, or null,
+    and `connectNote` says why."""
     keys = app.keys.all()
     reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
-    entries = [{**_key_entry(key), "quota": report} for key, report in zip(keys, reports)]
-    exchange.response.send_json({"keys": entries})
+    entries = [{**_key_entry(app, key), "quota": report} for key, report in zip(keys, reports)]
+    exchange.response.send_json({"keys": entries, **_connect_fields(app)})
 
 
 def _with_storage_warning(app: App, body: Json) -> Json:
@@ -17789,13 +18737,15 @@ def create_key(app: App, exchange: Exchange) -> None:
         columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
-    body = {"id": key.id, "key": secret, **_key_entry(key)}
+    body = {"id": key.id, "key": secret, **_key_entry(app, key), **_connect_fields(app)}
     exchange.response.send_json(_with_storage_warning(app, body), status=201)
 
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
-    """GET /api/keys/{key}: return the key with this id or name."""
-    exchange.response.send_json(_key_entry(app.keys.find(key)))
+    """GET /api/keys/{key}: return the key with this id or name, with the use of its quotas."""
+    found = app.keys.find(key)
+    report = app.ledger.quota_report(found)
+    exchange.response.send_json({**_key_entry(app, found), "quota": report})
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:
@@ -17805,7 +18755,7 @@ def change_key(app: App, exchange: Exchange, key: str) -> None:
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
-    entry = _key_entry(app.keys.find(str(found.id)))
+    entry = _key_entry(app, app.keys.find(str(found.id)))
     exchange.response.send_json(_with_storage_warning(app, entry))
 
 
@@ -17821,12 +18771,39 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
 
 
 def rotate_key(app: App, exchange: Exchange, key: str) -> None:
-    """POST /api/keys/{key}/rotate: replace the key's secret; the old one stops working at once."""
+    """POST /api/keys/{key}/rotate {"grace": "24h"}: replace the key's secret; the old one works
+    until the end of `grace`, or without it stops working at once."""
     found = app.keys.find(key)
-    secret = app.keys.rotate(found)
-    _audit(app, exchange, "key_rotated", key=found.name, id=found.id)
-    body = {"id": found.id, "name": found.name, "key": secret}
-    exchange.response.send_json(_with_storage_warning(app, body))
+    raw = exchange.body()
+    fields = _with_known_fields(Fields(parse_json_body(raw) if raw else {}), ("grace",))
+    grace_s = _grace_s(fields)
+    secret = app.keys.rotate(found, grace_s)
+    _audit(app, exchange, "key_rotated", key=found.name, id=found.id, grace_s=grace_s or None)
+    old = _key_entry(app, app.keys.find(str(found.id)))["oldSecret"]
+    body = {"id": found.id, "name": found.name, "key": secret, "oldSecret": old}
+    exchange.response.send_json(_with_storage_warning(app, {**body, **_connect_fields(app)}))
+
+
+#: The longest time for which a replaced secret can stay valid.
+_MAX_GRACE_S = 30 * 86_400
+
+
+def _grace_s(fields: Fields) -> int:
+    """Return how long the old secret of a rotated key is valid; 0 = not at all. Raises
+    BadRequest."""
+    text = fields.text("grace")
+    duration_ms = 0 if text is None else parse_duration_ms(text)
+    if duration_ms is None or duration_ms > _MAX_GRACE_S * 1000:
+        raise fields.invalid("grace", "a duration up to 30d, such as 24h")
+    return duration_ms // 1000
+
+
+def end_grace(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/grace: make the secret before the last rotation invalid now."""
+    found = app.keys.find(key)
+    with _audited_change(app, exchange, "key_grace_ended", found):
+        ended = app.keys.end_grace(found)
+    exchange.response.send_json(_with_storage_warning(app, {"ended": ended, "name": found.name}))
 
 
 def get_quota(app: App, exchange: Exchange, key: str) -> None:
@@ -17858,21 +18835,6 @@ _USAGE_AUDIT_INTERVAL_S = 60.0
 _MAX_HOURS = 24 * 400
 
 
-def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
-    """Return a time of the query string in epoch seconds; it is ISO 8601 or epoch seconds. Raises
-    BadRequest."""
-    text = query.get(name, "")
-    try:
-        if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
-            return float(text)
-        # In a query string the plus of a time zone arrives as a space.
-        return parse_time(re.sub(r" (?=\d\d:?\d\d$)", "+", text)) if text else default_s
-    except (ValueError, OverflowError, OSError):
-        raise BadRequest(
-            f"{name}: must be a time such as 2026-11-20T14:00:00Z, or epoch seconds.", param=name
-        ) from None
-
-
 def get_api_usage(app: App, exchange: Exchange) -> None:
     """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
     with `all` that of all callers, for the operator only."""
@@ -17897,6 +18859,113 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     )
 
 
+# -- failures ---------------------------------------------------------------------------------
+
+
+def _failure_entry(row: Json, paths: Mapping[str, str]) -> Json:
+    """Return a failed request, from its row of usage. `paths` are those of the dialects."""
+    return {
+        "id": row["request_id"],
+        "at": iso_time(row["at_s"]),
+        "key": row["key_name"],
+        "peer": row["peer"],
+        "path": paths.get(row["dialect"]),
+        "model": row["model"],
+        "status": row["status"],
+        "kind": row["outcome"],
+        "message": row["message"] or "",
+        "action": _action(row["outcome"], row),
+        "userAgent": row["user_agent"],
+        "totalMs": row["total_ms"],
+    }
+
+
+def _action(kind: str, row: Json) -> str:
+    """Return what to do about a failure of the row's caller, which may have no key."""
+    return action_for(kind, "" if row["key_id"] is None else row["key_name"])
+
+
+def _refusal_entry(group: RefusedGroup, since_s: float, request_id: str) -> Json:
+    """Return a group of refusals, with the last one, or the one of this request, as an example."""
+    shown = group.with_id(request_id) or group.newest
+    key_name = "" if shown.key.lower() in _RESERVED_NAMES else shown.key
+    return {
+        "id": shown.request_id,
+        "at": iso_time(group.at_s),
+        "lastAt": iso_time(group.last_s),
+        "count": group.count_since(since_s),
+        "peer": shown.peer,
+        "path": shown.path or None,
+        "status": shown.status,
+        "kind": shown.kind,
+        "preview": shown.preview or None,
+        "key": shown.key or None,
+        "message": shown.message,
+        "action": action_for(shown.kind, key_name),
+        "userAgent": shown.user_agent or None,
+    }
+
+
+def _by_kind(kinds: list[Json], refusals: list[Json]) -> list[Json]:
+    """Return for each kind its count and the newest failure's time, message and action; the most
+    frequent kind first."""
+    sums: dict[str, Json] = {}
+    entries = [
+        {
+            **each, "lastAt": iso_time(each["last_s"]), "message": each["message"] or "",
+            "action": _action(each["kind"], each),
+        }
+        for each in kinds
+    ]
+    for entry in (*entries, *refusals):
+        kind = entry["kind"]
+        known = sums.get(kind, {"count": 0, "lastAt": ""})
+        newest = max(known, entry, key=lambda each: str(each["lastAt"]))
+        sums[kind] = {
+            "kind": kind, "status": newest["status"], "count": known["count"] + entry["count"],
+            "lastAt": newest["lastAt"], "message": newest["message"], "action": newest["action"],
+        }
+    return sorted(sums.values(), key=lambda each: int(each["count"]), reverse=True)
+
+
+def _failure_filter(app: App, query: Mapping[str, str]) -> FailureFilter:
+    """Return which failures the query string asks for. Raises BadRequest, NotFound."""
+    name, key_id = query.get("key", "").strip(), None
+    if name and name.lower() not in _RESERVED_NAMES:
+        key = app.keys.find(name)
+        name, key_id = key.name, key.id
+    return FailureFilter(
+        since_s=_query_time(query, "since", 0.0), key=name, key_id=key_id,
+        request_id=query.get("request", "").strip(), kind=query.get("kind", "").strip(),
+    )
+
+
+_MAX_FAILURES = 500
+
+
+def get_errors(app: App, exchange: Exchange) -> None:
+    """GET /api/errors?key=&request=&kind=&since=&limit=50: list failed requests, refusals, and the
+    sums by kind, newest first, with what to do about each. Refusals are kept since the start."""
+    limit = query_integer(exchange.query, "limit", 50, _MAX_FAILURES)
+    wanted = _failure_filter(app, exchange.query)
+    rows, kinds = app.ledger.failures(wanted, limit)
+    paths = {
+        route.dialect.name: route.path for route in reversed(exchange.routes)
+        if route.dialect is not None and route.method == "POST"
+    }
+    refusals = [
+        _refusal_entry(group, wanted.since_s, wanted.request_id)
+        for group in app.refusals.kept.groups()
+        if group.last_s >= wanted.since_s and wanted.takes(group.newest)
+        and (not wanted.request_id or group.with_id(wanted.request_id) is not None)
+    ]
+    exchange.response.send_json({
+        "errors": [_failure_entry(row, paths) for row in rows],
+        "refusals": refusals[:limit],
+        "byKind": _by_kind(kinds, refusals),
+    })
+
+
 #: The counts of requests in /usage.
 _TOTALS = ("totalRequests", "activeRequests", "errors", "timeouts")
 #: The numbers of one model in /usage, and their columns in the ledger's sums.
@@ -17904,6 +18973,9 @@ _MODEL_NUMBERS = (
     ("requests", "requests"), ("successes", "successes"), ("errors", "errors"),
     ("timeouts", "timeouts"), ("avgElapsed", "avg_elapsed_ms"), ("maxElapsed", "max_elapsed_ms"),
     ("avgPromptChars", "avg_prompt_chars"), ("maxPromptChars", "max_prompt_chars"),
+    ("inputTokens", "input_tokens"), ("outputTokens", "output_tokens"),
+    ("cacheReadTokens", "cache_read_tokens"), ("cacheWriteTokens", "cache_write_tokens"),
+    ("cacheReadShare", "cache_read_share"),
 )
 
 
@@ -17920,8 +18992,9 @@ def get_usage(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({**app.account.report(), "proxy": proxy, "models": models})
 
 
-#: Log events of failed requests.
-_FAILURE_EVENTS = ("answer_failed", "request_broke")
+#: How many failed requests /status shows, and how old they may be.
+_STATUS_FAILURES = 3
+_STATUS_FAILURES_S = 86_400.0
 
 
 def get_status(app: App, exchange: Exchange) -> None:
@@ -17929,12 +19002,13 @@ def get_status(app: App, exchange: Exchange) -> None:
     app.learn_plan(exchange.client)
     now = snapshot(app)
     login, stats = now["auth"], now["stats"]
-    login_words = {True: "ok", None: "unknown", False: login["message"]}
-    failures = [e for e in app.log.recent(1000, "warn") if e["event"] in _FAILURE_EVENTS]
+    login_words = {True: "logged in", None: "not known yet", False: "not logged in"}
+    recent = FailureFilter(since_s=time.time() - _STATUS_FAILURES_S)
+    failures, _ = app.ledger.failures(recent, _STATUS_FAILURES)
     exchange.response.send_json({
         "proxy": {
             "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
-            "auth": login_words[login["ok"]],
+            "auth": login_words[login["ok"]], "fix": now["fix"],
         },
         "requests": {
             "total": stats["totalRequests"], "active": stats["activeRequests"],
@@ -17942,8 +19016,12 @@ def get_status(app: App, exchange: Exchange) -> None:
         },
         "plan": app.account.plan(),
         "recentErrors": [
-            {"time": e["ts"], "message": redact_paths(str(e.get("detail") or e.get("error")))}
-            for e in failures[-3:]
+            {
+                "time": iso_time(row["at_s"]), "id": row["request_id"], "key": row["key_name"],
+                "model": row["model"], "kind": row["outcome"],
+                "message": row["message"] or row["outcome"],
+            }
+            for row in reversed(failures)
         ],
     })
 
@@ -18047,6 +19125,22 @@ def get_metrics(app: App, exchange: Exchange) -> None:
 
 
 # -- pages --------------------------------------------------------------------------------------
+
+
+def get_root(app: App, exchange: Exchange) -> None:
+    """GET /: lead a browser to the dashboard, and tell a program in three lines what is here."""
+    if "text/html" in exchange.headers.get("Accept", ""):
+        # Relative, because a reverse proxy may serve this server below a path.
+        exchange.response.headers.update({"Location": "dashboard", "Vary": "Accept"})
+        exchange.response.send_nothing(302)
+        return
+    exchange.response.headers["Vary"] = "Accept"
+    exchange.response.send_text(
+        "OCP: a Claude plan as an API, for OpenAI clients at /v1, for Anthropic clients here.\n"
+        "State: /health. Every path: /openapi.json. For a browser: /dashboard.\n"
+        "To set up this machine's tools: GET /connect returns a script for python3.\n",
+        "text/plain; charset=utf-8",
+    )
 
 
 def get_dashboard(app: App, exchange: Exchange) -> None:
@@ -18167,9 +19261,12 @@ _BODIES: dict[str, Json] = {
     },
     "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY}),
     "change_key": _closed(_KEY_PROPERTIES),
+    "rotate_key": _closed({"grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"}}),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
     "change_settings": _closed({
-        name: {"type": [_JSON_TYPES[type(row.default)], "null"]}
+        name: {"type": [
+            _JSON_TYPES[type(row.default)], *(["string"] if is_duration(row) else []), "null",
+        ]}
         for name, row in live_settings().items()
     }),
 }
@@ -18182,7 +19279,14 @@ def _up_to(maximum: int, minimum: int = 0) -> Json:
 #: Schemas of query parameters, by operation.
 _QUERIES: dict[str, dict[str, Json]] = {
     "get_models": {"limit": _up_to(_MAX_PAGE), "after_id": _TEXT, "before_id": _TEXT},
-    "get_logs": {"n": _up_to(_MAX_LOG_LINES), "level": {"enum": ["all", "audit", *LEVELS]}},
+    "get_logs": {
+        "n": _up_to(_MAX_LOG_LINES), "level": {"enum": ["all", "audit", *LEVELS]},
+        "key": _TEXT, "request": _TEXT, "since": {"type": "string", "format": "date-time"},
+    },
+    "get_errors": {
+        "key": _TEXT, "request": _TEXT, "kind": _TEXT,
+        "since": {"type": "string", "format": "date-time"}, "limit": _up_to(_MAX_FAILURES),
+    },
     "get_response": {"stream": {"type": "boolean"}},
     "get_input_items": {
         "limit": _up_to(_MAX_ITEMS, 1), "order": {"enum": ["asc", "desc"]}, "after": _NAME,
@@ -18194,11 +19298,13 @@ _QUERIES: dict[str, dict[str, Json]] = {
     },
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
-_STATUSES = {"create_key": ("201",), "change_settings": ("200", "207", "400")}
+_STATUSES = {
+    "create_key": ("201",), "change_settings": ("200", "207", "400"), "get_root": ("200", "302"),
+}
 #: Media types of responses, by operation; otherwise JSON.
 _MEDIA_TYPES = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
-    "get_connect": "text/plain",
+    "get_connect": "text/plain", "get_root": "text/plain",
 }
 
 
@@ -18233,7 +19339,7 @@ def _operation(route: Route) -> Json:
     }
     if name in _BODIES:
         body = {"application/json": {"schema": _BODIES[name]}}
-        operation["requestBody"] = {"required": True, "content": body}
+        operation["requestBody"] = {"required": name != "rotate_key", "content": body}
     if name in _REQUESTS and route.dialect is not None:
         operation["externalDocs"] = {"url": _REFERENCES[route.dialect.name]}
     return operation
@@ -18296,9 +19402,11 @@ ROUTES = (
     Route("PATCH",  "/api/keys/{key}",           Access.ADMIN,  CHAT,        change_key),
     Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
     Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
+    Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
+    Route("GET",    "/api/errors",               Access.ADMIN,  CHAT,        get_errors),
     Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
     Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
     Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
@@ -18308,6 +19416,7 @@ ROUTES = (
     Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
     Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
     Route("GET",    "/metrics",                  Access.ADMIN,  CHAT,        get_metrics),
+    Route("GET",    "/",                         Access.PUBLIC, CHAT,        get_root),
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
     Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
@@ -18319,6 +19428,7 @@ ROUTES = (
 # ==== 45. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
+# The history of some made-up devices gives the dashboard something to show.
 
 _DEMO_WORD_PAUSE_S = 0.03
 
@@ -18383,6 +19493,116 @@ class DemoClaude:
         self._write(to_json({"type": kind, **fields}) + b"\n")
 
 
+class DemoDevice(NamedTuple):
+    """A made-up device: its key, and how it uses the server."""
+
+    name: str
+    note: str
+    dialect: Dialect
+    #: What it asks for, from often to seldom.
+    models: tuple[str, ...]
+    requests_per_day: int
+    #: The hours of the day in which it asks.
+    hours: range
+    prompt_tokens: int
+    answer_tokens: int
+    quota: Mapping[str, int] = MappingProxyType({})
+
+
+_DEMO_DEVICES = (
+    DemoDevice("laptop", "Codex and an editor", RESPONSES, ("sonnet", "opus"), 34, range(8, 19),
+               24_000, 700),
+    DemoDevice("desktop", "Claude Code", MESSAGES, ("opus", "sonnet", "haiku"), 26, range(9, 23),
+               38_000, 900),
+    DemoDevice("kitchen tablet", "chat in a browser", CHAT, ("haiku", "sonnet"), 9, range(7, 22),
+               900, 350, {"daily": 40}),
+    DemoDevice("night jobs", "summaries of news", CHAT, ("haiku",), 12, range(2, 5), 6_000, 450,
+               {"tokensDaily": 400_000}),
+)
+_DEMO_DAYS = 30
+#: What became of requests: status, outcome, and how many of a thousand.
+_DEMO_OUTCOMES = (
+    (200, "ok", 962), (499, "abandoned", 12), (529, "overloaded", 10), (504, "timeout", 6),
+    (502, "upstream_failed", 5), (400, "context_length_exceeded", 5),
+)
+#: How answers came about, and how many of a hundred.
+_DEMO_PATHS = {"continued": 58, "fresh": 22, "rewound": 8, "rebuilt": 7, "cached": 5}
+
+
+def _demo_row(
+    device: DemoDevice, key: Key, at_s: float, models: Models, chance: random.Random
+) -> UsageRow:
+    """Return the row of one made-up request."""
+    status, outcome, _ = chance.choices(_DEMO_OUTCOMES, [each[2] for each in _DEMO_OUTCOMES])[0]
+    (path,) = chance.choices(list(_DEMO_PATHS), list(_DEMO_PATHS.values()))
+    # The first model is asked for twice as often as the second one, and so on.
+    weights = [2.0 ** -rank for rank in range(len(device.models))]
+    model = models.find(chance.choices(device.models, weights)[0]).id
+    prompt = round(device.prompt_tokens * chance.lognormvariate(0, 0.6))
+    answer = round(device.answer_tokens * chance.lognormvariate(0, 0.6)) if status == 200 else 0
+    is_asked = status in (200, 499) and path != "cached"
+    cached = round(prompt * 0.85) if path == "continued" else 0
+    first_ms = 40 if path == "cached" else round(700 * chance.lognormvariate(0, 0.4))
+    return UsageRow(
+        at_s, new_id("req_"), key.id, key.name, model, device.dialect.name, outcome, status,
+        counted=int(is_asked), stop_reason="end_turn" if status == 200 else None, stream=True,
+        warm=path != "rebuilt", path=path if status in (200, 499) else None,
+        prompt_chars=prompt * 4, response_chars=answer * 4,
+        input_tokens=prompt - cached if is_asked else 0, output_tokens=answer if is_asked else 0,
+        cache_read_tokens=cached if is_asked else 0, cache_write_tokens=0,
+        first_token_ms=first_ms if status == 200 else None, total_ms=first_ms + answer * 12,
+    )
+
+
+def _demo_times(device: DemoDevice, now_s: float, chance: random.Random) -> list[float]:
+    """Return when a device asked in the last days; fewer times at weekends."""
+    times = []
+    for days_ago in range(_DEMO_DAYS):
+        day = datetime.datetime.fromtimestamp(now_s - days_ago * 86_400).replace(
+            hour=0, minute=0, second=0, microsecond=0
+        )
+        share = chance.uniform(0.5, 1.3) * (0.4 if day.weekday() >= 5 else 1.0)
+        times += [
+            day.timestamp() + chance.choice(device.hours) * 3600 + chance.uniform(0, 3600)
+            for _ in range(round(device.requests_per_day * share))
+        ]
+    return sorted(at_s for at_s in times if at_s < now_s)
+
+
+def _demo_plan(now_s: float) -> PlanReport:
+    """Return a made-up report about the plan."""
+    windows = {
+        "five_hour": PlanWindow(0.38, now_s + 2.2 * 3600, "allowed"),
+        "seven_day": PlanWindow(0.61, now_s + 3.4 * 86_400, "allowed"),
+        "seven_day_opus": PlanWindow(0.24, now_s + 3.4 * 86_400, "allowed"),
+    }
+    return PlanReport(
+        windows, status="allowed", claim="five_hour", resets_at_s=now_s + 2.2 * 3600,
+        subscription="max", is_overage=False,
+    )
+
+
+def fill_demo(app: App) -> None:
+    """Fill the empty database of a demo with keys and usage, and report a plan, so that the
+    dashboard and the reports have something to show."""
+    now_s, chance = time.time(), random.Random(1)
+    rows: list[UsageRow] = []
+    for device in _DEMO_DEVICES:
+        times = _demo_times(device, now_s, chance)
+        key, _ = app.keys.create(device.name, {
+            "note": device.note, "quota": dict(device.quota), "used_s": int(times[-1]),
+            "created_s": int(now_s - _DEMO_DAYS * 86_400),
+        })
+        rows += [_demo_row(device, key, at_s, app.models, chance) for at_s in times]
+    rows.sort(key=lambda row: row.at_s)
+    marks = ", ".join("?" * len(UsageRow._fields))
+    with app.store.transaction() as connection:
+        connection.executemany(
+            f"INSERT INTO usage ({', '.join(UsageRow._fields)}) VALUES ({marks})", rows
+        )
+    app.account.update_plan(_demo_plan(now_s))
+
+
 def demo_claude(arguments: list[str]) -> int:
     """Run the demo process, the `claude` of a server that was started with --demo."""
     if "--version" in arguments:
@@ -18403,13 +19623,20 @@ def demo_claude(arguments: list[str]) -> int:
 
 _DEMO_FLAG = "--demo-claude"
 
+#: Settings with an option of their own: the variable, and the placeholder and the help text of the
+#: option.
+_OPTIONS = {
+    "--port": ("CLAUDE_PROXY_PORT", "N", "TCP port to listen on"),
+    "--host": ("CLAUDE_BIND", "ADDR", "address to listen on; 0.0.0.0 = all"),
+}
+
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocp_server.py",
         description="Serves your Claude plan, through the official claude program, to tools "
-        "that speak the OpenAI or the Anthropic API. Settings are environment variables: see "
-        "--print-settings.",
+        "that speak the OpenAI or the Anthropic API. Settings are environment variables, or lines "
+        "NAME=VALUE in the file ocp.env of OCP_HOME (~/.ocp by default): see --print-settings.",
     )
     parser.add_argument(
         "--demo", action="store_true", help="answer from a stand-in, without an account"
@@ -18418,8 +19645,13 @@ def argument_parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="validate settings and environment; exit 0 or 2"
     )
     parser.add_argument(
-        "--print-settings", action="store_true", help="print the settings table as Markdown"
+        "--print-settings", action="store_true",
+        help="print the settings table as Markdown, and which settings are in use",
     )
+    for option, (name, placeholder, text) in _OPTIONS.items():
+        parser.add_argument(
+            option, metavar=placeholder, help=f"{text}; wins over {name}", default=""
+        )
     parser.add_argument("--version", action="version", version=f"ocp {VERSION}")
     return parser
 
@@ -18460,46 +19692,125 @@ def _fail_start(problem: object) -> int:
     return 2
 
 
-def check(config: Config, environ: Mapping[str, str], demo_command: tuple[str, ...]) -> int:
+def environment_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Environment:
+    """Return the variables of a start with these options. Raises ConfigError.
+
+    A demo reads no settings file, and has a folder of its own: it never touches real data."""
+    given = {
+        name: (getattr(options, option[2:]), option) for option, (name, *_) in _OPTIONS.items()
+        if getattr(options, option[2:])
+    }
+    if not options.demo:
+        return read_environment(environ, given)
+    home = Config(home=environ.get("OCP_HOME", "").strip() or "~/.ocp").home_path
+    given["OCP_HOME"] = (os.path.join(home, "demo"), "--demo")
+    values = {name: value for name, (value, _) in given.items()}
+    sources = {name: option for name, (_, option) in given.items()}
+    return Environment({**environ, **values}, "", sources)
+
+
+def print_settings_in_use(config: Config, environment: Environment) -> None:
+    """Print the settings that are not the default, as Markdown."""
+    found = settings_in_use(config, environment)
+    print("\nIn use here:\n" if found else "\nAll have their defaults here.")
+    for name, value, source in found:
+        print(f"- `{name}={printable(value)}` from {source}")
+
+
+def advice_on_settings(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each variable that looks like a setting and has no effect."""
+    for name, why in removed_settings(environ):
+        yield f"{name} has no effect: {why}"
+    for name, meant in unknown_settings(environ):
+        yield f"{name} is not a setting." + (f" Did you mean {meant}?" if meant else "")
+
+
+def _login_words(program: ClaudeProgram, environ: Mapping[str, str]) -> str:
+    """Return what is known of the login of claude. Nothing is asked of the API."""
+    with tempfile.TemporaryDirectory(prefix="ocp-check-") as folder:
+        state = program.login_state(folder_variables(folder, environ))
+        if not state and sys.platform == "darwin":
+            # The keychain may give the login only to the owner's own folder.
+            state = program.login_state({}) or state
+    return {
+        True: "logged in", False: "not logged in: run `claude auth login` as this user",
+        None: "not known yet: the first answer tells",
+    }[state]
+
+
+def check(config: Config, environment: Environment, demo_command: tuple[str, ...]) -> int:
     """Print what a start would use; return the exit code: 0 = it would work, 2 = it would not."""
+    environ = environment.variables
     print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
     print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
-    memory_bytes = machine_memory_bytes()
-    size = "an unknown size" if memory_bytes is None else f"{memory_bytes / 1e9:.1f} GB"
-    for row in dataclasses.fields(Config):
-        if row.metadata["from_memory"] and not environ.get(row.metadata["env"], "").strip():
-            name, value = row.metadata["env"], getattr(config, row.name)
-            print(f"{name} follows memory: {value} here, with {size}")
-    for name, why in removed_settings(environ):
-        print(f"{name} has no effect: {why}")
+    for name, value, source in settings_in_use(config, environment):
+        print(f"{name}={printable(value)} (from {source})")
+    for sentence in advice_on_settings(environ):
+        print(f"ATTENTION: {sentence}")
+    program = ClaudeProgram(config, environ, demo_command)
     try:
-        program = ClaudeProgram(config, environ, demo_command).resolve()
+        found = program.resolve()
     except OcpError as error:
         return _fail_start(error.message)
-    print(f"uses claude {program.version_text}: {' '.join(program.command)}")
-    print("all good")
+    print(f"uses claude {found.version_text}: {' '.join(found.command)}")
+    login = "none needed" if demo_command else _login_words(program, environ)
+    print(f"login: {login}")
+    print("all good, but for the login" if login.startswith("not logged in") else "all good")
     return 0
+
+
+def _try_it(app: App) -> str:
+    """Return a command that gets an answer, in the shell of this user; empty if there is none."""
+    if app.program.last_result()[1] is not None:
+        return ""
+    words = ["curl"]
+    if app.config.tls_cert:
+        # The certificate seldom names the address of loopback.
+        words.append("--insecure")
+    if app.config.mode != "none":
+        path = app.state_folder.path_of("admin-key")
+        if not app.state_folder.has_admin_key_file:
+            return ""
+        words.append(f'-H "Authorization: Bearer $(cat {shlex.quote(path)})"')
+    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    url = f"{app.address.local_url}/v1/chat/completions"
+    return " ".join([*words, url, "-d", shlex.quote(body)])
+
+
+def _addresses(app: App) -> Iterator[str]:
+    """Yield the lines of the banner that say where the server is reached."""
+    url, reason = app.address.for_devices()
+    if url or not is_loopback(app.address.host):
+        yield f"Other devices: {url}/v1" if url else f"Other devices: {reason}"
+    key = ""
+    if app.config.mode != "none":
+        path = app.state_folder.path_of("admin-key")
+        key = f", with the key in {path}" if app.state_folder.has_admin_key_file else (
+            ", with OCP_ADMIN_KEY")
+    yield f"Dashboard: {app.address.local_url}/dashboard{key}"
 
 
 def _banner(server: Server) -> str:
     app = server.app
-    lines = [f"OCP {VERSION} serves {server.url}/v1"]
+    problem = app.program.last_result()[1]
+    lines = [f"OCP {VERSION} serves {server.url}/v1", *_addresses(app)]
     if app.demo:
-        lines.append("DEMO: answers come from a stand-in; no account and no model is used")
+        lines.append(
+            "DEMO: answers, plan and history are made up; no account, no model and none of your "
+            "data is used"
+        )
     if app.config.is_agent:
         lines.append("AGENT MODE: claude uses its own tools on this machine")
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
-    lines += [
-        "Try it:",
-        f"  curl {server.url}/v1/chat/completions -d "
-        '\'{"messages": [{"role": "user", "content": "Hello"}]}\'',
-    ]
-    return "\n".join(lines)
+    if problem is not None:
+        lines.append(f"ATTENTION: {problem.message}")
+    command = _try_it(app)
+    return "\n".join([*lines, *(["Try it:", f"  {command}"] if command else [])])
 
 
 #: M_MMAP_THRESHOLD of glibc's malloc.h, and the size from which blocks are mapped by themselves.
@@ -18537,7 +19848,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
         app.close()
         print(
             f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}. "
-            "Is OCP running already? CLAUDE_PROXY_PORT sets another port.",
+            "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port.",
             file=sys.stderr,
         )
         return 1
@@ -18587,26 +19898,34 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     options = argument_parser().parse_args(arguments)
     if options.print_settings:
         print(settings_markdown())
-        return 0
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
     try:
+        environment = environment_of(options, environ)
+        environ = environment.variables
         config = load_config(environ, machine_memory_bytes())
+        if options.print_settings:
+            print_settings_in_use(config, environment)
+            return 0
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)
     except ConfigError as problem:
         return _fail_start(problem)
     if options.check:
-        return check(config, environ, demo_command)
+        return check(config, environment, demo_command)
     log = Log(sys.stderr, config.log_level)
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)
+    for name, meant in unknown_settings(environ):
+        log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
     try:
         app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
     except HomeInUse as problem:
         print(f"ocp: {problem}", file=sys.stderr)
         return 1
+    if app.demo:
+        fill_demo(app)
     return serve(app, tls)
 
 

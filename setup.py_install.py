@@ -27,7 +27,7 @@ Sections (search for "==== 8" to jump to the eighth):
     11. OpenClaw          told about the service, by ocp_connect.py
     12. Command line      arguments, the order of the phases, exit codes
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import os
 import sys
@@ -45,6 +45,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import math
 import platform
 import plistlib
 import pwd
@@ -59,7 +60,7 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, TextIO, Union
 
 #: A JSON object as the record has it.
@@ -241,6 +242,18 @@ def settings_of(text: str) -> dict[str, str]:
 # --- end shared
 
 
+# --- shared: drain
+def drain_s(text: str) -> float:
+    """Return the seconds of OCP_DRAIN; the server's default where it is no duration.
+
+    A bare number is milliseconds, as for the server.
+    """
+    units = {"": 0.001, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+    found = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|m|h|d|)", text.strip().lower())
+    return int(found[1]) * units[found[2]] if found else 20.0
+# --- end shared
+
+
 # --- shared: confirm
 def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
     """Ask before something is changed, unless the user said --yes.
@@ -271,9 +284,12 @@ class HttpProblem(Exception):
     """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
     403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: Any = None) -> None:
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
         super().__init__(message)
         self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
 
 
 @contextlib.contextmanager
@@ -302,11 +318,11 @@ def http_open(
             raise HttpProblem("unreachable", reason) from None
         with contextlib.closing(answer):
             if answer.status >= 300:
-                raise http_problem(answer.status, text)
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
             yield answer
 
 
-def http_problem(status: int, text: bytes) -> HttpProblem:
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
     """The problem that an answer with such a status stands for."""
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
     body, message = None, text[:200].decode("utf-8", "replace").strip()
@@ -314,7 +330,7 @@ def http_problem(status: int, text: bytes) -> HttpProblem:
         body = json.loads(text)
     error = body.get("error") if isinstance(body, dict) else None
     told = error.get("message") if isinstance(error, dict) else error
-    return HttpProblem(kind, str(told or message), status, body)
+    return HttpProblem(kind, str(told or message), status, body, request_id)
 
 
 def http_json(
@@ -744,6 +760,8 @@ class Installation(NamedTuple):
     bind: str
     #: Whether it serves https.
     is_secure: bool = False
+    #: How long running answers get to finish when the service is stopped.
+    drain_s: int = 20
 
     @property
     def server_path(self) -> str:
@@ -761,6 +779,11 @@ class Installation(NamedTuple):
     def is_system(self) -> bool:
         """Return whether it is a service of the machine rather than of a user."""
         return self.service.platform == "systemd-system"
+
+    @property
+    def stop_timeout_s(self) -> int:
+        """Return how long the service manager waits before it kills the server."""
+        return self.drain_s + 25
 
     @property
     def log_path(self) -> str:
@@ -832,7 +855,7 @@ def systemd_unit(install: Installation) -> str:
         "RestartPreventExitStatus=2\n"
         # The server ends its answers and its children by itself.
         "KillMode=mixed\n"
-        "TimeoutStopSec=45\n"
+        f"TimeoutStopSec={install.stop_timeout_s}\n"
         "UMask=0077\n"
         f"{own_user if install.is_system else ''}"
         "\n[Install]\n"
@@ -851,6 +874,17 @@ def command_with_settings(install: Installation) -> list[str]:
     return [*shell, install.env_file, install.python, install.server_path]
 
 
+def command_by_hand(install: Installation) -> str:
+    """Return the line that starts the server in a shell. The server itself reads the settings in
+    its folder."""
+    if install.env_file != os.path.join(install.data_dir, "ocp.env"):
+        return shlex.join(command_with_settings(install))
+    line = shlex.join([install.python, install.server_path])
+    if install.data_dir == os.path.join(install.home, ".ocp"):
+        return line
+    return f"OCP_HOME={shlex.quote(install.data_dir)} {line}"
+
+
 def launchd_plist(install: Installation) -> bytes:
     """Return the agent for launchd."""
     # Without this, an agent can be loaded into the graphical session only.
@@ -862,7 +896,7 @@ def launchd_plist(install: Installation) -> bytes:
         "RunAtLoad": True,
         "KeepAlive": True,
         "ThrottleInterval": 10,
-        "ExitTimeOut": 45,
+        "ExitTimeOut": install.stop_timeout_s,
         "Umask": 0o077,
         "StandardOutPath": install.log_path,
         "StandardErrorPath": install.log_path,
@@ -1100,6 +1134,39 @@ def is_readable_by_all(path: str) -> bool:
         folder = os.path.dirname(folder)
 
 
+def writable_by_others(here: str, owners: Collection[int] = (0,)) -> str:
+    """Return a file or folder that users other than `owners` may change; "" if there is none.
+
+    Looked at are the folder, those above it, and what is directly in it: what root runs from
+    there with `sudo ocp`, and git's settings for `sudo ocp update`.
+    """
+    above = here = os.path.realpath(here)
+    paths = [os.path.join(here, ".git", "config"), *(entry.path for entry in os.scandir(here))]
+    while above != os.path.dirname(above):
+        paths.append(above)
+        above = os.path.dirname(above)
+    for path in reversed(paths):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(path)
+            bits = stat.S_IWOTH | (0 if found.st_gid == 0 else stat.S_IWGRP)
+            # In a sticky folder nobody can replace the files of another user.
+            is_open = found.st_mode & bits and not found.st_mode & stat.S_ISVTX
+            if is_open or found.st_uid not in owners:
+                return path
+    return ""
+
+
+def check_owner(here: str) -> None:
+    """Raise Problem if root would run what another user may change."""
+    path = writable_by_others(here)
+    if path:
+        folder = shlex.quote(here)
+        raise refused(
+            f"Users other than root may write to {path}, and root would run what is there. Run\n"
+            f"  sudo chown -R root:root {folder} && sudo chmod -R go-w {folder}\n"
+            "or, if that is not enough, move the folder to /opt/ocp.")
+
+
 def python_for(here: str, *, is_system: bool) -> str:
     """Return the interpreter that the service runs on. Raises Problem."""
     python = stable_python()
@@ -1113,6 +1180,8 @@ def python_for(here: str, *, is_system: bool) -> str:
             f"A service of the machine cannot run {python}. Use the system's own: "
             "sudo /usr/bin/python3 setup.py_install.py --system"
         )
+    if is_system:
+        check_owner(here)
     # systemd takes the first word of a command as it stands: there is no way to write a dollar.
     if is_unwritable(python + here) or "$" in python:
         raise refused(f"No unit can name {python!r} or {here!r}: move them to a plainer path.")
@@ -1164,12 +1233,15 @@ def planned_installation(host: Host, options: argparse.Namespace, service: Servi
 
 
 def with_address(install: Installation, values: Mapping[str, str]) -> Installation:
-    """Return the installation with its address. Raises Problem."""
+    """Return the installation with what its unit needs of the settings. Raises Problem."""
     text = values[PORT]
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) == 0:
         raise refused(f"{PORT}={text}: a service needs a port that clients can rely on.")
+    # What the server does not take as a duration, it refuses before anything is installed.
+    drain = math.ceil(drain_s(values.get("OCP_DRAIN", "")))
     return install._replace(
-        port=int(text), bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")))
+        port=int(text), bind=values[BIND], is_secure=bool(values.get("OCP_TLS_CERT")),
+        drain_s=drain)
 
 
 def path_for(host: Host, install: Installation, values: Mapping[str, str]) -> str:
@@ -1612,9 +1684,10 @@ def ask(install: Installation, values: Mapping[str, str]) -> Answer:
     except HttpProblem as problem:
         error = problem.body.get("error") if isinstance(problem.body, dict) else None
         code = str(error.get("code") or "") if isinstance(error, dict) else ""
-        if code == "invalid_api_key":
+        if code.endswith("_api_key"):
             return Answer(None, "No question was asked: no key is known here that the API accepts.")
-        return Answer(False, f"The question failed: {problem}", code)
+        more = f" More: `ocp errors {problem.request_id}`" if problem.request_id else ""
+        return Answer(False, f"The question failed: {problem}{more}", code)
     except (KeyError, IndexError, TypeError):
         return Answer(False, "The question failed: the answer is not one of OCP.")
     took_s = time.monotonic() - began_s
@@ -1887,7 +1960,7 @@ def next_steps(job: Job) -> Iterator[str]:
     if values.get(AUTH_MODE) == "multi":
         yield "Create a key for each client with: ocp keys add NAME"
     if install.service.platform == "none":
-        yield f"Start it by hand: {shlex.join(command_with_settings(install))}"
+        yield f"Start it by hand: {command_by_hand(install)}"
     elif not job.situation.should_start:
         yield f"It is not started now. Start it with: {shlex.join(install.service.start)}"
     else:

@@ -20,7 +20,7 @@ Sections (search for "==== 3" to jump to the third):
      5. Data              the state folder, and when it may be removed
      6. Command line      what is to be undone, shown, confirmed, done
 """
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import os
 import sys

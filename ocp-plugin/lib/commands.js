@@ -27,7 +27,7 @@ function planLines(plan) {
     limitRow("Session", plan.currentSession), limitRow("Week", allModels),
     ...Object.entries(each).map(([model, limit]) => limitRow(`  ${clip(model, 6)}`, limit)),
   ].filter(Boolean);
-  return rows.length ? rows : ["Not known before the first answer."];
+  return rows.length ? rows : ["Not known yet: claude tells with an answer."];
 }
 
 export function showUsage(usage) {
@@ -58,9 +58,11 @@ export function showStatus(status) {
   return page("OCP status", errors.length ? [...lines, "", ...errors] : lines);
 }
 
+const LOGIN = new Map([[null, "not known yet"], [true, "logged in"], [false, "not logged in"]]);
+
 export function showHealth(health) {
   const stats = health.stats;
-  const login = health.auth.ok === null ? "not checked" : health.auth.ok ? "ok" : "not logged in";
+  const login = LOGIN.get(health.auth.ok);
   const spares = Object.values(health.spares).reduce((sum, count) => sum + count, 0);
   return page("OCP health", table([
     ["Status", health.status],

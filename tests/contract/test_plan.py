@@ -78,7 +78,7 @@ def test_status_tells_the_same_plan(bare: Rig) -> None:
 
     session = usage(bare)["plan"]["currentSession"]
     assert status["plan"]["currentSession"]["resetsAt"] == session["resetsAt"]
-    assert status["proxy"]["auth"] == "ok"
+    assert status["proxy"]["auth"] == "logged in"
 
 
 @pytest.mark.differs_by_version

@@ -34,10 +34,14 @@ USAGE: Json = {
     "models": {
         "claude-sonnet-5-5": {
             "requests": 18, "successes": 17, "errors": 1, "timeouts": 0, "avgElapsed": 20_400,
-            "maxElapsed": 45_000, "avgPromptChars": 36_000, "maxPromptChars": 56_200},
+            "maxElapsed": 45_000, "avgPromptChars": 36_000, "maxPromptChars": 56_200,
+            "inputTokens": 9_100, "outputTokens": 6_400, "cacheReadTokens": 410_000,
+            "cacheWriteTokens": 21_000, "cacheReadShare": 0.9316},
         "claude-haiku-4-5-20251001": {
             "requests": 1, "successes": 1, "errors": 0, "timeouts": 0, "avgElapsed": 840,
-            "maxElapsed": 840, "avgPromptChars": 12, "maxPromptChars": 12}},
+            "maxElapsed": 840, "avgPromptChars": 12, "maxPromptChars": 12,
+            "inputTokens": 9, "outputTokens": 14, "cacheReadTokens": 0,
+            "cacheWriteTokens": 0, "cacheReadShare": 0.0}},
 }
 COUNTS: Json = {
     "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,
@@ -64,17 +68,18 @@ API_USAGE: Json = {
     "daily": [{"day": "2026-11-19", **SMALL}, {"day": "2026-11-20", **COUNTS}],
 }
 STATUS: Json = {
-    "proxy": {"status": "ok", "version": "0.1.0", "uptime": "1h 3m", "auth": "ok"},
+    "proxy": {"status": "ok", "version": "0.1.0", "uptime": "1h 3m", "auth": "logged in",
+              "fix": None},
     "requests": {"total": 19, "active": 1, "errors": 1, "timeouts": 0}, "plan": PLAN,
     "recentErrors": [{"time": "2026-11-20T14:40:00Z", "message": "claude ended early"}],
 }
 MODELS: Json = {"object": "list", "data": [
     {"id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
      "context_window": 1_000_000, "max_output_tokens": 128_000, "reasoning": True,
-     "aliases": ["sonnet", "default"]},
+     "aliases": ["sonnet", "default"], "default": True},
     {"id": "claude-haiku-4-5-20251001", "display_name": "Claude Haiku 4.5",
      "context_window": 200_000, "max_output_tokens": 64_000, "reasoning": False,
-     "aliases": []}]}
+     "aliases": ["haiku"], "default": False}]}
 SETTINGS: Json = {
     "timeout": {
         "value": 600_000, "type": "number", "min": 1_000, "max": 3_600_000, "unit": "ms",
@@ -94,17 +99,6 @@ LOGS: Json = {"count": 2, "level": "all", "entries": [
 SESSIONS: Json = {"sessions": [
     {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5-5", "messages": 6,
      "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}
-KEY: Json = {
-    "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
-    "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
-    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
-    "maxConcurrent": 2, "note": "", "effort": "low", "webSearch": True,
-    "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
-}
-KEYS: Json = {"keys": [KEY, {
-    "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",
-    "created_at": "2026-10-01 08:00:00", "revoked": 1, "expiry": None, "expired": False,
-    "models": [], "maxConcurrent": 0, "note": "", "lastUsed": None}]}
 QUOTA: Json = {"keyId": 2, "name": "laptop", "quota": {
     "daily": {"limit": 50, "used": 12, "inFlight": 0, "resetsIn": "9h 57m"},
     "weekly": {"limit": None, "used": 34, "inFlight": 0, "resetsIn": "2d 9h"},
@@ -112,6 +106,25 @@ QUOTA: Json = {"keyId": 2, "name": "laptop", "quota": {
     "tokensDaily": {"limit": 1_000_000, "used": 50_400, "inFlight": 0, "resetsIn": "9h 57m"},
     "tokensWeekly": {"limit": None, "used": 150_000, "inFlight": 0, "resetsIn": "2d 9h"},
     "tokensMonthly": {"limit": None, "used": 400_000, "inFlight": 0, "resetsIn": "10d 9h"}}}
+KEY: Json = {
+    "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
+    "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
+    "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
+    "maxConcurrent": 2, "note": "", "effort": "low", "webSearch": True,
+    "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
+    "quota": QUOTA["quota"],
+}
+KEYS: Json = {"keys": [KEY, {
+    "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",
+    "created_at": "2026-10-01 08:00:00", "revoked": 1, "expiry": None, "expired": False,
+    "models": [], "maxConcurrent": 0, "note": "", "lastUsed": None}]}
+CACHE: Json = {
+    "entries": 31, "totalHits": 12, "sizeBytes": 84_200, "inflight": 0, "requesters": 0,
+    "hits": 12, "misses": 36, "shared": 2, "bypassed": 5, "maxBytes": 33_554_432,
+    "ttl": 3_600_000}
+DASHBOARD: Json = {
+    "url": "http://127.0.0.1:3456/dashboard", "key": "the admin key: cat /home/u/.ocp/admin-key",
+    "deviceUrl": "http://192.0.2.7:3456/dashboard"}
 LAN: Json = {
     "host": "192.0.2.7", "url": "http://192.0.2.7:3456", "authMode": "multi", "reachable": True}
 DOCTOR: Json = {
@@ -119,12 +132,23 @@ DOCTOR: Json = {
     "install_dir": "/home/u/ocp", "install_dir_source": "script",
     "install_dir_safe_to_replace": True, "current_version": "v0.1.0", "latest_version": "v0.2.0",
     "from_version_supported": True, "units": None, "fail_count": 1, "warn_count": 1,
+    "unknown_count": 1,
     "checks": [
-        {"id": "python", "level": "PASS", "message": "Python 3.11.7"},
-        {"id": "file_modes", "level": "FAIL", "message": "others may read /home/u/.ocp/ocp.db"},
-        {"id": "oauth_ok", "level": "INFO", "message": "not known before the first answer"},
-        {"id": "current_version", "level": "WARN",
-         "message": "v0.2.0 is available, 0.1.0 is installed"}],
+        {"id": "python", "title": "Python", "level": "PASS", "message": "Python 3.11.7",
+         "checked": True},
+        {"id": "file_modes", "title": "Private files", "level": "FAIL",
+         "message": "others may read /home/u/.ocp/ocp.db", "checked": True,
+         "fix": {"kind": "fix_modes", "human_required": [], "safe": True,
+                 "ai_executable": ["chmod 600 /home/u/.ocp/ocp.db"]}},
+        {"id": "oauth_ok", "title": "Login", "level": "INFO",
+         "message": "not known yet: the first answer tells; `ocp ask hello` gets one",
+         "checked": True},
+        {"id": "clock", "title": "Clock", "level": "INFO",
+         "message": "could not check: the server told no time", "checked": False},
+        {"id": "current_version", "title": "Release", "level": "WARN",
+         "message": "v0.2.0 is available, 0.1.0 is installed", "checked": True,
+         "fix": {"kind": "update", "human_required": [], "safe": False,
+                 "ai_executable": ["python3 /home/u/ocp/ocp.py update --yes"]}}],
     "next_action": {
         "kind": "fix_modes", "human_required": [],
         "ai_executable": ["chmod 600 /home/u/.ocp/ocp.db"],
@@ -132,6 +156,6 @@ DOCTOR: Json = {
 }
 
 __all__ = [
-    "API_USAGE", "DOCTOR", "HEALTH", "KEY", "KEYS", "LAN", "LOGS", "MODELS", "NOW_S", "PLAN",
-    "QUOTA", "SESSIONS", "SETTINGS", "STATUS", "USAGE",
+    "API_USAGE", "CACHE", "DASHBOARD", "DOCTOR", "HEALTH", "KEY", "KEYS", "LAN", "LOGS", "MODELS",
+    "NOW_S", "PLAN", "QUOTA", "SESSIONS", "SETTINGS", "STATUS", "USAGE",
 ]

@@ -659,16 +659,22 @@ def test_an_unreachable_systemd_is_told_and_files_are_installed_all_the_same(
 
 @pytest.mark.slow
 def test_without_a_service_manager_the_command_to_start_by_hand_works(bare: InstallMachine) -> None:
-    done = bare.install()
+    done = bare.install("--auth-mode", "multi", "--bind", "0.0.0.0")
     assert done.returncode == 0, done.stderr
     command = re.search(r"Start it by hand: (.*)", done.stdout)
     assert command
+    again = subprocess.run(
+        [sys.executable, str(REPO / "ocp.py"), "start"], env={"HOME": str(bare.home)}, text=True,
+        capture_output=True, timeout=120)
+    assert f"by hand: {command[1]}\n" in again.stderr
     with open(bare.folder / "output.txt", "wb") as output:
         process = subprocess.Popen(
             ["/bin/sh", "-c", f"exec {command[1]}"], stdout=output, stderr=output,
             env={"HOME": str(bare.home)}, start_new_session=True)
     try:
         eventually(lambda: is_up(bare.port))
+        assert http_call(bare.port, "GET", "/health").json()["authMode"] == "multi"
+        eventually(lambda: "Other devices: " in (bare.folder / "output.txt").read_text())
     finally:
         process.terminate()
         process.wait(120)
@@ -964,6 +970,58 @@ def test_a_service_of_the_machine_is_refused_where_it_cannot_work(
     assert setup.main(["--system", "--dry-run"], host) == 2
     assert words in capsys.readouterr().err
     assert linux.files() == linux.before
+
+
+@pytest.mark.parametrize("name, mode", [
+    ("opt", 0o777), ("opt/ocp", 0o775), ("opt/ocp/ocp.py", 0o664), ("opt/ocp/.git/config", 0o666),
+    ("opt/ocp/ocp-plugin", 0o757)])
+def test_root_is_not_made_to_run_what_others_may_write(
+    name: str, mode: int, tmp_path: Path
+) -> None:
+    here = tmp_path / "opt" / "ocp"
+    (here / ".git").mkdir(parents=True)
+    (here / "ocp-plugin").mkdir()
+    for file in ("ocp.py", ".git/config"):
+        (here / file).touch()
+    for path in (tmp_path, tmp_path / "opt", here, *here.rglob("*")):
+        path.chmod(0o755)
+    owners = (0, os.getuid())
+    assert setup.writable_by_others(str(here), owners) == ""
+    # A file of a user is as bad as one that everybody may write.
+    assert setup.writable_by_others(str(here), (os.getuid() + 1,)) != ""
+    if os.getuid() == 0:
+        # What the group of root may write is root's.
+        os.chown(tmp_path / name, -1, 65534)
+
+    (tmp_path / name).chmod(mode)
+
+    assert setup.writable_by_others(str(here), owners) == str(tmp_path / name)
+    # In a folder like /tmp nobody can replace the files of another.
+    if (tmp_path / name).is_dir():
+        (tmp_path / name).chmod(mode | stat.S_ISVTX)
+        assert setup.writable_by_others(str(here), owners) == ""
+
+
+def test_the_refusal_of_a_folder_that_others_may_write_says_how_to_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "is_readable_by_all", lambda path: True)
+    monkeypatch.setattr(setup, "writable_by_others", lambda here: f"{here}/ocp.py")
+    with pytest.raises(setup.Problem, match="chown -R root:root"):
+        setup.python_for(str(tmp_path), is_system=True)
+    assert setup.python_for(str(tmp_path), is_system=False)
+
+
+@pytest.mark.parametrize("drain, stop_s", [
+    ("", 45), ("120000", 145), ("1", 26), ("600000", 625), ("2m", 145), ("90 S", 115)])
+def test_the_service_manager_waits_as_long_as_answers_may_take(
+    drain: str, stop_s: int, tmp_path: Path
+) -> None:
+    values = {"CLAUDE_PROXY_PORT": "3456", "CLAUDE_BIND": "127.0.0.1", "OCP_DRAIN": drain}
+    install = setup.with_address(
+        installation(tmp_path, setup.systemd_service(str(tmp_path), "x", is_system=False)), values)
+    assert f"TimeoutStopSec={stop_s}\n" in setup.systemd_unit(install)
+    assert plistlib.loads(setup.launchd_plist(install))["ExitTimeOut"] == stop_s
 
 
 def test_sudo_without_system_is_refused(

@@ -4,20 +4,34 @@ With OCP_UPDATE_DOCS=1 the samples in docs/ocp-command.md are written anew inste
 """
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
 import ocp_samples as samples
-from ocp_command import DEAD_URL, HEALTH, Request, ocp, ocp_env, run, run_env, stub_server
-from project import REPO, clean_env
+from ocp_command import (
+    DEAD_URL,
+    HEALTH,
+    Request,
+    ocp,
+    ocp_env,
+    run,
+    run_env,
+    stub_server,
+    write_record,
+)
+from project import REPO, clean_env, load_script
 from server import running_server
 from tls_files import write_tls_files
 
@@ -30,7 +44,8 @@ DOCS = REPO / "docs" / "ocp-command.md"
 READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("usage", "GET /usage", samples.USAGE, ocp.show_usage),
     ("usage --days 2", "GET /api/usage", samples.API_USAGE, ocp.show_usage_days),
-    ("usage --by-key", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_key),
+    ("usage --by key", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_key),
+    ("usage --by model", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_model),
     ("status", "GET /status", samples.STATUS, ocp.show_status),
     ("health", "GET /health", HEALTH, ocp.show_health),
     ("models", "GET /v1/models", samples.MODELS, ocp.show_models),
@@ -39,7 +54,9 @@ READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("sessions", "GET /sessions", samples.SESSIONS, ocp.show_sessions),
     ("keys", "GET /api/keys", samples.KEYS, ocp.show_keys),
     ("keys list", "GET /api/keys", samples.KEYS, ocp.show_keys),
-    ("keys show laptop", "GET /api/keys/laptop", samples.KEY, ocp.show_key),
+    ("keys list --all", "GET /api/keys", samples.KEYS, ocp.show_all_keys),
+    ("cache", "GET /cache/stats", samples.CACHE, ocp.show_cache),
+    ("keys show laptop", "GET /api/keys/laptop", samples.KEY, ocp.show_key_and_quota),
     ("keys quota laptop", "GET /api/keys/laptop/quota", samples.QUOTA, ocp.show_quota),
 )
 each_reading = pytest.mark.parametrize("line, asked, answer, show", READING, ids=lambda v: (
@@ -82,8 +99,7 @@ def test_extra_usage_is_what_the_server_says_it_is(state: str | None, words: str
 def test_a_pipe_gets_plain_text(
     tmp_path: Path, line: str, asked: str, answer: Json, show: Callable[..., str],
 ) -> None:
-    quota = {"GET /api/keys/laptop/quota": (200, samples.QUOTA)}
-    with stub_server({asked: (200, answer), **quota}) as server:
+    with stub_server({asked: (200, answer)}) as server:
         found = run(tmp_path, server.url, *line.split())
     assert (found.code, found.stderr) == (0, "")
     assert "\x1b" not in found.stdout and "[#" not in found.stdout
@@ -114,16 +130,54 @@ def test_by_key_asks_for_everybodys_rows_of_the_days(tmp_path: Path) -> None:
     with stub_server({"GET /api/usage": (200, samples.API_USAGE)}) as server:
         run(tmp_path, server.url, "usage", "--by-key", "--days", "7")
         path = server.requests[-1].path
-    since = re.search(r"since=([^&]*)", path)
-    assert since and "all=true" in path
-    at_s = ocp.parse_time(since[1].replace("%3A", ":"))
-    assert abs(ocp_env(tmp_path).clock() - 7 * 86_400 - at_s) < 60
+    assert "all=true" in path
+    assert abs(ocp_env(tmp_path).clock() - 7 * 86_400 - since_of(path)) < 60
+
+
+@pytest.mark.parametrize("words, back_s", [
+    ("--by key", 86_400), ("--by model --since 7d", 7 * 86_400), ("--by key --since 12h", 43_200),
+    ("--by-key", 86_400)])
+def test_usage_goes_back_as_far_as_asked(tmp_path: Path, words: str, back_s: float) -> None:
+    with stub_server({"GET /api/usage": (200, samples.API_USAGE)}) as server:
+        run(tmp_path, server.url, "usage", *words.split())
+        at_s = since_of(server.requests[-1].path)
+    assert abs(ocp_env(tmp_path).clock() - back_s - at_s) < 60
+
+
+@pytest.mark.parametrize("words, days", [
+    ("--by day", 7), ("--days 3", 3), ("--by day --since 2d", 2), ("--since 1d", 1)])
+def test_days_of_usage_are_whole_and_as_many_as_asked(
+    tmp_path: Path, words: str, days: int,
+) -> None:
+    with stub_server({"GET /api/usage": (200, samples.API_USAGE)}) as server:
+        run(tmp_path, server.url, "usage", *words.split())
+        at_s = since_of(server.requests[-1].path)
+    first = datetime.datetime.fromtimestamp(at_s)
+    today = datetime.date.fromtimestamp(ocp_env(tmp_path).clock())
+    assert (first.hour, first.minute) == (0, 0) and (today - first.date()).days == days - 1
+
+
+def since_of(path: str) -> float:
+    """The beginning of the period that is asked for."""
+    found = urllib.parse.parse_qs(path.partition("?")[2])
+    return float(ocp.parse_time(found["since"][0]))
+
+
+def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None:
+    shown = ocp.show_status(samples.STATUS, PLAIN)
+    assert "up 1h 3m, logged in" in shown and "1 error | 0 timeouts" in shown
+    proxy = {**samples.STATUS["proxy"], "auth": "not known yet", "fix": "log in"}
+    shown = ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN)
+    assert "login not known yet" in shown and "To do: log in" in shown
+    for ok, word in ((True, "logged in"), (False, "not logged in"), (None, "not known yet")):
+        assert f"login            {word}\n" in ocp.show_health({"auth": {"ok": ok}}, PLAIN)
 
 
 def test_unknown_plan_is_said_to_be_unknown() -> None:
     plan = {"currentSession": {"utilization": None, "percent": None}, "weeklyLimits": {}}
     shown = ocp.show_usage({"plan": plan, "proxy": {}, "models": {}}, PLAIN)
     assert shown.count("not known yet") == 3 and "0%" not in shown
+    assert "claude reports the limits of a plan with its answers" in shown
 
 
 def test_health_of_a_server_that_is_not_well_is_a_failure(tmp_path: Path) -> None:
@@ -152,7 +206,10 @@ def test_watch_goes_on_through_a_restart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words, query", [
     ([], "n=20&level=all"), (["5"], "n=5&level=all"), (["error"], "n=20&level=error"),
     (["50", "warning"], "n=50&level=warn"), (["debug", "7"], "n=7&level=debug"),
-    (["audit"], "n=20&level=audit"),
+    (["audit"], "n=20&level=audit"), (["-n", "5", "--level", "warn"], "n=5&level=warn"),
+    (["--lines", "7"], "n=7&level=all"), (["--since", "1h"], "n=1000&level=all"),
+    (["--since", "1h", "-n", "9", "error"], "n=9&level=error"),
+    (["error", "--json", "9"], "n=9&level=error"),
 ])
 def test_logs_take_number_and_level_in_any_order(
     tmp_path: Path, words: list[str], query: str,
@@ -160,6 +217,19 @@ def test_logs_take_number_and_level_in_any_order(
     with stub_server({"GET /logs": (200, samples.LOGS)}) as server:
         run(tmp_path, server.url, "logs", *words)
         assert server.requests[-1].path == f"/logs?{query}"
+
+
+def test_logs_since_leave_out_what_is_older(tmp_path: Path) -> None:
+    def entry(age_s: float) -> Json:
+        at_s = ocp_env(tmp_path).clock() - age_s
+        return {"ts": ocp.iso_time(at_s), "level": "info", "event": f"e{age_s:.0f}"}
+
+    entries = [entry(7200), entry(1800), entry(60)]
+    with stub_server({"GET /logs": (200, {"entries": entries, "level": "all"})}) as server:
+        plain = run(tmp_path, server.url, "logs", "--since", "1h").stdout
+        found = run(tmp_path, server.url, "logs", "--since", "1h", "--json").stdout
+    assert "e7200" not in plain and "e1800" in plain and "e60" in plain
+    assert json.loads(found) == {"entries": entries[1:], "level": "all", "count": 2}
 
 
 def test_following_prints_every_event_once(tmp_path: Path) -> None:
@@ -201,7 +271,8 @@ def settings_stub(results: Json, status: int = 200) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("words, sent", [
-    (["timeout", "300000"], {"timeout": 300_000}),
+    (["timeout", "300000"], {"timeout": 300_000}), (["timeout", "20m"], {"timeout": 1_200_000}),
+    (["timeout", "1h30m"], {"timeout": 5_400_000}), (["CLAUDE_TIMEOUT", "5"], {"timeout": 5}),
     (["sessionId", "on"], {"sessionId": True}),
     (["logLevel", "warn"], {"logLevel": "warn"}), (["--reset", "timeout"], {"timeout": None}),
 ])
@@ -238,7 +309,60 @@ def test_settings_used_wrongly(tmp_path: Path, words: list[str], hint: str) -> N
 def test_one_setting_is_shown_in_full(tmp_path: Path) -> None:
     with stub_server(settings_stub({})) as server:
         found = run(tmp_path, server.url, "settings", "timeout")
-    assert "CLAUDE_TIMEOUT" in found.stdout and "600000 ms" in found.stdout
+        assert run(tmp_path, server.url, "settings", "CLAUDE_TIMEOUT").stdout == found.stdout
+    assert "CLAUDE_TIMEOUT" in found.stdout and "range        1s..1h" in found.stdout
+
+
+def test_a_setting_of_the_start_says_where_it_is_set(tmp_path: Path) -> None:
+    with stub_server(settings_stub({})) as server:
+        for name in ("bind", "CLAUDE_BIND", "authMode", "api_key"):
+            found = run(tmp_path, server.url, "settings", name, "x")
+            assert found.code == ocp.Exit.USAGE and "at the start of the server" in found.stderr
+        assert f"Set PROXY_API_KEY in {tmp_path}/.ocp/ocp.env" in found.stderr
+        record = {"version": 1, "actions": [], "url": server.url, "env_file": "/etc/ocp.env"}
+        (tmp_path / ".ocp").mkdir()
+        (tmp_path / ".ocp" / "install.json").write_text(json.dumps(record))
+        found = run(tmp_path, server.url, "settings", "bind")
+    assert "Set CLAUDE_BIND in /etc/ocp.env, and restart" in found.stderr
+
+
+def test_the_settings_of_the_start_are_read_from_the_server_s_table(tmp_path: Path) -> None:
+    found = ocp.start_settings(ocp_env(tmp_path))
+    fields = dataclasses.fields(load_script("ocp_server").Config)
+    assert found == {field.name: field.metadata["env"] for field in fields}
+    assert ocp.start_settings(ocp_env(tmp_path, tree=tmp_path)) == {}
+
+
+def test_changed_settings_are_those_that_somebody_has_set(tmp_path: Path) -> None:
+    with stub_server(settings_stub({})) as server:
+        found = run(tmp_path, server.url, "settings", "--changed", "--json")
+        assert set(json.loads(found.stdout)) == {"sessionId", "logLevel"}
+        wrong = run(tmp_path, server.url, "settings", "timeout", "--changed")
+    assert wrong.code == ocp.Exit.USAGE
+    assert "every setting is at its default" in ocp.show_settings({}, PLAIN)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_words_of_the_last_column_are_cut_to_the_terminal(columns: int) -> None:
+    row = {"name": "timeout", **samples.SETTINGS["timeout"], "desc": "long " * 40}
+    style = TERMINAL._replace(width=columns, color=False)
+    shown = ocp.table(ocp.SETTING_COLUMNS, [row], style)
+    assert max(map(len, shown.split("\n"))) == columns and shown.endswith("...")
+    assert "..." not in ocp.show_settings({"timeout": row}, PLAIN)
+    assert "ocp settings SETTING shows one in full" in ocp.show_settings({"timeout": row}, style)
+
+
+@pytest.mark.parametrize("text, ms", [
+    ("90s", 90_000), ("1h", 3_600_000), ("1h30m", 5_400_000), ("2d", 172_800_000), ("5ms", 5)])
+def test_a_period_is_read_and_written_alike(text: str, ms: int) -> None:
+    assert ocp.span_ms(text) == ms
+    assert ocp.span_ms(ocp.span(ms)) == ms
+
+
+@pytest.mark.parametrize("text", ["", "h", "1", "1.5h", "-1h", "1w", "1h 30m", "1h30"])
+def test_what_is_no_period_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="takes a period"):
+        ocp.span_ms(text)
 
 
 def test_a_new_key_is_printed_first_and_alone(tmp_path: Path) -> None:
@@ -248,9 +372,9 @@ def test_a_new_key_is_printed_first_and_alone(tmp_path: Path) -> None:
             tmp_path, server.url, "keys", "add", "lap top", "--expiry", "30d",
             "--models", "opus, haiku", "--max-concurrent", "2", "--daily", "50",
             "--tokens-weekly", "none")
-        body = server.requests[-1].body
+        body = server.requests[0].body
     assert (found.code, found.stdout) == (0, "ocp_secret\n")
-    assert f"OPENAI_BASE_URL={server.url}/v1" in found.stderr
+    assert "OPENAI_BASE_URL=http" in found.stderr
     assert body == {
         "name": "lap top", "expiry": "30d", "models": ["opus", "haiku"], "maxConcurrent": 2,
         "quota": {"daily": 50, "tokensWeekly": None}}
@@ -265,8 +389,11 @@ def test_a_new_key_is_not_lost_in_an_answer_that_is_not_understood(tmp_path: Pat
 @pytest.mark.parametrize("words, sent", [
     (["rename", "a/b", "c"], ("PATCH", "/api/keys/a%2Fb", {"name": "c"})),
     (["edit", "1", "--expiry", "never"], ("PATCH", "/api/keys/1", {"expiry": None})),
-    (["rotate", "1"], ("POST", "/api/keys/1/rotate", None)),
-    (["revoke", "lap top"], ("DELETE", "/api/keys/lap%20top", None)),
+    (["rotate", "1", "--yes"], ("POST", "/api/keys/1/rotate", None)),
+    (["rotate", "1", "--grace", "24h"], ("POST", "/api/keys/1/rotate", {"grace": "24h"})),
+    (["rotate", "K\u00fcche", "--grace", "none"],
+     ("DELETE", "/api/keys/K%C3%BCche/grace", None)),
+    (["revoke", "lap top", "-y"], ("DELETE", "/api/keys/lap%20top", None)),
     (["quota", "1", "--daily", "0"], ("PATCH", "/api/keys/1/quota", {"daily": 0})),
 ])
 def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Json) -> None:
@@ -274,6 +401,7 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
         "PATCH /api/keys/a%2Fb": (200, samples.KEY), "PATCH /api/keys/1": (200, samples.KEY),
         "POST /api/keys/1/rotate": (200, {"id": 1, "name": "x", "key": "ocp_new"}),
         "DELETE /api/keys/lap%20top": (200, {"revoked": True, "idOrName": "lap top"}),
+        "DELETE /api/keys/K%C3%BCche/grace": (200, {"ended": True, "name": "K\u00fcche"}),
         "PATCH /api/keys/1/quota": (200, {"ok": True}),
         "GET /api/keys/1/quota": (200, samples.QUOTA)}
     with stub_server(answers) as server:
@@ -283,10 +411,67 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
     assert [(r.method, r.path, r.body) for r in changes] == [sent]
 
 
+def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
+    old = {"keyPreview": "ocp_aaaa...zzzz", "until": "2027-01-31T12:00:00.000Z"}
+    answers = {
+        "POST /api/keys/x/rotate": (200, {"id": 1, "name": "x", "key": "ocp_n", "oldSecret": old}),
+        "GET /api/keys/x": (200, {**samples.KEY, "oldSecret": old}),
+        "GET /api/keys/x/quota": (200, samples.QUOTA)}
+    with stub_server(answers) as server:
+        rotated = run(tmp_path, server.url, "keys", "rotate", "x", "--grace", "24h")
+        shown = run(tmp_path, server.url, "keys", "show", "x")
+    assert rotated.stdout == "ocp_n\n"
+    assert "The old secret ocp_aaaa...zzzz works until 2027-01-" in rotated.stderr
+    assert "ocp_aaaa...zzzz, works until 2027-01-" in shown.stdout
+
+
 def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:
     with stub_server({"DELETE /api/keys/nobody": (200, {"revoked": False})}) as server:
-        found = run(tmp_path, server.url, "keys", "revoke", "nobody")
+        found = run(tmp_path, server.url, "keys", "revoke", "nobody", "--yes")
     assert found.code == 1 and "No active key" in found.stderr
+
+
+LOSING: dict[str, tuple[int, Json]] = {
+    "DELETE /sessions": (200, {"cleared": 1}), "DELETE /api/keys/1": (200, {"revoked": True}),
+    "POST /api/keys/1/rotate": (200, {"id": 1, "name": "x", "key": "ocp_new"})}
+
+
+@pytest.mark.parametrize("line", ["clear", "sessions clear", "keys revoke 1", "keys rotate 1"])
+def test_what_is_lost_for_good_is_asked_about_first(tmp_path: Path, line: str) -> None:
+    with stub_server(LOSING) as server:
+        def changes(*more: str, stdin: str = "", terminal: bool = False) -> tuple[int, int, str]:
+            server.requests.clear()
+            found = run(tmp_path, server.url, *line.split(), *more, stdin=stdin, terminal=terminal)
+            assert "?" not in found.stdout
+            return found.code, sum(each.method != "GET" for each in server.requests), found.stderr
+
+        assert changes(stdin="y\n", terminal=True)[:2] == (0, 1)
+        assert changes(stdin="\n", terminal=True)[:2] == (1, 0)
+        assert changes("--yes")[:2] == (0, 1)
+        code, sent, words = changes(stdin="y\n")
+    assert (code, sent) == (ocp.Exit.USAGE, 0) and "say --yes" in words
+
+
+def test_one_session_is_cleared_without_a_question(tmp_path: Path) -> None:
+    with stub_server({"DELETE /sessions/a%2Fb": (200, {"cleared": 1})}) as server:
+        found = run(tmp_path, server.url, "sessions", "clear", "a/b")
+    assert (found.code, found.stdout) == (0, "cleared 1 session\n")
+
+
+def test_the_cache_is_cleared(tmp_path: Path) -> None:
+    with stub_server({"DELETE /cache": (200, {"cleared": 3})}) as server:
+        assert run(tmp_path, server.url, "cache", "clear").stdout == "cleared 3 answers\n"
+    assert "switches it on" in ocp.show_cache({**samples.CACHE, "ttl": 0}, PLAIN)
+
+
+def test_revoked_keys_are_shown_when_asked_for(tmp_path: Path) -> None:
+    with stub_server({"GET /api/keys": (200, samples.KEYS)}) as server:
+        for words in (["keys"], ["keys", "list"]):
+            few = run(tmp_path, server.url, *words).stdout
+            assert "old phone" not in few and "1 revoked: ocp keys list --all" in few
+            assert "old phone" in run(tmp_path, server.url, *words, "--all").stdout
+            assert "old phone" in run(tmp_path, server.url, *words, "--json").stdout
+    assert "daily 12/50, tokens-daily 50.4K/1M" in few
 
 
 def test_a_name_that_is_taken_is_said_in_the_servers_words(tmp_path: Path) -> None:
@@ -314,6 +499,45 @@ def test_ask_reads_the_question_from_standard_input(tmp_path: Path) -> None:
         assert server.requests[-1].body["messages"][0]["content"] == "from a pipe"
 
 
+@pytest.mark.parametrize("words, stdin, content", [
+    (["why", "is", "it"], "", "why is it"), (["sum", "up"], "a\nb\n", "a\nb\n\n\nsum up"),
+    (["why", "-m", "opus", "is", "it"], "", "why is it"), (["-m", "opus", "why"], "", "why"),
+    ([], "alone", "alone"), (["-"], "x", "x"), (["--", "-v", "means"], "", "-v means"),
+])
+def test_ask_takes_words_and_what_comes_through_a_pipe(
+    tmp_path: Path, words: list[str], stdin: str, content: str,
+) -> None:
+    with stub_server({"POST /v1/chat/completions": (200, sse("ok"))}) as server:
+        found = run(tmp_path, server.url, "ask", *words, stdin=stdin)
+        assert server.requests[-1].body["messages"] == [{"role": "user", "content": content}]
+    assert found.code == 0, found
+
+
+def test_ask_does_not_wait_for_a_terminal_s_input(tmp_path: Path) -> None:
+    with stub_server({"POST /v1/chat/completions": (200, sse("ok"))}) as server:
+        run(tmp_path, server.url, "ask", "hi", stdin="not read", terminal=True)
+        assert server.requests[-2].body["messages"][0]["content"] == "hi"
+
+
+def test_ask_sends_a_system_prompt_and_prints_the_whole_answer_as_json(tmp_path: Path) -> None:
+    answer = {"id": "x", "choices": [{"message": {"content": "hello"}}]}
+    with stub_server({"POST /v1/chat/completions": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "ask", "-s", "be short", "hi", "--json")
+        body = server.requests[-1].body
+    assert (found.code, json.loads(found.stdout)) == (0, answer)
+    assert "stream" not in body and [each["role"] for each in body["messages"]] == [
+        "system", "user"]
+
+
+@pytest.mark.parametrize("demo, words", [(True, "(the demo, no model was asked;"),
+                                         (False, "(claude-sonnet-5;")])
+def test_an_answer_of_the_demo_is_said_to_be_one(tmp_path: Path, demo: bool, words: str) -> None:
+    answers = {"POST /v1/chat/completions": (200, sse("ok")),
+               "GET /health": (200, {**HEALTH, "demo": demo})}
+    with stub_server(answers) as server:
+        assert words in run(tmp_path, server.url, "ask", "hi", terminal=True).stderr
+
+
 def test_an_answer_does_not_command_a_terminal(tmp_path: Path) -> None:
     with stub_server({"POST /v1/chat/completions": (200, sse("a\x1b[2Jb\n"))}) as server:
         found = run(tmp_path, server.url, "ask", "hi", terminal=True)
@@ -332,6 +556,8 @@ def test_an_answer_that_fails_in_its_middle_is_a_failure(
     with stub_server({"POST /v1/chat/completions": (200, body)}) as server:
         found = run(tmp_path, server.url, "ask", "hi")
     assert found.code == 1 and message in found.stderr
+    # The message of the error begins a line of its own.
+    assert found.stdout == ("part\n" if "part" in body else "")
 
 
 def test_an_answer_that_ended_early_says_so(tmp_path: Path) -> None:
@@ -357,12 +583,16 @@ def test_the_server_is_looked_for_in_order(tmp_path: Path) -> None:
     assert found({"CLAUDE_PROXY_PORT": "5000"}) == "http://127.0.0.1:5000"
     both = {"CLAUDE_PROXY_PORT": "5000", "OCP_URL": "https://box.lan:8443/v1/"}
     assert found(both) == "https://box.lan:8443"
+    for text, url in (("box", "http://box:3456"), ("box:80", "http://box:80"), (
+            "192.0.2.7:3999/", "http://192.0.2.7:3999"), ("[::1]:80", "http://[::1]:80"), (
+            "[::1]", "http://[::1]:3456")):
+        assert found({"OCP_URL": text}) == url
     other = tmp_path / "other"
     assert found({"OCP_HOME": str(other)}) == "http://127.0.0.1:3456"
 
 
 @pytest.mark.parametrize("environ", [
-    {"OCP_URL": "box"}, {"OCP_URL": "ftp://box"}, {"OCP_URL": "http://box:99999"},
+    {"OCP_URL": "box:"}, {"OCP_URL": "box:x"}, {"OCP_URL": "ftp://box"}, {"OCP_URL": "http://box:99999"},
     {"OCP_URL": "http://a b"}, {"OCP_URL": "http://user:pass@box"},
     {"OCP_URL": "http://[::1"}, {"CLAUDE_PROXY_PORT": "http"},
     {"CLAUDE_PROXY_PORT": "0"}, {"OCP_URL": DEAD_URL, "OCP_ADMIN_KEY": "a\nb"},
@@ -459,11 +689,10 @@ FAILURES = (
     ((401, {"error": {"message": "wants its key"}}), ocp.Exit.DENIED, "refused: wants its key"),
     ((403, {"error": {"message": "admin key"}}), ocp.Exit.DENIED, "refused: admin key"),
     ((502, {"error": {"message": "claude died"}}), ocp.Exit.FAILED, "upstream trouble (502)"),
-    ((503, "gateway says no"), ocp.Exit.FAILED, "gateway says no"),
     ((500, '{"error": "text"}'), ocp.Exit.FAILED, "upstream trouble (500): text"),
     ((404, {"error": {"message": "There is no"}}), ocp.Exit.FAILED, "answered 404"),
-    ((200, "<html>"), ocp.Exit.FAILED, "not as an OCP server does"),
-    ((200, "[]"), ocp.Exit.FAILED, "not as an OCP server does"),
+    ((200, "<html>"), ocp.Exit.FAILED, "is not an OCP server"),
+    ((200, "[]"), ocp.Exit.FAILED, "is not an OCP server"),
 )
 
 
@@ -480,19 +709,64 @@ def test_failures_are_told_apart(
 
 def test_an_odd_answer_to_clear_is_no_traceback(tmp_path: Path) -> None:
     with stub_server({"DELETE /sessions": (200, "<html>")}) as server:
-        found = run(tmp_path, server.url, "clear")
-    assert found.code == 1 and "not as an OCP server does" in found.stderr
+        found = run(tmp_path, server.url, "clear", "--yes")
+    assert found.code == 1 and "is not an OCP server" in found.stderr
+
+
+@pytest.mark.parametrize("status, page", [
+    *((status, "<html>It works!</html>") for status in (200, 302, 403, 404, 405, 501, 502)),
+    *((status, '{"detail": "html"}') for status in (404, 502))])
+@pytest.mark.parametrize("line", [
+    "status", "status --json", "keys add x", "ask hi", "ask hi --json", "lan", "dashboard",
+    "health", "clear --yes", "logs --since 1h"])
+def test_another_program_is_named_as_such(
+    tmp_path: Path, line: str, status: int, page: str,
+) -> None:
+    asked = ("GET /health", "GET /status", "GET /logs", "DELETE /sessions", "POST /api/keys",
+             "POST /v1/chat/completions")
+    with stub_server(dict.fromkeys(asked, (status, page))) as server:
+        found = run(tmp_path, server.url, *line.split())
+    assert found.code == 1 and "not an OCP server" in found.stderr, found
+    assert "html" not in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("line", ["health", "lan", "dashboard", "keys add x", "ask hi --json"])
+def test_another_program_that_answers_in_json_is_found_out(tmp_path: Path, line: str) -> None:
+    asked = ("GET /health", "POST /api/keys", "POST /v1/chat/completions")
+    with stub_server(dict.fromkeys(asked, (200, {"detail": "html"}))) as server:
+        found = run(tmp_path, server.url, *line.split())
+    assert found.code == 1 and "not an OCP server" in found.stderr
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["health", "--jsn"], "--json"), (["logs", "--sinse", "1h"], "--since")])
+def test_an_unknown_option_comes_with_the_most_similar_one(
+    tmp_path: Path, words: list[str], hint: str,
+) -> None:
+    found = run(tmp_path, DEAD_URL, *words)
+    assert found.code == ocp.Exit.USAGE and f"Did you mean {hint}?" in found.stderr
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart"])
+def test_the_service_here_is_left_alone_when_another_machine_is_named(
+    tmp_path: Path, verb: str,
+) -> None:
+    write_record(tmp_path, "http://127.0.0.1:3456")
+    found = run_env(ocp_env(tmp_path, verb, "--url", "192.0.2.9"))
+    assert found.code == 1 and f"run `ocp {verb}` there" in found.stderr
 
 
 def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
-    for answer, code, words in FAILURES[:7]:
+    for answer, code, words in FAILURES[:6]:
         with stub_server({"POST /v1/chat/completions": answer}) as server:
             found = run(tmp_path, server.url if answer else DEAD_URL, "ask", "hi")
         assert found.code == code and words in found.stderr
 
 
 @pytest.mark.parametrize("words", [
-    ["nonsense"], ["keys", "nonsense"], ["keys", "add"], ["usage", "--days", "0"],
+    ["nonsense"], ["keys", "nonsense"], ["--json", "start"], ["status", "--url", "http://"],
+    ["usage", "--since", "soon"], ["logs", "-n", "error"], ["usage", "--by", "phase"],
+    ["keys", "add"], ["usage", "--days", "0"],
     ["usage", "--days", "many"], ["logs", "loud"], ["logs", "0"], ["ask"], ["ask", "  "],
     ["completion", "tcsh"], ["restart", "everything"], ["keys", "edit", "1"],
     ["keys", "quota", "1", "--daily", "-1"], ["update", "--list"], ["health", "extra"],
@@ -551,12 +825,79 @@ def test_help_lists_every_command(tmp_path: Path, words: list[str]) -> None:
     found = run(tmp_path, DEAD_URL, *words)
     assert found.code == 0 and found.stderr == ""
     for command in ocp.COMMANDS:
-        assert f"  {command.name} " in found.stdout and command.help in found.stdout
+        assert found.stdout.count(f"  {command.name} ") >= 1 and command.summary in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 80
+
+
+def test_the_help_of_the_environment_names_variables_and_exit_codes(tmp_path: Path) -> None:
+    found = run(tmp_path, DEAD_URL, "help", "environment")
+    assert found.code == 0 and "OCP_ADMIN_KEY" in found.stdout
     for code in ocp.Exit:
         assert re.search(rf"\b{code.value} ", found.stdout), code
 
 
-@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
+@pytest.mark.parametrize("words", [["connect", "--help"], ["help", "connect"],
+                                   ["--url", "box", "connect", "-h"]])
+def test_the_help_of_connect_is_that_of_its_script(words: list[str]) -> None:
+    ran = subprocess.run([sys.executable, str(REPO / "ocp.py"), *words], capture_output=True,
+                         text=True, check=True)
+    assert "--provider-name" in ran.stdout and "--undo" in ran.stdout
+
+
+def all_examples() -> list[str]:
+    rows = [row for command in ocp.COMMANDS for row in (command, *command.actions)]
+    return [example for row in rows for example in row.examples]
+
+
+@pytest.mark.parametrize("example", all_examples())
+def test_every_example_is_a_command_line_that_is_understood(tmp_path: Path, example: str) -> None:
+    words = shlex.split(example.partition(" < ")[0])
+    if words[0] not in ("help", "--version"):
+        assert ocp.parse(ocp_env(tmp_path), words).run is not None
+
+
+def test_every_command_has_an_example() -> None:
+    rows = [row for command in ocp.COMMANDS for row in (command, *command.actions)]
+    assert [row.name for row in rows if not row.examples] == ["connect"], "its script has its own"
+
+
+@pytest.mark.parametrize("words", [
+    ["--json", "health"], ["health", "--json"], ["--debug", "health", "--json"],
+    ["health", "--json", "--debug"], ["--url", "{url}", "--json", "health"],
+    ["health", "--json", "--url", "{url}"], ["--url={url}", "health", "--json"],
+])
+def test_options_of_every_command_stand_on_both_sides_of_it(
+    tmp_path: Path, words: list[str],
+) -> None:
+    with stub_server() as server:
+        words = [word.replace("{url}", server.url) for word in words]
+        url = DEAD_URL if any("url" in word for word in words) else server.url
+        assert json.loads(run(tmp_path, url, *words).stdout) == HEALTH
+
+
+@pytest.mark.parametrize("words, usage", [
+    (["ask", "hi", "--loud"], "ocp ask "), (["status", "now"], "ocp status "),
+    (["keys", "add"], "ocp keys add "), (["keys", "show", "1", "2"], "ocp keys show "),
+    (["usage", "--since", "soon"], "ocp usage "), (["--json", "start"], "ocp start "),
+])
+def test_wrong_arguments_show_the_usage_of_their_command(
+    tmp_path: Path, words: list[str], usage: str,
+) -> None:
+    found = run(tmp_path, DEAD_URL, *words)
+    assert found.code == ocp.Exit.USAGE and f"Usage: {usage}" in found.stderr
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version_option_is_one_line_and_asks_nobody(tmp_path: Path, option: str) -> None:
+    with stub_server() as server:
+        found = run(tmp_path, server.url, option)
+        assert server.requests == []
+    version = ocp.version_of(str(REPO / "ocp_server.py"))
+    assert (found.code, found.stdout) == (0, f"ocp {version}\n")
+
+
+@pytest.mark.parametrize("words", [each for each in all_commands() if each != ["connect"]],
+                         ids=" ".join)
 def test_every_command_has_help_and_a_function(tmp_path: Path, words: list[str]) -> None:
     found = run(tmp_path, DEAD_URL, *words, "--help")
     assert (found.code, found.stderr) == (0, "") and f"ocp {' '.join(words)}" in found.stdout
@@ -570,14 +911,17 @@ def test_every_function_of_a_command_is_in_the_table() -> None:
 
 
 def test_an_unknown_command_comes_with_the_most_similar_one(tmp_path: Path) -> None:
-    found = run(tmp_path, DEAD_URL, "statsu")
-    assert found.code == ocp.Exit.USAGE and "Did you mean status?" in found.stderr
+    for words, hint in (
+            (["statsu"], "status"), (["--json", "Status"], "status"),
+            (["--url", "box", "kesy"], "keys"), (["keys", "ad"], "add"),
+            (["cache", "claer"], "clear"), (["help", "keys", "revok"], "revoke")):
+        found = run(tmp_path, DEAD_URL, *words)
+        assert found.code == ocp.Exit.USAGE and f"Did you mean {hint}?" in found.stderr
 
 
 def test_version_names_all_three(tmp_path: Path) -> None:
     with stub_server() as server:
         found = run(tmp_path, server.url, "version", "--json")
-        assert run(tmp_path, server.url, "--version").code == 0
     installed = ocp.version_of(str(REPO / "ocp_server.py"))
     assert json.loads(found.stdout) == {
         "installed": installed, "served": "0.1.0", "claude": "2.1.329"}
@@ -596,11 +940,17 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     assert {"list", "add", "rotate", "--json"} <= completed(tmp_path, DEAD_URL, "keys", "")
     assert "--tokens-daily" in completed(tmp_path, DEAD_URL, "keys", "add", "--")
     assert "list" not in completed(tmp_path, DEAD_URL, "keys", "add", "")
-    assert completed(tmp_path, DEAD_URL, "usage", "--b") == {"--by-key"}
+    assert completed(tmp_path, DEAD_URL, "usage", "--b") == {"--by", "--by-key"}
+    assert completed(tmp_path, DEAD_URL, "usage", "--by", "") == {"key", "model", "day"}
+    assert completed(tmp_path, DEAD_URL, "logs", "--level", "") == set(ocp.LOG_WORDS)
+    assert "clear" in completed(tmp_path, DEAD_URL, "--url", "box", "--json", "cache", "")
+    assert completed(tmp_path, DEAD_URL, "status", "--u") == {"--url"}
+    offered = completed(tmp_path, DEAD_URL, "connect", "box", "--")
+    assert {"--undo", "--provider-name", "--primary"} <= offered and "--url" not in offered
     assert completed(tmp_path, DEAD_URL, "completion", "z") == {"zsh"}
     assert completed(tmp_path, DEAD_URL, "logs", "e") == {"error"}
     assert completed(tmp_path, DEAD_URL, "help", "keys", "re") == {"rename", "revoke"}
-    assert completed(tmp_path, DEAD_URL, "nonsense", "") == {"--help"}
+    assert completed(tmp_path, DEAD_URL, "nonsense", "") == {"--help", "--url", "--debug"}
     assert completed(tmp_path, DEAD_URL) >= {command.name for command in ocp.COMMANDS}
 
 
@@ -677,18 +1027,43 @@ def test_connect_runs_its_script_with_the_arguments(tmp_path: Path) -> None:
     assert (tmp_path / "seen").read_text() == "['box.lan', '--key', 'k', '--dry-run']"
 
 
-@pytest.mark.parametrize(("addresses", "host"), [([], "127.0.0.1"), (["127.0.0.77"], "127.0.0.1"),
-                                                 (["127.0.0.1"], "127.0.0.1")])
-def test_a_new_key_comes_with_the_command_for_its_device(
-    tmp_path: Path, addresses: list[str], host: str,
+@pytest.mark.parametrize("url, note", [
+    ("https://ocp.example", None), (None, "This machine is in no network."),
+    ("http://192.0.2.7:3456", "In mode none keys have no effect.")])
+def test_what_the_server_knows_of_its_address_is_told_with_a_new_key(
+    tmp_path: Path, url: str | None, note: str | None,
 ) -> None:
-    answer = {"POST /api/keys": (201, {"key": "ocp_secret", "name": "laptop"})}
-    with stub_server(answer) as server:
-        # The stub listens on 127.0.0.1 and so not on 127.0.0.77.
-        found = run(tmp_path, server.url, "keys", "add", "laptop", addresses=lambda: addresses)
-    port = server.url.rpartition(":")[2]
-    command = f"curl -fsSL http://{host}:{port}/connect | python3 - http://{host}:{port}"
-    assert found.stdout == "ocp_secret\n" and command in found.stderr
+    made = {"key": "ocp_secret", "name": "x", "connectUrl": url, "connectNote": note}
+    with stub_server({"POST /api/keys": (201, made)}) as server:
+        found = run(tmp_path, server.url, "keys", "add", "x")
+        assert len(server.requests) == 1
+    assert (f"curl -fsSL {url}/connect" in found.stderr) is bool(url)
+    assert f"OPENAI_BASE_URL={url or server.url}/v1" in found.stderr
+    assert (f"ATTENTION: {note}" in found.stderr) is bool(note)
+
+
+@pytest.mark.parametrize("mode, environ, key", [
+    ("none", {}, "none needed on this machine"),
+    ("multi", {}, "the admin key: cat {home}/.ocp/admin-key"),
+    ("multi", {"OCP_ADMIN_KEY": "secret"}, "the admin key: what OCP_ADMIN_KEY has"),
+])
+def test_the_dashboard_is_told_with_how_to_get_in_and_opened_when_asked(
+    tmp_path: Path, mode: str, environ: dict[str, str], key: str,
+) -> None:
+    opened: list[str] = []
+
+    def browse(url: str) -> bool:
+        opened.append(url)
+        return len(opened) == 1
+
+    with stub_server({"GET /health": (200, {**HEALTH, "authMode": mode})}) as server:
+        def shown(*words: str) -> Any:
+            return run(tmp_path, server.url, "dashboard", *words, environ=environ, browse=browse,
+                       addresses=lambda: [])
+
+        assert key.format(home=tmp_path) in shown().stdout and not opened
+        assert (shown("--open").code, shown("--open").code) == (0, 1)
+    assert opened == [f"{server.url}/dashboard"] * 2
 
 
 def test_a_certificate_that_nobody_here_trusts_is_no_reason_to_be_out_of_reach(
@@ -781,7 +1156,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("words, shown", [
     (["health"], "OCP is ok"), (["models"], "claude-opus-5"), (["logs", "5"], "server_started"),
-    (["sessions"], "no sessions"), (["clear"], "cleared 0 sessions"),
+    (["sessions"], "no sessions"), (["clear", "--yes"], "cleared 0 sessions"),
+    (["cache"], "hits"), (["cache", "clear"], "cleared 0 answers"),
+    (["settings", "queueRetryAfter", "60"], "queueRetryAfter = 1m"),
+    (["settings", "usageDays", "30d"], "usageDays = 30d"),
+    (["settings", "sessionTTL", "2h"], "sessionTTL = 2h"),
+    (["models"], "claude-sonnet-5-5 *"), (["usage", "--by", "day"], "Since"),
+    (["dashboard"], "/dashboard"),
     (["ask", "Hello there"], "You said: Hello there"), (["version"], "2.1.329"),
 ])
 def test_a_real_server_is_read(tmp_path: Path, real: Any, words: list[str], shown: str) -> None:
@@ -800,7 +1181,7 @@ def test_a_real_server_refuses_without_the_key(tmp_path: Path, real: Any) -> Non
 
 @pytest.mark.parametrize("command, code", [
     ("models >&-", 0), ("models 2>&-", 0), ("models >&- 2>&-", 0), ("nonsense 2>&-", 2),
-    ("ask - <&-", 2), ("ask - < <(printf 'gr\\xfc')", 2)])
+    ("ask - <&-", 2), ("ask - < <(printf 'gr\\xfc')", 2), ("ask hi <&-", 0)])
 def test_as_a_program_whose_streams_are_closed_or_odd(
     tmp_path: Path, real: Any, command: str, code: int
 ) -> None:
@@ -834,11 +1215,13 @@ def doctor_sample() -> str:
     return str(ocp.show_doctor(samples.DOCTOR, PLAIN))
 
 
+NOT_ON_THE_PAGE = ("keys list", "keys list --all", "usage --by model")
 SHOWN: dict[str, Callable[[], str]] = {
     **{line: lambda show=show, answer=answer: str(show(answer, PLAIN))  # type: ignore[misc]
-       for line, _, answer, show in READING if line != "keys list"},
+       for line, _, answer, show in READING if line not in NOT_ON_THE_PAGE},
     "settings timeout": lambda: str(
         ocp.show_setting("timeout", samples.SETTINGS["timeout"], PLAIN)),
+    "dashboard": lambda: str(ocp.show_dashboard(samples.DASHBOARD, PLAIN)),
     "lan": lambda: str(ocp.show_lan(samples.LAN, PLAIN)),
     "doctor": doctor_sample,
     "help": lambda: str(ocp.commands_text()),
@@ -861,8 +1244,10 @@ def test_the_samples_of_the_page_are_what_is_shown() -> None:
 
 
 def test_the_page_lists_the_checks_of_the_doctor() -> None:
-    rows = [f"| `{check.id}` | {check.about} |" for check in ocp.CHECKS]
-    wanted = "\n".join(["| check | what it looks at |", "| --- | --- |", *rows])
+    rows = [f"| `{check.id}` | {check.title} | {check.about} | {'yes' if check.mend else ''} |"
+            for check in ocp.CHECKS]
+    wanted = "\n".join(["| check | title | what it looks at | `--fix` mends it |",
+                        "| --- | --- | --- | --- |", *rows])
     pattern = re.compile(r"(<!-- checks -->\n)(.*?)(\n?<!-- end checks -->)", re.S)
     text = DOCS.read_text("utf-8")
     if os.environ.get("OCP_UPDATE_DOCS"):

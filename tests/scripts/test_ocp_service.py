@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import plistlib
 import socket
 import sqlite3
 import stat
@@ -311,7 +312,7 @@ def test_without_openclaw_there_is_no_gateway(manager: Manager) -> None:
 KEYS = [
     "schema_version", "timestamp", "ready_to_upgrade", "install_dir", "install_dir_source",
     "install_dir_safe_to_replace", "current_version", "latest_version", "from_version_supported",
-    "units", "fail_count", "warn_count", "checks", "next_action",
+    "units", "fail_count", "warn_count", "unknown_count", "checks", "next_action",
 ]
 
 
@@ -487,6 +488,204 @@ def test_a_port_of_another_program(healthy: Manager) -> None:
     assert "not an OCP server" in answer["messages"]["service_running"]
 
 
+def unit_of(manager: Manager) -> Path:
+    found = json.loads((manager.home / ".ocp" / "install.json").read_text())
+    return Path(found["unit_path"])
+
+
+@pytest.mark.parametrize("drain, unit, level", [
+    (None, "TimeoutStopSec=45", "PASS"), ("120000", "TimeoutStopSec=45", "WARN"),
+    ("2m", "TimeoutStopSec=45", "WARN"), ("30s", "TimeoutStopSec=45", "PASS"),
+    ("120000", "TimeoutStopSec=145", "PASS"), ("120000", "TimeoutStopSec=infinity", "PASS"),
+    ("85000", "", "WARN"), ("20000", "", "PASS"), ("20000", "TimeoutStopSec=2min", "INFO")])
+def test_answers_get_the_time_to_end_that_the_setting_promises(
+    healthy: Manager, drain: str | None, unit: str, level: str
+) -> None:
+    settings = healthy.home / ".ocp" / "ocp.env"
+    settings.write_text(f"OCP_DRAIN={drain}\n" if drain else "")
+    settings.chmod(0o600)
+    healthy.record(env_file=str(settings))
+    unit_of(healthy).write_text(f"[Service]\n{unit}\n")
+
+    answer = examined(healthy)
+
+    assert answer["levels"]["stop_timeout"] == level
+    assert level != "WARN" or answer["next_action"]["kind"] == "fix_install"
+
+
+@pytest.mark.parametrize("content, level", [
+    (plistlib.dumps({"ExitTimeOut": 45}), "PASS"), (plistlib.dumps({}), "WARN"),
+    (b"nonsense", "INFO")])
+def test_the_time_to_end_of_an_agent_of_launchd(
+    healthy: Manager, content: bytes, level: str
+) -> None:
+    healthy.record(platform="launchd")
+    unit_of(healthy).write_bytes(content)
+    found = examined(healthy, platform="darwin", user_id=501)
+    assert found["levels"]["stop_timeout"] == level
+
+
+# -- what doctor does by itself ------------------------------------------------
+
+def fixed(manager: Manager, **more: Any) -> tuple[Json, Json]:
+    """What `doctor --fix` did, by check, and the examination after it."""
+    answer = json.loads(manager.ocp("doctor", "--fix", "--json", **more).stdout)
+    levels = {check["id"]: check["level"] for check in answer["checks"]}
+    return {each["id"]: each for each in answer["fixes"]}, levels
+
+
+def test_fix_does_what_is_safe_and_says_so(healthy: Manager) -> None:
+    key = healthy.home / ".ocp" / "admin-key"
+    key.chmod(0o644)
+    healthy.up.unlink()
+    healthy.owner = None
+    linger = healthy.home / "linger"
+    healthy.programs.add(
+        "loginctl", f'case "$1" in enable-linger) touch {linger};; '
+                    f'*) [ -e {linger} ] && echo Linger=yes || echo Linger=no;; esac')
+
+    told = healthy.ocp("doctor", "--fix")
+
+    assert told.code == 0, told
+    for line in (f"Private files: chmod 600 {key}: done", "Running without you: loginctl enable-",
+                 "Server: systemctl --user restart ocp.service: done"):
+        assert line in told.stderr
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600 and linger.exists() and healthy.up.exists()
+    assert "0 failed, 0 warnings" in told.stdout
+
+
+def test_fix_without_anything_to_fix_says_so(healthy: Manager) -> None:
+    told = healthy.ocp("doctor", "--fix")
+    assert told.code == 0 and "nothing that can be fixed safely" in told.stderr
+
+
+def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> None:
+    key = healthy.home / ".ocp" / "admin-key"
+    key.chmod(0o644)
+    done, levels = fixed(healthy, user_id=os.getuid() + 1)
+    assert not done["file_modes"]["ok"] and "another user" in done["file_modes"]["message"]
+    assert levels["file_modes"] == "FAIL" and stat.S_IMODE(key.stat().st_mode) == 0o644
+
+    other = healthy.home / "other"
+    key.rename(other)
+    key.symlink_to(other)
+    done, levels = fixed(healthy)
+    assert not done["file_modes"]["ok"] and levels["file_modes"] == "FAIL"
+    assert stat.S_IMODE(other.stat().st_mode) == 0o644
+
+
+def test_fix_restarts_no_server_that_answers_or_whose_port_is_taken(healthy: Manager) -> None:
+    healthy.version = "0.0.9"
+    done, levels = fixed(healthy)
+    assert not done and levels["service_version_matches_tree"] == "WARN"
+
+    healthy.server.answers["GET /health"] = (200, "hello")
+    healthy.owner = ocp.Owner(os.getpid(), "python3 -m http.server")
+    done, _ = fixed(healthy)
+    assert "its port belongs to process" in done["service_running"]["message"]
+    assert not [call for call in healthy.programs.calls() if "restart" in call]
+
+
+def test_fix_runs_nothing_with_sudo(healthy: Manager) -> None:
+    healthy.record(platform="systemd-system")
+    healthy.up.unlink()
+    healthy.owner = None
+    answer = examined(healthy, user_id=1000)
+    (row,) = [row for row in answer["checks"] if row["id"] == "service_running"]
+    assert row["fix"]["ai_executable"] == ["sudo systemctl restart ocp.service"]
+    assert not row["fix"]["safe"] and fixed(healthy, user_id=1000)[0] == {}
+
+
+def test_every_row_that_is_not_well_has_its_fix_and_every_check_a_title(healthy: Manager) -> None:
+    healthy.server.answers["GET /health"] = (200, "hello")
+    healthy.programs.add("loginctl", "echo Linger=no")
+    answer = examined(healthy)
+    for row in answer["checks"]:
+        assert row["title"] and ("fix" in row) is (row["level"] in ("FAIL", "WARN")), row
+        assert "fix" not in row or row["fix"]["human_required"] or row["fix"]["ai_executable"]
+    shown = healthy.ocp("doctor").stdout
+    assert "  [WARN] Running without you (linger): " in shown
+    assert "         fix: loginctl enable-linger\n" in shown
+    assert "[SKIP] Clock (clock): could not check" in shown
+
+
+def test_a_strange_answer_spoils_only_its_own_check(healthy: Manager) -> None:
+    healthy.server.answers["GET /health"] = (
+        200, {**HEALTH, "version": VERSION, "auth": "ok", "uptime": None})
+    answer = examined(healthy)
+    assert answer["levels"]["oauth_ok"] == "INFO" and answer["unknown_count"]
+    assert answer["levels"]["service_running"] == "PASS"
+
+
+# -- a report for an issue -----------------------------------------------------
+
+PRIVATE = (
+    "kitchen", "s3cret-of-mine", "ocp_" + "a1" * 16, "someone@example.com", "192.0.2.77",
+    "2001:db8::7", "attic.example.net", "mums-attic", "sk-ant-oat01-abcdefghijk", "my own prompt",
+)
+
+
+def report_of(manager: Manager, **more: Any) -> str:
+    found = manager.ocp("doctor", "--report", **more)
+    assert found.code == 0, found
+    path = Path(found.stdout.strip())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    return path.read_text()
+
+
+def private_log(manager: Manager) -> list[Json]:
+    """Events that tell more than an issue may have."""
+    return [
+        {"ts": "2026-11-20T14:00:00Z", "level": "warn", "event": "request_refused", "status": 401,
+         "peer": "192.0.2.77", "caller": "kitchen", "path": "/api/keys/kitchen",
+         "error": f"{PRIVATE[2]} of someone@example.com, from [2001:db8::7] at 192.0.2.77"},
+        {"ts": "2026-11-20T14:00:01Z", "level": "error", "event": "claude_died", "code": 1,
+         "detail": f"no {manager.home}/x, /home/somebody/y, https://attic.example.net:8443/v1, "
+                   "sk-ant-oat01-abcdefghijk, mums-attic", "text": "my own prompt"},
+    ]
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_report_has_what_helps_and_nothing_private(healthy: Manager, is_up: bool) -> None:
+    settings = healthy.home / ".ocp" / "ocp.env"
+    settings.write_text("PROXY_API_KEY=s3cret-of-mine\nOCP_INSTANCE_NAME=mums-attic\n"
+                        "CLAUDE_SYSTEM_PROMPT='my own prompt'\nCLAUDE_MAX_CONCURRENT=3\n")
+    settings.chmod(0o600)
+    healthy.record(env_file=str(settings))
+    connection = sqlite3.connect(healthy.home / ".ocp" / "ocp.db")
+    connection.execute("CREATE TABLE keys (name)")
+    connection.execute("INSERT INTO keys VALUES ('kitchen')")
+    connection.commit()
+    connection.close()
+    entries = private_log(healthy)
+    if is_up:
+        healthy.server.answers.update({
+            "GET /logs": (200, {"entries": entries}),
+            "GET /api/keys": (200, {"keys": [{"name": "kitchen"}]}),
+            "GET /api/errors": (200, {"byKind": [{"kind": "timeout", "count": 4, "lastAt": "T"}]}),
+            "GET /settings": (200, {
+                "timeout": {"value": 5000, "source": "stored"},
+                "modelAliases": {"value": "my own prompt=sonnet", "source": "stored"}})})
+    else:
+        healthy.up.unlink()
+        (healthy.home / ".ocp" / "logs").mkdir()
+        (healthy.home / ".ocp" / "logs" / "ocp.log").write_text(
+            "".join(json.dumps(entry) + "\n" for entry in [*entries, 5]) + "not JSON\n")
+
+    text = report_of(healthy)
+
+    for word in (*PRIVATE, str(healthy.home), "somebody"):
+        assert word not in text, word
+    for word in ("installed v", "CLAUDE_MAX_CONCURRENT=3", "PROXY_API_KEY=(set)", "status=401",
+                 "claude_died code=1", "https://<host>:8443/v1", "~/x", "[PASS] python: ",
+                 *(["timeout = 5000, from stored", "timeout: 4"] if is_up else [])):
+        assert word in text, (word, text)
+
+
+def test_a_report_without_any_server_or_folder(manager: Manager) -> None:
+    assert "[FAIL] service_running" in report_of(manager, environ={"OCP_URL": DEAD_URL})
+
+
 def test_no_linger_is_a_warning(healthy: Manager) -> None:
     healthy.programs.add("loginctl", "echo Linger=no")
     answer = examined(healthy)
@@ -569,9 +768,13 @@ def test_doctor_on_a_real_server(tmp_path: Path) -> None:
         env = ocp_env(tmp_path, "doctor", "--json", environ=environ)
         answer = json.loads(run_env(env).stdout)
         shown = run_env(ocp_env(tmp_path, "doctor", environ=environ)).stdout
+        told = run_env(ocp_env(tmp_path, "doctor", "--report", environ=environ)).stdout
+        report = Path(told.strip()).read_text()
     levels = {check["id"]: check["level"] for check in answer["checks"]}
     for name in ("service_running", "database", "port_owner", "clock", "file_modes",
                  "service_version_matches_tree", "claude_found", "claude_version"):
         assert levels[name] == "PASS", answer
-        assert f"[PASS] {name}: " in shown
+        assert f" ({name}): " in shown
     assert sys.version.split()[0] in shown
+    assert "timeout = " in report and "server_started" in report
+    assert str(tmp_path) not in report

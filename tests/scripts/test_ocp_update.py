@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -225,6 +226,131 @@ def test_already_there(machine: UpdateMachine) -> None:
     again = machine.ocp(*FORWARD)
     assert again.code == 0 and "nothing newer" in again.stdout
     assert machine.states() == ["done"] and len(machine.calls) == 1
+
+
+# -- what a release is verified with ------------------------------------------
+
+def tagged_machine(folder: Path, url: str, signers: str, *tag: str) -> UpdateMachine:
+    """A checkout of 0.1.0 whose remote offers 0.2.0, tagged with these options of git tag."""
+    work = folder / "releases" / "work"
+    (work / "tools").mkdir(parents=True)
+    git(work, "init", "-q", "-b", "main")
+    if signers:
+        (work / "tools" / "allowed_signers").write_text(signers)
+    for version in ("0.1.0", "0.2.0"):
+        (work / "ocp_server.py").write_text(SERVER.format(version=version, broken=False))
+        git(work, "add", "-A")
+        git(work, "commit", "-qm", version)
+        git(work, *(("tag", "v0.1.0") if version == "0.1.0" else ("-c", "gpg.format=ssh", *tag)))
+    git(folder / "releases", "clone", "-q", "--no-tags", str(work), "tree")
+    git(folder / "releases" / "tree", "reset", "-q", "--hard", "HEAD~1")
+    git(folder / "releases" / "tree", "fetch", "-q", "origin", "tag", "v0.1.0")
+    return UpdateMachine(folder / "machine", folder / "releases", url)
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Iterator[Any]:
+    """Makes a tagged_machine."""
+    with stub_server() as server:
+        def make(*words: str, signers: str = "") -> UpdateMachine:
+            machine = tagged_machine(tmp_path, server.url, signers, *words)
+            server.answers["GET /health"] = machine.health
+            server.answers["GET /settings"] = (200, {"timeout": {"value": 5}})
+            return machine
+        yield make
+
+
+def sum_line(version: str, name: str = "ocp_server.py") -> str:
+    content = SERVER.format(version=version, broken=False).encode()
+    return f"{hashlib.sha256(content).hexdigest()}  {name}"
+
+
+def test_a_release_with_nothing_to_verify_it_with_says_so(machine: UpdateMachine) -> None:
+    found = machine.ocp(*FORWARD)
+    assert found.code == 0
+    assert "no signature to verify" in found.stdout and "names no sums" in found.stdout
+
+
+def test_the_sums_in_a_tag_are_compared(tagged: Any) -> None:
+    machine = tagged("tag", "-am", f"OCP\n\n{sum_line('0.2.0')}\n{'0' * 64}  ocp-0.2.0.tar.gz",
+                     "v0.2.0")
+    found = machine.ocp(*FORWARD)
+    assert found.code == 0, found
+    assert "1 file of v0.2.0 compared with the sums in its tag" in found.stdout
+
+
+def test_a_file_without_the_sum_that_the_tag_names_is_not_installed(tagged: Any) -> None:
+    machine = tagged("tag", "-am", f"OCP\n\n{sum_line('0.1.0')}", "v0.2.0")
+    found = machine.ocp(*FORWARD)
+    assert found.code == 1 and "does not have the sum that the tag names" in found.stderr
+    machine.check("0.1.0")
+
+
+@pytest.fixture
+def signing_keys(tmp_path: Path) -> tuple[Path, Path]:
+    """Two keys of ssh."""
+    if not shutil.which("ssh-keygen"):
+        pytest.skip("ssh-keygen is not installed")
+    keys = (tmp_path / "good-key", tmp_path / "other-key")
+    for key in keys:
+        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", str(key)], check=True)
+    return keys
+
+
+@pytest.mark.parametrize("tag, said", [
+    ("signed", "signed by a key of"), ("by another", "not signed by any key"),
+    ("not signed", "not signed by any key"), ("plain", "not signed by any key"),
+    ("of another release", "was signed as another release")])
+def test_a_signature_is_wanted_where_signers_are_named(
+    tagged: Any, signing_keys: tuple[Path, Path], tag: str, said: str
+) -> None:
+    good, other = (f"user.signingkey={key}" for key in signing_keys)
+    words = {
+        "signed": ("-c", good, "tag", "-sm", "x", "v0.2.0"),
+        "by another": ("-c", other, "tag", "-sm", "x", "v0.2.0"),
+        "not signed": ("tag", "-am", "x", "v0.2.0"), "plain": ("tag", "v0.2.0"),
+        "of another release": ("-c", good, "tag", "-sm", "x", "v0.1.9")}[tag]
+    public = signing_keys[0].with_suffix(".pub").read_text()
+    machine = tagged(*words, signers=f"maintainer@example.org {public}")
+    if tag == "of another release":
+        work = machine.home.parent.parent / "releases" / "work"
+        git(work, "update-ref", "refs/tags/v0.2.0", "refs/tags/v0.1.9")
+
+    found = machine.ocp(*FORWARD)
+
+    assert said in (found.stdout + found.stderr), found
+    assert found.code == (0 if tag == "signed" else 1)
+    machine.check("0.2.0" if tag == "signed" else "0.1.0")
+
+
+def test_an_old_git_that_cannot_verify_is_told(
+    tagged: Any, signing_keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ocp, "_VERIFYING_GIT", (99, 0))
+    found = tagged("tag", "v0.2.0", signers="maintainer@example.org x").ocp(*FORWARD)
+    assert found.code == 0 and "its signature was not verified" in found.stdout
+
+
+def test_a_remote_without_any_release_is_told_as_that(machine: UpdateMachine) -> None:
+    empty = machine.home / "empty"
+    git(machine.home, "init", "-q", "--bare", str(empty))
+    git(machine.tree, "remote", "set-url", "origin", str(empty))
+    for words in (("update", "--check"), ("update", "--yes")):
+        found = machine.ocp(*words)
+        assert found.code == 0 and "the remote has no release yet" in found.stdout, found
+    git(machine.tree, "remote", "remove", "origin")
+    found = machine.ocp("update", "--check")
+    assert found.code == 1 and "has no remote named origin" in found.stderr
+
+
+def test_a_remote_that_cannot_be_reached_is_told_in_the_words_of_git(
+    machine: UpdateMachine
+) -> None:
+    for address in (f"file://{machine.home}/nowhere", "https://127.0.0.1:1/x"):
+        git(machine.tree, "remote", "set-url", "origin", address)
+        found = machine.ocp("update", "--check")
+        assert found.code == 1 and "failed: fatal: " in found.stderr, found
+        assert "the repository exists" not in found.stderr
 
 
 def test_check_and_dry_run_change_nothing(machine: UpdateMachine) -> None:

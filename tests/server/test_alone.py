@@ -224,6 +224,25 @@ def test_the_demo_keeps_a_limit_and_a_history(demo: Serving) -> None:
     assert "third" in last and "first" not in last
 
 
+def test_the_demo_has_a_history_and_a_plan_to_look_at(demo: Serving) -> None:
+    usage = demo.get("/api/usage?all=true&hours=720")
+    plan = demo.get("/usage")["plan"]
+
+    assert len(usage["byKey"]) >= 4 and len(usage["byModel"]) >= 3 and len(usage["daily"]) >= 28
+    assert 0 < usage["totals"]["errors"] < usage["totals"]["requests"] / 10
+    assert plan["currentSession"]["utilization"] and plan["weeklyLimits"]["allModels"]["resetsAt"]
+    assert {key["name"] for key in demo.get("/api/keys")["keys"]} >= {"laptop", "desktop"}
+
+
+def test_a_browser_is_led_to_the_dashboard_and_a_program_told_what_is_here(demo: Serving) -> None:
+    browser = http_call(demo.port, "GET", "/", headers={"Accept": "text/html,*/*;q=0.8"})
+    program = http_call(demo.port, "GET", "/")
+
+    assert (browser.status, browser.headers["Location"], browser.text) == (302, "dashboard", "")
+    assert program.status == 200 and len(program.text.splitlines()) == 3
+    assert all(path in program.text for path in ("/v1", "/health", "/openapi.json", "/dashboard"))
+
+
 def test_the_client_set_up_is_not_there_and_says_where_it_belongs(demo: Serving) -> None:
     reply = http_call(demo.port, "GET", "/connect")
 
@@ -267,7 +286,7 @@ def test_what_is_kept_lies_below_the_home_and_is_private(tmp_path: Path) -> None
     with alone.serving("--demo") as demo:
         demo.ask("hello")
 
-    log = alone.home / ".ocp" / "logs" / "ocp.log"
+    log = alone.home / ".ocp" / "demo" / "logs" / "ocp.log"
     assert [entry["event"] for entry in read_json_lines(log)][0] == "server_started"
     assert (alone.home / ".ocp").stat().st_mode & 0o077 == 0
     assert sorted(os.listdir(alone.home)) == [".ocp"]
@@ -293,6 +312,16 @@ sys.version_info, sys.version = (3, 8, 18, "final", 0), "3.8.18 (pretended)"
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_python_3_6_which_cannot_read_the_scripts_shows_what_is_needed() -> None:
+    olds = pythons(range(6, 7))
+    if not olds:
+        pytest.skip("no Python 3.6 here")
+    for script in sorted(REPO.glob("*.py")):
+        done = subprocess.run(
+            [*olds[0].values, str(script)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and "OCP needs Python 3.9 or later" in done.stderr, script
 
 
 def assert_told_what_is_needed(done: subprocess.CompletedProcess[str]) -> None:
@@ -366,6 +395,119 @@ def test_a_setting_that_is_gone_is_named_with_the_reason(alone: Alone) -> None:
     assert "CLAUDE_TUI_MODE has no effect" in done.stdout
 
 
+@pytest.mark.parametrize(("name", "meant"), [
+    ("CLAUDE_MAX_CONCURENT", "CLAUDE_MAX_CONCURRENT"), ("OCP_PORT", "CLAUDE_PROXY_PORT"),
+    ("OCP_FOO", ""),
+])
+def test_a_check_names_what_is_no_setting(alone: Alone, name: str, meant: str) -> None:
+    done = alone.run("--check", "--demo", CLAUDE_CODE_MAX_RETRIES="3", **{name: "3"})
+
+    advice = f"ATTENTION: {name} is not a setting." + (f" Did you mean {meant}?" if meant else "")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if "ATTENTION" in line] == [advice]
+
+
+def test_a_start_logs_what_is_no_setting(alone: Alone) -> None:
+    with alone.serving("--demo", OCP_WARM_PROCESES="3", OCP_URL="http://127.0.0.1:1") as demo:
+        logged = [entry for entry in demo.get("/logs?level=warn")["entries"]
+                  if entry["event"] == "setting_unknown"]
+
+    assert [(entry["setting"], entry["did_you_mean"]) for entry in logged] == [
+        ("OCP_WARM_PROCESES", "OCP_WARM_PROCESSES")]
+
+
+def claude_with(alone: Alone, status: str) -> str:
+    """A claude that tells its version and this state of its login, and nothing else."""
+    path = alone.folder / "claude"
+    path.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo "2.1.329 (Claude Code)"; exit; fi\n'
+        f"echo '{status}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(("status", "words"), [
+    ('{"loggedIn": true}', "login: logged in\nall good\n"),
+    ('{"loggedIn": false}', "login: not logged in: run `claude auth login` as this user\n"
+     "all good, but for the login\n"),
+    ("what?", "login: not known yet: the first answer tells\nall good\n"),
+])
+def test_a_check_says_what_is_known_of_the_login(alone: Alone, status: str, words: str) -> None:
+    done = alone.run("--check", CLAUDE_BIN=claude_with(alone, status))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(words)
+    assert os.listdir(alone.home) == []
+
+
+def test_options_win_over_the_environment(alone: Alone) -> None:
+    done = alone.run("--check", "--demo", "--port", "4001", "--host", "127.0.0.2",
+                     CLAUDE_PROXY_PORT="4002", CLAUDE_BIND="127.0.0.3")
+
+    assert "listens on 127.0.0.2 port 4001" in done.stdout
+    assert "CLAUDE_PROXY_PORT=4001 (from --port)" in done.stdout
+
+
+def test_a_port_that_is_none_stops_the_start(alone: Alone) -> None:
+    done = alone.run("--check", "--demo", "--port", "http")
+
+    assert done.returncode == 2 and "CLAUDE_PROXY_PORT: 'http'" in done.stderr
+
+
+# ---------------------------------------------------------------------------
+# The settings file
+# ---------------------------------------------------------------------------
+
+def with_settings_file(alone: Alone, text: str) -> Path:
+    """Write the file as the installer does."""
+    path = alone.home / ".ocp" / "ocp.env"
+    path.parent.mkdir(mode=0o700)
+    path.write_text(text)
+    return path
+
+
+def test_a_start_by_hand_means_the_server_that_was_installed(alone: Alone) -> None:
+    with_settings_file(
+        alone, '# A comment\nCLAUDE_AUTH_MODE=multi\nOCP_INSTANCE_NAME="the \\"attic\\""\n')
+    with alone.serving(CLAUDE_BIN=claude_with(alone, "{}")) as server:
+        state = server.get("/health")
+
+    assert (state["authMode"], state["instanceName"]) == ("multi", 'the "attic"')
+
+
+def test_a_check_says_where_each_value_comes_from(alone: Alone) -> None:
+    path = with_settings_file(
+        alone, "CLAUDE_BIND=127.0.0.2\nCLAUDE_PROXY_PORT=4002\nPROXY_API_KEY=a-long-secret\n")
+    done = alone.run("--check", CLAUDE_BIND="127.0.0.3", CLAUDE_BIN=claude_with(alone, "{}"))
+    printed = alone.run("--print-settings", CLAUDE_BIND="127.0.0.3")
+
+    assert f"CLAUDE_PROXY_PORT=4002 (from {path})" in done.stdout
+    assert "CLAUDE_BIND=127.0.0.3 (from environment)" in done.stdout
+    assert f"PROXY_API_KEY=(secret) (from {path})" in done.stdout
+    assert f"- `CLAUDE_PROXY_PORT=4002` from {path}" in printed.stdout
+    assert "a-long-secret" not in done.stdout + printed.stdout
+
+
+def test_a_demo_reads_no_settings_file_and_leaves_real_data_alone(alone: Alone) -> None:
+    path = with_settings_file(alone, "CLAUDE_AUTH_MODE=multi\n")
+    with alone.serving("--demo") as demo:
+        demo.ask("hello")
+        assert demo.get("/health")["authMode"] == "none"
+
+    assert sorted(os.listdir(path.parent)) == ["demo", "ocp.env"]
+    assert sorted(os.listdir(path.parent / "demo")) == ["claude", "logs", "server.lock"]
+
+
+def test_a_settings_file_that_cannot_be_read_stops_the_start(alone: Alone) -> None:
+    # A folder stops the superuser as well.
+    path = alone.home / ".ocp" / "ocp.env"
+    path.mkdir(parents=True)
+
+    done = alone.run("--check")
+
+    assert done.returncode == 2 and f"{path} cannot be read" in done.stderr
+
+
 def test_a_check_touches_nothing(alone: Alone) -> None:
     alone.run("--check", "--demo")
 
@@ -384,9 +526,9 @@ def test_the_settings_are_printed_as_a_table(alone: Alone) -> None:
 def test_the_check_says_what_follows_the_memory_and_not_what_is_set(alone: Alone) -> None:
     done = alone.run("--check", "--demo", OCP_PARKED_PROCESSES="3")
 
-    assert re.search(r"^OCP_WARM_TOTAL follows memory: [1-4] here, with [0-9.]+ GB$", done.stdout,
+    assert re.search(r"^OCP_WARM_TOTAL=[1-4] \(from memory, [0-9.]+ GB\)$", done.stdout,
                      re.MULTILINE)
-    assert "OCP_PARKED_PROCESSES" not in done.stdout
+    assert "OCP_PARKED_PROCESSES=3 (from environment)" in done.stdout
 
 
 def test_the_version_and_the_help_are_printed(alone: Alone) -> None:
@@ -394,7 +536,7 @@ def test_the_version_and_the_help_are_printed(alone: Alone) -> None:
 
     assert version.returncode == shown_help.returncode == 0
     assert re.fullmatch(r"ocp \d+\.\d+\.\d+\n", version.stdout)
-    for option in ("--demo", "--check", "--print-settings"):
+    for option in ("--demo", "--check", "--print-settings", "--port N", "--host ADDR"):
         assert option in shown_help.stdout
 
 
@@ -445,6 +587,27 @@ def test_a_server_without_claude_starts_and_says_what_to_do(alone: Alone) -> Non
 
         assert (state["status"], state["claudeBinaryOk"]) == ("degraded", False)
         assert "npm install" in state["fix"]
+        eventually(lambda: "npm install" in server.output)
+        assert "curl" not in server.output
+
+
+def test_the_banner_of_a_server_with_keys_has_a_command_that_works(alone: Alone) -> None:
+    with alone.serving(
+        "--demo", CLAUDE_BIND="0.0.0.0", CLAUDE_AUTH_MODE="multi", PATH=os.environ["PATH"]
+    ) as demo:
+        command = eventually(lambda: re.findall(r"^  (curl .*)$", demo.output, re.MULTILINE))[0]
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60)
+
+        assert "demo" in done.stdout, done
+        assert f"Dashboard: http://127.0.0.1:{demo.port}/dashboard, with the key in " in demo.output
+        assert re.search(r"^Other devices: ", demo.output, re.MULTILINE)
+
+
+def test_the_banner_has_no_command_where_none_would_work(alone: Alone) -> None:
+    with alone.serving("--demo", CLAUDE_AUTH_MODE="multi", OCP_ADMIN_KEY="only-mine") as demo:
+        eventually(lambda: "with OCP_ADMIN_KEY" in demo.output)
+        assert "curl" not in demo.output and "Other devices" not in demo.output
 
 
 def test_whoever_opens_the_server_to_all_is_warned(alone: Alone) -> None:

@@ -72,8 +72,8 @@ def revoke(server: Server, id_or_name: object) -> Json:
     return reply.json()
 
 
-def rotate(server: Server, id_or_name: object) -> Reply:
-    return as_admin(server, "POST", f"/api/keys/{quote(str(id_or_name))}/rotate", {})
+def rotate(server: Server, id_or_name: object, **fields: Json) -> Reply:
+    return as_admin(server, "POST", f"/api/keys/{quote(str(id_or_name))}/rotate", fields)
 
 
 def param_of(reply: Reply) -> Json:
@@ -181,9 +181,35 @@ def test_a_new_key_is_told_with_its_secret_and_all_that_is_known_of_it(house: Se
 
     secret = made.pop("key")
     assert ocp.has_key_format(secret)
-    assert made == shown(house, made["id"])
+    assert {**made, **shown(house, made["id"])} == made
     assert (made["name"], made["note"], made["maxConcurrent"]) == ("Desk 1", "under the desk", 2)
     assert made["keyPreview"] == f"{secret[:8]}...{secret[-4:]}"
+
+
+def test_a_new_key_says_why_its_device_cannot_reach_the_server(house: Server) -> None:
+    made = new_key(house, name="far away")
+    listing = as_admin(house, "GET", "/api/keys").json()
+    rotated = rotate(house, made["id"]).json()
+
+    for told in (made, listing, rotated):
+        assert told["connectUrl"] is None
+        assert "listens on 127.0.0.1" in told["connectNote"] and "ocp lan" in told["connectNote"]
+
+
+def test_a_new_key_says_where_its_device_reaches_the_server(tmp_path: Path) -> None:
+    open_to_all = {**MULTI, "OCP_PUBLIC_URL": "https://ocp.example.org/"}
+    with running_server(tmp_path, env=open_to_all) as server:
+        made = new_key(server, name="far away")
+
+        assert (made["connectUrl"], made["connectNote"]) == ("https://ocp.example.org", None)
+        assert server.call("GET", "/health", headers={"Host": "ocp.example.org"}).status == 200
+
+
+def test_a_key_that_nobody_asks_for_says_so(tmp_path: Path) -> None:
+    with running_server(tmp_path) as server:
+        made = new_key(server, name="idle")
+
+        assert "In mode none keys of devices have no effect" in made["connectNote"]
 
 
 def test_a_new_key_has_no_limits_and_no_past(house: Server) -> None:
@@ -324,7 +350,10 @@ def test_a_wrong_quota_at_birth_is_named_by_its_path(
 # ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["x", "x" * 64, "My laptop", "a.b_c-d", "9 lives", "-", "1.5",
-                                  "quota", "Admin1", "localhost"])
+                                  "quota", "Admin1", "localhost", "K\u00fcche", "mum's ipad",
+                                  "\u4e66\u623f", "caf\u00e9 #1 \U0001f4bb", "\u00fc" * 64,
+                                  "a%2Fb?",
+                                  "a;b", 'say "hi"'])
 def test_this_name_may_be_had(house: Server, name: str) -> None:
     made = new_key(house, name=name)
 
@@ -332,7 +361,8 @@ def test_this_name_may_be_had(house: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "", " ", " a", "a ", "x" * 65, "a/b", "a\nb", "a\n", "a\tb", "caf\u00e9", "a'b", "a;b",
+    "", " ", " a", "a ", "x" * 65, "a/b", "a\\b", ".", "..", "a\nb", "a\n", "a\tb", "a\x85b",
+    "a\u00a0b", "a\u202eb", "a\u200fb", "a\u2066b", "a\u200bb", "a\ud800b", "a\ufeff",
     "\u0661", "1", "007", 5, True, [], ["a"], {}, 1.5,
     "admin", "anonymous", "local", "public", "remote", "shared", "ADMIN", "Anonymous",
 ])
@@ -344,6 +374,34 @@ def test_this_name_may_not_be_had(house: Server, name: Json) -> None:
 
     assert [param_of(reply) for reply in replies] == ["name"] * 2
     assert shown(house, made["id"])["name"] == made["name"]
+
+
+def test_a_name_is_the_same_in_every_form_of_unicode_and_every_case(house: Server) -> None:
+    made = new_key(house, name="Gru\u0308ne Stube")
+    again = as_admin(house, "POST", "/api/keys", {"name": "GR\u00dcNE STUBE"})
+
+    assert made["name"] == "Gr\u00fcne Stube"
+    assert (again.status, error_of(again)["code"]) == (409, "name_taken")
+    for form in ("gr\u00fcne stube", "Gru\u0308ne Stube", str(made["id"])):
+        assert shown(house, form)["id"] == made["id"]
+
+
+@pytest.mark.parametrize("name", ["B\u00fcro", "dad's phone", "50% \u2615"])
+def test_a_key_with_any_name_works_in_every_route(house: Server, name: str) -> None:
+    made = new_key(house, name=name)
+    path = f"/api/keys/{quote(name, safe='')}"
+
+    assert changed(house, name, note="here")["note"] == "here"
+    assert as_admin(house, "PATCH", f"{path}/quota", {"daily": 5}).status == 200
+    assert as_admin(house, "GET", f"{path}/quota").json()["name"] == name
+    key = rotate(house, name).json()["key"]
+    assert ask_as(house, key).status == 200
+    usage = as_admin(house, "GET", "/api/usage?all=true").json()
+    assert name in [row["key_name"] for row in usage["byKey"]]
+    assert as_admin(house, "GET", "/metrics").status == 200
+    assert name in [entry.get("key") for entry in house.log_entries("key_rotated")]
+    assert revoke(house, name)["revoked"] is True
+    assert shown(house, made["id"])["revoked"] == 1
 
 
 @pytest.mark.parametrize("again", ["Kitchen", "kitchen", "KITCHEN"])
@@ -729,10 +787,64 @@ def test_a_rotated_key_has_a_new_secret_and_is_the_same_otherwise(house: Server)
     told = rotate(house, "wheel").json()
 
     assert (told["id"], told["name"]) == (made["id"], "wheel")
-    assert ocp.has_key_format(told["key"]) and set(told) == {"id", "name", "key"}
+    assert ocp.has_key_format(told["key"]) and told["oldSecret"] is None
     assert (is_good(house, made["key"]), is_good(house, told["key"])) == (False, True)
     preview = f"{told['key'][:8]}...{told['key'][-4:]}"
     assert shown(house, "wheel") == {**before, "keyPreview": preview}
+
+
+def test_an_old_secret_works_for_the_time_that_it_is_given(house: Server) -> None:
+    made = new_key(house, name="roaming")
+    told = rotate(house, "roaming", grace="24h").json()
+
+    assert (is_good(house, made["key"]), is_good(house, told["key"])) == (True, True)
+    assert told["oldSecret"] == shown(house, "roaming")["oldSecret"]
+    assert told["oldSecret"]["keyPreview"] == made["keyPreview"]
+    assert abs(ocp.parse_time(told["oldSecret"]["until"]) - time.time() - 86_400) < 60
+    ended = as_admin(house, "DELETE", "/api/keys/roaming/grace").json()
+    assert (ended["ended"], shown(house, "roaming")["oldSecret"]) == (True, None)
+    assert (is_good(house, made["key"]), is_good(house, told["key"])) == (False, True)
+    assert as_admin(house, "DELETE", "/api/keys/roaming/grace").json()["ended"] is False
+
+
+@pytest.mark.parametrize("fields", [{}, {"grace": "1h"}], ids=["at once", "with grace"])
+def test_only_the_last_of_the_old_secrets_has_grace(house: Server, fields: Json) -> None:
+    first = new_key(house)
+    second = rotate(house, first["id"], grace="1h").json()
+
+    third = rotate(house, first["id"], **fields).json()
+
+    good = [is_good(house, each["key"]) for each in (first, second, third)]
+    assert good == [False, bool(fields), True]
+
+
+def test_a_revoked_key_gives_no_grace_to_its_old_secret(house: Server) -> None:
+    made = new_key(house)
+    rotate(house, made["id"], grace="1h")
+
+    revoke(house, made["id"])
+
+    assert not is_good(house, made["key"])
+    assert shown(house, made["id"])["oldSecret"] is None
+
+
+def test_the_time_of_an_old_secret_ends_also_over_a_restart(tmp_path: Path) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        short, long = (new_key(server, name=name) for name in ("short", "long"))
+        rotate(server, "short", grace="2s")
+        rotate(server, "long", grace="1h")
+    with running_server(tmp_path, env=MULTI) as server:
+        assert is_good(server, long["key"])
+        eventually(lambda: not is_good(server, short["key"]))
+        assert shown(server, "short")["oldSecret"] is None
+
+
+@pytest.mark.parametrize("grace", ["soon", "31d", 24, "-1h", ["1h"]])
+def test_a_grace_that_is_none_is_refused_and_nothing_is_rotated(house: Server, grace: Json) -> None:
+    made = new_key(house)
+
+    assert param_of(rotate(house, made["id"], grace=grace)) == "grace"
+    assert is_good(house, made["key"])
 
 
 def test_a_rotated_key_has_used_what_it_had_used(house: Server) -> None:

@@ -61,6 +61,8 @@ def test_aliases_and_the_list_follow_what_claude_says(tmp_path: Path) -> None:
         entry = server.call("GET", "/v1/models/best").json()
         assert (entry["id"], entry["display_name"]) == ("claude-opus-6", "Claude Opus 6")
         assert (entry["efforts"], entry["aliases"]) == (["low", "max"], ["opus", "best", "default"])
+        is_default = server.call("GET", "/v1/models/sonnet").json()["default"]
+        assert (entry["default"], is_default) == (False, True)
         rows = server.call("GET", "/api/usage?all=true").json()["byModel"]
         assert {row["model"] for row in rows} == {"claude-sonnet-5-5", "claude-sonnet-5"}
 

@@ -395,7 +395,8 @@ def test_usage_has_the_shape_that_clients_know(spared: Server) -> None:
         "requests", "successes", "errors", "timeouts", "avgPromptChars", "maxPromptChars")} == {
         "requests": 2, "successes": 1, "errors": 1, "timeouts": 0, "avgPromptChars": 2,
         "maxPromptChars": 2}
-    assert set(model) >= {"avgElapsed", "maxElapsed"}
+    assert set(model) >= {"avgElapsed", "maxElapsed", "cacheReadShare"}
+    assert model["outputTokens"] > 0 and model["inputTokens"] > 0
 
 
 def test_status_has_the_shape_that_clients_know(spared: Server) -> None:
@@ -409,7 +410,7 @@ def test_status_has_the_shape_that_clients_know(spared: Server) -> None:
     after = spared.call("GET", "/status").json()
 
     assert set(after) == {"proxy", "requests", "plan", "recentErrors"}
-    assert (before["proxy"]["auth"], after["proxy"]["auth"]) == ("unknown", "ok")
+    assert (before["proxy"]["auth"], after["proxy"]["auth"]) == ("not known yet", "logged in")
     assert after["proxy"]["status"] == "ok" and after["proxy"]["version"] == ocp.VERSION
     assert after["requests"] == {"total": 5, "active": 0, "errors": 4, "timeouts": 0}
     assert len(after["recentErrors"]) == 3

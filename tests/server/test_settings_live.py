@@ -87,7 +87,8 @@ def test_every_setting_that_can_be_changed_is_described(server: Server) -> None:
 
     assert list(told_) == list(ROWS)
     for name, row in ROWS.items():
-        known = {each: told_[name][each] for each in told_[name] if each not in ("value", "source")}
+        known = {each: told_[name][each] for each in told_[name]
+                 if each not in ("value", "text", "source")}
         assert known == {
             "type": {bool: "boolean", int: "number", str: "string"}[type(row.default)],
             "min": row.metadata["minimum"],
@@ -183,6 +184,19 @@ def test_a_number_that_takes_long_to_read_is_no_json(server: Server) -> None:
 @pytest.mark.parametrize("value", ["2000", "", 1000.5, True, False, [2000], {"value": 2000}])
 def test_what_is_no_number_is_refused_for_one(server: Server, name: str, value: Json) -> None:
     assert_refused(server, name, value, "must be a whole number")
+
+
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("sessionTTL", "2h", 7_200_000), ("timeout", "90s", 90_000), ("queueRetryAfter", "1m", 60),
+    ("usageDays", "30d", 30),
+])
+def test_a_duration_may_be_written_with_its_unit(
+    server: Server, name: str, text: str, value: int
+) -> None:
+    assert patch(server, {name: text}).json()["results"] == {name: {"ok": True, "value": value}}
+    row = server.call("GET", "/settings").json()[name]
+    assert (row["value"], row["source"]) == (value, "stored")
+    assert ocp.parse_duration_ms(row["text"]) == ocp.parse_duration_ms(text)
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -369,7 +369,7 @@ def test_what_runs_for_a_key_ends_when_it_expires(house: Server, stream: bool) -
         soon = ocp.iso_time(time.time() + 1.2)
         as_admin(house, "PATCH", f"/api/keys/{made['id']}", {"expiry": soon})
 
-        assert_ended(wire, "has expired", stream=stream)
+        assert_ended(wire, "expired on", stream=stream)
     assert eventually(lambda: at_rest(house))
 
 

@@ -1,4 +1,5 @@
-"""What bounds the memory of requests and answers, and who makes room when connections run out."""
+"""The addresses of the server; what bounds the memory of requests and answers, and who makes room
+when connections run out."""
 from __future__ import annotations
 
 import json
@@ -19,6 +20,58 @@ ocp = load_script("ocp_server.py")
 Json = Any
 MB = 1024 * 1024
 CONFIG = ocp.Config(max_body_bytes=16 * MB)
+
+
+# ---------------------------------------------------------------------------
+# The addresses of the server
+# ---------------------------------------------------------------------------
+
+def address(bind: str, **fields: Any) -> Any:
+    return ocp.ServerAddress(ocp.Config(bind=bind, **fields), bind, 3456)
+
+
+@pytest.mark.parametrize(("bind", "local"), [
+    ("127.0.0.1", "http://127.0.0.1:3456"), ("0.0.0.0", "http://127.0.0.1:3456"),
+    ("::", "http://127.0.0.1:3456"), ("::1", "http://[::1]:3456"),
+    ("192.168.1.5", "http://192.168.1.5:3456"),
+])
+def test_a_program_on_this_machine_has_an_address(bind: str, local: str) -> None:
+    assert address(bind).local_url == local
+
+
+@pytest.mark.parametrize(("bind", "network", "expected"), [
+    ("0.0.0.0", "192.168.1.5", "http://192.168.1.5:3456"),
+    ("::", "fd00::2", "http://[fd00::2]:3456"),
+    ("192.168.1.7", "192.168.1.5", "http://192.168.1.7:3456"),
+])
+def test_a_device_gets_the_address_of_the_network(
+    monkeypatch: pytest.MonkeyPatch, bind: str, network: str, expected: str
+) -> None:
+    monkeypatch.setattr(ocp, "network_address", lambda: network)
+
+    assert address(bind).for_devices() == (expected, "")
+    assert address(bind, tls_cert="c.pem").for_devices()[0] == expected.replace("http", "https")
+
+
+@pytest.mark.parametrize(("fields", "reason"), [
+    ({"bind": "127.0.0.1"}, "listens on 127.0.0.1"), ({"bind": "::1"}, "listens on ::1"),
+    ({"bind": "0.0.0.0"}, "in no network"),
+    ({"bind": "0.0.0.0", "public_url": "none"}, "publishes the server"),
+])
+def test_a_device_that_reaches_nothing_is_told_why(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], reason: str
+) -> None:
+    monkeypatch.setattr(ocp, "network_address", lambda: "")
+
+    url, note = address(**fields).for_devices()
+
+    assert url == "" and reason in note
+
+
+def test_the_public_address_of_the_owner_wins() -> None:
+    found = address("127.0.0.1", public_url="https://ocp.example.org/x/").for_devices()
+
+    assert found == ("https://ocp.example.org/x", "")
 
 
 # ---------------------------------------------------------------------------

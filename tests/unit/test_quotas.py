@@ -286,6 +286,12 @@ def test_the_time_to_a_reset_in_words(seconds: float, words: str) -> None:
     assert ocp.format_span(seconds) == words
 
 
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "0s"), (59.9, "59s"), (60, "1m"), (3599, "59m"), (3780, "1h 3m"), (90_000, "25h 0m")])
+def test_the_time_since_the_start_is_rounded_down(seconds: float, words: str) -> None:
+    assert ocp.format_uptime(seconds) == words
+
+
 @pytest.mark.usefixtures("utc")
 def test_a_refusal_for_a_quota_says_that_trying_again_is_of_no_use(store: Any) -> None:
     book = Book(store, clock_at("2027-05-12T14:03:00Z"), daily=1)

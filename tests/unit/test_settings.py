@@ -96,16 +96,49 @@ def test_a_number_above_the_range_is_refused_by_name_and_told_the_range() -> Non
 
     told = {name: complaints({name: str(most + 1)}) for name, (_, most) in ranges.items()}
 
-    assert told == {
-        name: [f"{name}: '{most + 1}' is out of range: must be from {least} to {most}"]
-        for name, (least, most) in ranges.items()}
+    begun = {name: f"{name}: '{most + 1}' is out of range: must be from {least} to {most}"
+             for name, (least, most) in ranges.items()}
+    assert {name: line[:len(begun[name])] for name, [line] in told.items()} == begun
 
 
 @pytest.mark.parametrize("garbage", NOT_NUMBERS)
 def test_what_is_no_number_is_refused_by_name(garbage: str) -> None:
     told = {name: complaints({name: garbage}) for name in NUMBERS}
 
-    assert told == {name: [f"{name}: {garbage!r} is not a whole number"] for name in NUMBERS}
+    begun = {name: f"{name}: {garbage!r} is not a whole number" for name in NUMBERS}
+    assert {name: line[:len(begun[name])] for name, [line] in told.items()} == begun
+
+
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("CLAUDE_TIMEOUT", "90s", 90_000), ("CLAUDE_TIMEOUT", "1h", 3_600_000),
+    ("CLAUDE_TIMEOUT", " 2 M ", 120_000), ("CLAUDE_TIMEOUT", "90000", 90_000),
+    ("CLAUDE_SESSION_TTL", "1d", 86_400_000), ("CLAUDE_HEARTBEAT_INTERVAL", "500ms", 500),
+    ("CLAUDE_QUEUE_RETRY_AFTER", "1m", 60), ("CLAUDE_QUEUE_RETRY_AFTER", "7", 7),
+    ("OCP_USAGE_DAYS", "30d", 30), ("CLAUDE_CACHE_TTL", "0s", 0),
+])
+def test_a_duration_may_be_written_with_its_unit(name: str, text: str, value: int) -> None:
+    assert value_of({name: text}, name) == value
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("CLAUDE_TIMEOUT", "2h", "from 1000 to 3600000 ms (1s to 1h)"),
+    ("CLAUDE_TIMEOUT", "soon", "nor a duration such as 30s, 90m or 1h"),
+    ("CLAUDE_TIMEOUT", "1.5h", "nor a duration"), ("CLAUDE_TIMEOUT", "1h30m", "nor a duration"),
+    ("CLAUDE_MAX_QUEUE", "1m", "is not a whole number"),
+])
+def test_a_duration_that_cannot_be_used_is_refused(name: str, text: str, words: str) -> None:
+    [line] = complaints({name: text})
+
+    assert line.startswith(f"{name}: {text!r}") and words in line
+
+
+@pytest.mark.parametrize(("duration_ms", "text"), [
+    (0, "0s"), (1, "1ms"), (1500, "1500ms"), (90_000, "90s"), (120_000, "2m"), (5_400_000, "90m"),
+    (3_600_000, "1h"), (86_400_000, "1d"), (34_560_000_000, "400d"),
+])
+def test_a_duration_is_shown_in_its_longest_unit(duration_ms: int, text: str) -> None:
+    assert ocp.format_duration(duration_ms) == text
+    assert ocp.parse_duration_ms(text) == duration_ms
 
 
 def test_a_number_beyond_all_measure_is_refused_by_name() -> None:
@@ -150,7 +183,8 @@ def test_any_other_choice_is_refused_and_the_choices_are_named(name: str) -> Non
 @pytest.mark.parametrize("name", FREE_TEXTS)
 def test_a_text_is_taken_without_the_white_space_around_it(name: str) -> None:
     others = {"OCP_TLS_CERT": "/cert.pem", "OCP_TLS_KEY": "/key.pem"} if "TLS" in name else {}
-    text = "some=text" if name == "OCP_MODEL_ALIASES" else "some text"
+    of_a_form = {"OCP_MODEL_ALIASES": "some=text", "OCP_PUBLIC_URL": "http://some.text"}
+    text = of_a_form.get(name, "some text")
 
     assert value_of({**others, name: f"  {text}\n"}, name) == text
 
@@ -267,11 +301,13 @@ def test_the_access_mode_follows_from_the_key_unless_it_is_named(
         ({"CLAUDE_ALLOWED_TOOLS": "Read", "CLAUDE_BIND": "0.0.0.0"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_SKIP_PERMISSIONS": "1", "CLAUDE_BIND": "::"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "10.0.0.1"}, ("127.0.0.1",)),
+        ({"OCP_PUBLIC_URL": "ocp.example.org"}, ("OCP_PUBLIC_URL", "https://")),
     ],
     ids=["shared without a key", "a key that none ignores", "a key that multi ignores",
          "anonymous in shared", "anonymous admins", "half a certificate",
          "tools for whoever asks", "one key for two",
-         "any origin", "open with tools", "open without permissions", "open with servers"],
+         "any origin", "open with tools", "open without permissions", "open with servers",
+         "an address without its scheme"],
 )
 def test_settings_that_contradict_each_other_are_refused_by_name(
     environ: dict[str, str], variables: tuple[str, ...]
@@ -338,6 +374,49 @@ def test_removed_settings_are_listed_in_order_of_their_names() -> None:
     assert found == ["CLAUDE_NO_CONTEXT", "CLAUDE_TUI_ROWS", "OCP_LOCAL_TOOLS"]
 
 
+@pytest.mark.parametrize(("name", "meant"), [
+    ("CLAUDE_MAX_CONCURENT", "CLAUDE_MAX_CONCURRENT"), ("OCP_WARM_PROCESES", "OCP_WARM_PROCESSES"),
+    ("CLAUDE_PROXY_PROT", "CLAUDE_PROXY_PORT"), ("PROXY_API_KYE", "PROXY_API_KEY"),
+    ("OCP_BIND", "CLAUDE_BIND"), ("CLAUDE_TIMEOUT_MS", "CLAUDE_TIMEOUT"), ("OCP_FOO", ""),
+    ("CLAUDE_PROXY_FOO", ""),
+])
+def test_a_variable_that_is_no_setting_is_told_with_the_nearest_one(name: str, meant: str) -> None:
+    assert ocp.unknown_settings({name: "1", "PATH": "/bin"}) == [(name, meant)]
+    assert ocp.unknown_settings({name: " "}) == []
+
+
+@pytest.mark.parametrize("name", [
+    *ROWS, "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_MAX_RETRIES", "CLAUDE_CONFIG_DIR", "CLAUDECODE",
+    "CLAUDE_AGENT_SDK_VERSION", "CLAUDE_STREAM_IDLE_TIMEOUT_MS", "OCP_URL", "OCP_CONNECT_KEY",
+    "CLAUDE_TUI_MODE", "PROXY_HOST", "HTTP_PROXY",
+])
+def test_a_variable_that_others_know_is_none_of_our_business_either(name: str) -> None:
+    assert ocp.unknown_settings({name: "1"}) == []
+
+
+def test_a_variable_that_is_passed_to_claude_is_known() -> None:
+    assert ocp.unknown_settings({"OCP_MINE": "1", "OCP_PASS_ENV": "A,OCP_M*"}) == []
+
+
+def test_the_settings_file_counts_less_than_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "ocp.env").write_text("A=1\nB='two  words'\nC=3\nD=4\nnot a line\n")
+    environ = {"OCP_HOME": str(tmp_path), "A": "mine", "C": " ", "D": "4"}
+
+    found = ocp.read_environment(environ, {"D": ("5", "--dee")})
+
+    assert found.file == str(tmp_path / "ocp.env")
+    assert {name: found.variables[name] for name in "ABCD"} == {
+        "A": "mine", "B": "two  words", "C": "3", "D": "5"}
+    assert [found.source(name) for name in "ABCD"] == [
+        "environment", found.file, found.file, "--dee"]
+
+
+def test_without_a_settings_file_there_is_the_environment(tmp_path: Path) -> None:
+    found = ocp.read_environment({"OCP_HOME": str(tmp_path)}, {})
+
+    assert (found.file, found.variables) == ("", {"OCP_HOME": str(tmp_path)})
+
+
 def test_no_setting_is_called_removed() -> None:
     assert ocp.removed_settings(dict.fromkeys(ROWS, "1")) == []
 
@@ -370,7 +449,7 @@ def test_the_readme_table_has_one_line_of_five_cells_for_every_row() -> None:
     ("name", "default", "span"),
     [
         ("CLAUDE_PROXY_PORT", "3456", "0 to 65535"),
-        ("CLAUDE_TIMEOUT", "600000 ms", "1000 to 3600000"),
+        ("CLAUDE_TIMEOUT", "600000 ms (10m)", "1000 to 3600000"),
         ("CLAUDE_MAX_IMAGES", "600", "0 up"),
         ("CLAUDE_IMAGE_ALLOW_URL", "0", ""),
         ("PROXY_API_KEY", "empty", ""),
