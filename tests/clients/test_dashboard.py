@@ -602,8 +602,11 @@ def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
 
         page.tab_to("Rotate tablet")
         page.press("Enter")
-        page.until("document.activeElement.id === 'asking-cancel'")
-        page.press("Tab")
+        page.until("document.activeElement.id === 'field-grace'")
+        page.write("soon")
+        page.press("Enter")
+        page.sees("such as 24h", "#asking-error")
+        page.evaluate("document.activeElement.value = ''")
         page.press("Enter")
         page.until("document.querySelector('#device').open")
         rotated = page.evaluate("document.querySelector('#device-key').textContent")
