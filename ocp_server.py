@@ -18507,7 +18507,6 @@ def _live_state(app: App) -> Json:
         "health": health,
         "running": app.requests.running(),
         "plan": app.account.plan(),
-        "defaultModel": app.models.find(app.config.default_model).id,
         "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
         "connections": len(app.connections),
         "finished": app.metrics.total("ocp_requests_total"),
