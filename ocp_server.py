@@ -15438,6 +15438,8 @@ _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
 
 #: How much longer than its drain a start waits for a server that is stopping.
 _STOP_PATIENCE_S = 10.0
+#: Written by `ocp update --check`.
+_NEWEST_RELEASE_FILE = "newest-release"
 #: How often the place of the database is looked at.
 _LOOK_EVERY_S = 10.0
 
@@ -15494,6 +15496,19 @@ class StateFolder:
     def path_of(self, name: str) -> str:
         """Return the path of a file or folder in it."""
         return os.path.join(self._path, name)
+
+    def newer_release(self) -> str | None:
+        """Return the release that `ocp update --check` has found, if it is newer than this one. The
+        server itself asks nobody."""
+        try:
+            with open(self.path_of(_NEWEST_RELEASE_FILE), encoding="ascii") as file:
+                found = file.read(40).strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+){2}", found):
+            return None
+        numbers = [[int(part) for part in text.split(".")] for text in (found, VERSION)]
+        return found if numbers[0] > numbers[1] else None
 
     def with_admin_key(self, config: Config) -> Config:
         """Return the configuration with the admin key, which the first start creates."""
@@ -18509,6 +18524,7 @@ def _live_state(app: App) -> Json:
         "plan": app.account.plan(),
         "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
         "connections": len(app.connections),
+        "newerRelease": app.state_folder.newer_release(),
         "finished": app.metrics.total("ocp_requests_total"),
     }
 

@@ -1031,6 +1031,32 @@ def test_the_pace_of_a_window_is_told_in_words(chrome: browser.Browser, busy: Bu
         assert told == [words for *_, words in FORECASTS]
 
 
+@needs_browser
+def test_a_newer_release_that_was_found_is_told(chrome: browser.Browser, tmp_path: Path) -> None:
+    with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:
+        note = server.ocp_home / "newest-release"
+        for words in ("99.0.1\n", "0.0.1\n", "soon\n", "99.0.2\n"):
+            note.write_text(words)
+            if words.startswith("99"):
+                page.sees(f"OCP {words.strip()} is available", "#notices")
+            else:
+                page.until("document.querySelector('#notices').innerText === ''")
+
+
+@needs_browser
+def test_copying_works_without_a_clipboard_too(chrome: browser.Browser, tmp_path: Path) -> None:
+    with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:
+        # As on http from another machine.
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined}); "
+                      "addEventListener('copy', ({target}) => { window.taken = target.value; })")
+        page.sees("No request in this span", "#shares")
+        page.click("#connect")
+        page.until("document.activeElement.getAttribute('aria-label') === 'Copy the command'")
+        page.press("Enter")
+        page.until("document.activeElement.innerText === 'Copied'")
+        assert page.evaluate("taken === document.querySelector('#device-command').textContent")
+
+
 # ---------------------------------------------------------------------------
 # 10 Errors
 # ---------------------------------------------------------------------------
