@@ -19579,10 +19579,15 @@ _DEMO_DEVICES = (
                {"tokensDaily": 400_000}),
 )
 _DEMO_DAYS = 30
-#: What became of requests: status, outcome, and how many of a thousand.
+#: What became of requests: status, outcome, message, and how many of a thousand.
 _DEMO_OUTCOMES = (
-    (200, "ok", 962), (499, "abandoned", 12), (529, "overloaded", 10), (504, "timeout", 6),
-    (502, "upstream_failed", 5), (400, "context_length_exceeded", 5),
+    (200, "ok", None, 962), (499, "abandoned", None, 12),
+    (529, "overloaded", "Overloaded", 10),
+    (504, "timeout", "The answer took longer than CLAUDE_TIMEOUT allows.", 6),
+    (502, "upstream_failed",
+     "The connection to the API broke in the middle of the answer.", 5),
+    (400, "context_length_exceeded",
+     "prompt is too long: 1008215 tokens > 1000000 maximum", 5),
 )
 #: How answers came about, and how many of a hundred.
 _DEMO_PATHS = {"continued": 58, "fresh": 22, "rewound": 8, "rebuilt": 7, "cached": 5}
@@ -19592,7 +19597,8 @@ def _demo_row(
     device: DemoDevice, key: Key, at_s: float, models: Models, chance: random.Random
 ) -> UsageRow:
     """Return the row of one made-up request."""
-    status, outcome, _ = chance.choices(_DEMO_OUTCOMES, [each[2] for each in _DEMO_OUTCOMES])[0]
+    shares = [each[-1] for each in _DEMO_OUTCOMES]
+    status, outcome, message, _ = chance.choices(_DEMO_OUTCOMES, shares)[0]
     (path,) = chance.choices(list(_DEMO_PATHS), list(_DEMO_PATHS.values()))
     # The first model is asked for twice as often as the second one, and so on.
     weights = [2.0 ** -rank for rank in range(len(device.models))]
@@ -19609,7 +19615,8 @@ def _demo_row(
         prompt_chars=prompt * 4, response_chars=answer * 4,
         input_tokens=prompt - cached if is_asked else 0, output_tokens=answer if is_asked else 0,
         cache_read_tokens=cached if is_asked else 0, cache_write_tokens=0,
-        first_token_ms=first_ms if status == 200 else None, total_ms=first_ms + answer * 12,
+        first_token_ms=first_ms if status == 200 and path != "cached" else None,
+        total_ms=first_ms if path == "cached" else first_ms + answer * 12, message=message,
     )
 
 
