@@ -251,6 +251,15 @@ def test_the_variables_that_a_page_names_mean_something(page: str) -> None:
     assert [name for name in set(names) if name not in source] == []
 
 
+def test_the_prompt_for_a_repair_names_what_doctor_prints() -> None:
+    prompt = (DOCS / "ask-your-ai.md").read_text("utf-8").partition("## Repair OCP")[2]
+    source = Path(REPO, "ocp.py").read_text("utf-8")
+    fields = re.findall(r'"([a-z_]+)"', prompt)
+
+    assert {"checks", "next_action", "ai_executable", "human_required", "verify"} <= set(fields)
+    assert [field for field in fields if f'"{field}"' not in source] == []
+
+
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", "tests/README.md",
          *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
 
