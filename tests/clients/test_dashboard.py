@@ -290,6 +290,9 @@ def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, busy: 
         totals = " ".join(page.text("#totals").split())
         assert "Requests 5" in totals and "Failed 0 %" in totals and "Cache hits 20 %" in totals
         page.until("document.querySelectorAll('#chart .s0, #chart .s1').length >= 2")
+        page.sees("claude-haiku", "#speeds")
+        page.click("#speeds-by input[value=byDialect]")
+        page.sees("chat", "#speeds")
 
 
 @needs_browser
@@ -865,6 +868,21 @@ def test_a_refusal_shows_in_the_conversation_and_locks_nothing(
         page.sees("Hello.", "#talk")
         kept = page.evaluate("JSON.stringify([{...sessionStorage}, {...localStorage}])")
         assert key not in kept
+
+
+@needs_browser
+def test_the_anonymous_key_can_be_tried(chrome: browser.Browser, tmp_path: Path) -> None:
+    env = {**MULTI, "PROXY_ANONYMOUS_KEY": "guests", "PROXY_ADVERTISE_ANON_KEY": "1"}
+    with running_server(tmp_path, ANSWER, env=env) as server, opened(chrome, server, "try") as page:
+        page.until("document.querySelector('#try-as').options.length === 3")
+        chosen(page, "try-as", "anonymous")
+        page.evaluate("document.querySelector('#try-text').focus()")
+        page.write("Hello")
+        page.press("Enter")
+        page.sees("Hello.", "#talk")
+        page.until("!store.talk.abort")
+        (row,) = BusyServer(server).admin("GET", "/api/usage?all=1")["byKey"]
+        assert row["key_name"] == "anonymous"
 
 
 SNIPPETS = {"curl": ["bash", "-c"], "python": [sys.executable, "-c"],
