@@ -4939,9 +4939,27 @@ def _nothing_newer(env: Env, tree: str) -> str:
     return f"v{version} is installed, and there is nothing newer: the newest release is {newest}"
 
 
+#: In the server's folder: the newest release that `ocp update --check` found. The server asks
+#: nobody by itself; its dashboard says what stands here.
+NEWEST_RELEASE_FILE = "newest-release"
+
+
+def note_newest(env: Env, version: str) -> None:
+    """Leave a release for the server's dashboard; an empty version = there is nothing newer."""
+    path = os.path.join(env.ocp_home, NEWEST_RELEASE_FILE)
+    # A folder that another user owns, or none: then the dashboard says nothing.
+    with contextlib.suppress(OSError):
+        if version and os.path.isdir(env.ocp_home):
+            write_whole(path, f"{version}\n".encode("ascii"))
+        elif not version:
+            os.remove(path)
+
+
 def _check_for_update(env: Env, args: argparse.Namespace) -> Exit:
     tree = git_tree(env)
     plan = plan_update(env, tree, args.target)
+    if not args.target:
+        note_newest(env, plan.to_version if plan else "")
     env.say(f"installed v{plan.from_version}, v{plan.to_version} is available" if plan
             else _nothing_newer(env, tree))
     return Exit.OK

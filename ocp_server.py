@@ -77,6 +77,7 @@ if sys.version_info < (3, 9):
     sys.exit("OCP needs Python 3.9 or later; this is Python %d.%d." % sys.version_info[:2])
 
 import argparse
+import array
 import base64
 import binascii
 import bisect
@@ -125,7 +126,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import ThreadingHTTPServer
 from types import MappingProxyType
 from typing import (
@@ -4928,6 +4929,8 @@ _STEPS = {
 _DAY = "date(at_s, 'unixepoch', 'localtime')"
 #: The longest span with a timeline by hour; beyond it, by day.
 _MAX_HOURLY_S = 32 * 86_400.0
+#: The percentiles of a report.
+_PERCENTILES = (50, 90, 99)
 #: The maximum number of entries in the series of a report.
 _MAX_SERIES = 10_000
 
@@ -5171,6 +5174,7 @@ class Ledger:
                 "daily": rows.sums(_TIMELINE_SUMS, ("day", _DAY)),
                 "series": series[-_MAX_SERIES:],
                 "seriesComplete": len(series) <= _MAX_SERIES,
+                "firstToken": rows.first_tokens(),
                 "recent": rows.recent(limit),
             }
 
@@ -5228,6 +5232,23 @@ class FailureFilter(NamedTuple):
         return is_of_key and self.kind in ("", refused.kind)
 
 
+def percentiles(sorted_values: Sequence[int]) -> Json:
+    """Return the number of values and their percentiles, `p50_ms` and so on: each one is the lowest
+    value that this share of the values does not exceed, None if there are none."""
+    count = len(sorted_values)
+    found: Json = {"answers": count}
+    for percent in _PERCENTILES:
+        # The share of the values, rounded up.
+        place = -(-count * percent // 100)
+        found[f"p{percent}_ms"] = sorted_values[place - 1] if count else None
+    return found
+
+
+def _percentiles_by(name: str, groups: Mapping[str, Sequence[int]]) -> list[Json]:
+    entries = [{name: group, **percentiles(values)} for group, values in groups.items()]
+    return sorted(entries, key=lambda entry: (-entry["answers"], entry[name]))
+
+
 class Rows:
     """The rows of usage that match a condition, for a report."""
 
@@ -5262,6 +5283,28 @@ class Rows:
         query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
         results = self._connection.execute(query, (*self._values, maximum)).fetchall()
         return [dict(row) for row in reversed(results)]
+
+    def first_tokens(self) -> Json:
+        """Return the percentiles of the time to the first token: of all rows, of each model and of
+        each dialect, most answers first. Cached answers have no such time and do not count."""
+        # Sorted, so that the times of each group are sorted too. Arrays, because there can be many.
+        sorted_rows = self._connection.execute(
+            "SELECT model, dialect, first_token_ms FROM usage "
+            f"WHERE first_token_ms IS NOT NULL AND {self._where} ORDER BY first_token_ms",
+            self._values,
+        )
+        everything = array.array("q")
+        by_model: dict[str, array.array[int]] = {}
+        by_dialect: dict[str, array.array[int]] = {}
+        for model, dialect, time_ms in sorted_rows:
+            everything.append(time_ms)
+            by_model.setdefault(model, array.array("q")).append(time_ms)
+            by_dialect.setdefault(dialect, array.array("q")).append(time_ms)
+        return {
+            "all": percentiles(everything),
+            "byModel": _percentiles_by("model", by_model),
+            "byDialect": _percentiles_by("dialect", by_dialect),
+        }
 
     def recent(self, limit: int) -> list[Json]:
         results = self._connection.execute(
@@ -15600,6 +15643,8 @@ _FREE_DATABASE = "see to it that ocp.db can be written, and start again"
 
 #: How much longer than its drain a start waits for a server that is stopping.
 _STOP_PATIENCE_S = 10.0
+#: Written by `ocp update --check`.
+_NEWEST_RELEASE_FILE = "newest-release"
 #: How often the place of the database is looked at.
 _LOOK_EVERY_S = 10.0
 
@@ -15656,6 +15701,19 @@ class StateFolder:
     def path_of(self, name: str) -> str:
         """Return the path of a file or folder in it."""
         return os.path.join(self._path, name)
+
+    def newer_release(self) -> str | None:
+        """Return the release that `ocp update --check` has found, if it is newer than this one. The
+        server itself asks nobody."""
+        try:
+            with open(self.path_of(_NEWEST_RELEASE_FILE), encoding="ascii") as file:
+                found = file.read(40).strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+){2}", found):
+            return None
+        numbers = [[int(part) for part in text.split(".")] for text in (found, VERSION)]
+        return found if numbers[0] > numbers[1] else None
 
     def with_admin_key(self, config: Config) -> Config:
         """Return the configuration with the admin key, which the first start creates."""
@@ -18760,6 +18818,7 @@ def _live_state(app: App) -> Json:
         "plan": app.account.plan(),
         "cache": {**app.cache.stats(), "ttl": app.config.cache_ttl_ms},
         "connections": len(app.connections),
+        "newerRelease": app.state_folder.newer_release(),
         "finished": app.metrics.total("ocp_requests_total"),
     }
 
@@ -19847,8 +19906,9 @@ def _demo_row(
         prompt_chars=prompt * 4, response_chars=answer * 4,
         input_tokens=prompt - cached if is_asked else 0, output_tokens=answer if is_asked else 0,
         cache_read_tokens=cached if is_asked else 0, cache_write_tokens=0,
-        first_token_ms=first_ms if status == 200 else None, total_ms=first_ms + answer * 12,
-        message=message, peer=device.peer,
+        first_token_ms=first_ms if status == 200 and path != "cached" else None,
+        total_ms=first_ms if path == "cached" else first_ms + answer * 12, message=message,
+        peer=device.peer,
     )
 
 

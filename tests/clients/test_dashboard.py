@@ -1,15 +1,19 @@
 """The dashboard: the page as text, and what a real browser makes of it.
 
 Index: 1 the page as text   2 over HTTP   3 in a browser: panels   4 the key   5 coming and going
-       6 dialogs   7 hostile names, widths
+       6 dialogs   7 hostile names, widths   8 trying it   9 devices and codes   10 errors
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from html.parser import HTMLParser
@@ -21,7 +25,8 @@ import pytest
 import browser
 from chat import question
 from http_client import Reply, http_request
-from project import free_port, load_script
+from programs import client_folders, how_to_install
+from project import clean_env, free_port, load_script
 from server import Server, running_server
 
 Json = Any
@@ -31,7 +36,7 @@ STYLE = PAGE.partition("<style>")[2].partition("</style>")[0]
 SCRIPT = PAGE.partition("<script>")[2].partition("</script>")[0]
 ADMIN_KEY = "the-admin-key"
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
-VIEWS = ("overview", "requests", "keys", "sessions", "settings", "log")
+VIEWS = ("overview", "requests", "errors", "try", "keys", "sessions", "settings", "log")
 
 needs_browser = pytest.mark.skipif(
     browser.browser_program() is None, reason=browser.HOW_TO_INSTALL)
@@ -278,13 +283,16 @@ def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, busy: 
         page.sees("Resets in 2 h 2", "#plan")
         page.sees("laptop", "#shares")
         for place, words in (
-            ("#now", "of 8 answers"), ("#now", "Parked"), ("#facts", "works, seen"),
+            ("#now", "of 8 answers"), ("#now", "Parked"), ("#facts", "logged in, seen"),
             ("#facts", "max"), ("#facts", "1 of 4 look-ups hit"), ("#totals", "Requests"),
         ):
             page.sees(words, place)
         totals = " ".join(page.text("#totals").split())
         assert "Requests 5" in totals and "Failed 0 %" in totals and "Cache hits 20 %" in totals
         page.until("document.querySelectorAll('#chart .s0, #chart .s1').length >= 2")
+        page.sees("claude-haiku", "#speeds")
+        page.click("#speeds-by input[value=byDialect]")
+        page.sees("chat", "#speeds")
 
 
 @needs_browser
@@ -474,9 +482,9 @@ def test_the_page_survives_a_restart_and_asks_again_when_the_key_has_changed(
             page.sees("Live", "#link")
             assert page.evaluate("document.activeElement.value") == "half-typed"
             page.press("Enter")
-            page.sees("shown once", "#secret")
+            page.sees("shown once", "#device")
             page.press("Enter")
-            page.tab_to("secret-done")
+            page.tab_to("device-done")
             page.press("Enter")
             page.sees("half-typed", "#keys")
 
@@ -574,14 +582,14 @@ def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
         page.tab_to("field-expiry")
         page.write("7d")
         page.press("Enter")
-        page.until("document.querySelector('#secret').open")
-        secret = page.evaluate("document.querySelector('#secret-value').value")
-        command = page.evaluate("document.querySelector('#secret-command').textContent")
+        page.until("document.querySelector('#device').open")
+        secret = page.evaluate("document.querySelector('#device-key').textContent")
+        command = page.evaluate("document.querySelector('#device-command').textContent")
         assert command == f"curl -fsSL {busy.server.url}/connect | python3 - {busy.server.url}"
         assert busy.server.call("GET", "/v1/models", headers=bearer(secret)).status == 200
-        page.tab_to("secret-done")
+        page.tab_to("device-done")
         page.press("Enter")
-        page.until("document.querySelector('#secret-value').value === ''")
+        page.until("!document.querySelector('#device-key')")
         page.sees("tablet", "#keys")
 
         page.tab_to("Quotas tablet")
@@ -597,11 +605,14 @@ def test_a_key_is_made_rotated_limited_and_revoked_by_keyboard(
 
         page.tab_to("Rotate tablet")
         page.press("Enter")
-        page.until("document.activeElement.id === 'asking-cancel'")
-        page.press("Tab")
+        page.until("document.activeElement.id === 'field-grace'")
+        page.write("soon")
         page.press("Enter")
-        page.until("document.querySelector('#secret').open")
-        rotated = page.evaluate("document.querySelector('#secret-value').value")
+        page.sees("such as 24h", "#asking-error")
+        page.evaluate("document.activeElement.value = ''")
+        page.press("Enter")
+        page.until("document.querySelector('#device').open")
+        rotated = page.evaluate("document.querySelector('#device-key').textContent")
         assert busy.server.call("GET", "/v1/models", headers=bearer(secret)).status == 401
         assert busy.server.call("GET", "/v1/models", headers=bearer(rotated)).status == 200
         page.press("Escape")
@@ -774,3 +785,328 @@ def test_headings_landmarks_and_names_are_there(chrome: browser.Browser, busy: B
         assert not [pair for pair in named
                     if pair[0] in ("button", "link", "textbox", "combobox", "radio", "slider")
                     and not pair[1]]
+
+
+# ---------------------------------------------------------------------------
+# 8 Trying it
+# ---------------------------------------------------------------------------
+
+NO_KEY = {"OCP_INSTANCE_NAME": "attic"}
+
+
+def chosen(page: browser.Page, select: str, value: str) -> None:
+    """Choose a value of a select, as a user does."""
+    page.evaluate(f"""(() => {{ const select = document.querySelector('#{select}');
+        select.value = '{value}'; select.dispatchEvent(new Event('change')); }})()""")
+
+
+@needs_browser
+def test_a_conversation_is_streamed_and_goes_on_with_what_was_said(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    turns = [[{"say": "Good day."}], [{"say": "Rain, mostly."}]]
+    with running_server(tmp_path, turns, env=NO_KEY) as server, \
+            opened(chrome, server, "try", key="") as page:
+        page.until("document.querySelector('#try-model').value !== ''")
+        assert not page.evaluate("document.querySelector('#try-access').checkVisibility()")
+        page.evaluate("document.querySelector('#try-system').value = 'Be brief.'")
+        page.tab_to("try-text")
+        page.write("Hello")
+        page.press("Enter")
+        page.sees("Good day.", "#talk")
+        page.until("/first token after .*in all, .*written/.test("
+                   "document.querySelector('#talk').innerText)")
+        page.until("document.querySelector('#try-text').value === ''")
+        page.write("And the weather?")
+        page.press("Enter")
+        page.sees("Rain, mostly.", "#talk")
+        assert page.evaluate("tryBody('next').messages.map(({content}) => content)") == [
+            "Be brief.", "Hello", "Good day.", "And the weather?", "Rain, mostly.", "next"]
+        page.tab_to("Copy the answer", shift=True)
+        page.click("#try-clear")
+        page.until("document.querySelector('#talk').children.length === 0")
+
+
+@needs_browser
+def test_an_answer_that_is_stopped_ends_on_the_server_too(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    turns = [[{"say": "To begin with, "}, {"hang": True}]]
+    with running_server(tmp_path, turns, env=NO_KEY) as server, \
+            opened(chrome, server, "try", key="") as page:
+        page.until("document.querySelector('#try-model').value !== ''")
+        page.evaluate("document.querySelector('#try-text').focus()")
+        page.write("Go on.")
+        page.press("Enter")
+        page.sees("To begin with,", "#talk")
+        page.tab_to("try-stop")
+        page.press("Enter")
+        page.sees("stopped, first token after", "#talk")
+        assert page.focused() == "try-text"
+        page.until("store.live.running.length === 0")
+        assert page.evaluate("document.querySelector('#try-send').checkVisibility()")
+
+
+@needs_browser
+def test_a_refusal_shows_in_the_conversation_and_locks_nothing(
+    chrome: browser.Browser, busy: BusyServer
+) -> None:
+    with opened(chrome, busy.server, "try") as page:
+        page.until("document.querySelector('#try-as').value === 'operator'")
+        chosen(page, "try-as", "typed")
+        page.until("document.querySelector('#try-key').checkVisibility()")
+        page.evaluate("document.querySelector('#try-key').value = 'ocp_not-a-key'")
+        page.evaluate("document.querySelector('#try-text').focus()")
+        page.write("Who am I?")
+        page.press("Enter")
+        page.until("document.querySelector('#talk .error').innerText !== ''")
+        page.until("document.querySelector('#try-text').value === 'Who am I?'")
+        assert not page.evaluate("document.querySelector('#gate').open")
+        key = busy.secrets["laptop"]
+        page.evaluate(f"document.querySelector('#try-key').value = '{key}'")
+        page.press("Enter")
+        page.sees("Hello.", "#talk")
+        kept = page.evaluate("JSON.stringify([{...sessionStorage}, {...localStorage}])")
+        assert key not in kept
+
+
+@needs_browser
+def test_the_anonymous_key_can_be_tried(chrome: browser.Browser, tmp_path: Path) -> None:
+    env = {**MULTI, "PROXY_ANONYMOUS_KEY": "guests", "PROXY_ADVERTISE_ANON_KEY": "1"}
+    with running_server(tmp_path, ANSWER, env=env) as server, opened(chrome, server, "try") as page:
+        page.until("document.querySelector('#try-as').options.length === 3")
+        chosen(page, "try-as", "anonymous")
+        page.evaluate("document.querySelector('#try-text').focus()")
+        page.write("Hello")
+        page.press("Enter")
+        page.sees("Hello.", "#talk")
+        page.until("!store.talk.abort")
+        (row,) = BusyServer(server).admin("GET", "/api/usage?all=1")["byKey"]
+        assert row["key_name"] == "anonymous"
+
+
+SNIPPETS = {"curl": ["bash", "-c"], "python": [sys.executable, "-c"],
+            "javascript": ["node", "--input-type=module", "-e"]}
+HARD_QUESTION = "It's \"quoted\" $HOME `id` \\n \u00fc and\na second line"
+
+
+@needs_browser
+@pytest.mark.parametrize("form", SNIPPETS)
+def test_the_code_to_copy_asks_the_same(
+    chrome: browser.Browser, busy: BusyServer, form: str
+) -> None:
+    program, *options = SNIPPETS[form]
+    if form == "python":
+        pytest.importorskip("openai")
+    if not shutil.which(program):
+        pytest.skip(f"no {program}")
+    with opened(chrome, busy.server, "try") as page:
+        page.until("document.querySelector('#try-model').value !== ''")
+        page.evaluate("document.querySelector('#try-text').focus()")
+        page.write(HARD_QUESTION)
+        page.click(f"#try-forms input[value={form}]")
+        page.sees({"curl": "curl ", "python": "openai", "javascript": "fetch("}[form], "#try-code")
+        page.sees("a second line", "#try-code")
+        code = page.evaluate("document.querySelector('#try-code').textContent")
+        assert page.evaluate("tryBody(document.querySelector('#try-text').value).messages") == [
+            {"role": "user", "content": HARD_QUESTION}]
+    key = busy.secrets["laptop"]
+    assert key not in code and ADMIN_KEY not in code
+    done = subprocess.run(
+        [program, *options, code], stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        env=clean_env(OCP_KEY=key))
+    assert "Hello." in done.stdout.decode(), done.stderr.decode()
+    asked = busy.server.queries()[-1]["messages"][-1]["content"]
+    assert HARD_QUESTION in "".join(block.get("text", "") for block in asked)
+
+
+# ---------------------------------------------------------------------------
+# 9 Devices and codes
+# ---------------------------------------------------------------------------
+
+#: A decoder of QR codes that runs in the page, if it is installed.
+DECODERS = [path for folder in client_folders()
+            for path in folder.glob("node_modules/jsqr/dist/jsQR.js")]
+#: What a camera sees of a code: `decoded(code)` draws it, four points for a module.
+DRAW_AND_DECODE = """window.decoded = (code) => {
+  const side = 4 * (code.length + 8);
+  const points = new Uint8ClampedArray(4 * side * side).fill(255);
+  for (let y = 0; y < side; y++) for (let x = 0; x < side; x++) {
+    const at = 4 * (y * side + x);
+    if (code[(y >> 2) - 4]?.[(x >> 2) - 4]) points.fill(0, at, at + 3);
+  }
+  return jsQR(points, side, side)?.data ?? null;
+}"""
+needs_decoder = pytest.mark.skipif(
+    not DECODERS, reason=how_to_install("jsqr"))
+
+
+@needs_browser
+@needs_decoder
+def test_a_decoder_reads_codes_of_every_size_and_mask(
+    chrome: browser.Browser, busy: BusyServer
+) -> None:
+    texts = [("http://[fd00::1]:3456/dashboard/" * 4)[:length]
+             for length in (1, 14, 15, 26, 27, 42, 43, 62, 63, 84, 85, 106)]
+    with opened(chrome, busy.server) as page:
+        page.evaluate(DECODERS[0].read_text() + ";" + DRAW_AND_DECODE)
+        read = page.evaluate(f"{json.dumps(texts)}.map((text) => decoded(qrCode(text)))")
+        masks = page.evaluate(
+            "[0, 1, 2, 3, 4, 5, 6, 7].map((mask) => decoded(qrModules(2, qrCodewords("
+            "[...new TextEncoder().encode('http://10.0.0.7:3456')], QR_VERSIONS[1]), mask)))")
+        assert read == texts
+        assert masks == ["http://10.0.0.7:3456"] * 8
+        assert page.evaluate("qrCode('x'.repeat(107))") is None
+
+
+@needs_browser
+@needs_decoder
+def test_the_code_on_the_screen_is_the_address_of_the_dashboard_and_no_key(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    env = {**MULTI, "OCP_PUBLIC_URL": "https://ocp.example.org"}
+    with running_server(tmp_path, ANSWER, env=env) as server, opened(chrome, server) as page:
+        page.sees("No request in this span", "#shares")
+        page.tab_to("connect")
+        page.press("Enter")
+        page.write("phone")
+        page.press("Enter")
+        page.until("document.querySelector('#device').open")
+        key = page.evaluate("document.querySelector('#device-key').textContent")
+        command = page.evaluate("document.querySelector('#device-command').textContent")
+        assert command == ("curl -fsSL https://ocp.example.org/connect | "
+                           "python3 - https://ocp.example.org:443")
+        page.evaluate(DECODERS[0].read_text() + ";" + DRAW_AND_DECODE)
+        # From the path that is drawn: one square for each dark module.
+        shown = page.evaluate("""(() => {
+            const svg = document.querySelector('#qr'), side = svg.viewBox.baseVal.width - 8;
+            const rows = Array.from({length: side}, () => new Array(side).fill(false));
+            for (const [, x, y] of svg.firstChild.getAttribute('d').matchAll(/M(\\d+) (\\d+)/g)) {
+                rows[y - 4][x - 4] = true;
+            }
+            return decoded(rows); })()""")
+        assert shown == "https://ocp.example.org/dashboard"
+        assert key not in page.evaluate("location.href")
+        assert server.call("GET", "/v1/models", headers=bearer(key)).status == 200
+        page.press("Escape")
+        page.until("document.activeElement.id === 'connect'")
+        assert key not in page.evaluate("document.documentElement.outerHTML")
+
+
+@needs_browser
+def test_a_server_without_keys_shows_the_command_at_once_and_keeps_the_focus_inside(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    with running_server(tmp_path, ANSWER, env=NO_KEY) as server, \
+            opened(chrome, server, key="") as page:
+        page.sees("No request in this span", "#shares")
+        page.tab_to("connect")
+        page.press("Enter")
+        page.sees("Only this machine can reach the server", "#device")
+        page.sees("This server wants no key", "#device")
+        assert not page.evaluate("Boolean(document.querySelector('#qr, #device-key'))")
+        for _ in range(8):
+            page.press("Tab")
+            assert page.evaluate("document.activeElement === document.body || "
+                                 "document.querySelector('#device').contains("
+                                 "document.activeElement)")
+        page.press("Escape")
+        page.until("document.activeElement.id === 'connect'")
+
+
+@needs_browser
+def test_arrow_keys_go_from_tab_to_tab(chrome: browser.Browser, busy: BusyServer) -> None:
+    with opened(chrome, busy.server) as page:
+        page.sees("laptop", "#shares")
+        page.tab_to("Overview")
+        page.press("ArrowLeft")
+        assert page.focused() == "Log"
+        page.press("Home")
+        page.press("ArrowRight", times=3)
+        assert page.focused() == "Try it"
+        page.press("Enter")
+        page.until("document.activeElement.id === 'title-try'")
+
+
+#: Share used, share of the window passed when it was told, hours of the window, and the words.
+FORECASTS = (
+    (0.0, 0.5, 5, "Nothing used yet"),
+    (0.3, 0.02, 5, "Too early to say how long it lasts"),
+    (0.3, 0.5, 5, "At this pace it lasts until the reset"),
+    (0.6, 0.5, 5, "At this pace empty at 14:10"),
+    (0.8, 0.4, 168, "At this pace empty on Tuesday 03:00"),
+    (1.0, 0.9, 168, "Used up until Fri 15:00"),
+)
+
+
+@needs_browser
+def test_the_pace_of_a_window_is_told_in_words(chrome: browser.Browser, busy: BusyServer) -> None:
+    with opened(chrome, busy.server) as page:
+        # A Friday, in the browser's time zone.
+        page.evaluate("window.reset = new Date(2026, 10, 27, 15).toISOString()")
+        told = [page.evaluate(f"forecast({used}, {passed}, reset, {hours} * 3600e3)[0]")
+                for used, passed, hours, _ in FORECASTS]
+        assert told == [words for *_, words in FORECASTS]
+
+
+@needs_browser
+def test_a_newer_release_that_was_found_is_told(chrome: browser.Browser, tmp_path: Path) -> None:
+    with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:
+        note = server.ocp_home / "newest-release"
+        for words in ("99.0.1\n", "0.0.1\n", "soon\n", "99.0.2\n"):
+            note.write_text(words)
+            if words.startswith("99"):
+                page.sees(f"OCP {words.strip()} is available", "#notices")
+            else:
+                page.until("document.querySelector('#notices').innerText === ''")
+
+
+@needs_browser
+def test_copying_works_without_a_clipboard_too(chrome: browser.Browser, tmp_path: Path) -> None:
+    with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:
+        # As on http from another machine.
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined}); "
+                      "addEventListener('copy', ({target}) => { window.taken = target.value; })")
+        page.sees("No request in this span", "#shares")
+        page.click("#connect")
+        page.until("document.activeElement.getAttribute('aria-label') === 'Copy the command'")
+        page.press("Enter")
+        page.until("document.activeElement.innerText === 'Copied'")
+        assert page.evaluate("taken === document.querySelector('#device-command').textContent")
+
+
+# ---------------------------------------------------------------------------
+# 10 Errors
+# ---------------------------------------------------------------------------
+
+@needs_browser
+def test_a_failed_request_opens_and_says_what_to_do(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    failing = [[{"api_error": {"status": 529, "word": "overloaded", "text": "Overloaded"}}]]
+    with running_server(tmp_path, failing, env=MULTI) as server:
+        made = BusyServer(server)
+        made.key("laptop")
+        failed = made.chat("laptop", "one")
+        server.call("POST", "/v1/chat/completions", question("two"), bearer("ocp_mistyped"))
+        with opened(chrome, server, "requests") as page:
+            request = failed.headers["X-Request-Id"]
+            page.sees(request, "#requests")
+            page.tab_to(f"Why {request} failed")
+            page.press("Enter")
+            page.sees(f"Only request {request}", "#errors-hint")
+            page.until("document.querySelectorAll('#errors details').length === 1")
+            page.tab_to("filter-kind")
+            page.press("Tab")
+            page.press("Enter")
+            page.until("document.querySelector('#errors details').open")
+            for words in ("laptop", "What to do", request, str(failed.status)):
+                page.sees(words, "#errors")
+            page.click("#all-errors")
+            page.sees("invalid_api_key", "#refusals")
+            page.sees("What to do", "#kinds")
+            chosen(page, "filter-kind", "invalid_api_key")
+            page.sees("No request has failed", "#errors")
+            # Opening the page itself is none of them.
+            refused = made.admin("GET", "/api/errors")["refusals"]
+            assert [each["kind"] for each in refused] == ["invalid_api_key"]

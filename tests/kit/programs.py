@@ -15,7 +15,7 @@ HOW_TO_INSTALL = (
     "no real claude: python3 .ci/install.py .claude-cli/new, or name programs in OCP_TEST_CLAUDES")
 #: Where it puts the clients, each folder with node_modules/.bin or bin.
 CLIENT_FOLDERS = (
-    ".agents", ".agents/python", ".agents/instructor", ".agents/aider", ".openclaw")
+    ".agents", ".agents/python", ".agents/instructor", ".agents/aider", ".openclaw", ".qr")
 #: Client, or a library for Python -> its folder in .ci/versions.txt.
 CLIENTS = {
     "codex": ".agents",
@@ -37,6 +37,7 @@ CLIENTS = {
     "litellm": ".agents/aider",
     "openclaw": ".openclaw",
     "node": ".openclaw",
+    "jsqr": ".qr",
 }
 
 

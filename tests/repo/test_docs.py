@@ -367,3 +367,8 @@ def test_the_path_of_a_request_names_sections_that_there_are() -> None:
     assert len(named) > 10
     # A title may be cut after its first words.
     assert [name for name in sorted(named) if not any(t.startswith(name) for t in titles)] == []
+
+
+def test_pictures_are_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in (DOCS / "pictures").iterdir()}
+    assert {name: size for name, size in sizes.items() if size > 150_000} == {}

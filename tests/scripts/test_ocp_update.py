@@ -345,6 +345,20 @@ def test_an_old_git_that_cannot_verify_is_told(
     assert found.code == 0 and "its signature was not verified" in found.stdout
 
 
+def test_a_check_leaves_the_newest_release_for_the_dashboard(machine: UpdateMachine) -> None:
+    note = machine.home / ".ocp/newest-release"
+    machine.ocp("update", "--check", "--target", "v0.2.0")
+    assert not note.exists()
+    machine.ocp("update", "--check")
+    assert note.read_text() == "0.3.0\n"
+    # The release was withdrawn.
+    empty = machine.home / "empty"
+    git(machine.home, "init", "-q", "--bare", str(empty))
+    git(machine.tree, "remote", "set-url", "origin", str(empty))
+    machine.ocp("update", "--check")
+    assert not note.exists()
+
+
 def test_a_remote_without_any_release_is_told_as_that(machine: UpdateMachine) -> None:
     empty = machine.home / "empty"
     git(machine.home, "init", "-q", "--bare", str(empty))

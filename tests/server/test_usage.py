@@ -633,6 +633,28 @@ def test_the_share_read_from_the_prompt_cache_is_that_of_all_prompt_tokens(store
         "continued": 0.9, "none": None, "rebuilt": 0.0}
 
 
+def test_percentiles_of_the_first_token_are_times_that_were_measured(store: Any) -> None:
+    rows = [usage_row(NOON_S + number, model="quick", first_token_ms=number)
+            for number in range(1, 201)]
+    rows += [usage_row(NOON_S, model="slow", dialect="messages", first_token_ms=9000),
+             usage_row(NOON_S, model="slow", dialect="messages", first_token_ms=None)]
+
+    told = report_of(ledger_of(store, reversed(rows)))["firstToken"]
+
+    assert told["all"] == {"answers": 201, "p50_ms": 101, "p90_ms": 181, "p99_ms": 199}
+    assert told["byModel"] == [
+        {"model": "quick", "answers": 200, "p50_ms": 100, "p90_ms": 180, "p99_ms": 198},
+        {"model": "slow", "answers": 1, "p50_ms": 9000, "p90_ms": 9000, "p99_ms": 9000}]
+    assert [row["dialect"] for row in told["byDialect"]] == [rows[0].dialect, "messages"]
+
+
+def test_without_a_first_token_there_is_no_percentile(store: Any) -> None:
+    told = report_of(ledger_of(store, [usage_row(NOON_S, first_token_ms=None)]))["firstToken"]
+
+    assert told == {"all": {"answers": 0, "p50_ms": None, "p90_ms": None, "p99_ms": None},
+                    "byModel": [], "byDialect": []}
+
+
 @pytest.mark.parametrize("share,is_logged", [(0.0, True), (0.49, True), (0.5, False)])
 def test_a_long_rebuilt_conversation_that_misses_the_prompt_cache_is_in_the_log(
     books: Server, share: float, is_logged: bool
