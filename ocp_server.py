@@ -1170,7 +1170,7 @@ def settings_in_use(config: Config, environment: Environment) -> list[tuple[str,
         name, value = row.metadata["env"], getattr(config, row.name)
         if environment.variables.get(name, "").strip():
             shown = int(value) if isinstance(value, bool) else value
-            text = "(secret)" if row.metadata["secret"] else str(shown)
+            text = "(secret)" if row.metadata["secret"] else one_line(str(shown), 200)
             found.append((name, text, environment.source(name)))
         elif row.metadata["from_memory"]:
             size = f"{memory_bytes / 1e9:.1f} GB" if memory_bytes else "of unknown size"
@@ -18595,18 +18595,14 @@ def _live_state(app: App) -> Json:
 _MAX_LOG_LINES = 1000
 
 
-_SPAN = re.compile(r"([0-9]{1,6})([mhd])")
-_SPAN_S = {"m": 60, "h": 3600, "d": 86_400}
-
-
 def _query_time(query: Mapping[str, str], name: str, default_s: float) -> float:
     """Return a time of the query string in epoch seconds; it is ISO 8601, epoch seconds, or a span
     before now such as 2h. Raises BadRequest."""
     text = query.get(name, "")
-    span = _SPAN.fullmatch(text)
+    back_ms = parse_duration_ms(text)
     try:
-        if span is not None:
-            return max(0.0, time.time() - int(span[1]) * _SPAN_S[span[2]])
+        if back_ms is not None:
+            return max(0.0, time.time() - back_ms / 1000)
         if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", text):
             return float(text)
         # In a query string the plus of a time zone arrives as a space.
@@ -18675,9 +18671,11 @@ def _expiry(fields: Fields) -> int | None:
     text = fields.text("expiry")
     if text is None:
         return None
-    span = _SPAN.fullmatch(text.strip())
+    span_ms = parse_duration_ms(text)
     try:
-        at_s = time.time() + int(span[1]) * _SPAN_S[span[2]] if span else parse_time(text)
+        at_s = parse_time(text) if span_ms is None else time.time() + span_ms / 1000
+        # Raises ValueError after the year 9999.
+        datetime.datetime.fromtimestamp(at_s)
     except (ValueError, OverflowError, OSError):
         allowed = "a time such as 2027-01-31 or 2027-01-31T12:00:00Z, or a span such as 30d or 12h"
         raise fields.invalid("expiry", allowed) from None
@@ -19626,24 +19624,28 @@ class DemoDevice(NamedTuple):
     hours: range
     prompt_tokens: int
     answer_tokens: int
+    peer: str
     quota: Mapping[str, int] = MappingProxyType({})
 
 
 _DEMO_DEVICES = (
     DemoDevice("laptop", "Codex and an editor", RESPONSES, ("sonnet", "opus"), 34, range(8, 19),
-               24_000, 700),
+               24_000, 700, "192.168.1.20"),
     DemoDevice("desktop", "Claude Code", MESSAGES, ("opus", "sonnet", "haiku"), 26, range(9, 23),
-               38_000, 900),
+               38_000, 900, "192.168.1.21"),
     DemoDevice("kitchen tablet", "chat in a browser", CHAT, ("haiku", "sonnet"), 9, range(7, 22),
-               900, 350, {"daily": 40}),
+               900, 350, "192.168.1.34", {"daily": 40}),
     DemoDevice("night jobs", "summaries of news", CHAT, ("haiku",), 12, range(2, 5), 6_000, 450,
-               {"tokensDaily": 400_000}),
+               "127.0.0.1", {"tokensDaily": 400_000}),
 )
 _DEMO_DAYS = 30
-#: What became of requests: status, outcome, and how many of a thousand.
+#: What became of requests: status, outcome, message, and how many of a thousand.
 _DEMO_OUTCOMES = (
-    (200, "ok", 962), (499, "abandoned", 12), (529, "overloaded", 10), (504, "timeout", 6),
-    (502, "upstream_failed", 5), (400, "context_length_exceeded", 5),
+    (200, "ok", None, 962), (499, "abandoned", None, 12),
+    (529, "overloaded", "The API is overloaded (made up by the demo).", 10),
+    (504, "timeout", "No answer within 600 s (made up by the demo).", 6),
+    (502, "upstream_failed", "claude ended without an answer (made up by the demo).", 5),
+    (400, "context_length_exceeded", "prompt is too long (made up by the demo).", 5),
 )
 #: How answers came about, and how many of a hundred.
 _DEMO_PATHS = {"continued": 58, "fresh": 22, "rewound": 8, "rebuilt": 7, "cached": 5}
@@ -19653,7 +19655,8 @@ def _demo_row(
     device: DemoDevice, key: Key, at_s: float, models: Models, chance: random.Random
 ) -> UsageRow:
     """Return the row of one made-up request."""
-    status, outcome, _ = chance.choices(_DEMO_OUTCOMES, [each[2] for each in _DEMO_OUTCOMES])[0]
+    weights = [float(each[-1]) for each in _DEMO_OUTCOMES]
+    ((status, outcome, message, _),) = chance.choices(_DEMO_OUTCOMES, weights)
     (path,) = chance.choices(list(_DEMO_PATHS), list(_DEMO_PATHS.values()))
     # The first model is asked for twice as often as the second one, and so on.
     weights = [2.0 ** -rank for rank in range(len(device.models))]
@@ -19671,6 +19674,7 @@ def _demo_row(
         input_tokens=prompt - cached if is_asked else 0, output_tokens=answer if is_asked else 0,
         cache_read_tokens=cached if is_asked else 0, cache_write_tokens=0,
         first_token_ms=first_ms if status == 200 else None, total_ms=first_ms + answer * 12,
+        message=message, peer=device.peer,
     )
 
 
@@ -19864,6 +19868,8 @@ def check(config: Config, environment: Environment, demo_command: tuple[str, ...
     print(f"ocp {VERSION}, Python {sys.version.split()[0]}")
     print(f"listens on {config.bind} port {config.port}, access mode {config.mode}")
     print(f"writes its log to {os.path.join(config.home_path, 'logs')}")
+    if environment.file:
+        print(f"reads settings from {environment.file}")
     if config.tls_cert:
         print(f"serves https with {config.tls_cert}")
     for name, value, source in settings_in_use(config, environment):
@@ -20020,6 +20026,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         print(settings_markdown())
     here = os.path.abspath(__file__)
     demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
+    environment = Environment({}, "", {})
     try:
         environment = environment_of(options, environ)
         environ = environment.variables
@@ -20031,7 +20038,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         check_no_loop(config, environ)
         tls = tls_context(config)
     except ConfigError as problem:
-        return _fail_start(problem)
+        hint = f"\nSettings were read from {environment.file} too." if environment.file else ""
+        return _fail_start(f"{problem}{hint}")
     if options.check:
         return check(config, environment, demo_command)
     log = Log(sys.stderr, config.log_level)

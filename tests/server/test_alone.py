@@ -232,6 +232,9 @@ def test_the_demo_has_a_history_and_a_plan_to_look_at(demo: Serving) -> None:
     assert 0 < usage["totals"]["errors"] < usage["totals"]["requests"] / 10
     assert plan["currentSession"]["utilization"] and plan["weeklyLimits"]["allModels"]["resetsAt"]
     assert {key["name"] for key in demo.get("/api/keys")["keys"]} >= {"laptop", "desktop"}
+    errors = demo.get("/api/errors?since=30d")
+    assert len(errors["byKind"]) >= 4 and all(row["action"] for row in errors["byKind"])
+    assert all("made up" in row["message"] for row in errors["errors"])
 
 
 def test_a_browser_is_led_to_the_dashboard_and_a_program_told_what_is_here(demo: Serving) -> None:
@@ -481,6 +484,7 @@ def test_a_check_says_where_each_value_comes_from(alone: Alone) -> None:
     done = alone.run("--check", CLAUDE_BIND="127.0.0.3", CLAUDE_BIN=claude_with(alone, "{}"))
     printed = alone.run("--print-settings", CLAUDE_BIND="127.0.0.3")
 
+    assert f"reads settings from {path}\n" in done.stdout
     assert f"CLAUDE_PROXY_PORT=4002 (from {path})" in done.stdout
     assert "CLAUDE_BIND=127.0.0.3 (from environment)" in done.stdout
     assert f"PROXY_API_KEY=(secret) (from {path})" in done.stdout
@@ -496,6 +500,15 @@ def test_a_demo_reads_no_settings_file_and_leaves_real_data_alone(alone: Alone) 
 
     assert sorted(os.listdir(path.parent)) == ["demo", "ocp.env"]
     assert sorted(os.listdir(path.parent / "demo")) == ["claude", "logs", "server.lock"]
+
+
+def test_a_wrong_value_in_the_settings_file_is_told_with_the_file(alone: Alone) -> None:
+    path = with_settings_file(alone, "CLAUDE_TIMEOUT=soon\n")
+
+    done = alone.run()
+
+    assert done.returncode == 2
+    assert "CLAUDE_TIMEOUT: 'soon'" in done.stderr and f"read from {path} too" in done.stderr
 
 
 def test_a_settings_file_that_cannot_be_read_stops_the_start(alone: Alone) -> None:

@@ -2,6 +2,7 @@
 when connections run out."""
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
@@ -285,7 +286,9 @@ def test_nobody_makes_room_while_all_are_answered() -> None:
 @pytest.fixture
 def listening() -> Iterator[Any]:
     """A server that listens and accepts nothing."""
-    app = types.SimpleNamespace(config=ocp.Config(port=0), connections=ocp.Connections())
+    refusals = ocp.Refusals(ocp.Log(io.StringIO(), "error"))
+    app = types.SimpleNamespace(
+        config=ocp.Config(port=0), connections=ocp.Connections(), refusals=refusals)
     with ocp.Server(app, ()) as server:
         yield server
 

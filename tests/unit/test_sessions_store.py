@@ -56,7 +56,9 @@ def test_a_new_database_has_the_newest_version(store: Any) -> None:
     assert "sessions" in tables(store)
 
 
-TABLES = {"sessions", "keys", "usage", "settings", "sqlite_sequence"}
+TABLES = {
+    "sessions", "keys", "usage", "settings", "replaced_secrets", "plan", "sqlite_sequence",
+}
 
 
 def test_a_database_of_version_0_is_brought_up(store_path: Path) -> None:
