@@ -2545,6 +2545,11 @@ def faults_of(certificate: Certificate, host: str, now_s: float) -> list[str]:
     ) if is_so]
 
 
+def is_fatal(fault: str) -> bool:
+    """Return whether clients refuse a certificate with this fault today."""
+    return not fault.startswith("it expires in")
+
+
 def certificate_faults(env: Env, url: str) -> list[str]:
     """Return what is wrong with the certificate at an address for others; nothing for http."""
     if not url.startswith("https://"):
@@ -2569,7 +2574,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
     }
     print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
-    is_good = found["reachable"] and not found["certificateFaults"]
+    is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
     return Exit.OK if is_good else Exit.FAILED
 
 
@@ -3274,7 +3279,7 @@ def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Ex
     start = ["ocp restart"] if named else ["ocp tls"]
     steps = _next_steps(found, start) if certificate.is_self_signed else []
     _print_tls(env, args, {**found, "next": steps})
-    return Exit.FAILED if found["faults"] else Exit.OK
+    return Exit.FAILED if any(map(is_fatal, found["faults"])) else Exit.OK
 
 
 def _end_tls(env: Env) -> Exit:
@@ -3755,8 +3760,8 @@ def _check_certificate(facts: Facts) -> Finding:
     url = device_url(facts.env, facts.url)
     faults = certificate_faults(facts.env, url)
     if faults:
-        is_soon = faults[0].startswith("it expires in") and len(faults) == 1
-        return Finding("WARN" if is_soon else "FAIL", "the certificate: " + "; ".join(faults))
+        level = "FAIL" if any(map(is_fatal, faults)) else "WARN"
+        return Finding(level, "the certificate: " + "; ".join(faults))
     return Finding("PASS", f"the certificate is for {urllib.parse.urlsplit(url).hostname}")
 
 

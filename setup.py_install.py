@@ -483,6 +483,8 @@ CARRIED = (
     "CLAUDE_BIN", "CLAUDE_CONFIG_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
     "https_proxy", "no_proxy", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR",
 )
+#: What ocp_connect.py lets this shell trust. Its undo removes the files: no service may need them.
+_OF_CONNECT = ("/ocp/server.pem", "/ocp/ca-bundle.pem")
 SHELL_SETTINGS = (*(name for name, _ in OPTION_SETTINGS), *SECRETS, *CARRIED)
 #: Of the environment in an earlier unit everything is taken over that starts like this ...
 _TAKEN_OVER = ("CLAUDE_", "OCP_", "PROXY_")
@@ -512,7 +514,8 @@ def edited_settings(text: str, values: Mapping[str, str]) -> str:
 
 def shell_settings(host: Host) -> dict[str, str]:
     """Return the settings that this shell has."""
-    return {name: host.environ[name] for name in SHELL_SETTINGS if host.environ.get(name)}
+    return {name: host.environ[name] for name in SHELL_SETTINGS
+            if host.environ.get(name) and not host.environ[name].endswith(_OF_CONNECT)}
 
 
 def merged_settings(

@@ -560,7 +560,7 @@ def test_backup_says_of_a_tool_without_a_choice_that_it_is_left_alone(home: Home
     (kept,) = plan.kept
     assert kept[0] == "aider" and "--backup" in kept[2] and not plan.settled
     shown = connect.show_plan(plan, home.machine, KEY, False)
-    assert "kept as it is: Aider" in shown and "up to date" not in shown
+    assert "1 file left alone: Aider" in shown and "up to date" not in shown
 
 
 def shell_lines(home: Home) -> list[str]:

@@ -540,6 +540,17 @@ def test_secrets_of_the_shell_go_into_the_settings_file_and_nowhere_else(
     assert not [name for name in setup.SECRETS if name in secrets and secrets[name] in done.stdout]
 
 
+def test_a_service_does_not_depend_on_files_that_undo_of_ocp_connect_removes(
+    quick: InstallMachine
+) -> None:
+    done = quick.install("--no-start", env={
+        "SSL_CERT_FILE": "/home/u/.config/ocp/ca-bundle.pem",
+        "NODE_EXTRA_CA_CERTS": "/etc/corp.pem"})
+    assert done.returncode == 0, done.stderr
+    assert quick.settings()["NODE_EXTRA_CA_CERTS"] == "/etc/corp.pem"
+    assert "SSL_CERT_FILE" not in quick.settings()
+
+
 def test_what_the_user_put_into_the_file_stays_and_options_change_only_theirs(
     quick: InstallMachine
 ) -> None:

@@ -291,9 +291,12 @@ def test_show_tells_names_fingerprint_and_expiry(tmp_path: Path) -> None:
     later = SkippingClock()
     later.ahead_s = 900 * DAY_S
     expired = tls(tmp_path, "--show", clock=later)
+    later.ahead_s = 800 * DAY_S
+    soon = tls(tmp_path, "--show", clock=later)
 
     assert ran.code == 0 and found["fingerprint"] in ran.stdout and "192.0.2.7" in ran.stdout
     assert "expires" in ran.stdout and "in use       not yet" in ran.stdout
+    assert soon.code == 0 and re.search(r"it expires in (19|20) days", soon.stdout)
     assert expired.code == 1 and "it has expired: run `ocp tls`" in expired.stdout
 
 
