@@ -309,8 +309,8 @@ COMMANDS = (
                       help="restart OpenClaw's gateway instead"),),
             examples=("restart", "restart gateway")),
     Command("doctor", "examine the installation and say what to do", (
-        flag("--fix", help="do what is safe: see the page of this command; asks nothing"),
-        flag("--report", help="write a file for an issue, without keys, names and addresses"),
+        flag("--fix", help="carry out what is safe: modes of files, a service that is down"),
+        flag("--report", help="write a text file for an issue, without keys, names and addresses"),
         REPORT), examples=("doctor", "doctor --fix", "doctor --report")),
     Command("update", "update a git checkout to a release, or roll back", (
         flag("--check", help="only say whether there is a newer release"),
@@ -3501,6 +3501,11 @@ class Facts:
         """Return the command that runs a script beside this one."""
         return shlex.join(["python3", self.env.beside(name), *words])
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Return whether the server is another than the one that is installed here."""
+        return not is_loopback(self.url) and self._recorded("url") != self.url
+
     def require_local(self) -> None:
         """Raise Unknown for a server on another machine."""
         if not is_loopback(self.url):
@@ -3730,6 +3735,8 @@ def _check_login(facts: Facts) -> Finding:
 
 def _check_served_version(facts: Facts) -> Finding:
     served = facts.health.get("version")
+    if facts.is_elsewhere:
+        raise Unknown(f"{facts.url} is another machine")
     if not facts.version:
         raise Unknown(f"no version in {facts.server_path}")
     if not served:
@@ -3839,6 +3846,9 @@ def _fix_login(facts: Facts) -> Fix:
 
 
 def _fix_service(facts: Facts) -> Fix:
+    if facts.is_elsewhere:
+        return Fix("fix_elsewhere", (
+            f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
     record = facts.service
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
@@ -3999,8 +4009,9 @@ def fix_of(check: Check, facts: Facts) -> Fix:
 
 def is_safe(check: Check, fix: Fix) -> bool:
     """Return whether `ocp doctor --fix` carries this fix out."""
-    is_whole = fix.kind == "fix_install" or any(each.startswith("sudo ") for each in fix.commands)
-    return check.mend is not None and not is_whole
+    is_more = fix.kind in ("fix_install", "fix_elsewhere") or any(
+        each.startswith("sudo ") for each in fix.commands)
+    return check.mend is not None and not is_more
 
 
 def next_action(facts: Facts, findings: Findings) -> Json:
@@ -4352,7 +4363,8 @@ def git_tree(env: Env) -> str:
         top = git(env, tree, "rev-parse", "--show-toplevel")
         reason = f"it is part of {top}"
     except Problem as problem:
-        top, reason = "", str(problem)
+        has_git = os.path.exists(os.path.join(tree, ".git"))
+        top, reason = "", str(problem) if has_git else "there is no .git in it"
     if not top or os.path.realpath(top) != tree:
         raise Problem(
             Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so no release can be "

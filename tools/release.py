@@ -35,9 +35,12 @@ LEFT_OUT = ("tests/", "bench/", "tools/", ".", "pyproject.toml", "ocp-plugin/tes
 SIGNERS = "tools/allowed_signers"
 SUMS = "SHA256SUMS"
 UNRELEASED = "## Unreleased"
+#: Documents that say the version.
+_VERSION_IN_JSON = (
+    "docs/openapi.json", "ocp-plugin/openclaw.plugin.json", "ocp-plugin/package.json")
 #: Lines that say the version.
 _SAYS_VERSION = (
-    re.compile(r'(?m)^(VERSION = ")([^"]+)(")$'), re.compile(r'(?m)^(  "version": ")([^"]+)(",?)$'))
+    re.compile(r'(?m)^(VERSION = ")([^"]+)(")$'), re.compile(r'(?m)^( +"version": ")([^"]+)(",?)$'))
 
 
 class Refused(Exception):
@@ -75,8 +78,8 @@ def version_files(folder: Path) -> Iterator[tuple[Path, re.Pattern[str]]]:
     for path in scripts:
         if in_script.search(path.read_text("utf-8")):
             yield path, in_script
-    for name in ("package.json", "openclaw.plugin.json"):
-        yield folder / "ocp-plugin" / name, in_json
+    for name in _VERSION_IN_JSON:
+        yield folder / name, in_json
 
 
 def versions(folder: Path) -> dict[str, str]:

@@ -52,14 +52,14 @@ class Repository:
         self.folder = folder
         (folder / "tools").mkdir(parents=True)
         (folder / "tests").mkdir()
-        (folder / "ocp-plugin").mkdir()
         shutil.copy(REPO / "tools" / "release.py", folder / "tools")
         for name in ("ocp_server.py", "ocp_connect.py"):
             (folder / name).write_text('"""x"""\nVERSION = "0.1.0"\nOTHER = "0.1.0"\n')
         (folder / "ocp.py").write_text("#!/usr/bin/env python3\n")
         (folder / "ocp.py").chmod(0o755)
-        for name in ("package.json", "openclaw.plugin.json"):
-            (folder / "ocp-plugin" / name).write_text('{\n  "version": "0.1.0"\n}\n')
+        for name in release._VERSION_IN_JSON:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text('{\n  "version": "0.1.0"\n}\n')
         (folder / "CHANGELOG.md").write_text(CHANGELOG)
         (folder / "tests" / "test_x.py").write_text("")
         (folder / ".gitignore").write_text("dist/\n")
@@ -86,8 +86,7 @@ PASSED = ("--passed", "all of them", "--date", "2026-12-01")
 
 def test_every_file_that_says_a_version_says_that_of_the_server() -> None:
     found = release.versions(REPO)
-    assert set(found) >= {"ocp_server.py", "ocp_connect.py", "ocp-plugin/package.json",
-                          "ocp-plugin/openclaw.plugin.json"}
+    assert set(found) == {"ocp_server.py", "ocp.py", "ocp_connect.py", *release._VERSION_IN_JSON}
     assert len(set(found.values())) == 1, found
 
 

@@ -609,6 +609,16 @@ def test_fix_restarts_no_server_that_answers_or_whose_port_is_taken(healthy: Man
     assert not [call for call in healthy.programs.calls() if "restart" in call]
 
 
+def test_a_server_of_another_machine_is_not_mended_here(healthy: Manager) -> None:
+    healthy.up.unlink()
+    elsewhere = {"OCP_URL": "http://0.0.0.0:1"}
+    answer = examined(healthy, environ=elsewhere)
+    (row,) = [row for row in answer["checks"] if row["id"] == "service_running"]
+    assert row["fix"]["kind"] == "fix_elsewhere" and not row["fix"]["ai_executable"]
+    assert fixed(healthy, environ=elsewhere)[0] == {}
+    assert not [call for call in healthy.programs.calls() if "restart" in call]
+
+
 def test_fix_runs_nothing_with_sudo(healthy: Manager) -> None:
     healthy.record(platform="systemd-system")
     healthy.up.unlink()
