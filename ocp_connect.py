@@ -2015,7 +2015,10 @@ def shell_variables(
         kept = ", ".join(shown.pop(name) for name in openai if name in own)
         notes.append(f"{kept} stays, so programs of OpenAI do not use OCP; --primary or --only "
                      "shell changes that")
-    notes += [f"hides {text}" for name, text in shown.items() if name not in left_out]
+    # What is read after OCP's lines is not hidden.
+    last = tuple(f" {context.machine.shown_path(path)}" for shell in found for path in shell.others)
+    notes += [f"hides {text}" for name, text in shown.items()
+              if name not in left_out and not own[name].endswith(last)]
     return {name: value for name, value in names.items() if name not in left_out}, tuple(notes)
 
 
@@ -2044,6 +2047,7 @@ def shell_steps(context: Context) -> list[Step]:
         more = [note for path in shell.others for note in overriding_notes(path, names)]
         steps.append(FileStep(shell.script, "lines", (Block(sets),), why,
                               notes=(*notes, *shell.notes, *more)))
+        notes = ()
         line = shell.reads.format(shell.quoted(shell.script))
         steps += [start_file_step(path, line, names) for path in shell.start_files]
     if machine.shell in OTHER_SHELLS and not any(shell.start_files for shell in found):

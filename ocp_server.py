@@ -19023,6 +19023,7 @@ def _key_entry(app: App, key: Key) -> Json:
         "revokedAt": iso(key.revoked_s),
         # The secret before the last rotation, while it is still valid.
         "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.valid_until_s)},
+        "quota": app.ledger.quota_report(key) if key.revoked_s is None else None,
     }
 
 
@@ -19047,8 +19048,7 @@ def get_keys(app: App, exchange: Exchange) -> None:
     secrets; revoked keys are included. `connectUrl` is the address that devices reach, or null,
     and `connectNote` says why."""
     keys = app.keys.all()
-    reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
-    entries = [{**_key_entry(app, key), "quota": report} for key, report in zip(keys, reports)]
+    entries = [_key_entry(app, key) for key in keys]
     exchange.response.send_json({"keys": entries, **_connect_fields(app)})
 
 
@@ -19094,9 +19094,7 @@ def create_key(app: App, exchange: Exchange) -> None:
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}: return the key with this id or name, with the use of its quotas."""
-    found = app.keys.find(key)
-    report = app.ledger.quota_report(found)
-    exchange.response.send_json({**_key_entry(app, found), "quota": report})
+    exchange.response.send_json(_key_entry(app, app.keys.find(key)))
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:
