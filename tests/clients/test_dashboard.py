@@ -1050,6 +1050,20 @@ def test_the_pace_of_a_window_is_told_in_words(chrome: browser.Browser, busy: Bu
 
 
 @needs_browser
+def test_the_command_names_the_fingerprint_of_a_certificate_that_nobody_vouches_for(
+    chrome: browser.Browser, busy: BusyServer
+) -> None:
+    with opened(chrome, busy.server) as page:
+        told = page.evaluate("""(() => {
+            store.live.health.tlsFingerprint = 'SHA256:c29tZQ==';
+            return ['https://10.0.0.7:3456', 'http://10.0.0.7:3456'].map(connectCommand); })()""")
+        assert told == [
+            "curl -fsS --insecure --pinnedpubkey sha256//c29tZQ== https://10.0.0.7:3456/connect "
+            "| python3 - https://10.0.0.7:3456 --fingerprint SHA256:c29tZQ==",
+            "curl -fsSL http://10.0.0.7:3456/connect | python3 - 10.0.0.7"]
+
+
+@needs_browser
 def test_a_newer_release_that_was_found_is_told(chrome: browser.Browser, tmp_path: Path) -> None:
     with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:
         note = server.ocp_home / "newest-release"
