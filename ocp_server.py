@@ -15121,7 +15121,7 @@ class Connection:
         self.is_busy = False
         #: Whether it has sent a request of a caller that may use the API.
         self.is_trusted = False
-        #: When it last sent or accepted bytes, or its last request ended.
+        #: When bytes last came from the client or were last sent to it.
         self.quiet_since_s = time.monotonic()
         #: The config of its current request.
         self.config: Config | None = None
@@ -15246,6 +15246,8 @@ class Connection:
         """Send what the socket accepts and return the number of bytes. Raises ClientGone. The
         caller holds the lock."""
         sent = 0
+        # Before the bytes leave: the client may act on them before this thread runs again.
+        self.quiet_since_s = time.monotonic()
         try:
             with memoryview(data) as view:
                 while sent < len(data):
@@ -15256,7 +15258,6 @@ class Connection:
         except OSError:
             self._is_broken = True
             raise ClientGone from None
-        self.quiet_since_s = time.monotonic()
         return sent
 
     def _run_sender(self) -> None:

@@ -112,7 +112,6 @@ def test_an_answer_that_is_ended_here_is_ended_at_the_api(
     eventually(lambda: rig.stub.aborted > aborted)
 
 
-@pytest.mark.differs_by_version
 def test_a_limit_of_no_tokens_has_the_prompt_read_and_nothing_said(rig: Rig) -> None:
     rig.script(stub.text("Word", stop_reason="max_tokens", output_tokens=1, cache_creation=900))
 

@@ -86,7 +86,6 @@ def files_with(folder: Path, words: list[str]) -> list[str]:
     return found
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("dialect", TOOL_DIALECTS, ids=lambda each: each.name)
 def test_no_word_of_a_conversation_stays_on_disk(
     claude: Claude, tmp_path: Path, dialect: Dialect

@@ -243,7 +243,6 @@ def test_texts_in_the_history_arrive_as_they_were_sent(
     assert turns(rig.only_body()) == [*wanted, ("user", ["And now?"])]
 
 
-@pytest.mark.differs_by_version
 def test_texts_in_a_conversation_that_goes_on_arrive_as_they_were_sent(
     rig: Rig, folder: Folder
 ) -> None:

@@ -69,7 +69,6 @@ def marked(question: str, ttl: str) -> Json:
 
 # -- fast mode --------------------------------------------------------------------
 
-@pytest.mark.differs_by_version
 @EACH_WISH
 def test_fast_mode_reaches_the_api_and_ends_with_its_request(
     rig: Rig, dialect: Dialect, talk: Conversation
@@ -113,7 +112,6 @@ def test_what_the_api_refuses_is_answered_at_the_usual_speed_and_says_so(
     assert (answer.status, speed_told(dialect, answer.reply.json())) == (200, "default")
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("dialect", [CHAT], ids=dialect_name)
 def test_a_model_that_has_lost_fast_mode_answers_and_is_remembered(
     claude: Claude, dialect: Dialect, tmp_path: Path
@@ -158,7 +156,6 @@ def test_a_lifetime_reaches_the_api_and_ends_with_its_request(rig: Rig, dialect:
     assert paths[1:] == ["continued"] * 3
 
 
-@pytest.mark.differs_by_version
 def test_a_lifetime_changes_in_the_middle_of_a_turn(rig: Rig) -> None:
     rig.script(stub.tool_calls([("clock", {})]), stub.text("Noon."))
     talk = Conversation(rig, MESSAGES, [Tool("clock")], **PLAIN[MESSAGES])
