@@ -775,7 +775,7 @@ def test_chat_is_at_every_spelling_of_its_path(chat: Server, path: str) -> None:
     assert content_of(chat.call("POST", path, question())) == "You said: hi"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/models", "/v1/chat", "/v1/models/a/b",
+@pytest.mark.parametrize("path", ["/v1", "/v2/models", "/v1/chat", "/v1/models/a/b",
                                   "/health/x", "/V1/models", "/v1/completions/chat"])
 def test_any_other_path_is_not_found(chat: Server, path: str) -> None:
     reply = chat.call("GET", path)
