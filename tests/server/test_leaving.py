@@ -496,15 +496,6 @@ def is_refused(port: int) -> bool:
     return False
 
 
-@pytest.fixture
-def hangups_count() -> Iterator[None]:
-    """The tests themselves may have been started by nohup, and what is ignored stays so."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_server_that_is_told_to_stop_finishes_what_runs(
     tmp_path: Path, number: signal.Signals
