@@ -951,6 +951,19 @@ def is_ocp_server(url: str) -> bool:
         return False
 
 
+def other_scheme(url: str) -> str:
+    """Return the address with the other one of http and https if an OCP server answers there,
+    empty if none does."""
+    scheme, _, place = url.partition("://")
+    other = f"{'http' if scheme == 'https' else 'https'}://{place}"
+    return other if is_ocp_server(other) else ""
+
+
+def scheme_of(url: str) -> str:
+    """Return http or https."""
+    return url.partition("://")[0]
+
+
 def not_ocp(url: str, status: int = 0) -> Problem:
     """Return what to say when another program answers at the server's address."""
     told = f" (it answered {status})" if status else ""
@@ -1033,6 +1046,14 @@ class Server(NamedTuple):
             return Problem(
                 Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
                 "of its authority in SSL_CERT_FILE.")
+        # Only then: a server takes the greeting of the other scheme for a wrong request.
+        is_other = "SSL" in message or "uses https" in message
+        other = other_scheme(url) if is_other else ""
+        if other:
+            return Problem(
+                Exit.UNREACHABLE, f"The server there speaks {scheme_of(other)}, not "
+                f"{scheme_of(url)}.\nIf its settings have changed, `ocp restart` lets it use them; "
+                f"otherwise: --url {other}")
         has_failed = problem.status == 429 or problem.status >= 500
         hint = errors_hint(problem.request_id) if has_failed else ""
         code, text = {
@@ -1608,7 +1629,8 @@ def show_status(answer: Json, style: Style) -> str:
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
     counts = {**requests, "activeRequests": requests.get("active")}
     lines = [
-        f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), style)}, "
+        f"OCP {clean(proxy.get('version', '?'))}{' (demo)' if proxy.get('demo') else ''}: "
+        f"{_state_word(proxy.get('status'), style)}, "
         f"up {clean(proxy.get('uptime', '?'))}, {login_words(proxy.get('auth'))}",
         *([f"To do: {clean(proxy['fix'])}"] if proxy.get("fix") else []),
         _counts_line(f"Requests: {short_number(requests.get('total'))}", counts),
@@ -1805,9 +1827,11 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a sentence that names the most similar known word, empty if there is none."""
+    """Return a sentence that names the word that was begun, else the most similar one; empty if
+    there is none."""
     lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
+    begun = [each for each in lowered if len(word) > 1 and each.startswith(word.lower())]
+    near = begun or difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
     return f" Did you mean {lowered[near[0]]}?" if near else ""
 
 
@@ -2227,8 +2251,10 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
     if note:
         yield f"ATTENTION: {clean(note)}"
     if url:
-        line = connect_line(url, pin_of(url))
-        yield f"On its device run\n  {line}\nwhich asks for it; or, for one tool:"
+        pin = pin_of(url)
+        tool = "a tool that trusts the certificate" if pin else "one tool"
+        yield (f"On its device run\n  {connect_line(url, pin)}\nwhich asks for it; or, for "
+               f"{tool}:")
     else:
         yield "For one tool on this machine:"
     yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
@@ -2507,6 +2533,10 @@ def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+#: The installer's options for a server that other devices may use, each with a key of its own.
+_FOR_OTHERS = ("--bind", "0.0.0.0", "--auth-mode", "multi")
+
+
 def show_lan(answer: Json, style: Style) -> str:
     """Return where other devices find the server, and whether they reach it."""
     rows = [
@@ -2515,11 +2545,12 @@ def show_lan(answer: Json, style: Style) -> str:
         ("reachable", "yes" if answer["reachable"] else "no"),
     ]
     if not answer["reachable"]:
-        rows += [("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"),
+        rows += [("to change that", answer["install"]),
                  ("without a service", "set CLAUDE_BIND=0.0.0.0 and CLAUDE_AUTH_MODE=multi in "
-                  "~/.ocp/ocp.env, and start it again")]
+                  "~/.ocp/ocp.env, and start the server again")]
     elif answer.get("authMode") == "none":
-        rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
+        rows += [("attention", "whoever can connect may use your plan"),
+                 ("to change that", answer["install"])]
     else:
         rows.append(("on a device", connect_line(answer["url"], answer.get("fingerprint") or "")))
     for fault in answer.get("certificateFaults") or []:
@@ -2572,6 +2603,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "authMode": health.get("authMode"), "reachable": is_reachable,
         "fingerprint": pin_of(url),
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
+        "install": shlex.join(["python3", env.beside("setup.py_install.py"), *_FOR_OTHERS]),
     }
     print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
     is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
@@ -3238,14 +3270,15 @@ def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
     """Return what is left to do until devices use https; `start` lets the server use it."""
     line = connect_line(found["url"], found["fingerprint"])
     steps = [] if found["served"] else list(start)
-    return [*steps, "on each device, and on this machine for its own tools:", line]
+    return [*steps, f"on each device, and on this machine for its own tools:\n    {line}"]
 
 
 def _start_by_hand(env: Env, files: TlsFiles) -> list[str]:
     """Return the commands that make a server use the certificate that no installer knows."""
     values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
-    return [shlex.join(["env", *values, "python3", "ocp_server.py"]),
-            f"export OCP_URL={_secure_url(env)}"]
+    start = shlex.join(["env", *values, "python3", env.beside("ocp_server.py")])
+    return [f"end the server, and start it with its certificate:\n    {start}",
+            f"tell `ocp` the new address:\n    export OCP_URL={_secure_url(env)}"]
 
 
 def show_tls(found: Json, style: Style) -> str:
@@ -3260,7 +3293,7 @@ def show_tls(found: Json, style: Style) -> str:
         ("copy of them", found.get("settingsCopy") or None),
         *(("attention", f"{fault}: run `ocp tls`") for fault in found["faults"]),
     ])
-    steps = [f"  {line}" for line in found.get("next") or []]
+    steps = [f"  {number}. {step}" for number, step in enumerate(found.get("next") or [], 1)]
     return "\n".join([text, *(["What to do next:", *steps] if steps else [])])
 
 
@@ -3427,6 +3460,12 @@ class Facts:
         except (TypeError, ValueError):
             clock_s = None
         return value, clock_s, ""
+
+    @functools.cached_property
+    def other_url(self) -> str:
+        """Return the address with the other one of http and https if the server answers only
+        there, else empty."""
+        return other_scheme(self.url) if self.answer[2] else ""
 
     @property
     def health(self) -> Json:
@@ -3688,6 +3727,10 @@ def _check_stop_timeout(facts: Facts) -> Finding:
 
 def _check_service(facts: Facts) -> Finding:
     health, _, wrong = facts.answer
+    if facts.other_url:
+        return Finding(
+            "FAIL", f"the server speaks {scheme_of(facts.other_url)}, but its settings say "
+            f"{scheme_of(facts.url)}: it was not restarted since they changed")
     if wrong:
         return Finding("FAIL", wrong)
     if health.get("status") == "draining":
@@ -3850,6 +3893,8 @@ def _fix_service(facts: Facts) -> Fix:
         return Fix("fix_elsewhere", (
             f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
     record = facts.service
+    if facts.other_url:
+        return _fix_version(facts)
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
     by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
@@ -5153,9 +5198,16 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     return row, ()
 
 
+#: What others call the actions of `ocp settings`, which has none -> the options for it.
+_NO_ACTIONS = {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)}
+
+
 def _refuse_unknown(words: Sequence[str]) -> None:
     """Raise Problem for a command, or an action of one, that does not exist."""
     row, behind = find_command(words)
+    if row.name == "settings" and behind[:1] and behind[0] in _NO_ACTIONS:
+        line = " ".join(["ocp settings", *_NO_ACTIONS[behind[0]], *map(clean, behind[1:])])
+        raise Problem(Exit.USAGE, f"There is no action {behind[0]!r} here. Write: {line}")
     if not row.actions or not behind or behind[0].startswith("-"):
         return
     hint = did_you_mean(behind[0], [each.name for each in row.actions])

@@ -1627,8 +1627,10 @@ def probe(
     one `saved_key` is tried, then others, then `ask_key` asks the user. Raise Problem."""
     health = ask_health(url, certificate)
     keys = [key] if key else [saved_key, anonymous_key(url, health), ""]
+    # A server that wants a key would list a request without one among its failures.
+    keys = [each for each in dict.fromkeys(keys) if each or health["authMode"] == "none"]
     refused = ""
-    for each in dict.fromkeys(keys):
+    for each in keys:
         try:
             models = ask_models(url, each, certificate)
             return Server(url, quoted(health["version"]), models, each, certificate), health
@@ -3304,9 +3306,22 @@ SHOWN_LINES = 12
 def show_server(server: Server, health: Mapping[str, Json]) -> str:
     key = f"key {mask(server.key)} accepted" if server.key else "no key needed"
     lines = [f"OCP {server.version} at {server.url}: {counted(len(server.models), 'model')}, {key}"]
+    if health.get("demo") is True:
+        lines.append("It is a demo: no model answers, all answers are made up.")
     if health.get("status") not in ("ok", None):
         lines.append(f"Its status is {quoted(health['status'])}: {quoted(health.get('fix'))}")
     return "\n".join(lines)
+
+
+def undo_command(server: Server) -> str:
+    """Return the command that restores all files, in the way in which this script came here."""
+    if HERE:
+        return shlex.join(["python3", os.path.abspath(__file__), "undo"])
+    pin = ""
+    if server.certificate:
+        fingerprint = fingerprint_of(ssl.PEM_cert_to_DER_cert(server.certificate))
+        pin = f" --insecure --pinnedpubkey {fingerprint.replace('SHA256:', 'sha256//', 1)}"
+    return f"curl -fsSL{pin} {server.url}/connect | python3 - undo"
 
 
 def action_of(edit: Edit) -> str:
@@ -3652,7 +3667,7 @@ class Run:
             self.say("Everything is up to date; nothing was changed.")
         self.say(show_hints(plan.hints))
         if writer.written:
-            self.say("To undo this, run it again with `undo` or --undo in the place of the host.")
+            self.say(f"To undo this: {undo_command(server)}")
         self.print_json({
             **shown, "written": writer.written, "failures": writer.failures,
             "notes": writer.notes, "verified": not complaint and not self.args.skip_answer,

@@ -1593,7 +1593,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "model_needs_newer_claude": "Update claude on the server.",
     "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
     "request_timeout": "Look at the network of the client: its request came too slowly.",
-    "name_taken": "Choose another name, or revoke the other key: `ocp keys list`.",
+    "name_taken": "Choose another name, or give that key a new secret: `ocp keys rotate NAME`.",
     "request_too_large": "Send less, or raise the limit that the message names.",
     "rate_limit_exceeded": (
         "Nothing, if it is rare: the client retries. Else let fewer requests run at a time."
@@ -4398,7 +4398,8 @@ class Keys:
             for key in self._keys.values()
         ):
             raise Conflict(
-                f"There is already a key called {name!r}: revoke or rename it.", param="name"
+                f"There is already a key called {name!r}: choose another name, or rotate that "
+                "key for a new secret, or revoke it.", param="name",
             )
 
     def _write(self, statement: str, *values: object) -> int:
@@ -19358,7 +19359,8 @@ def get_status(app: App, exchange: Exchange) -> None:
     failures, _ = app.ledger.failures(recent, _STATUS_FAILURES)
     exchange.response.send_json({
         "proxy": {
-            "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
+            "status": now["status"], "version": now["version"], "demo": now["demo"],
+            "uptime": now["uptimeHuman"],
             "auth": login_words[login["ok"]], "fix": now["fix"],
         },
         "requests": {

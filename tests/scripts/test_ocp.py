@@ -167,6 +167,10 @@ def since_of(path: str) -> float:
 def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None:
     shown = ocp.show_status(samples.STATUS, PLAIN)
     assert "up 1h 3m, logged in" in shown and "1 error | 0 timeouts" in shown
+    proxy = {**samples.STATUS["proxy"], "demo": True}
+    assert shown.startswith("OCP 0.1.0: ")
+    assert ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN).startswith(
+        "OCP 0.1.0 (demo): ")
     proxy = {**samples.STATUS["proxy"], "auth": "not known yet", "fix": "log in"}
     shown = ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN)
     assert "login not known yet" in shown and "To do: log in" in shown
@@ -972,9 +976,20 @@ def test_an_unknown_command_comes_with_the_most_similar_one(tmp_path: Path) -> N
     for words, hint in (
             (["statsu"], "status"), (["--json", "Status"], "status"),
             (["--url", "box", "kesy"], "keys"), (["keys", "ad"], "add"),
-            (["cache", "claer"], "clear"), (["help", "keys", "revok"], "revoke")):
+            (["cache", "claer"], "clear"), (["help", "keys", "revok"], "revoke"),
+            (["stat"], "status"), (["dash"], "dashboard"), (["keys", "rot"], "rotate")):
         found = run(tmp_path, DEAD_URL, *words)
         assert found.code == ocp.Exit.USAGE and f"Did you mean {hint}?" in found.stderr
+
+
+@pytest.mark.parametrize("line, right", [
+    ("settings set timeout 1h", "settings timeout 1h"), ("settings get timeout",
+     "settings timeout"), ("settings reset timeout", "settings --reset timeout")])
+def test_an_action_that_settings_do_not_have_comes_with_the_right_line(
+    tmp_path: Path, line: str, right: str,
+) -> None:
+    found = run(tmp_path, DEAD_URL, *line.split())
+    assert found.code == ocp.Exit.USAGE and found.stderr.endswith(f"Write: ocp {right}\n"), found
 
 
 def test_version_names_all_three(tmp_path: Path) -> None:
@@ -1075,7 +1090,8 @@ def test_lan_says_what_to_do_when_others_cannot_connect(tmp_path: Path) -> None:
         # The stub listens on 127.0.0.1 and so not here.
         found = run(tmp_path, server.url, "lan", addresses=lambda: ["127.0.0.77"])
         nowhere = run(tmp_path, server.url, "lan", addresses=lambda: [])
-    assert found.code == 1 and "--bind 0.0.0.0" in found.stdout
+    assert found.code == 1
+    assert f"python3 {REPO}/setup.py_install.py --bind 0.0.0.0 --auth-mode multi" in found.stdout
     assert nowhere.code == 1 and "no address" in nowhere.stderr
 
 

@@ -444,7 +444,8 @@ def test_status_has_the_shape_that_clients_know(spared: Server) -> None:
     assert after["requests"] == {"total": 5, "active": 0, "errors": 4, "timeouts": 0}
     assert len(after["recentErrors"]) == 3
     for entry in after["recentErrors"]:
-        assert set(entry) == {"time", "message"} and "/root" not in entry["message"]
+        assert set(entry) == {"time", "id", "key", "model", "kind", "message"}
+        assert "/root" not in entry["message"]
         assert "It broke" in entry["message"]
 
 
