@@ -1054,9 +1054,13 @@ class Server(NamedTuple):
                 Exit.UNREACHABLE, f"The server there speaks {scheme_of(other)}, not "
                 f"{scheme_of(url)}.\nIf its settings have changed, `ocp restart` lets it use them; "
                 f"otherwise: --url {other}")
-        has_failed = problem.status == 429 or problem.status >= 500
+        error = problem.body.get("error") if isinstance(problem.body, dict) else None
+        code = str((error.get("code") if isinstance(error, dict) else "") or "")
+        # A failure of claude's account may have the status of a refused key.
+        kind = "upstream" if code.startswith("upstream_") else problem.kind
+        has_failed = problem.status == 429 or problem.status >= 500 or kind == "upstream"
         hint = errors_hint(problem.request_id) if has_failed else ""
-        code, text = {
+        exit_code, text = {
             "unreachable": (
                 Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
                 "`ocp start`, or find the cause with `ocp doctor`."),
@@ -1064,8 +1068,8 @@ class Server(NamedTuple):
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
                 f"{message}.{hint}"),
-        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
-        return Problem(code, text, problem.body)
+        }.get(kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
+        return Problem(exit_code, text, problem.body)
 
     def _key_advice(self) -> str:
         if self.key:
@@ -3407,6 +3411,10 @@ class Check(NamedTuple):
     mend: Union[Callable[[Facts], None], None] = None
 
 
+#: How the sentence about another program at the server's address ends.
+_NOT_OCP = "is not an OCP server"
+
+
 class Facts:
     """What the checks look at, each looked up once and only when it is needed."""
 
@@ -3450,16 +3458,23 @@ class Facts:
         except HttpProblem as problem:
             if problem.kind == "unreachable":
                 return {}, None, f"nobody answers at {self.url}: {problem}"
-            return {}, None, f"{self.url} answered {problem.status}"
+            is_ocp_error = isinstance(problem.body, dict) and "error" in problem.body
+            return {}, None, f"{self.url} answered {problem.status}: {clean(problem)}" if (
+                is_ocp_error) else f"what answers at {self.url} {_NOT_OCP}"
         except (OSError, http.client.HTTPException, ValueError):
             value, date = None, ""
         if not isinstance(value, dict) or "version" not in value:
-            return {}, None, f"what answers at {self.url} is not an OCP server"
+            return {}, None, f"what answers at {self.url} {_NOT_OCP}"
         try:
             clock_s: float | None = email.utils.parsedate_to_datetime(date).timestamp()
         except (TypeError, ValueError):
             clock_s = None
         return value, clock_s, ""
+
+    @property
+    def is_not_ocp(self) -> bool:
+        """Return whether another program answers."""
+        return self.answer[2].endswith(_NOT_OCP)
 
     @functools.cached_property
     def other_url(self) -> str:
@@ -3627,6 +3642,10 @@ def _check_database(facts: Facts) -> Finding:
         return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
     path = os.path.join(facts.data_dir, "ocp.db")
     if not os.path.exists(path):
+        # A demo keeps its data in memory.
+        if state == "disk" and not facts.health.get("demo") and not facts.is_elsewhere:
+            return Finding("WARN", f"the server has a database, but {path} is not there: it was "
+                                   "removed, or the server runs with another OCP_HOME")
         return Finding("INFO", "there is no database yet")
     try:
         with contextlib.closing(open_database(path, "ro")) as connection:
@@ -3677,6 +3696,42 @@ def _check_port(facts: Facts) -> Finding:
         return Finding("PASS", f"port {port} belongs to process {owner.pid}")
     # A program that forwards the port, as for a container, is another one and all right.
     return Finding("INFO" if facts.health else "FAIL", f"port {port} belongs to {owner.words}")
+
+
+def _start_line(facts: Facts) -> str:
+    """Return the line that starts the server, by its service or by hand."""
+    if facts.service is None:
+        return command_by_hand(facts.env)
+    return " && ".join(service_lines(facts.env, facts.service, "restart"))
+
+
+def _check_settings(facts: Facts) -> Finding:
+    facts.require_local()
+    env, record = facts.env, facts.readable_record
+    if record and not os.access(record.env_file, os.R_OK) and os.path.exists(record.env_file):
+        raise Unknown(f"{record.env_file} is readable by root only")
+    python = (record.python if record else "") or sys.executable
+    done = env.run([python, "-B", facts.server_path, "--print-settings"], timeout_s=30,
+                   environ=service_environ(env, record))
+    lines = [line.partition(": ")[2] for line in done.error.splitlines()
+             if line.startswith("ocp: ") and "Settings were read from" not in line]
+    if done.code != 0 and not lines:
+        raise Unknown(done.complaint)
+    if done.code != 0:
+        return Finding("FAIL", "the server does not start with them: " + " ".join(lines))
+    idle = [line.partition(": ")[2] for line in done.output.splitlines()
+            if line.startswith("ATTENTION: ")]
+    if idle:
+        return Finding("WARN", " ".join(idle))
+    return Finding("PASS", "the server accepts them")
+
+
+def _fix_settings(facts: Facts) -> Fix:
+    record = facts.readable_record
+    path = (record.env_file if record else "") or os.path.join(facts.env.ocp_home, "ocp.env")
+    where = path if os.path.exists(path) else "the environment of the server"
+    again = f"correct them in {where}, and start the server again: {_start_line(facts)}"
+    return Fix("fix_settings", (again,))
 
 
 def _check_unit(facts: Facts) -> Finding:
@@ -3867,7 +3922,11 @@ def _fix_install(facts: Facts) -> Fix:
 def _fix_database(facts: Facts) -> Fix:
     restore = (f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
                "or move the damaged one away")
-    return Fix("fix_database", (str(facts.health.get("storageFix") or restore),))
+    if not os.path.exists(os.path.join(facts.data_dir, "ocp.db")):
+        restore = ("put it back, or go on without its keys and its usage: a start makes a new one")
+    advice = str(facts.health.get("storageFix") or restore)
+    return Fix("fix_database", (f"{advice} ({os.path.join(facts.data_dir, 'ocp.db')})",
+                                f"start the server again: {_start_line(facts)}"))
 
 
 def _fix_extra_usage(facts: Facts) -> Fix:
@@ -3878,8 +3937,11 @@ def _fix_extra_usage(facts: Facts) -> Fix:
 
 
 def _fix_failures(facts: Facts) -> Fix:
-    actions = (f"{kind.get('kind')}: {kind.get('action')}" for kind in facts.failures)
-    return Fix("recent_failures", tuple(clean(action) for action in actions))
+    # Of some failures the action is this very command, whose other rows say more.
+    actions = ((kind.get("kind"), str(kind.get("action"))) for kind in facts.failures)
+    return Fix("recent_failures", tuple(clean(
+        f"{kind}: " + ("nothing, if no row above says so" if "`ocp doctor`" in action else action))
+        for kind, action in actions))
 
 
 def _fix_login(facts: Facts) -> Fix:
@@ -3888,7 +3950,16 @@ def _fix_login(facts: Facts) -> Fix:
     return Fix("fix_oauth", ("run `claude auth login` as the user of the server",))
 
 
+def _fix_port(facts: Facts) -> Fix:
+    install = shlex.join(["python3", facts.env.beside("setup.py_install.py"), "--port"])
+    return Fix("fix_port", (
+        f"end that program, and start OCP: {_start_line(facts)}",
+        f"or choose another port for OCP: {install} {port_of(facts.url) + 1}"))
+
+
 def _fix_service(facts: Facts) -> Fix:
+    if facts.is_not_ocp:
+        return _fix_port(facts)
     if facts.is_elsewhere:
         return Fix("fix_elsewhere", (
             f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
@@ -3991,7 +4062,10 @@ CHECKS = (
           _check_modes, _fix_modes, _mend_modes),
     Check("port_owner", "Port",
           "Which process owns the server's port", _check_port,
-          Fix("fix_port", ("end the other program, or install again with another --port",))),
+          _fix_port),
+    Check("settings", "Settings",
+          "Whether the server accepts its settings, and which have no effect",
+          _check_settings, _fix_settings),
     Check("service_unit", "Service",
           "Whether the service is there and starts by itself",
           _check_unit, _fix_unit, _mend_unit),
@@ -4054,7 +4128,7 @@ def fix_of(check: Check, facts: Facts) -> Fix:
 
 def is_safe(check: Check, fix: Fix) -> bool:
     """Return whether `ocp doctor --fix` carries this fix out."""
-    is_more = fix.kind in ("fix_install", "fix_elsewhere") or any(
+    is_more = fix.kind in ("fix_install", "fix_elsewhere", "fix_port") or any(
         each.startswith("sudo ") for each in fix.commands)
     return check.mend is not None and not is_more
 

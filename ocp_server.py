@@ -1127,6 +1127,22 @@ def settings_of(text: str) -> dict[str, str]:
 SETTINGS_FILE = "ocp.env"
 
 
+def check_lines(path: str, text: str) -> None:
+    """Raise ConfigError for lines of a settings file that set nothing and are no comments.
+
+    The server could be open to everybody without what such a line was meant to set. The line may
+    contain a secret, so only its number is told."""
+    wrong = [
+        number for number, line in enumerate(text.split("\n"), 1)
+        if line.strip() and not line.lstrip().startswith(("#", ";"))
+        and not _ASSIGNMENT.fullmatch(line)
+    ]
+    if wrong:
+        raise ConfigError("\n".join(
+            f"{path}, line {number}: write NAME=VALUE, without `export` and without a space before "
+            "the =." for number in wrong))
+
+
 class Environment(NamedTuple):
     """The variables that the server runs with."""
 
@@ -1158,6 +1174,7 @@ def read_environment(
     except OSError as problem:
         # Without its settings the server could be open to everybody.
         raise ConfigError(f"{path} cannot be read: {problem.strerror}") from None
+    check_lines(path, text)
     stored = settings_of(text)
     sources = dict.fromkeys(stored.keys() - given.keys(), path)
     sources.update({name: option for name, (_, option) in options.items()})
@@ -20069,20 +20086,22 @@ def environment_of(options: argparse.Namespace, environ: Mapping[str, str]) -> E
     return Environment({**environ, **values}, "", sources)
 
 
-def print_settings_in_use(config: Config, environment: Environment) -> None:
-    """Print the settings that are not the default, as Markdown."""
-    found = settings_in_use(config, environment)
-    print("\nIn use here:\n" if found else "\nAll have their defaults here.")
-    for name, value, source in found:
-        print(f"- `{name}={printable(value)}` from {source}")
-
-
 def advice_on_settings(environ: Mapping[str, str]) -> Iterator[str]:
     """Yield a sentence for each variable that looks like a setting and has no effect."""
     for name, why in removed_settings(environ):
         yield f"{name} has no effect: {why}"
     for name, meant in unknown_settings(environ):
         yield f"{name} is not a setting." + (f" Did you mean {meant}?" if meant else "")
+
+
+def print_settings_in_use(config: Config, environment: Environment) -> None:
+    """Print the settings that are not the default, as Markdown, and which have no effect."""
+    found = settings_in_use(config, environment)
+    print("\nIn use here:\n" if found else "\nAll have their defaults here.")
+    for name, value, source in found:
+        print(f"- `{name}={printable(value)}` from {source}")
+    for sentence in advice_on_settings(environment.variables):
+        print(f"\nATTENTION: {sentence}")
 
 
 def _login_words(program: ClaudeProgram, environ: Mapping[str, str]) -> str:
@@ -20200,6 +20219,19 @@ def raise_descriptor_limit(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
+#: What to do when the server cannot listen, by the number of the error.
+_LISTEN_ADVICE = {
+    errno.EADDRINUSE:
+        "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port; `ocp doctor` "
+        "names the program that has this one.",
+    errno.EACCES:
+        "Only root may use ports below 1024: --port N, or CLAUDE_PROXY_PORT, sets another port.",
+}
+_OTHER_LISTEN_ADVICE = (
+    "--host ADDR, or CLAUDE_BIND, has to be an address of this machine: 127.0.0.1, or 0.0.0.0 for "
+    "all of them.")
+
+
 def serve(app: App, tls: ssl.SSLContext | None) -> int:
     """Serve until a signal stops the server; return the exit code."""
     raise_descriptor_limit(app.config)
@@ -20210,7 +20242,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
         app.close()
         print(
             f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}. "
-            "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port.",
+            f"{_LISTEN_ADVICE.get(problem.errno or 0, _OTHER_LISTEN_ADVICE)}",
             file=sys.stderr,
         )
         return 1
@@ -20267,12 +20299,12 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         environment = environment_of(options, environ)
         environ = environment.variables
         config = load_config(environ, machine_memory_bytes())
-        if options.print_settings:
-            print_settings_in_use(config, environment)
-            return 0
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)
+        if options.print_settings:
+            print_settings_in_use(config, environment)
+            return 0
     except ConfigError as problem:
         hint = f"\nSettings were read from {environment.file} too." if environment.file else ""
         return _fail_start(f"{problem}{hint}")

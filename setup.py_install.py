@@ -1870,6 +1870,11 @@ def notes_about(situation: Situation) -> Iterator[str]:
     for old in found.legacy:
         yield (f"The original's {old.label} is installed; its settings are taken over where "
                "nothing else says otherwise. uninstall.py --legacy removes it.")
+    problem = "" if situation.should_start or found.is_active else (
+        busy_problem(install.bind, install.port))
+    if problem:
+        yield (f"Nothing can listen on {install.bind} port {install.port} now: {problem}. End what "
+               "uses it before you start OCP, or take another port with --port.")
     folder = os.path.dirname(install.launcher or "")
     if folder and folder not in situation.host.environ.get("PATH", "").split(":"):
         yield (f"`ocp` will not be found, because its folder is not on your PATH. Add this to your "

@@ -750,6 +750,8 @@ FAILURES = (
     (None, ocp.Exit.UNREACHABLE, "Cannot connect to"),
     ((401, {"error": {"message": "wants its key"}}), ocp.Exit.DENIED, "refused: wants its key"),
     ((403, {"error": {"message": "admin key"}}), ocp.Exit.DENIED, "refused: admin key"),
+    ((401, {"error": {"message": "log in", "code": "upstream_login_required"}}), ocp.Exit.FAILED,
+     "upstream trouble (401): log in"),
     ((502, {"error": {"message": "claude died"}}), ocp.Exit.FAILED, "upstream trouble (502)"),
     ((500, '{"error": "text"}'), ocp.Exit.FAILED, "upstream trouble (500): text"),
     ((404, {"error": {"message": "There is no"}}), ocp.Exit.FAILED, "answered 404"),
@@ -819,7 +821,7 @@ def test_the_service_here_is_left_alone_when_another_machine_is_named(
 
 
 def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
-    for answer, code, words in FAILURES[:6]:
+    for answer, code, words in FAILURES[:7]:
         with stub_server({"POST /v1/chat/completions": answer}) as server:
             found = run(tmp_path, server.url if answer else DEAD_URL, "ask", "hi")
         assert found.code == code and words in found.stderr
