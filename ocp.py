@@ -1062,8 +1062,10 @@ class Server(NamedTuple):
         hint = errors_hint(problem.request_id) if has_failed else ""
         exit_code, text = {
             "unreachable": (
-                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
-                "`ocp start`, or find the cause with `ocp doctor`."),
+                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\n" + (
+                    "Start the server with `ocp start`, or find the cause with `ocp doctor`."
+                    if is_loopback(url) else
+                    "Compare the address with what `ocp lan` prints on the server's machine.")),
             "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
@@ -3924,9 +3926,9 @@ def _fix_database(facts: Facts) -> Fix:
                "or move the damaged one away")
     if not os.path.exists(os.path.join(facts.data_dir, "ocp.db")):
         restore = ("put it back, or go on without its keys and its usage: a start makes a new one")
-    advice = str(facts.health.get("storageFix") or restore)
-    return Fix("fix_database", (f"{advice} ({os.path.join(facts.data_dir, 'ocp.db')})",
-                                f"start the server again: {_start_line(facts)}"))
+    path = os.path.join(facts.data_dir, "ocp.db")
+    advice = str(facts.health.get("storageFix") or restore).replace("ocp.db", path)
+    return Fix("fix_database", (advice, f"start the server again: {_start_line(facts)}"))
 
 
 def _fix_extra_usage(facts: Facts) -> Fix:
@@ -3968,6 +3970,10 @@ def _fix_service(facts: Facts) -> Fix:
         return _fix_version(facts)
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
+    installed = facts.readable_record
+    if installed and not installed.label:
+        # Installed where there is no service manager: to install it again would start nothing.
+        return Fix("start_server", (f"start it: {command_by_hand(facts.env)}",))
     by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
     return Fix("fix_install", (by_hand,), _fix_install(facts).commands)
 
@@ -4126,9 +4132,13 @@ def fix_of(check: Check, facts: Facts) -> Fix:
     return Fix(check.fix.kind, human, commands)
 
 
+#: Fixes of checks that can be mended which are more than that, or a person's.
+_BY_HAND = ("fix_install", "fix_elsewhere", "fix_port", "start_server", "restart")
+
+
 def is_safe(check: Check, fix: Fix) -> bool:
     """Return whether `ocp doctor --fix` carries this fix out."""
-    is_more = fix.kind in ("fix_install", "fix_elsewhere", "fix_port") or any(
+    is_more = fix.kind in _BY_HAND or any(
         each.startswith("sudo ") for each in fix.commands)
     return check.mend is not None and not is_more
 

@@ -3605,6 +3605,8 @@ class Run:
         elif is_here:
             self.say(f"OpenClaw has the models of {url}." if names else
                      f"OpenClaw does not use {url}: `ocp connect {url} --only openclaw` adds it.")
+        else:
+            self.say("OpenClaw is not on this machine: there is nothing to update.")
         for failure in writer.failures:
             print(f"ocp_connect: {failure}", file=sys.stderr)
         self.print_json({

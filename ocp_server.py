@@ -20188,6 +20188,9 @@ def _banner(server: Server) -> str:
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
+    advice = app.state_folder.status[1]
+    if advice and not app.demo:
+        lines.append(f"ATTENTION: {advice}")
     if problem is not None:
         lines.append(f"ATTENTION: {problem.message}")
     command = _try_it(app)

@@ -820,6 +820,12 @@ def test_the_service_here_is_left_alone_when_another_machine_is_named(
     assert found.code == 1 and f"run `ocp {verb}` there" in found.stderr
 
 
+def test_of_a_server_elsewhere_it_is_the_address_that_may_be_wrong(tmp_path: Path) -> None:
+    near, far = run(tmp_path, DEAD_URL, "status"), run(tmp_path, "http://box.invalid", "status")
+    assert "`ocp start`" in near.stderr and "`ocp lan`" not in near.stderr
+    assert "`ocp lan`" in far.stderr and "`ocp start`" not in far.stderr
+
+
 def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
     for answer, code, words in FAILURES[:7]:
         with stub_server({"POST /v1/chat/completions": answer}) as server:

@@ -515,6 +515,17 @@ def test_a_database_that_is_gone_while_the_server_uses_it(healthy: Manager) -> N
     assert examined(healthy)["levels"]["database"] == "INFO"
 
 
+def test_where_nothing_starts_the_server_doctor_says_how_to(healthy: Manager) -> None:
+    path = healthy.home / ".ocp/install.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "label": None}))
+    healthy.up.unlink()
+    answer = examined(healthy)
+    check = next(each for each in answer["checks"] if each["id"] == "service_running")
+    assert check["fix"]["ai_executable"] == [] and not check["fix"]["safe"], check
+    assert check["fix"]["human_required"] == [
+        f"start it: {sys.executable} {REPO}/ocp_server.py"], check
+
+
 def test_a_port_of_another_program(healthy: Manager) -> None:
     healthy.server.answers["GET /health"] = (200, "hello")
     healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")
