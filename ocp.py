@@ -274,7 +274,7 @@ COMMANDS = (
     ), ("sessions", "sessions clear")),
     Command("clear", "forget all sessions, or one: the same as `sessions clear`",
             (SESSION, YES, JSON), examples=("clear", "clear chat-1")),
-    Command("cache", "show how the cache of answers does", (JSON,), (
+    Command("cache", "show what the cache of answers holds, and how often it helped", (JSON,), (
         Command("clear", "forget all cached answers", (JSON,), examples=("cache clear",)),
     ), ("cache", "cache clear")),
     Command("keys", "list, create and change the keys of your devices", (ALL_KEYS, JSON),
@@ -3683,7 +3683,9 @@ def _check_modes(facts: Facts) -> Finding:
     if loose:
         return Finding("FAIL", "others may read " + ", ".join(loose))
     count = len(list(_private_paths(facts)))
-    return Finding("PASS" if count else "INFO", f"{count} private files and folders looked at")
+    if not count:
+        return Finding("INFO", "there are none yet")
+    return Finding("PASS", f"nobody else may read them: {counted(count, 'path')} looked at")
 
 
 def _check_port(facts: Facts) -> Finding:

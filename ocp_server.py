@@ -20027,7 +20027,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     for option, (name, placeholder, text) in _OPTIONS.items():
         parser.add_argument(
-            option, metavar=placeholder, help=f"{text}; wins over {name}", default=""
+            option, metavar=placeholder, help=f"{text}; overrides {name}", default=""
         )
     parser.add_argument("--version", action="version", version=f"ocp {VERSION}")
     return parser
