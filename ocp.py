@@ -1971,12 +1971,29 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
         env.sleep(_FOLLOW_EVERY_S)
 
 
+def log_path(env: Env) -> str:
+    """Return the log of this machine's own server."""
+    folder = env.ocp_home
+    with contextlib.suppress(Problem):
+        record = installation(env)
+        folder = (record.data_dir if record else "") or folder
+    return os.path.join(folder, "logs", "ocp.log")
+
+
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     """Show the newest events of the server's log."""
     count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
-    answer = find_server(env).ask("GET", _logs_path(args, count, level))
+    server = find_server(env)
+    try:
+        answer = server.ask("GET", _logs_path(args, count, level))
+    except Problem as problem:
+        path = log_path(env)
+        if problem.code != Exit.UNREACHABLE or not is_loopback(server.url) or (
+                not os.path.exists(path)):
+            raise
+        raise Problem(problem.code, f"{problem}\nWhat it wrote before is in {path}") from None
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
@@ -4399,7 +4416,7 @@ def _log_entries(facts: Facts) -> list[Json]:
         answer = find_server(facts.env).ask("GET", f"/logs?n={_REPORT_LOG_LINES}&level=all")
         return list(answer.value.get("entries") or [])
     entries = []
-    path = os.path.join(facts.data_dir, "logs", "ocp.log")
+    path = log_path(facts.env)
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file.readlines()[-_REPORT_LOG_LINES:]:
             with contextlib.suppress(ValueError):

@@ -820,6 +820,16 @@ def test_the_service_here_is_left_alone_when_another_machine_is_named(
     assert found.code == 1 and f"run `ocp {verb}` there" in found.stderr
 
 
+def test_the_log_of_a_server_that_is_off_is_named(tmp_path: Path) -> None:
+    assert "What it wrote" not in run(tmp_path, DEAD_URL, "logs").stderr, "there is none"
+    path = tmp_path / ".ocp/logs/ocp.log"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}\n")
+    found = run(tmp_path, DEAD_URL, "logs")
+    assert found.code == ocp.Exit.UNREACHABLE and f"is in {path}\n" in found.stderr, found
+    assert "What it wrote" not in run(tmp_path, "http://box.invalid", "logs").stderr
+
+
 def test_of_a_server_elsewhere_it_is_the_address_that_may_be_wrong(tmp_path: Path) -> None:
     near, far = run(tmp_path, DEAD_URL, "status"), run(tmp_path, "http://box.invalid", "status")
     assert "`ocp start`" in near.stderr and "`ocp lan`" not in near.stderr
