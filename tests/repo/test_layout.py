@@ -312,6 +312,12 @@ def test_no_name_of_a_script_is_defined_twice(path: Path) -> None:
     assert not twice, "the second definition is in force for users of the first one too"
 
 
+def test_no_function_of_the_dashboard_is_defined_twice() -> None:
+    text = (REPO / "dashboard.html").read_text("utf-8")
+    names = re.findall(r"^(?:async )?function (\w+)", text, re.M)
+    assert len(names) > 50 and len(set(names)) == len(names)
+
+
 def test_every_allowed_exception_is_still_needed() -> None:
     assert not ALLOWED_FORWARD - {name for name, _ in top_level_names(tree_of(SERVER))}
 
