@@ -1448,7 +1448,9 @@ def _window_line(name: str, window: Json, style: Style) -> str:
     line = f"  {name:<20} {used:<10}" + (f" {drawn}" if drawn else "")
     if window.get("resetsIn"):
         line += f"  resets in {clean(window['resetsIn'])}"
-        line += f" ({clean(window['resetsAtHuman'])})" if window.get("resetsAtHuman") else ""
+        moment = f" ({clean(window['resetsAtHuman'])})" if window.get("resetsAtHuman") else ""
+        has_room = not 0 < style.width < len(line) + len(moment)
+        line += moment if has_room else ""
     return line.rstrip()
 
 
@@ -1648,7 +1650,9 @@ def show_status(answer: Json, style: Style) -> str:
     for error in errors:
         about = [local_time(error.get("time"), style), error.get("key"), error.get("kind"),
                  error.get("message")]
-        lines.append("  " + clean("  ".join(str(each) for each in about if each)))
+        # A failure without a message of its own repeats its kind.
+        words = dict.fromkeys(str(each) for each in about if each)
+        lines.append("  " + clean("  ".join(words)))
     if errors:
         lines.append("  More: `ocp errors`")
     return "\n".join(lines)

@@ -3115,19 +3115,12 @@ class Writer:
         """Make every change of a plan."""
         self._record.url = url
         self._record.key_url = url if self._key else self._record.key_url
-        edits = {tool: [each for each in plan.edits if each.tool == tool.name]
-                 for tool in plan.tools}
-        broken = {tool: self._complaint(tool) for tool in plan.tools if edits[tool]}
         for edit in plan.edits:
             self._attempt(edit, self._change)
         for step in plan.session:
             self._set_variable(step)
         for tool in plan.tools:
-            if broken.get(tool):
-                self.notes.append(f"{tool.title} failed before the change too, so it was not asked "
-                                  f"whether it accepts it: {broken[tool]}")
-            else:
-                self._check(tool, edits[tool])
+            self._check(tool, [each for each in plan.edits if each.tool == tool.name])
 
     def sync(self, edit: Edit, stamp: str) -> str:
         """Make one change that is not recorded. Return the path of the copy of the original, empty
@@ -3243,19 +3236,33 @@ class Writer:
         return "" if ran.code in (0, None) else ran.complaint
 
     def _check(self, tool: Tool, edits: Sequence[Edit]) -> None:
-        """Restore the files of a tool that cannot read its configuration."""
+        """Restore the files of a tool that cannot read its configuration, unless it could not
+        before either."""
         done = [edit for edit in edits if edit.path in self.written]
         complaint = self._complaint(tool) if done else ""
         if not complaint:
             return
+        self._take_back(done)
+        earlier = self._complaint(tool)
+        # Some tools, such as OpenCode, write into their files when they only read them.
+        self._take_back(done)
+        if not earlier:
+            self.failures.append(
+                f"{tool.title} does not accept the change, which was undone: {complaint}")
+            return
         for edit in done:
+            self._attempt(edit, self._change)
+        self.notes.append(f"{tool.title} failed before the change too, so whether it accepts it is "
+                          f"not known: {earlier}")
+
+    def _take_back(self, edits: Sequence[Edit]) -> None:
+        """Give files and record what they had before this run. Raise OSError."""
+        for edit in edits:
             earlier = self._earlier[edit.path]
             self._restore(edit._replace(before=read_bytes(edit.path), after=edit.before))
             if earlier is not None:
                 self._record.set(edit.path, earlier)
             self.written = [path for path in self.written if path != edit.path]
-        self.failures.append(
-            f"{tool.title} does not accept the change, which was undone: {complaint}")
 
     def _restore(self, edit: Edit) -> None:
         """Write the original of a file and remove its entry from the record. Raise OSError."""

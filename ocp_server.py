@@ -3558,17 +3558,18 @@ class AnswerFilter:
 _REPLAY_CHARS = 80
 
 
-def replay_events(answer: Answer) -> Iterator[Event]:
-    """Yield the events of a stored answer, which must have no calls of any tool and no
-    refusal."""
+def replay_events(answer: Answer, *, is_streamed: bool = True) -> Iterator[Event]:
+    """Yield the events of a stored answer, which must have no calls of any tool and no refusal. Its
+    texts come in pieces if it is streamed."""
     yield Started(answer.message_id, answer.model, answer.usage._replace(output_tokens=0))
     for index, block in enumerate(answer.blocks):
         kinds = [kind for kind, field in _BLOCK_FIELDS.items() if field in block]
         yield BlockStarted(index, {**block, **{_BLOCK_FIELDS[kind]: "" for kind in kinds}})
         for kind in kinds:
             text = str(block[_BLOCK_FIELDS[kind]])
-            # A signature stays in one piece: clients store it and do not display it.
-            step = len(text) or 1 if kind == "signature" else _REPLAY_CHARS
+            # Clients store a signature and do not display it.
+            is_whole = kind == "signature" or not is_streamed
+            step = len(text) or 1 if is_whole else _REPLAY_CHARS
             for start in range(0, len(text), step):
                 yield Delta(index, kind, text[start: start + step])
         yield BlockStopped(index)
@@ -16670,8 +16671,11 @@ class Requests:
         flight, job.cache_status = place.flight, place.status
         if flight is None:
             job.path = "cached"
-            stored = enumerate(place.answers)
-            events = ((index, event) for index, answer in stored for event in replay_events(answer))
+            stored, is_streamed = enumerate(place.answers), job.turn.stream
+            events = (
+                (index, event) for index, answer in stored
+                for event in replay_events(answer, is_streamed=is_streamed)
+            )
             yield self._noted(job, events)
             return
         try:
@@ -19041,6 +19045,7 @@ def _key_entry(app: App, key: Key) -> Json:
         "revokedAt": iso(key.revoked_s),
         # The secret before the last rotation, while it is still valid.
         "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.valid_until_s)},
+        "quota": app.ledger.quota_report(key) if key.revoked_s is None else None,
     }
 
 
@@ -19065,8 +19070,7 @@ def get_keys(app: App, exchange: Exchange) -> None:
     secrets; revoked keys are included. `connectUrl` is the address that devices reach, or null,
     and `connectNote` says why."""
     keys = app.keys.all()
-    reports = [app.ledger.quota_report(k) if k.revoked_s is None else None for k in keys]
-    entries = [{**_key_entry(app, key), "quota": report} for key, report in zip(keys, reports)]
+    entries = [_key_entry(app, key) for key in keys]
     exchange.response.send_json({"keys": entries, **_connect_fields(app)})
 
 
@@ -19112,9 +19116,7 @@ def create_key(app: App, exchange: Exchange) -> None:
 
 def get_key(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}: return the key with this id or name, with the use of its quotas."""
-    found = app.keys.find(key)
-    report = app.ledger.quota_report(found)
-    exchange.response.send_json({**_key_entry(app, found), "quota": report})
+    exchange.response.send_json(_key_entry(app, app.keys.find(key)))
 
 
 def change_key(app: App, exchange: Exchange, key: str) -> None:

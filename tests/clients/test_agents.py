@@ -22,7 +22,7 @@ from depth import rest
 from processes import Ran, kill_all, processes_with, run_to_end
 from programs import find_client, how_to_install
 from project import clean_env
-from rig import MODEL, NEWEST_MODEL, Rig, each_claude
+from rig import MODEL, NEWEST_MODEL, Claude, Rig, each_claude, running_rig
 from upstream import system_texts, turns
 from waiting import eventually
 
@@ -292,6 +292,23 @@ def test_codex_goes_on_with_another_sandbox(desk: AgentDesk) -> None:
     (role, added) = turns(second)[-1]
     assert role == "user" and added[-1] == QUESTION
     assert any("read-only" in str(each) for each in added), added
+
+
+@pytest.mark.exhaustive
+@with_newest_claude
+def test_codex_gives_its_thinking_back_after_a_restart_of_the_server(
+    claude: Claude, tmp_path: Path
+) -> None:
+    with running_rig(tmp_path / "rig", claude, **RIG_SETTINGS) as rig:
+        desk = AgentDesk(rig, tmp_path)
+        rig.script(stub.thinking("Hm, let me see.", AFTER))
+        assert run_codex(desk).code == 0
+    with running_rig(tmp_path / "rig", claude, **RIG_SETTINGS) as desk.rig:
+        ran = run_codex(desk, resume=("resume", "--last"))
+        assert ran.code == 0, ran
+        (thought, said), = [blocks for role, blocks in turns(desk.rig.only_body())
+                            if role == "assistant"]
+    assert (thought["thinking"], said) == ("Hm, let me see.", AFTER)
 
 
 @pytest.mark.exhaustive

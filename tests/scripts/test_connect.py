@@ -445,6 +445,20 @@ def test_a_tool_that_failed_before_the_change_is_a_note_and_the_change_stays(hom
     assert path.read_text() == "a = 1\n"
 
 
+@pytest.mark.parametrize("present", [True, False])
+def test_what_a_tool_writes_while_it_is_asked_is_taken_back_too(home: Home, present: bool) -> None:
+    """OpenCode puts "$schema" into its file, also when it is only asked for its configuration."""
+    path = home.folder / ".codex/config.toml"
+    if present:
+        home.put(".codex/config.toml", "a = 1\n")
+
+    script = f"{GREP} -q ocp {path} && exit 1; echo b = 2 >> {path}"
+    writer = refusing(home, "codex", script)
+
+    assert "does not accept the change" in writer.failures[0]
+    assert path.exists() == present and (not present or path.read_text() == "a = 1\n")
+
+
 def test_a_tool_is_found_by_its_program_or_its_files(home: Home) -> None:
     def found(**environ: str) -> set[str]:
         machine = connect.dataclasses.replace(

@@ -178,6 +178,12 @@ def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None
         assert f"login            {word}\n" in ocp.show_health({"auth": {"ok": ok}}, PLAIN)
 
 
+def test_the_lines_of_the_plan_fit_a_narrow_terminal() -> None:
+    narrow = ocp.show_plan(samples.PLAN, ocp.Style(bars=True, width=80))
+    assert max(map(len, narrow.split("\n"))) <= 80 and "resets in 3h 12m" in narrow
+    assert "(Fri, Nov 20, 6:12 PM)" in ocp.show_plan(samples.PLAN, ocp.Style(bars=True, width=99))
+
+
 def test_unknown_plan_is_said_to_be_unknown() -> None:
     plan = {"currentSession": {"utilization": None, "percent": None}, "weeklyLimits": {}}
     shown = ocp.show_usage({"plan": plan, "proxy": {}, "models": {}}, PLAIN)

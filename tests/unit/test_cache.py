@@ -339,7 +339,8 @@ def test_an_answer_is_told_again_in_small_pieces_of_whole_characters() -> None:
     assert all(piece.encode() for piece in pieces)
 
 
-def test_an_answer_told_again_adds_up_to_the_same_answer() -> None:
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_an_answer_told_again_adds_up_to_the_same_answer(is_streamed: bool) -> None:
     blocks = [
         {"type": "thinking", "thinking": LONG, "signature": "c2ln" * 100},
         {"type": "redacted_thinking", "data": "c2VjcmV0"},
@@ -351,11 +352,13 @@ def test_an_answer_told_again_adds_up_to_the_same_answer() -> None:
         blocks=blocks, usage=usage, stop_reason="stop_sequence", stop_sequence="!")
     builder = ocp.AnswerBuilder()
 
-    *events, last = ocp.replay_events(answer)
+    *events, last = ocp.replay_events(answer, is_streamed=is_streamed)
     for event in events:
         builder.add(event)
 
     assert builder.answer(last) == answer
+    pieces = [event for event in events if isinstance(event, ocp.Delta)]
+    assert (len(pieces) == 4) != is_streamed, "thinking, its signature, and two texts"
 
 
 def test_a_signature_is_told_in_one_piece() -> None:
