@@ -1537,6 +1537,10 @@ def ask_health(url: str, certificate: str = "") -> Mapping[str, Json]:
                 f"Cannot reach {url} ({quoted(problem)}): is the server running, and does it "
                 "listen where this machine can reach it (CLAUDE_BIND, firewall)?",
             ) from None
+        if url.startswith("http:") and "uses https" in str(problem):
+            raise Problem(
+                Exit.UNREACHABLE, f"The server at {url} speaks https. Run the command that "
+                "`ocp lan` prints on its machine, or write https:// in its address.") from None
         health, reason = None, quoted(problem)
     if not isinstance(health, dict) or health.get("authMode") not in AUTH_MODES or not isinstance(
             health.get("version"), str):
