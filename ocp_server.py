@@ -1127,20 +1127,21 @@ def settings_of(text: str) -> dict[str, str]:
 SETTINGS_FILE = "ocp.env"
 
 
-def check_lines(path: str, text: str) -> None:
-    """Raise ConfigError for lines of a settings file that set nothing and are no comments.
+# --- shared: wrong_lines
+def wrong_lines(path: str, text: str) -> str:
+    """Return a sentence for each line of a settings file that sets nothing and is no comment.
 
     The server could be open to everybody without what such a line was meant to set. The line may
     contain a secret, so only its number is told."""
-    wrong = [
+    wrong = (
         number for number, line in enumerate(text.split("\n"), 1)
         if line.strip() and not line.lstrip().startswith(("#", ";"))
         and not _ASSIGNMENT.fullmatch(line)
-    ]
-    if wrong:
-        raise ConfigError("\n".join(
-            f"{path}, line {number}: write NAME=VALUE, without `export` and without a space before "
-            "the =." for number in wrong))
+    )
+    return "\n".join(
+        f"{path}, line {number}: write NAME=VALUE, without `export` and without a space before the "
+        "=." for number in wrong)
+# --- end shared
 
 
 class Environment(NamedTuple):
@@ -1174,7 +1175,9 @@ def read_environment(
     except OSError as problem:
         # Without its settings the server could be open to everybody.
         raise ConfigError(f"{path} cannot be read: {problem.strerror}") from None
-    check_lines(path, text)
+    wrong = wrong_lines(path, text)
+    if wrong:
+        raise ConfigError(wrong)
     stored = settings_of(text)
     sources = dict.fromkeys(stored.keys() - given.keys(), path)
     sources.update({name: option for name, (_, option) in options.items()})
