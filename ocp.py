@@ -191,9 +191,10 @@ KEY_FIELDS = (
              help="whether its requests may let the model search the web: on or off"),
     argument("--note", metavar="TEXT", help="a note for yourself"),
 )
+_SPANS = {"daily": "day", "weekly": "week", "monthly": "month"}
 QUOTA_FIELDS = tuple(
     argument(f"--{name}", metavar="N", help=f"{'tokens' if 'tokens' in name else 'requests'} "
-             f"{name.rpartition('-')[2]}; none = no limit")
+             f"a {_SPANS[name.rpartition('-')[2]]}; none = no limit")
     for name, _ in QUOTAS
 )
 
@@ -202,7 +203,7 @@ KEY_ACTIONS = (
     Command("list", "list the keys, newest first", (ALL_KEYS, JSON),
             examples=("keys list", "keys list --all")),
     Command("add", "create a key; its secret is shown only once",
-            (argument("name", metavar="NAME", help="what it is for"),
+            (argument("name", metavar="NAME", help="its name, such as that of the device"),
              *KEY_FIELDS, *QUOTA_FIELDS, JSON),
             examples=("keys add laptop", "keys add phone --expiry 90d --daily 200")),
     Command("show", "show one key and its quotas", (KEY, JSON), examples=("keys show laptop",)),
@@ -253,7 +254,7 @@ COMMANDS = (
         argument("words", nargs="*", metavar="N|LEVEL", help="the same as -n N and --level LEVEL"),
         argument("-n", "--lines", metavar="N", help="how many events, at most 1000"),
         argument("--level", metavar="LEVEL", choices=LOG_WORDS,
-                 help="the least level: " + ", ".join(LOG_WORDS)),
+                 help="the lowest level: " + ", ".join(LOG_WORDS)),
         argument("--since", metavar="PERIOD", type=period,
                  help="only events of the last 30m, 2h or 7d"),
         flag("--follow", "-f", help="print new events as they come, until Ctrl-C"),
