@@ -191,9 +191,10 @@ KEY_FIELDS = (
              help="whether its requests may let the model search the web: on or off"),
     argument("--note", metavar="TEXT", help="a note for yourself"),
 )
+_SPANS = {"daily": "day", "weekly": "week", "monthly": "month"}
 QUOTA_FIELDS = tuple(
     argument(f"--{name}", metavar="N", help=f"{'tokens' if 'tokens' in name else 'requests'} "
-             f"{name.rpartition('-')[2]}; none = no limit")
+             f"a {_SPANS[name.rpartition('-')[2]]}; none = no limit")
     for name, _ in QUOTAS
 )
 
@@ -202,7 +203,7 @@ KEY_ACTIONS = (
     Command("list", "list the keys, newest first", (ALL_KEYS, JSON),
             examples=("keys list", "keys list --all")),
     Command("add", "create a key; its secret is shown only once",
-            (argument("name", metavar="NAME", help="what it is for"),
+            (argument("name", metavar="NAME", help="its name, such as that of the device"),
              *KEY_FIELDS, *QUOTA_FIELDS, JSON),
             examples=("keys add laptop", "keys add phone --expiry 90d --daily 200")),
     Command("show", "show one key and its quotas", (KEY, JSON), examples=("keys show laptop",)),
@@ -253,7 +254,7 @@ COMMANDS = (
         argument("words", nargs="*", metavar="N|LEVEL", help="the same as -n N and --level LEVEL"),
         argument("-n", "--lines", metavar="N", help="how many events, at most 1000"),
         argument("--level", metavar="LEVEL", choices=LOG_WORDS,
-                 help="the least level: " + ", ".join(LOG_WORDS)),
+                 help="the lowest level: " + ", ".join(LOG_WORDS)),
         argument("--since", metavar="PERIOD", type=period,
                  help="only events of the last 30m, 2h or 7d"),
         flag("--follow", "-f", help="print new events as they come, until Ctrl-C"),
@@ -274,7 +275,7 @@ COMMANDS = (
     ), ("sessions", "sessions clear")),
     Command("clear", "forget all sessions, or one: the same as `sessions clear`",
             (SESSION, YES, JSON), examples=("clear", "clear chat-1")),
-    Command("cache", "show how the cache of answers does", (JSON,), (
+    Command("cache", "show what the cache of answers holds, and how often it helped", (JSON,), (
         Command("clear", "forget all cached answers", (JSON,), examples=("cache clear",)),
     ), ("cache", "cache clear")),
     Command("keys", "list, create and change the keys of your devices", (ALL_KEYS, JSON),
@@ -951,6 +952,19 @@ def is_ocp_server(url: str) -> bool:
         return False
 
 
+def other_scheme(url: str) -> str:
+    """Return the address with the other one of http and https if an OCP server answers there,
+    empty if none does."""
+    scheme, _, place = url.partition("://")
+    other = f"{'http' if scheme == 'https' else 'https'}://{place}"
+    return other if is_ocp_server(other) else ""
+
+
+def scheme_of(url: str) -> str:
+    """Return http or https."""
+    return url.partition("://")[0]
+
+
 def not_ocp(url: str, status: int = 0) -> Problem:
     """Return what to say when another program answers at the server's address."""
     told = f" (it answered {status})" if status else ""
@@ -1033,18 +1047,32 @@ class Server(NamedTuple):
             return Problem(
                 Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
                 "of its authority in SSL_CERT_FILE.")
-        has_failed = problem.status == 429 or problem.status >= 500
+        # Only then: a server takes the greeting of the other scheme for a wrong request.
+        is_other = "SSL" in message or "uses https" in message
+        other = other_scheme(url) if is_other else ""
+        if other:
+            return Problem(
+                Exit.UNREACHABLE, f"The server there speaks {scheme_of(other)}, not "
+                f"{scheme_of(url)}.\nIf its settings have changed, `ocp restart` lets it use them; "
+                f"otherwise: --url {other}")
+        error = problem.body.get("error") if isinstance(problem.body, dict) else None
+        code = str((error.get("code") if isinstance(error, dict) else "") or "")
+        # A failure of claude's account may have the status of a refused key.
+        kind = "upstream" if code.startswith("upstream_") else problem.kind
+        has_failed = problem.status == 429 or problem.status >= 500 or kind == "upstream"
         hint = errors_hint(problem.request_id) if has_failed else ""
-        code, text = {
+        exit_code, text = {
             "unreachable": (
-                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
-                "`ocp start`, or find the cause with `ocp doctor`."),
+                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\n" + (
+                    "Start the server with `ocp start`, or find the cause with `ocp doctor`."
+                    if is_loopback(url) else
+                    "Compare the address with what `ocp lan` prints on the server's machine.")),
             "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
                 f"{message}.{hint}"),
-        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
-        return Problem(code, text, problem.body)
+        }.get(kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
+        return Problem(exit_code, text, problem.body)
 
     def _key_advice(self) -> str:
         if self.key:
@@ -1610,7 +1638,8 @@ def show_status(answer: Json, style: Style) -> str:
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
     counts = {**requests, "activeRequests": requests.get("active")}
     lines = [
-        f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), style)}, "
+        f"OCP {clean(proxy.get('version', '?'))}{' (demo)' if proxy.get('demo') else ''}: "
+        f"{_state_word(proxy.get('status'), style)}, "
         f"up {clean(proxy.get('uptime', '?'))}, {login_words(proxy.get('auth'))}",
         *([f"To do: {clean(proxy['fix'])}"] if proxy.get("fix") else []),
         _counts_line(f"Requests: {short_number(requests.get('total'))}", counts),
@@ -1809,9 +1838,11 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a sentence that names the most similar known word, empty if there is none."""
+    """Return a sentence that names the word that was begun, else the most similar one; empty if
+    there is none."""
     lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
+    begun = [each for each in lowered if len(word) > 1 and each.startswith(word.lower())]
+    near = begun or difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
     return f" Did you mean {lowered[near[0]]}?" if near else ""
 
 
@@ -1945,12 +1976,29 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
         env.sleep(_FOLLOW_EVERY_S)
 
 
+def log_path(env: Env) -> str:
+    """Return the log of this machine's own server."""
+    folder = env.ocp_home
+    with contextlib.suppress(Problem):
+        record = installation(env)
+        folder = (record.data_dir if record else "") or folder
+    return os.path.join(folder, "logs", "ocp.log")
+
+
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     """Show the newest events of the server's log."""
     count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
-    answer = find_server(env).ask("GET", _logs_path(args, count, level))
+    server = find_server(env)
+    try:
+        answer = server.ask("GET", _logs_path(args, count, level))
+    except Problem as problem:
+        path = log_path(env)
+        if problem.code != Exit.UNREACHABLE or not is_loopback(server.url) or (
+                not os.path.exists(path)):
+            raise
+        raise Problem(problem.code, f"{problem}\nWhat it wrote before is in {path}") from None
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
@@ -2231,8 +2279,10 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
     if note:
         yield f"ATTENTION: {clean(note)}"
     if url:
-        line = connect_line(url, pin_of(url))
-        yield f"On its device run\n  {line}\nwhich asks for it; or, for one tool:"
+        pin = pin_of(url)
+        tool = "a tool that trusts the certificate" if pin else "one tool"
+        yield (f"On its device run\n  {connect_line(url, pin)}\nwhich asks for it; or, for "
+               f"{tool}:")
     else:
         yield "For one tool on this machine:"
     yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
@@ -2511,6 +2561,10 @@ def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+#: The installer's options for a server that other devices may use, each with a key of its own.
+_FOR_OTHERS = ("--bind", "0.0.0.0", "--auth-mode", "multi")
+
+
 def show_lan(answer: Json, style: Style) -> str:
     """Return where other devices find the server, and whether they reach it."""
     rows = [
@@ -2519,11 +2573,12 @@ def show_lan(answer: Json, style: Style) -> str:
         ("reachable", "yes" if answer["reachable"] else "no"),
     ]
     if not answer["reachable"]:
-        rows += [("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"),
+        rows += [("to change that", answer["install"]),
                  ("without a service", "set CLAUDE_BIND=0.0.0.0 and CLAUDE_AUTH_MODE=multi in "
-                  "~/.ocp/ocp.env, and start it again")]
+                  "~/.ocp/ocp.env, and start the server again")]
     elif answer.get("authMode") == "none":
-        rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
+        rows += [("attention", "whoever can connect may use your plan"),
+                 ("to change that", answer["install"])]
     else:
         rows.append(("on a device", connect_line(answer["url"], answer.get("fingerprint") or "")))
     for fault in answer.get("certificateFaults") or []:
@@ -2576,6 +2631,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "authMode": health.get("authMode"), "reachable": is_reachable,
         "fingerprint": pin_of(url),
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
+        "install": shlex.join(["python3", env.beside("setup.py_install.py"), *_FOR_OTHERS]),
     }
     print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
     is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
@@ -3242,14 +3298,15 @@ def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
     """Return what is left to do until devices use https; `start` lets the server use it."""
     line = connect_line(found["url"], found["fingerprint"])
     steps = [] if found["served"] else list(start)
-    return [*steps, "on each device, and on this machine for its own tools:", line]
+    return [*steps, f"on each device, and on this machine for its own tools:\n    {line}"]
 
 
 def _start_by_hand(env: Env, files: TlsFiles) -> list[str]:
     """Return the commands that make a server use the certificate that no installer knows."""
     values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
-    return [shlex.join(["env", *values, "python3", "ocp_server.py"]),
-            f"export OCP_URL={_secure_url(env)}"]
+    start = shlex.join(["env", *values, "python3", env.beside("ocp_server.py")])
+    return [f"end the server, and start it with its certificate:\n    {start}",
+            f"tell `ocp` the new address:\n    export OCP_URL={_secure_url(env)}"]
 
 
 def show_tls(found: Json, style: Style) -> str:
@@ -3264,7 +3321,7 @@ def show_tls(found: Json, style: Style) -> str:
         ("copy of them", found.get("settingsCopy") or None),
         *(("attention", f"{fault}: run `ocp tls`") for fault in found["faults"]),
     ])
-    steps = [f"  {line}" for line in found.get("next") or []]
+    steps = [f"  {number}. {step}" for number, step in enumerate(found.get("next") or [], 1)]
     return "\n".join([text, *(["What to do next:", *steps] if steps else [])])
 
 
@@ -3378,6 +3435,10 @@ class Check(NamedTuple):
     mend: Union[Callable[[Facts], None], None] = None
 
 
+#: How the sentence about another program at the server's address ends.
+_NOT_OCP = "is not an OCP server"
+
+
 class Facts:
     """What the checks look at, each looked up once and only when it is needed."""
 
@@ -3421,16 +3482,29 @@ class Facts:
         except HttpProblem as problem:
             if problem.kind == "unreachable":
                 return {}, None, f"nobody answers at {self.url}: {problem}"
-            return {}, None, f"{self.url} answered {problem.status}"
+            is_ocp_error = isinstance(problem.body, dict) and "error" in problem.body
+            return {}, None, f"{self.url} answered {problem.status}: {clean(problem)}" if (
+                is_ocp_error) else f"what answers at {self.url} {_NOT_OCP}"
         except (OSError, http.client.HTTPException, ValueError):
             value, date = None, ""
         if not isinstance(value, dict) or "version" not in value:
-            return {}, None, f"what answers at {self.url} is not an OCP server"
+            return {}, None, f"what answers at {self.url} {_NOT_OCP}"
         try:
             clock_s: float | None = email.utils.parsedate_to_datetime(date).timestamp()
         except (TypeError, ValueError):
             clock_s = None
         return value, clock_s, ""
+
+    @property
+    def is_not_ocp(self) -> bool:
+        """Return whether another program answers."""
+        return self.answer[2].endswith(_NOT_OCP)
+
+    @functools.cached_property
+    def other_url(self) -> str:
+        """Return the address with the other one of http and https if the server answers only
+        there, else empty."""
+        return other_scheme(self.url) if self.answer[2] else ""
 
     @property
     def health(self) -> Json:
@@ -3592,6 +3666,10 @@ def _check_database(facts: Facts) -> Finding:
         return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
     path = os.path.join(facts.data_dir, "ocp.db")
     if not os.path.exists(path):
+        # A demo keeps its data in memory.
+        if state == "disk" and not facts.health.get("demo") and not facts.is_elsewhere:
+            return Finding("WARN", f"the server has a database, but {path} is not there: it was "
+                                   "removed, or the server runs with another OCP_HOME")
         return Finding("INFO", "there is no database yet")
     try:
         with contextlib.closing(open_database(path, "ro")) as connection:
@@ -3627,7 +3705,9 @@ def _check_modes(facts: Facts) -> Finding:
     if loose:
         return Finding("FAIL", "others may read " + ", ".join(loose))
     count = len(list(_private_paths(facts)))
-    return Finding("PASS" if count else "INFO", f"{count} private files and folders looked at")
+    if not count:
+        return Finding("INFO", "there are none yet")
+    return Finding("PASS", f"nobody else may read them: {counted(count, 'path')} looked at")
 
 
 def _check_port(facts: Facts) -> Finding:
@@ -3642,6 +3722,42 @@ def _check_port(facts: Facts) -> Finding:
         return Finding("PASS", f"port {port} belongs to process {owner.pid}")
     # A program that forwards the port, as for a container, is another one and all right.
     return Finding("INFO" if facts.health else "FAIL", f"port {port} belongs to {owner.words}")
+
+
+def _start_line(facts: Facts) -> str:
+    """Return the line that starts the server, by its service or by hand."""
+    if facts.service is None:
+        return command_by_hand(facts.env)
+    return " && ".join(service_lines(facts.env, facts.service, "restart"))
+
+
+def _check_settings(facts: Facts) -> Finding:
+    facts.require_local()
+    env, record = facts.env, facts.readable_record
+    if record and not os.access(record.env_file, os.R_OK) and os.path.exists(record.env_file):
+        raise Unknown(f"{record.env_file} is readable by root only")
+    python = (record.python if record else "") or sys.executable
+    done = env.run([python, "-B", facts.server_path, "--print-settings"], timeout_s=30,
+                   environ=service_environ(env, record))
+    lines = [line.partition(": ")[2] for line in done.error.splitlines()
+             if line.startswith("ocp: ") and "Settings were read from" not in line]
+    if done.code != 0 and not lines:
+        raise Unknown(done.complaint)
+    if done.code != 0:
+        return Finding("FAIL", "the server does not start with them: " + " ".join(lines))
+    idle = [line.partition(": ")[2] for line in done.output.splitlines()
+            if line.startswith("ATTENTION: ")]
+    if idle:
+        return Finding("WARN", " ".join(idle))
+    return Finding("PASS", "the server accepts them")
+
+
+def _fix_settings(facts: Facts) -> Fix:
+    record = facts.readable_record
+    path = (record.env_file if record else "") or os.path.join(facts.env.ocp_home, "ocp.env")
+    where = path if os.path.exists(path) else "the environment of the server"
+    again = f"correct them in {where}, and start the server again: {_start_line(facts)}"
+    return Fix("fix_settings", (again,))
 
 
 def _check_unit(facts: Facts) -> Finding:
@@ -3692,6 +3808,10 @@ def _check_stop_timeout(facts: Facts) -> Finding:
 
 def _check_service(facts: Facts) -> Finding:
     health, _, wrong = facts.answer
+    if facts.other_url:
+        return Finding(
+            "FAIL", f"the server speaks {scheme_of(facts.other_url)}, but its settings say "
+            f"{scheme_of(facts.url)}: it was not restarted since they changed")
     if wrong:
         return Finding("FAIL", wrong)
     if health.get("status") == "draining":
@@ -3828,7 +3948,11 @@ def _fix_install(facts: Facts) -> Fix:
 def _fix_database(facts: Facts) -> Fix:
     restore = (f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
                "or move the damaged one away")
-    return Fix("fix_database", (str(facts.health.get("storageFix") or restore),))
+    if not os.path.exists(os.path.join(facts.data_dir, "ocp.db")):
+        restore = ("put it back, or go on without its keys and its usage: a start makes a new one")
+    path = os.path.join(facts.data_dir, "ocp.db")
+    advice = str(facts.health.get("storageFix") or restore).replace("ocp.db", path)
+    return Fix("fix_database", (advice, f"start the server again: {_start_line(facts)}"))
 
 
 def _fix_extra_usage(facts: Facts) -> Fix:
@@ -3839,8 +3963,11 @@ def _fix_extra_usage(facts: Facts) -> Fix:
 
 
 def _fix_failures(facts: Facts) -> Fix:
-    actions = (f"{kind.get('kind')}: {kind.get('action')}" for kind in facts.failures)
-    return Fix("recent_failures", tuple(clean(action) for action in actions))
+    # Of some failures the action is this very command, whose other rows say more.
+    actions = ((kind.get("kind"), str(kind.get("action"))) for kind in facts.failures)
+    return Fix("recent_failures", tuple(clean(
+        f"{kind}: " + ("nothing, if no row above says so" if "`ocp doctor`" in action else action))
+        for kind, action in actions))
 
 
 def _fix_login(facts: Facts) -> Fix:
@@ -3849,13 +3976,28 @@ def _fix_login(facts: Facts) -> Fix:
     return Fix("fix_oauth", ("run `claude auth login` as the user of the server",))
 
 
+def _fix_port(facts: Facts) -> Fix:
+    install = shlex.join(["python3", facts.env.beside("setup.py_install.py"), "--port"])
+    return Fix("fix_port", (
+        f"end that program, and start OCP: {_start_line(facts)}",
+        f"or choose another port for OCP: {install} {port_of(facts.url) + 1}"))
+
+
 def _fix_service(facts: Facts) -> Fix:
+    if facts.is_not_ocp:
+        return _fix_port(facts)
     if facts.is_elsewhere:
         return Fix("fix_elsewhere", (
             f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
     record = facts.service
+    if facts.other_url:
+        return _fix_version(facts)
     if record:
         return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
+    installed = facts.readable_record
+    if installed and not installed.label:
+        # Installed where there is no service manager: to install it again would start nothing.
+        return Fix("start_server", (f"start it: {command_by_hand(facts.env)}",))
     by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
     return Fix("fix_install", (by_hand,), _fix_install(facts).commands)
 
@@ -3950,7 +4092,10 @@ CHECKS = (
           _check_modes, _fix_modes, _mend_modes),
     Check("port_owner", "Port",
           "Which process owns the server's port", _check_port,
-          Fix("fix_port", ("end the other program, or install again with another --port",))),
+          _fix_port),
+    Check("settings", "Settings",
+          "Whether the server accepts its settings, and which have no effect",
+          _check_settings, _fix_settings),
     Check("service_unit", "Service",
           "Whether the service is there and starts by itself",
           _check_unit, _fix_unit, _mend_unit),
@@ -4011,9 +4156,13 @@ def fix_of(check: Check, facts: Facts) -> Fix:
     return Fix(check.fix.kind, human, commands)
 
 
+#: Fixes of checks that can be mended which are more than that, or a person's.
+_BY_HAND = ("fix_install", "fix_elsewhere", "fix_port", "start_server", "restart")
+
+
 def is_safe(check: Check, fix: Fix) -> bool:
     """Return whether `ocp doctor --fix` carries this fix out."""
-    is_more = fix.kind in ("fix_install", "fix_elsewhere") or any(
+    is_more = fix.kind in _BY_HAND or any(
         each.startswith("sudo ") for each in fix.commands)
     return check.mend is not None and not is_more
 
@@ -4272,7 +4421,7 @@ def _log_entries(facts: Facts) -> list[Json]:
         answer = find_server(facts.env).ask("GET", f"/logs?n={_REPORT_LOG_LINES}&level=all")
         return list(answer.value.get("entries") or [])
     entries = []
-    path = os.path.join(facts.data_dir, "logs", "ocp.log")
+    path = log_path(facts.env)
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file.readlines()[-_REPORT_LOG_LINES:]:
             with contextlib.suppress(ValueError):
@@ -5157,9 +5306,16 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     return row, ()
 
 
+#: What others call the actions of `ocp settings`, which has none -> the options for it.
+_NO_ACTIONS = {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)}
+
+
 def _refuse_unknown(words: Sequence[str]) -> None:
     """Raise Problem for a command, or an action of one, that does not exist."""
     row, behind = find_command(words)
+    if row.name == "settings" and behind[:1] and behind[0] in _NO_ACTIONS:
+        line = " ".join(["ocp settings", *_NO_ACTIONS[behind[0]], *map(clean, behind[1:])])
+        raise Problem(Exit.USAGE, f"There is no action {behind[0]!r} here. Write: {line}")
     if not row.actions or not behind or behind[0].startswith("-"):
         return
     hint = did_you_mean(behind[0], [each.name for each in row.actions])

@@ -203,7 +203,7 @@ def test_the_command_for_tools_works_as_pasted(tmp_path: Path, free_home: Path) 
         done = subprocess.run(
             ["bash", "-c", f"{pasted} --only codex --yes"], capture_output=True, text=True,
             timeout=300, check=True, env=clean_env(HOME=str(free_home)))
-    assert "answers: This is the demo" in done.stdout and "--undo" in done.stdout
+    assert "answers: This is the demo" in done.stdout and "| python3 - undo" in done.stdout
     assert server.url in (free_home / ".codex/config.toml").read_text()
 
 
