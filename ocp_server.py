@@ -19965,8 +19965,8 @@ def _demo_plan(now_s: float) -> PlanReport:
 
 
 def fill_demo(app: App) -> None:
-    """Fill the empty database of a demo with keys and usage, and report a plan, so that the
-    dashboard and the reports have something to show."""
+    """Fill the empty database of a demo with keys and usage, and report a login and a plan, so that
+    the dashboard and the reports have something to show."""
     now_s, chance = time.time(), random.Random(1)
     rows: list[UsageRow] = []
     for device in _DEMO_DEVICES:
@@ -19982,6 +19982,7 @@ def fill_demo(app: App) -> None:
         connection.executemany(
             f"INSERT INTO usage ({', '.join(UsageRow._fields)}) VALUES ({marks})", rows
         )
+    app.account.set_login(True)
     app.account.update_plan(_demo_plan(now_s))
 
 
