@@ -108,7 +108,6 @@ class Command(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """Return what it does as a sentence of its own."""
         return self.help[:1].upper() + self.help[1:]
 
 
@@ -135,7 +134,6 @@ def span_ms(text: str) -> int:
 
 
 def period(text: str) -> float:
-    """Return the period that the user wrote, in seconds."""
     try:
         return span_ms(text) / 1000
     except ValueError as error:
@@ -143,14 +141,12 @@ def period(text: str) -> float:
 
 
 def day_count(text: str) -> int:
-    """Return the number of days that the user wrote."""
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 400:
         raise argparse.ArgumentTypeError("takes a number from 1 to 400")
     return int(text)
 
 
 def whole_number(text: str) -> int:
-    """Return the number that the user wrote."""
     if not re.fullmatch(r"[0-9]{1,6}", text):
         raise argparse.ArgumentTypeError("takes a whole number")
     return int(text)
@@ -722,15 +718,12 @@ class Env:
 
     @property
     def ocp_home(self) -> str:
-        """Return the folder of OCP's state."""
         return ocp_home(self.environ, self.home)
 
     def beside(self, name: str) -> str:
-        """Return the path of a file beside this script."""
         return os.path.join(self.tree, name)
 
     def say(self, text: str) -> None:
-        """Print a result."""
         print(text, file=self.stdout, flush=True)
 
     def note(self, text: str) -> None:
@@ -761,7 +754,6 @@ def progress(env: Env, text: str) -> Iterator[None]:
 
 
 def utc_time(at_s: float) -> datetime.datetime:
-    """Return epoch seconds as a time in UTC."""
     return datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc)
 
 
@@ -787,34 +779,31 @@ class Step(NamedTuple):
 
     @property
     def line(self) -> str:
-        """Return the command as a line for a shell."""
         return shlex.join(self.command)
 
 
 class Record(NamedTuple):
     """The installation as install.json has it; empty fields where it says nothing."""
 
-    platform: str
-    label: str
-    unit_path: str
-    python: str
-    server_path: str
-    data_dir: str
-    env_file: str
-    bind: str
-    url: str
-    port: int
+    platform: str = ""
+    label: str = ""
+    unit_path: str = ""
+    python: str = ""
+    server_path: str = ""
+    data_dir: str = ""
+    env_file: str = ""
+    bind: str = ""
+    url: str = ""
+    port: int = DEFAULT_PORT
     #: What starts, stops, restarts and enables the service, and tells whether it is enabled.
-    commands: Mapping[str, list[Step]]
+    commands: Mapping[str, list[Step]] = {}
 
     @property
     def needs_root(self) -> bool:
-        """Return whether only root may control the service."""
         return self.platform == "systemd-system"
 
 
 def record_path(env: Env) -> str:
-    """Return the path of the installer's record."""
     return os.path.join(env.ocp_home, "install.json")
 
 
@@ -825,6 +814,17 @@ def installation(env: Env) -> Record | None:
         return None if found is None else record_of(found)
     except (OSError, ValueError) as error:
         raise Problem(Exit.FAILED, f"{error}\nOr name the server in OCP_URL.") from None
+
+
+def local_server(env: Env) -> Record:
+    """Return the installation, with what it does not say filled in: all of it, if there is none
+    or its record is broken."""
+    found = Record()
+    with contextlib.suppress(Problem):
+        found = installation(env) or found
+    return found._replace(
+        python=found.python or sys.executable, data_dir=found.data_dir or env.ocp_home,
+        server_path=found.server_path or env.beside("ocp_server.py"))
 
 
 def record_of(found: dict[str, Json]) -> Record:
@@ -881,7 +881,6 @@ def is_loopback(url: str) -> bool:
 
 
 def port_of(url: str) -> int:
-    """Return the TCP port of an address."""
     parts = urllib.parse.urlsplit(url)
     return parts.port or (443 if parts.scheme == "https" else 80)
 
@@ -895,7 +894,6 @@ def tls_for(url: str) -> ssl.SSLContext | None:
 
 
 def server_url(env: Env) -> str:
-    """Return the address of the server that commands talk to. Raises Problem."""
     named = env.environ.get("OCP_URL", "")
     if named.strip():
         return parse_url(named, "OCP_URL")
@@ -909,14 +907,8 @@ def server_url(env: Env) -> str:
 
 
 def admin_key_path(env: Env) -> str:
-    """Return where the server of this machine keeps its admin key.
-
-    A service of the machine has a data folder of its own.
-    """
-    with contextlib.suppress(Problem):
-        record = installation(env)
-        return os.path.join((record.data_dir if record else "") or env.ocp_home, "admin-key")
-    return os.path.join(env.ocp_home, "admin-key")
+    """Return where the server of this machine keeps its admin key."""
+    return os.path.join(local_server(env).data_dir, "admin-key")
 
 
 def admin_key(env: Env, url: str) -> str:
@@ -961,8 +953,7 @@ def not_ocp(url: str, status: int = 0) -> Problem:
 
 def errors_hint(request_id: str) -> str:
     """Return a further line of an error message: the command that tells more about it."""
-    command = f"ocp errors {clean(request_id)}".rstrip()
-    return f"\nMore: `{command}`"
+    return f"\nMore: `{f'ocp errors {clean(request_id)}'.rstrip()}`"
 
 
 class Answer(NamedTuple):
@@ -1056,22 +1047,29 @@ class Server(NamedTuple):
 
 
 def find_server(env: Env) -> Server:
-    """Return the server that commands talk to, with its key. Raises Problem."""
     url = server_url(env)
     return Server(env, url, admin_key(env, url))
+
+
+def health_and_date(url: str) -> tuple[Json, str]:
+    """Return the answer of /health, and its Date. Raises HttpProblem, also for another program."""
+    with http_open("GET", url + "/health", timeout_s=3.0, tls=tls_for(url)) as response, reading():
+        text, date = response.read(), response.headers.get("Date", "")
+    with contextlib.suppress(ValueError):
+        health = json.loads(text)
+        if isinstance(health, dict) and "version" in health and "status" in health:
+            return health, date
+    raise HttpProblem("refused", f"what answers at {url} is not an OCP server")
 
 
 def health_of(url: str) -> Json | None:
     """Return the answer of /health, None if nobody answers. Raises Problem for another program."""
     try:
-        health = http_json("GET", url + "/health", timeout_s=3.0, tls=tls_for(url))
+        return health_and_date(url)[0]
     except HttpProblem as problem:
         if problem.kind == "unreachable":
             return None
-        health = None
-    if not isinstance(health, dict) or "version" not in health or "status" not in health:
-        raise not_ocp(url)
-    return health
+        raise not_ocp(url) from None
 
 
 def lan_url(env: Env, url: str) -> str:
@@ -1212,12 +1210,10 @@ class Style(NamedTuple):
     width: int = 0
 
     def paint(self, color: str, text: str) -> str:
-        """Return the text in a colour, where there is colour."""
         return f"\x1b[{_COLOURS[color]}m{text}\x1b[0m" if self.color and text else text
 
 
 def style_of(env: Env) -> Style:
-    """Return the style for where the output goes."""
     terminal = env.stdout.isatty()
     plain = bool(env.environ.get("NO_COLOR")) or env.environ.get("TERM") == "dumb"
     width = shutil.get_terminal_size().columns if terminal else 0
@@ -1225,37 +1221,24 @@ def style_of(env: Env) -> Style:
 
 
 #: What turns the server's JSON into text.
-Show = Callable[[Any, Style], str]
+Show = Callable[[Any, Style], Any]
 
 
 class Column(NamedTuple):
-    """One column of a table: its head, its text for a row, and its side, < or >."""
+    """One column of a table: its head, the field that it shows or what finds it in a row, how that
+    is written, and its side, < or >."""
 
     head: str
-    text: Callable[[Json, Style], object]
+    field: Union[str, Callable[[Any], object]]
+    write: Show = lambda value, style: value or "-"
     side: str = "<"
     #: Whether it is cut at the end of the terminal's line. Only for the last column.
     is_prose: bool = False
 
-
-def text_column(head: str, name: str) -> Column:
-    """Return a column that shows a field of the row as it is."""
-    return Column(head, lambda row, style: row.get(name) or "-")
-
-
-def number_column(head: str, name: str) -> Column:
-    """Return a column that shows a field of the row as a short number."""
-    return Column(head, lambda row, style: short_number(row.get(name)), ">")
-
-
-def duration_column(head: str, name: str) -> Column:
-    """Return a column that shows milliseconds."""
-    return Column(head, lambda row, style: duration(row.get(name)), ">")
-
-
-def age_column(head: str, name: str, side: str = "<") -> Column:
-    """Return a column that shows how long ago a time was."""
-    return Column(head, lambda row, style: age(row.get(name), style), side)
+    def text(self, row: Json, style: Style) -> str:
+        """Return its text for a row."""
+        found = row.get(self.field) if isinstance(self.field, str) else self.field(row)
+        return clean(self.write(found, style))
 
 
 def table(
@@ -1263,7 +1246,7 @@ def table(
 ) -> str:
     """Return rows as aligned lines below their heads. `total`: the first cells of a last line."""
     cells = [[column.head for column in columns]]
-    cells += [[clean(column.text(row, style)) for column in columns] for row in rows]
+    cells += [[column.text(row, style) for column in columns] for row in rows]
     if total:
         cells.append([*total, *[""] * (len(columns) - len(total))])
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
@@ -1294,7 +1277,6 @@ def bar(share: float, style: Style, width: int = 20) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a JSON value is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -1308,13 +1290,25 @@ def short_number(value: Json) -> str:
     return f"{value:g}"
 
 
+def number(
+    head: str, field: Union[str, Callable[[Any], object]],
+    write: Callable[[Any], object] = short_number,
+) -> Column:
+    """Return a column of numbers."""
+    return Column(head, field, lambda value, style: write(value), ">")
+
+
+def as_it_is(value: object, style: Style) -> object:
+    """Return a value unchanged: a field that is empty is shown as nothing."""
+    return value
+
+
 def counted(count: Json, noun: str) -> str:
     """Return a count with its noun, in the plural where it needs one: "1 error", "2 errors"."""
     return f"{short_number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def file_size(size_bytes: float) -> str:
-    """Return a size for people."""
     return f"{short_number(size_bytes)}B" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
 
 
@@ -1394,8 +1388,13 @@ def answer_text(env: Env, args: argparse.Namespace, answer: Answer, show: Show) 
 
 
 def print_answer(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> Exit:
-    """Print an answer."""
     env.say(answer_text(env, args, answer, show))
+    return Exit.OK
+
+
+def print_value(env: Env, args: argparse.Namespace, value: Json, show: Show) -> Exit:
+    """Print what this program found out itself."""
+    env.say(json.dumps(value) if args.json else show(value, style_of(env)))
     return Exit.OK
 
 
@@ -1455,7 +1454,6 @@ def _plan_age(plan: Json, style: Style) -> str:
 
 
 def show_plan(plan: Json, style: Style) -> str:
-    """Return the limits of the plan."""
     plan = plan if isinstance(plan, dict) else {}
     weekly = plan.get("weeklyLimits") or {}
     extra = plan.get("extraUsage") or {}
@@ -1478,26 +1476,18 @@ def _counts_line(title: str, row: Json) -> str:
     return " | ".join([title, *parts])
 
 
-def _prompt_tokens(row: Json) -> str:
-    names = ("input_tokens", "cache_read_tokens", "cache_write_tokens")
-    return short_number(sum(row.get(name) or 0 for name in names))
-
-
-def _cached_share(row: Json) -> str:
-    share = row.get("cache_read_share")
-    return "-" if share is None else f"{share:.0%}"
-
-
 TOKEN_COLUMNS = (
-    Column("Tokens in", lambda row, style: _prompt_tokens(row), ">"),
-    Column("Cached", lambda row, style: _cached_share(row), ">"),
-    number_column("Tokens out", "output_tokens"),
+    number("Tokens in", lambda row: sum(row.get(f"{name}_tokens") or 0 for name in (
+        "input", "cache_read", "cache_write"))),
+    Column("Cached", "cache_read_share",
+           lambda share, style: "-" if share is None else f"{share:.0%}", ">"),
+    number("Tokens out", "output_tokens"),
 )
 #: Within 80 columns.
+COUNT_COLUMNS = (number("Requests", "requests"), number("Err", "errors"))
 MODEL_COLUMNS = (
-    text_column("Model", "name"), number_column("Requests", "requests"),
-    number_column("Err", "errors"), TOKEN_COLUMNS[0], TOKEN_COLUMNS[2],
-    duration_column("Avg time", "avg_elapsed"),
+    Column("Model", "name"), *COUNT_COLUMNS, TOKEN_COLUMNS[0], TOKEN_COLUMNS[2],
+    number("Avg time", "avg_elapsed", duration),
 )
 
 
@@ -1517,81 +1507,59 @@ def show_usage(answer: Json, style: Style) -> str:
 
 
 USAGE_COLUMNS = (
-    number_column("Requests", "requests"), number_column("OK", "successes"),
-    number_column("Err", "errors"), *TOKEN_COLUMNS,
-    number_column("Searches", "web_search_requests"),
-    duration_column("Avg time", "avg_elapsed_ms"), age_column("Last", "last_request", ">"),
+    COUNT_COLUMNS[0], number("OK", "successes"), COUNT_COLUMNS[1], *TOKEN_COLUMNS,
+    number("Searches", "web_search_requests"),
+    number("Avg time", "avg_elapsed_ms", duration), Column("Last", "last_request", age, ">"),
 )
-DAY_COLUMNS = (
-    text_column("Day", "day"), number_column("Requests", "requests"),
-    number_column("Err", "errors"), *TOKEN_COLUMNS,
-)
-
-
-def _since(answer: Json, style: Style) -> str:
-    return f"Since {local_time(answer.get('since'), style)}"
+DAY_COLUMNS = (Column("Day", "day"), *COUNT_COLUMNS, *TOKEN_COLUMNS)
 
 
 def _show_usage_by(answer: Json, style: Style, part: str, title: str, field: str) -> str:
-    rows = answer.get(part) or []
-    columns = (text_column(title, field), *USAGE_COLUMNS)
-    return f"{_since(answer, style)}\n{table(columns, rows, style) if rows else '  nothing'}"
+    rows, columns = answer.get(part), (Column(title, field), *USAGE_COLUMNS)
+    return (f"Since {local_time(answer.get('since'), style)}\n"
+            + (table(columns, rows, style) if rows else "  nothing"))
 
 
-def show_usage_by_key(answer: Json, style: Style) -> str:
-    """Return what each key used in the period."""
-    return _show_usage_by(answer, style, "byKey", "Key", "key_name")
-
-
-def show_usage_by_model(answer: Json, style: Style) -> str:
-    """Return what was used of each model in the period."""
-    return _show_usage_by(answer, style, "byModel", "Model", "model")
+show_usage_by_key = functools.partial(
+    _show_usage_by, part="byKey", title="Key", field="key_name")
+show_usage_by_model = functools.partial(
+    _show_usage_by, part="byModel", title="Model", field="model")
 
 
 def show_usage_days(answer: Json, style: Style) -> str:
     """Return what each day, each model and each way to a process used in the period."""
     days = answer.get("daily") or []
     if not days:
-        return f"{_since(answer, style)}\n  nothing"
+        return f"Since {local_time(answer.get('since'), style)}\n  nothing"
     most = max(day.get("requests") or 0 for day in days) or 1
-    columns = [*DAY_COLUMNS]
-    if style.bars:
-        columns.append(Column("", lambda day, _: (
-            "#" * round(20 * (day.get("requests") or 0) / most))))
+    marks = Column("", lambda day: "#" * round(20 * (day.get("requests") or 0) / most),
+                   as_it_is)
     totals = {"day": "Total", **(answer.get("totals") or {})}
-    total = [str(column.text(totals, style)) for column in DAY_COLUMNS]
-    parts = [table(columns, days, style, total)]
+    total = [column.text(totals, style) for column in DAY_COLUMNS]
+    parts = [table([*DAY_COLUMNS, *[marks] * style.bars], days, style, total)]
     for title, name, part in (("Model", "model", "byModel"), ("Path", "path", "byPath")):
         if answer.get(part):
-            parts.append(table((text_column(title, name), *USAGE_COLUMNS), answer[part], style))
+            parts.append(table((Column(title, name), *USAGE_COLUMNS), answer[part], style))
     return "\n\n".join(parts)
 
 
-#: What `usage --by` takes: what shows it, and how far back it goes by default.
-USAGE_BY: dict[str, tuple[Show, float]] = {
-    "key": (show_usage_by_key, 86_400), "model": (show_usage_by_model, 86_400),
-    "day": (show_usage_days, 7 * 86_400),
-}
-
-
-def _usage_since(now_s: float, back_s: float, is_by_day: bool) -> float:
-    """Return the beginning of a period; of days it is a midnight, so that all of them are whole."""
-    if not is_by_day:
-        return now_s - back_s
-    days = max(1, round(back_s / 86_400))
-    today = datetime.date.fromtimestamp(now_s)
-    return time.mktime((today - datetime.timedelta(days=days - 1)).timetuple())
+#: What `usage --by` takes: what shows it, and how many days it goes back by default.
+USAGE_BY: dict[str, tuple[Show, int]] = {
+    "key": (show_usage_by_key, 1), "model": (show_usage_by_model, 1), "day": (show_usage_days, 7)}
 
 
 def cmd_usage(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the plan and the models, or what was used in a period."""
     by = args.by or ("key" if args.by_key else "day" if args.days or args.since else "")
     if not by:
         return read(env, args, "/usage", show_usage)
-    show, back_s = USAGE_BY[by]
-    back_s = args.since or 86_400 * (args.days or 0) or back_s
-    since = iso_time(_usage_since(env.clock(), back_s, by == "day"))
-    query = urllib.parse.urlencode({"since": since, "all": "true"})
+    show, days = USAGE_BY[by]
+    back_s = args.since or 86_400 * (args.days or days)
+    since_s = env.clock() - back_s
+    if by == "day":
+        # Whole days: the first one begins at a midnight.
+        first = datetime.timedelta(days=max(1, round(back_s / 86_400)) - 1)
+        since_s = time.mktime((datetime.date.fromtimestamp(env.clock()) - first).timetuple())
+    query = urllib.parse.urlencode({"since": iso_time(since_s), "all": "true"})
     return read(env, args, f"/api/usage?{query}", show)
 
 
@@ -1606,7 +1574,6 @@ def login_words(state: object) -> str:
 
 
 def show_status(answer: Json, style: Style) -> str:
-    """Return the server on one screen: its state, its requests, the plan, the last errors."""
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
     counts = {**requests, "activeRequests": requests.get("active")}
     lines = [
@@ -1634,7 +1601,6 @@ _WATCH_EVERY_S = 2.0
 
 
 def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the server on one screen, with --watch again and again until Ctrl-C."""
     clear_screen = "\x1b[H\x1b[2J" if env.stdout.isatty() else ""
     while args.watch:
         try:
@@ -1651,7 +1617,6 @@ def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_health(answer: Json, style: Style) -> str:
-    """Return what the server says about itself to everybody."""
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
     login = {True: "logged in", False: "not logged in", None: "not known yet"}
     load, extra_usage = answer.get("concurrency") or {}, answer.get("extraUsage")
@@ -1683,10 +1648,10 @@ def cmd_health(env: Env, args: argparse.Namespace) -> Exit:
 
 
 MODEL_LIST_COLUMNS = (
-    text_column("Model", "id"), number_column("Window", "context_window"),
-    number_column("Max output", "max_output_tokens"),
-    Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(row.get("reasoning"), "-")),
-    Column("Aliases", lambda row, _: ", ".join(map(str, row.get("aliases") or []))),
+    Column("Model", "id"), number("Window", "context_window"),
+    number("Max output", "max_output_tokens"),
+    Column("Reasoning", lambda row: {True: "yes", False: "no"}.get(row.get("reasoning"))),
+    Column("Aliases", lambda row: ", ".join(map(str, row.get("aliases") or [])), as_it_is),
 )
 
 
@@ -1694,9 +1659,9 @@ def show_models(answer: Json, style: Style) -> str:
     """Return the models, newest first, with the default one marked."""
     rows = [{**row, "id": f"{row.get('id')}{' *' if row.get('default') else ''}"}
             for row in answer.get("data") or []]
-    shown = table(MODEL_LIST_COLUMNS, rows, style)
-    is_marked = any(row.get("default") for row in answer.get("data") or [])
-    return shown + ("\n\n  * for requests that name no model" if is_marked else "")
+    is_marked = any(row.get("default") for row in rows)
+    return table(MODEL_LIST_COLUMNS, rows, style) + (
+        "\n\n  * for requests that name no model" if is_marked else "")
 
 
 cmd_models = reader("/v1/models", show_models)
@@ -1716,12 +1681,10 @@ def _setting_value(value: object, row: Json) -> str:
 
 
 def is_changed(row: Json) -> bool:
-    """Return whether somebody has set a setting."""
     return row.get("source") in ("stored", "environment")
 
 
 def _range(row: Json) -> str:
-    """Return the range of a setting."""
     ends = [row.get("min"), row.get("max")]
     if ends == [None, None]:
         return ""
@@ -1731,15 +1694,15 @@ def _range(row: Json) -> str:
 
 
 SETTING_COLUMNS = (
-    text_column("Setting", "name"),
-    Column("Value", lambda row, _: _setting_value(row.get("value"), row), ">"),
-    Column("From", lambda row, _: row.get("source") if is_changed(row) else ""),
-    Column("What it is", lambda row, _: row.get("desc") or "", is_prose=True),
+    Column("Setting", "name"),
+    Column("Value", lambda row: _setting_value(row.get("value"), row), side=">"),
+    Column("From", lambda row: row.get("source") if is_changed(row) else "",
+           as_it_is),
+    Column("What it is", lambda row: row.get("desc") or "", as_it_is, is_prose=True),
 )
 
 
 def show_settings(answer: Json, style: Style) -> str:
-    """Return every setting with its value and where the value comes from."""
     rows = [{**row, "name": name} for name, row in answer.items()]
     if not rows:
         return "every setting is at its default"
@@ -1748,7 +1711,6 @@ def show_settings(answer: Json, style: Style) -> str:
 
 
 def show_setting(name: str, row: Json, style: Style) -> str:
-    """Return everything about one setting."""
     return style.paint("bold", clean(name)) + "\n" + field_list([
         ("value", _setting_value(row.get("value"), row)), ("from", row.get("source")),
         ("default", _setting_value(row.get("default"), row)),
@@ -1831,7 +1793,6 @@ def _change_setting(server: Server, name: str, value: object) -> Answer:
 
 
 def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
-    """Show all settings or one, change one, or reset one to environment or default."""
     if args.reset and args.key:
         raise Problem(Exit.USAGE, "--reset takes the only name: ocp settings --reset SETTING")
     if args.changed and (args.key or args.reset):
@@ -1840,13 +1801,13 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
     answer = server.ask("GET", "/settings")
     if args.changed:
         kept = {name: row for name, row in answer.value.items() if is_changed(row)}
-        return print_answer(env, args, Answer(server.url, json.dumps(kept)), show_settings)
+        return print_value(env, args, kept, show_settings)
     if not args.key and not args.reset:
         return print_answer(env, args, answer, show_settings)
     name, row = _find_setting(env, answer.value, args.reset or args.key)
     if not args.reset and args.value is None:
-        env.say(json.dumps({name: row}) if args.json else show_setting(name, row, style_of(env)))
-        return Exit.OK
+        return print_value(env, args, {name: row}, lambda value, style: (
+            show_setting(name, row, style)))
     answer = _change_setting(
         server, name, None if args.reset else parse_value(name, row, args.value))
 
@@ -1860,7 +1821,6 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_log_entry(entry: Json, style: Style) -> str:
-    """Return one event: its time, its level, its name and its fields."""
     if "raw" in entry:
         return clean(entry["raw"])
     level = str(entry.get("level", ""))
@@ -1873,7 +1833,6 @@ def show_log_entry(entry: Json, style: Style) -> str:
 
 
 def show_logs(answer: Json, style: Style) -> str:
-    """Return the newest events, oldest first."""
     entries = answer.get("entries") or []
     return "\n".join(show_log_entry(entry, style) for entry in entries) or "no such events"
 
@@ -1914,12 +1873,10 @@ _FOLLOW_EVERY_S = 1.0
 
 
 def _events_since(entries: Iterable[Json], since_s: float) -> list[Json]:
-    """Return the events from a time on."""
     return [entry for entry in entries if (parse_time(entry.get("ts")) or since_s) >= since_s]
 
 
 def _logs_path(args: argparse.Namespace, count: int, level: str) -> str:
-    """Return the path of the events that the user wants to see."""
     wanted = {"n": count, "level": level, "key": args.key, "request": args.request}
     return "/logs?" + urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
 
@@ -1946,7 +1903,6 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
 
 
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the newest events of the server's log."""
     count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
@@ -1954,15 +1910,14 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
-        answer = Answer(answer.url, json.dumps({**value, "count": len(kept), "entries": kept}))
+        return print_value(env, args, {**value, "count": len(kept), "entries": kept}, show_logs)
     return print_answer(env, args, answer, show_logs)
 
 
 ERROR_COLUMNS = (
-    age_column("When", "lastAt"),
-    Column("Who", lambda row, style: row.get("key") or row.get("preview") or "-"),
-    text_column("From", "peer"), text_column("Kind", "kind"),
-    Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
+    Column("When", "lastAt", age), Column("Who", lambda row: row.get("key") or row.get("preview")),
+    Column("From", "peer"), Column("Kind", "kind"),
+    Column("Times", lambda row: row.get("count") or 1, side=">"), Column("Request", "id"),
 )
 
 
@@ -1974,7 +1929,6 @@ def _all_errors(answer: Json) -> list[Json]:
 
 
 def show_errors(answer: Json, style: Style) -> str:
-    """Return failed and refused requests, and for each kind the newest message and what to do."""
     rows = _all_errors(answer)
     if not rows:
         return "no failed requests"
@@ -1989,7 +1943,6 @@ def show_errors(answer: Json, style: Style) -> str:
 
 
 def show_error(row: Json, style: Style) -> str:
-    """Return one failed or refused request in full, with what to do."""
     count = row.get("count")
     return field_list((
         ("request", row.get("id")),
@@ -2007,7 +1960,6 @@ def show_error(row: Json, style: Style) -> str:
 
 
 def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
-    """Show failed and refused requests, or one of them in full."""
     request = args.about if re.fullmatch(r"req_\w+", args.about or "") else None
     wanted = {"limit": args.count, "since": args.since, "request": request,
               "key": None if request else args.about}
@@ -2025,13 +1977,12 @@ def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
 
 
 SESSION_COLUMNS = (
-    text_column("Session", "id"), text_column("Caller", "caller"), text_column("Model", "model"),
-    number_column("Messages", "messages"), age_column("Last used", "lastUsed"),
+    Column("Session", "id"), Column("Caller", "caller"), Column("Model", "model"),
+    number("Messages", "messages"), Column("Last used", "lastUsed", age),
 )
 
 
 def show_sessions(answer: Json, style: Style) -> str:
-    """Return the conversations that the server remembers, the one used last first."""
     sessions = answer.get("sessions") or []
     return table(SESSION_COLUMNS, sessions, style) if sessions else "no sessions"
 
@@ -2050,7 +2001,6 @@ def ask_first(env: Env, args: argparse.Namespace, question: str) -> None:
 
 
 def cmd_sessions_clear(env: Env, args: argparse.Namespace) -> Exit:
-    """Forget all sessions, or one."""
     server = find_server(env)
     if not args.session:
         ask_first(env, args, f"Forget all sessions of {server.url}?")
@@ -2064,7 +2014,6 @@ cmd_clear = cmd_sessions_clear
 
 
 def show_cache(answer: Json, style: Style) -> str:
-    """Return what the cache of answers holds, and how often it was of use."""
     ttl_ms, hits, misses = (answer.get(name) or 0 for name in ("ttl", "hits", "misses"))
     asked = hits + misses
     return field_list([
@@ -2082,7 +2031,6 @@ cmd_cache = reader("/cache/stats", show_cache)
 
 
 def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
-    """Forget all cached answers."""
     answer = find_server(env).ask("DELETE", "/cache")
     return print_answer(env, args, answer, lambda value, style: (
         f"cleared {counted(value.get('cleared'), 'answer')}"))
@@ -2110,17 +2058,14 @@ def _quota_words(key: Json) -> str:
 
 
 KEY_COLUMNS = (
-    Column("Id", lambda key, _: key.get("id"), ">"), text_column("Name", "name"),
-    text_column("Key", "keyPreview"), Column("State", lambda key, _: _key_state(key)),
-    age_column("Last used", "lastUsed"),
-    Column("Expires", lambda key, style: age(key["expiry"], style) if key.get("expiry")
-           else "never"),
-    Column("Quotas", lambda key, _: _quota_words(key)),
+    Column("Id", "id", side=">"), Column("Name", "name"), Column("Key", "keyPreview"),
+    Column("State", _key_state), Column("Last used", "lastUsed", age),
+    Column("Expires", "expiry", lambda time, style: age(time, style) if time else "never"),
+    Column("Quotas", _quota_words),
 )
 
 
 def show_all_keys(answer: Json, style: Style) -> str:
-    """Return all keys, newest first."""
     keys = answer.get("keys") or []
     return table(KEY_COLUMNS, keys, style) if keys else "no keys yet: ocp keys add NAME"
 
@@ -2135,7 +2080,6 @@ def show_keys(answer: Json, style: Style) -> str:
 
 
 def show_key(answer: Json, style: Style) -> str:
-    """Return everything about one key."""
     limit, old = answer.get("maxConcurrent") or 0, answer.get("oldSecret")
     return style.paint("bold", clean(answer.get("name"))) + "\n" + field_list([
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
@@ -2161,24 +2105,22 @@ def _quota_bar(row: Json, style: Style) -> str:
 
 
 QUOTA_COLUMNS = (
-    text_column("Quota", "option"),
-    Column("Used", lambda row, _: short_number(row.get("used") or 0), ">"),
-    Column("Limit", lambda row, _: "none" if row.get("limit") is None
-           else short_number(row["limit"]), ">"),
-    Column("Resets in", lambda row, _: row.get("resetsIn") or "-", ">"),
+    Column("Quota", "option"), number("Used", lambda row: row.get("used") or 0),
+    Column("Limit", "limit", lambda limit, _: "none" if limit is None else short_number(limit),
+           ">"),
+    Column("Resets in", "resetsIn", side=">"),
 )
 
 
 def show_key_and_quota(answer: Json, style: Style) -> str:
-    """Return everything about one key, with its quotas."""
     return f"{show_key(answer, style)}\n\n{show_quota(answer, style)}"
 
 
 def show_quota(answer: Json, style: Style) -> str:
-    """Return what a key may use and has used, for each period."""
     quota = answer.get("quota") or {}
     rows = [{**(quota.get(name) or {}), "option": option} for option, name in QUOTAS]
-    return table(QUOTA_COLUMNS + (Column("", _quota_bar),) * style.bars, rows, style)
+    bars = [Column("", lambda row: row, _quota_bar)] * style.bars
+    return table([*QUOTA_COLUMNS, *bars], rows, style)
 
 
 def _key_path(name: str) -> str:
@@ -2218,7 +2160,6 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
 
 
 def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
-    """List the keys."""
     return read(env, args, "/api/keys", show_all_keys if args.all else show_keys)
 
 
@@ -2261,7 +2202,6 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
 
 
 def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
-    """Create a key and print it."""
     body = {"name": args.name, **_key_fields(args)}
     quotas = _quota_fields(args)
     if quotas:
@@ -2270,14 +2210,12 @@ def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_grace(answer: Json, style: Style) -> str:
-    """Return what became of a key's old secret."""
     name = clean(answer.get("name"))
     return (f"The old secret of {name!r} stopped working." if answer.get("ended")
             else f"{name!r} has no old secret that works.")
 
 
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key a new secret; the old one stops working at once, or after --grace."""
     path, server = _key_path(args.key), find_server(env)
     if args.grace == "none":
         return print_answer(env, args, server.ask("DELETE", path + "/grace"), show_grace)
@@ -2295,12 +2233,10 @@ def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
-    """Show one key and its quotas."""
     return read(env, args, _key_path(args.key), show_key_and_quota)
 
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
-    """Change the quotas that were named, if any, and show all."""
     path, quotas = _key_path(args.key) + "/quota", _quota_fields(args)
     if quotas:
         find_server(env).ask("PATCH", path, quotas)
@@ -2313,12 +2249,10 @@ def _edit_key(env: Env, args: argparse.Namespace, changes: Mapping[str, object])
 
 
 def cmd_keys_rename(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key another name."""
     return _edit_key(env, args, {"name": args.name})
 
 
 def cmd_keys_edit(env: Env, args: argparse.Namespace) -> Exit:
-    """Change what a key may do."""
     changes = _key_fields(args)
     if not changes:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp keys edit --help`.")
@@ -2444,7 +2378,6 @@ def _answer_note(server: Server, end: StreamEnd) -> str:
 
 
 def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
-    """Ask one question and print the answer as it comes."""
     server, path = find_server(env), "/v1/chat/completions"
     system = [{"role": "system", "content": args.system}] if args.system else []
     body = {"messages": [*system, {"role": "user", "content": _question(env, args)}],
@@ -2475,7 +2408,6 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_dashboard(answer: Json, style: Style) -> str:
-    """Return where the dashboard is, and what it asks for."""
     return field_list([
         ("dashboard", answer["url"]), ("on a device", answer.get("deviceUrl")),
         ("key", answer["key"]),
@@ -2498,21 +2430,19 @@ def _dashboard_key(env: Env, url: str, mode: object) -> str:
 
 
 def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the address of the dashboard and how to get in, and open it if asked to."""
     server = find_server(env)
     health = server.health().value
     mode, device = health.get("authMode"), device_url(env, server.url)
     found = {"url": f"{server.url}/dashboard", "key": _dashboard_key(env, server.url, mode)}
     if device != server.url and mode != "none":
         found["deviceUrl"] = f"{device}/dashboard"
-    print_answer(env, args, Answer(server.url, json.dumps(found)), show_dashboard)
+    print_value(env, args, found, show_dashboard)
     if args.open and not env.browse(found["url"]):
         raise Problem(Exit.FAILED, "No browser was found here: open the address yourself.")
     return Exit.OK
 
 
 def show_lan(answer: Json, style: Style) -> str:
-    """Return where other devices find the server, and whether they reach it."""
     rows = [
         ("API", f"{answer['url']}/v1"), ("dashboard", f"{answer['url']}/dashboard"),
         ("access mode", answer.get("authMode")),
@@ -2577,7 +2507,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "fingerprint": pin_of(url),
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
     }
-    print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
+    print_value(env, args, found, show_lan)
     is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
     return Exit.OK if is_good else Exit.FAILED
 
@@ -2610,12 +2540,10 @@ def _run_attached(env: Env, command: Sequence[str]) -> Exit:
 
 
 def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
-    """Run ocp_connect.py, which sets up the tools of this machine for a server."""
     return _run_attached(env, connect_command(env, *args.rest))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
-    """Update the list of models that OpenClaw has for the server."""
     more = ["--dry-run"] * args.dry_run + ["--json"] * args.json
     return _run_attached(env, connect_command(env, "--sync", with_port(server_url(env)), *more))
 
@@ -2656,8 +2584,11 @@ def service_of(env: Env) -> Record | None:
     return record
 
 
-def service_environ(env: Env, record: Record | None) -> dict[str, str]:
+def service_environ(env: Env) -> dict[str, str]:
     """Return the environment of the server, as far as the installer and ocp.env tell it."""
+    record = None
+    with contextlib.suppress(Problem):
+        record = installation(env)
     if record is None:
         return dict(env.environ)
     ours = ("CLAUDE_", "OCP_", "PROXY_")
@@ -2675,9 +2606,9 @@ def service_environ(env: Env, record: Record | None) -> dict[str, str]:
 _END_S = 10.0
 
 
-def drain_of(env: Env, record: Record | None) -> float:
+def drain_of(env: Env) -> float:
     """Return how many seconds the server lets running answers finish when it is stopped."""
-    return drain_s(service_environ(env, record).get("OCP_DRAIN", ""))
+    return drain_s(service_environ(env).get("OCP_DRAIN", ""))
 
 
 def service_lines(env: Env, record: Record, verb: str) -> list[str]:
@@ -2694,7 +2625,7 @@ def run_service(env: Env, record: Record, verb: str) -> str:
     if record.needs_root and env.user_id != 0:
         line = service_lines(env, record, verb)[0]
         raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {line}")
-    timeout_s = 70 + drain_of(env, record)
+    timeout_s = 70 + drain_of(env)
     for step in record.commands.get(verb, []):
         for attempt in range(step.tries):
             # launchd refuses for a while after it has stopped a service.
@@ -2716,7 +2647,6 @@ class Owner(NamedTuple):
 
     @property
     def is_ocp(self) -> bool:
-        """Return whether it is an OCP server."""
         return bool(re.search(r"(^|[/\s])ocp_server\.py(\s|$)", self.command))
 
     @property
@@ -2741,7 +2671,6 @@ def _listening_sockets(port: int) -> set[str]:
 
 
 def _owner_in_proc(port: int) -> Owner | None:
-    """Find the owner of a port as Linux tells it."""
     sockets = _listening_sockets(port)
     if not sockets:
         return None
@@ -2794,16 +2723,10 @@ def _systemd_unit(pid: int) -> tuple[str, str] | None:
 def command_by_hand(env: Env) -> str:
     """Return the line that starts the server in a shell, as the installer prints it. The server
     itself reads the settings in its folder."""
-    record = None
-    with contextlib.suppress(Problem):
-        record = installation(env)
-    python = (record.python if record else "") or sys.executable
-    server = (record.server_path if record else "") or env.beside("ocp_server.py")
-    line = shlex.join([python, server])
-    folder = (record.data_dir if record else "") or env.ocp_home
-    if folder == os.path.join(env.home, ".ocp"):
-        return line
-    return f"OCP_HOME={shlex.quote(folder)} {line}"
+    here = local_server(env)
+    line = shlex.join([here.python, here.server_path])
+    is_usual = here.data_dir == os.path.join(env.home, ".ocp")
+    return line if is_usual else f"OCP_HOME={shlex.quote(here.data_dir)} {line}"
 
 
 def _manual_command(env: Env, verb: str, owner: Owner) -> str:
@@ -2904,6 +2827,14 @@ def _what_is_wrong(env: Env, url: str, version: str, since_s: float | None) -> t
     return "", False
 
 
+def restart_and_ask(env: Env, record: Record, version: str) -> str:
+    """Restart the service and wait for this version. Returns "", or what is wrong."""
+    since_s = env.clock()
+    complaint = run_service(env, record, "restart")
+    wrong = wait_for_server(env, record.url, version, since_s)
+    return f"{wrong} {complaint}".rstrip() if wrong else ""
+
+
 def _owner_sentence(env: Env, url: str) -> str:
     """Return one more sentence about the port, where it helps."""
     try:
@@ -2934,12 +2865,10 @@ def _start(env: Env, verb: str) -> Exit:
 
 
 def cmd_start(env: Env, args: argparse.Namespace) -> Exit:
-    """Start the service."""
     return _start(env, "start")
 
 
 def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
-    """Stop the service and wait until nobody answers."""
     record = service_of(env)
     _refuse_elsewhere(env, record, "stop")
     if record is None:
@@ -2970,7 +2899,6 @@ def _restart_gateway(env: Env) -> Exit:
 
 
 def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
-    """Restart the service, or OpenClaw's gateway."""
     return _restart_gateway(env) if args.what == "gateway" else _start(env, "restart")
 
 
@@ -3009,10 +2937,14 @@ class TlsFiles(NamedTuple):
 
 
 def tls_files(env: Env) -> TlsFiles:
-    """Return the paths of the certificate and the key, which may not be there. Raises Problem."""
-    record = installation(env)
-    folder = os.path.join((record.data_dir if record else "") or env.ocp_home, "tls")
+    """Return the paths of the certificate and the key, which may not be there."""
+    folder = os.path.join(local_server(env).data_dir, "tls")
     return TlsFiles(os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem"))
+
+
+def named_certificate(env: Env) -> str:
+    """Return what OCP_TLS_CERT is for the server, empty if it names nothing."""
+    return service_environ(env).get("OCP_TLS_CERT", "")
 
 
 def read_certificate(path: str) -> Certificate | None:
@@ -3065,7 +2997,6 @@ def machine_names(env: Env) -> list[str]:
 
 
 def is_server_name(text: str) -> bool:
-    """Return whether a certificate can be for this name or address, given in plain form."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(text)
         return True
@@ -3073,7 +3004,6 @@ def is_server_name(text: str) -> bool:
 
 
 def _named(texts: Iterable[str]) -> list[str]:
-    """Return the names that the user gave, in plain form. Raises Problem."""
     for text in texts:
         if not is_server_name(plain_host(text)):
             raise Problem(Exit.USAGE, f"--name: {clean(text)!r} is not a host name or address.")
@@ -3081,7 +3011,6 @@ def _named(texts: Iterable[str]) -> list[str]:
 
 
 def _openssl(env: Env, *words: str) -> None:
-    """Run the program openssl. Raises Problem."""
     done = env.command("openssl", *words, timeout_s=60)
     if done.code is None:
         raise Problem(
@@ -3211,22 +3140,12 @@ def _service_settings(env: Env) -> Record | None:
     return record if os.path.exists(record.env_file) else None
 
 
-def _refuse_other_certificate(env: Env, files: TlsFiles) -> None:
-    """Raise Problem if the server has a certificate of the user's own."""
-    named = service_environ(env, installation(env)).get("OCP_TLS_CERT", "")
-    if named and os.path.expanduser(named) != files.cert:
-        raise Problem(
-            Exit.FAILED, f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
-            "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY first.")
-
-
 def _secure_url(env: Env) -> str:
     """Return the server's address once it speaks https. Raises Problem."""
     return "https://" + with_port(server_url(env)).partition("://")[2]
 
 
 def _tls_report(env: Env, certificate: Certificate, files: TlsFiles, **more: Json) -> Json:
-    """Return what `ocp tls` prints as JSON."""
     here = _secure_url(env)
     url, served = lan_url(env, here) or here, served_certificate(here)
     return {
@@ -3246,14 +3165,12 @@ def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
 
 
 def _start_by_hand(env: Env, files: TlsFiles) -> list[str]:
-    """Return the commands that make a server use the certificate that no installer knows."""
     values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
     return [shlex.join(["env", *values, "python3", "ocp_server.py"]),
             f"export OCP_URL={_secure_url(env)}"]
 
 
 def show_tls(found: Json, style: Style) -> str:
-    """Return the certificate, and what to do next."""
     made = {True: "made anew", False: "in order, and kept"}.get(found.get("made"))
     text = field_list([
         ("certificate", found["certificate"] + (f" ({made})" if made else "")),
@@ -3268,13 +3185,9 @@ def show_tls(found: Json, style: Style) -> str:
     return "\n".join([text, *(["What to do next:", *steps] if steps else [])])
 
 
-def _print_tls(env: Env, args: argparse.Namespace, found: Json) -> Exit:
-    return print_answer(env, args, Answer("", json.dumps(found)), show_tls)
-
-
 def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Exit:
     """Show the certificate that the server has. FAILED if it has a fault."""
-    named = service_environ(env, installation(env)).get("OCP_TLS_CERT", "")
+    named = named_certificate(env)
     cert = os.path.expanduser(named) or files.cert
     certificate = read_certificate(cert)
     if certificate is None:
@@ -3282,7 +3195,7 @@ def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Ex
     found = _tls_report(env, certificate, files._replace(cert=cert))
     start = ["ocp restart"] if named else ["ocp tls"]
     steps = _next_steps(found, start) if certificate.is_self_signed else []
-    _print_tls(env, args, {**found, "next": steps})
+    print_value(env, args, {**found, "next": steps}, show_tls)
     return Exit.FAILED if any(map(is_fatal, found["faults"])) else Exit.OK
 
 
@@ -3300,15 +3213,18 @@ def _end_tls(env: Env) -> Exit:
 
 
 def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
-    """Make or renew the certificate, and name it in the settings of the service."""
     files = tls_files(env)
     try:
         if args.show:
             return _show_certificate(env, args, files)
         if args.off:
             return _end_tls(env)
-        _refuse_other_certificate(env, files)
         record = _service_settings(env)
+        named = named_certificate(env)
+        if named and os.path.expanduser(named) != files.cert:
+            raise Problem(
+                Exit.FAILED, f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
+                "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY first.")
         certificate, is_new = renew_certificate(env, files, args.name)
         copy = _write_settings(
             env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
@@ -3318,13 +3234,13 @@ def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
         env, certificate, files, made=is_new, settings=record.env_file if record else None,
         settingsCopy=copy or None)
     start = ["ocp restart"] if record else _start_by_hand(env, files)
-    return _print_tls(env, args, {**found, "next": _next_steps(found, start)})
+    return print_value(env, args, {**found, "next": _next_steps(found, start)}, show_tls)
 
 
 # ==== 11. Doctor =============================================================
-# A table of checks. Each probe looks at one thing and returns PASS, WARN, FAIL or INFO. A probe
-# that cannot look raises Unknown, which is INFO and never a failure. The first failed check gives
-# the next action, so the order of the table is the order of repairs.
+# A table of checks. Each probe looks at one thing and returns PASS, WARN, FAIL or INFO, and with
+# WARN and FAIL what to do. A probe that cannot look raises Unknown, which is INFO and never a
+# failure. The first failed check gives the next action: the table is in the order of repairs.
 
 OLDEST_CLAUDE = "2.1.197"
 #: From this version on claude-code needs Node 22. Under an older Node, npm silently installs the
@@ -3343,24 +3259,27 @@ class Unknown(Exception):
     """Why a check could not be made."""
 
 
+class Fix(NamedTuple):
+    """What to do about a finding: steps for a person, and commands that may run unattended."""
+
+    kind: str = "noop"
+    human: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+    def report(self, **more: Json) -> Json:
+        """Return it as JSON."""
+        return {"kind": self.kind, "human_required": list(self.human),
+                "ai_executable": list(self.commands), **more}
+
+
 class Finding(NamedTuple):
-    """What a check found."""
+    """What a check found. A WARN or FAIL has its fix."""
 
     level: str
     message: str
+    fix: Fix = Fix()
     #: Whether the check could be made at all.
     is_known: bool = True
-
-
-class Fix(NamedTuple):
-    """What to do about a finding: steps for a person, and commands that may run unattended.
-
-    In a row of CHECKS, {ocp}, {claude} and {data_dir} stand for what Facts.names has.
-    """
-
-    kind: str
-    human: tuple[str, ...] = ()
-    commands: tuple[str, ...] = ()
 
 
 class Check(NamedTuple):
@@ -3372,97 +3291,77 @@ class Check(NamedTuple):
     #: What it looks at, for the documentation.
     about: str
     probe: Callable[[Facts], Finding]
-    fix: Union[Fix, Callable[[Facts], Fix]]
-    #: Carries the fix out. Only where that interrupts no answer and changes nothing but this
-    #: user's own files and service. Raises Problem, OSError.
-    mend: Union[Callable[[Facts], None], None] = None
+    #: Carries the fix out, and returns "" or why not. Only where that interrupts no answer and
+    #: changes nothing but this user's own files and service. Raises Problem, OSError.
+    mend: Union[Callable[[Facts], str], None] = None
+
+
+class Result(NamedTuple):
+    """A check and what it found."""
+
+    check: Check
+    finding: Finding
+
+    @property
+    def is_safe(self) -> bool:
+        """Return whether `ocp doctor --fix` carries its fix out."""
+        fix = self.finding.fix
+        return self.check.mend is not None and not (
+            fix.kind in ("noop", "fix_install", "fix_elsewhere")
+            or any(each.startswith("sudo ") for each in fix.commands))
+
+    def report(self) -> Json:
+        """Return it as JSON, with the fix if it needs one."""
+        level, message, fix, is_known = self.finding
+        row = {"id": self.check.id, "title": self.check.title, "level": level,
+               "message": clean(message), "checked": is_known}
+        return {**row, "fix": fix.report(safe=self.is_safe)} if fix.kind != "noop" else row
 
 
 class Facts:
-    """What the checks look at, each looked up once and only when it is needed."""
+    """What the checks look at, each looked up once; what takes time, only when it is needed."""
 
     def __init__(self, env: Env) -> None:
-        self.env = env
-
-    @functools.cached_property
-    def record(self) -> Record | None:
-        """Return the installation. Raises Problem."""
-        return installation(self.env)
-
-    @property
-    def readable_record(self) -> Record | None:
-        """Return the installation, None also when its record is broken."""
+        self.env, self.here, self.url = env, local_server(env), DEFAULT_URL
         with contextlib.suppress(Problem):
-            return self.record
-        return None
-
-    @property
-    def service(self) -> Record | None:
-        """Return the installation, if it has a service."""
-        with contextlib.suppress(Problem):
-            return service_of(self.env)
-        return None
-
-    @functools.cached_property
-    def url(self) -> str:
-        """Return the server's address, the default one if no other can be read."""
-        with contextlib.suppress(Problem):
-            return server_url(self.env)
-        return DEFAULT_URL
+            self.url = server_url(env)
+        #: The installation, if it has a service.
+        self.service = self.here if self.here.label and self.here.commands else None
+        #: Whether the server is another than the one that is installed here.
+        self.is_elsewhere = not is_loopback(self.url) and self.here.url != self.url
+        self.version = version_of(self.here.server_path)
 
     @functools.cached_property
     def answer(self) -> tuple[Json, float | None, str]:
         """Ask /health: the answer or {}, the server's clock in epoch seconds, what went wrong."""
         try:
-            tls = tls_for(self.url)
-            with http_open("GET", self.url + "/health", timeout_s=3.0, tls=tls) as response:
-                value = json.loads(response.read())
-                date = response.headers.get("Date", "")
+            health, date = health_and_date(self.url)
         except HttpProblem as problem:
             if problem.kind == "unreachable":
                 return {}, None, f"nobody answers at {self.url}: {problem}"
-            return {}, None, f"{self.url} answered {problem.status}"
-        except (OSError, http.client.HTTPException, ValueError):
-            value, date = None, ""
-        if not isinstance(value, dict) or "version" not in value:
-            return {}, None, f"what answers at {self.url} is not an OCP server"
-        try:
-            clock_s: float | None = email.utils.parsedate_to_datetime(date).timestamp()
-        except (TypeError, ValueError):
-            clock_s = None
-        return value, clock_s, ""
+            is_told = problem.status >= 300
+            return {}, None, f"{self.url} answered {problem.status}" if is_told else str(problem)
+        with contextlib.suppress(TypeError, ValueError):
+            return health, email.utils.parsedate_to_datetime(date).timestamp(), ""
+        return health, None, ""
 
     @property
     def health(self) -> Json:
         """Return the answer of /health, {} if there is none."""
         return self.answer[0]
 
-    @functools.cached_property
-    def failures(self) -> list[Json]:
-        """Return the kinds of failures in the last hour, each with count and action. Raises
-        Unknown, Problem."""
+    @property
+    def running(self) -> Json:
+        """Return the answer of /health. Raises Unknown if there is none."""
         if not self.health:
             raise Unknown("the server does not run")
-        answer = find_server(self.env).ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
-        return list(answer.value.get("byKind") or [])
+        return self.health
 
-    @property
-    def server_path(self) -> str:
-        """Return the path of the server that should be running."""
-        return self._recorded("server_path") or self.env.beside("ocp_server.py")
-
-    @property
-    def data_dir(self) -> str:
-        """Return the folder of the server's state."""
-        return self._recorded("data_dir") or self.env.ocp_home
-
-    def _recorded(self, name: str) -> str:
-        return getattr(self.readable_record, name, "")
-
-    @functools.cached_property
-    def version(self) -> str:
-        """Return the version on disk."""
-        return version_of(self.server_path)
+    def ask(self, path: str) -> Json:
+        """Return what the server answers, {} if it answers nothing of use."""
+        with contextlib.suppress(Problem):
+            return find_server(self.env).ask("GET", path, timeout_s=3.0).value
+        return {}
 
     @functools.cached_property
     def latest(self) -> tuple[str, str]:
@@ -3476,7 +3375,7 @@ class Facts:
     @functools.cached_property
     def claude(self) -> str | None:
         """Return the path of claude, as far as this user can tell."""
-        environ = service_environ(self.env, self.readable_record)
+        environ = service_environ(self.env)
         named = environ.get("CLAUDE_BIN", "").strip()
         if named:
             return named if os.access(named, os.X_OK) else None
@@ -3493,22 +3392,14 @@ class Facts:
             text = (done.output.split() or [""])[0] if done.code == 0 else ""
         return str(text) if version_tuple(text) else ""
 
-    @property
-    def names(self) -> dict[str, str]:
-        """Return what the names in a Fix stand for."""
-        return {
-            "ocp": self.script("ocp.py"), "claude": shlex.quote(self.claude or "claude"),
-            "data_dir": self.data_dir,
-        }
-
     def script(self, name: str, *words: str) -> str:
         """Return the command that runs a script beside this one."""
         return shlex.join(["python3", self.env.beside(name), *words])
 
-    @property
-    def is_elsewhere(self) -> bool:
-        """Return whether the server is another than the one that is installed here."""
-        return not is_loopback(self.url) and self._recorded("url") != self.url
+    def service_fix(self, kind: str, verb: str) -> Fix:
+        """Return the fix of a service: what starts, restarts or enables it."""
+        lines = service_lines(self.env, self.service, verb) if self.service else []
+        return Fix(kind, (), tuple(lines))
 
     def require_local(self) -> None:
         """Raise Unknown for a server on another machine."""
@@ -3516,35 +3407,51 @@ class Facts:
             raise Unknown(f"{self.url} is another machine")
 
 
+def _install_again(facts: Facts) -> Fix:
+    script, is_root = "setup.py_install.py", facts.env.user_id == 0
+    if not os.path.exists(facts.env.beside(script)):
+        return Fix("fix_install", (
+            f"get the whole of OCP {VERSION}, and run {script} there: this ocp.py is alone",))
+    words = ["--system", "--yes"] if facts.here.needs_root else ["--yes"]
+    sudo = "sudo " if facts.here.needs_root and not is_root else ""
+    return Fix("fix_install", commands=(sudo + facts.script(script, *words),))
+
+
 def _check_python(facts: Facts) -> Finding:
-    record = facts.readable_record
-    if record and record.python and not os.access(record.python, os.X_OK):
-        return Finding("FAIL", f"the service's Python is gone: {record.python}")
+    python = facts.here.python
+    if not os.access(python, os.X_OK):
+        return Finding("FAIL", f"the service's Python is gone: {python}", _install_again(facts))
     return Finding("PASS", f"Python {sys.version.split()[0]}")
 
 
 def _check_record(facts: Facts) -> Finding:
     try:
-        record = facts.record
+        record = installation(facts.env)
         service_of(facts.env)
     except Problem as problem:
-        return Finding("FAIL", str(problem))
+        return Finding("FAIL", str(problem), _install_again(facts))
     if record is None:
         return Finding("INFO", "nothing is installed; the server is run by hand")
-    if record.server_path and not os.path.exists(record.server_path):
-        return Finding("FAIL", f"the installed server is gone: {record.server_path}")
-    return Finding("PASS", f"installed in {os.path.dirname(record.server_path) or '?'}")
+    path = record.server_path
+    if path and not os.path.exists(path):
+        return Finding("FAIL", f"the installed server is gone: {path}", _install_again(facts))
+    return Finding("PASS", f"installed in {os.path.dirname(path) or '?'}")
+
+
+_INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
 
 
 def _check_claude(facts: Facts) -> Finding:
     usable = facts.health.get("claudeBinaryOk")
+    fix = Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)
     if usable:
         return Finding("PASS", "the server can run claude")
     if usable is False:
-        return Finding("FAIL", f"the server cannot run claude: {facts.health.get('fix') or ''}")
+        why = facts.health.get("fix") or ""
+        return Finding("FAIL", f"the server cannot run claude: {why}", fix)
     facts.require_local()
     if facts.claude is None:
-        return Finding("FAIL", "the claude program is not installed where the server looks")
+        return Finding("FAIL", "the claude program is not installed where the server looks", fix)
     return Finding("PASS", facts.claude)
 
 
@@ -3552,11 +3459,12 @@ def _check_claude_version(facts: Facts) -> Finding:
     text = facts.claude_version
     if not text:
         raise Unknown("claude did not tell its version")
+    fix = Fix("fix_claude", (), (f"{shlex.quote(facts.claude or 'claude')} update",))
     if version_tuple(text) < version_tuple(OLDEST_CLAUDE):
-        return Finding("FAIL", f"claude {text} is older than {OLDEST_CLAUDE}")
+        return Finding("FAIL", f"claude {text} is older than {OLDEST_CLAUDE}", fix)
     if facts.health.get("promptCacheKept") is False:
         return Finding("WARN", f"with claude {text}, conversations that move to another process "
-                               "miss the API's prompt cache: see prompt_cache_not_kept in the log")
+                       "miss the API's prompt cache: see prompt_cache_not_kept in the log", fix)
     return Finding("PASS", f"claude {text}")
 
 
@@ -3570,27 +3478,31 @@ def _check_node(facts: Facts) -> Finding:
         return Finding("PASS", f"Node {text[1:]}")
     claude = facts.claude_version
     if claude and version_tuple(claude) < _NODE_22_SINCE:
-        return Finding("WARN", f"claude {claude} is old: under Node {text[1:]}, which is "
-                               "older than 22, npm installs no newer one and does not say so")
+        return Finding("WARN", f"claude {claude} is old: under Node {text[1:]}, which is older "
+                       "than 22, npm installs no newer one and does not say so",
+                       Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE))
     return Finding("PASS", f"Node {text[1:]}; npm installs a new claude only by @latest")
 
 
 def _check_disk(facts: Facts) -> Finding:
-    folder = facts.data_dir
+    folder = asked = facts.here.data_dir
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     free_bytes = shutil.disk_usage(folder).free
-    level = "FAIL" if free_bytes < _LEAST_FREE_BYTES else (
-        "WARN" if free_bytes < _LOW_FREE_BYTES else "PASS")
-    return Finding(level, f"{file_size(free_bytes)} free for {facts.data_dir}")
+    message = f"{file_size(free_bytes)} free for {asked}"
+    if free_bytes >= _LOW_FREE_BYTES:
+        return Finding("PASS", message)
+    return Finding("FAIL" if free_bytes < _LEAST_FREE_BYTES else "WARN", message,
+                   Fix("fix_disk", (f"make room on the disk of {asked}",)))
 
 
 def _check_database(facts: Facts) -> Finding:
     state, advice = facts.health.get("storage"), facts.health.get("storageFix")
     if advice:
         level = "WARN" if state == "behind" else "FAIL"
-        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
-    path = os.path.join(facts.data_dir, "ocp.db")
+        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}",
+                       Fix("fix_database", (str(advice),)))
+    path = os.path.join(facts.here.data_dir, "ocp.db")
     if not os.path.exists(path):
         return Finding("INFO", "there is no database yet")
     try:
@@ -3601,20 +3513,19 @@ def _check_database(facts: Facts) -> Finding:
     except sqlite3.DatabaseError as error:
         verdict = str(error)
     if verdict != "ok":
-        return Finding("FAIL", f"{path} is damaged: {verdict}")
+        return Finding("FAIL", f"{path} is damaged: {verdict}", Fix("fix_database", (
+            f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
+            "or move the damaged one away",)))
     return Finding("PASS", f"{path} is in order, {file_size(os.path.getsize(path))}")
 
 
-def _private_paths(facts: Facts) -> Iterator[tuple[str, int]]:
-    """Yield everything that nobody else may read, with its right mode."""
-    folder, record = facts.data_dir, facts.readable_record
+def _private_paths(facts: Facts) -> list[tuple[str, int]]:
+    """Return everything that nobody else may read, with its right mode."""
+    folder = facts.here.data_dir
     names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem")
-    files = [os.path.join(folder, name) for name in names]
-    if record and record.env_file:
-        files.append(record.env_file)
-    for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]:
-        if os.path.exists(path):
-            yield path, mode
+    files = [*(os.path.join(folder, name) for name in names), facts.here.env_file]
+    return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
+            if os.path.exists(path)]
 
 
 def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
@@ -3623,11 +3534,26 @@ def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
 
 
 def _check_modes(facts: Facts) -> Finding:
-    loose = [path for path, _ in _loose_paths(facts)]
+    loose = _loose_paths(facts)
     if loose:
-        return Finding("FAIL", "others may read " + ", ".join(loose))
-    count = len(list(_private_paths(facts)))
+        commands = [shlex.join(["chmod", f"{mode:o}", path]) for path, mode in loose]
+        return Finding("FAIL", "others may read " + ", ".join(path for path, _ in loose),
+                       Fix("fix_modes", (), tuple(commands)))
+    count = len(_private_paths(facts))
     return Finding("PASS" if count else "INFO", f"{count} private files and folders looked at")
+
+
+def _mend_modes(facts: Facts) -> str:
+    for path, mode in _loose_paths(facts):
+        # A link may lead to a file of somebody else.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(descriptor).st_uid != facts.env.user_id:
+                return f"{path} belongs to another user"
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+    return ""
 
 
 def _check_port(facts: Facts) -> Finding:
@@ -3640,8 +3566,10 @@ def _check_port(facts: Facts) -> Finding:
         raise Unknown(f"port {port} belongs to {owner.words}")
     if owner.is_ocp:
         return Finding("PASS", f"port {port} belongs to process {owner.pid}")
+    message = f"port {port} belongs to {owner.words}"
     # A program that forwards the port, as for a container, is another one and all right.
-    return Finding("INFO" if facts.health else "FAIL", f"port {port} belongs to {owner.words}")
+    return Finding("INFO", message) if facts.health else Finding("FAIL", message, Fix(
+        "fix_port", ("end the other program, or install again with another --port",)))
 
 
 def _check_unit(facts: Facts) -> Finding:
@@ -3649,7 +3577,8 @@ def _check_unit(facts: Facts) -> Finding:
     if record is None:
         return Finding("INFO", "no service is installed")
     if record.unit_path and not os.path.exists(record.unit_path):
-        return Finding("FAIL", f"the service's file is gone: {record.unit_path}")
+        return Finding(
+            "FAIL", f"the service's file is gone: {record.unit_path}", _install_again(facts))
     (step,) = record.commands["is-enabled"]
     done = facts.env.command(*step.command, more=with_user_bus(facts.env.environ))
     if done.code == 0:
@@ -3657,7 +3586,12 @@ def _check_unit(facts: Facts) -> Finding:
     # systemctl prints the state, or complains that it cannot tell; launchctl only complains.
     if done.code is None or not (done.output.strip() or record.platform == "launchd"):
         raise Unknown(done.complaint)
-    return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}")
+    return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}",
+                   facts.service_fix("fix_unit", "enable"))
+
+
+def _mend_unit(facts: Facts) -> str:
+    return run_service(facts.env, facts.service, "enable") if facts.service else ""
 
 
 def _stop_timeout_s(record: Record) -> float:
@@ -3671,9 +3605,7 @@ def _stop_timeout_s(record: Record) -> float:
     with open(record.unit_path, encoding="utf-8", errors="replace") as file:
         told = re.findall(r"(?m)^TimeoutStopSec=(.*)$", file.read())
     text = told[-1].strip() if told else "90"
-    if text == "infinity":
-        return float("inf")
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+    if text != "infinity" and not re.fullmatch(r"[0-9]{1,9}", text):
         raise Unknown(f"TimeoutStopSec={clean(text)} in {record.unit_path}")
     return float(text)
 
@@ -3682,85 +3614,115 @@ def _check_stop_timeout(facts: Facts) -> Finding:
     record = facts.service
     if record is None or not record.unit_path:
         return Finding("INFO", "no service is installed")
-    drain, allowed = drain_of(facts.env, record), _stop_timeout_s(record)
+    drain, allowed = drain_of(facts.env), _stop_timeout_s(record)
     if allowed < drain + _END_S:
         return Finding(
             "WARN", f"running answers may take {drain:.0f} s at a stop (OCP_DRAIN), but the "
-            f"service ends the server after {allowed:.0f} s")
+            f"service ends the server after {allowed:.0f} s", _install_again(facts))
     return Finding("PASS", f"running answers get {drain:.0f} s at a stop")
 
 
 def _check_service(facts: Facts) -> Finding:
     health, _, wrong = facts.answer
-    if wrong:
-        return Finding("FAIL", wrong)
-    if health.get("status") == "draining":
-        return Finding("WARN", "the server is shutting down")
+    if wrong or health.get("status") == "draining":
+        level, message = ("FAIL", wrong) if wrong else ("WARN", "the server is shutting down")
+        return Finding(level, message, _start_again(facts))
     return Finding("PASS", f"OCP {health['version']} answers at {facts.url}")
 
 
-def _check_extra_usage(facts: Facts) -> Finding:
-    if not facts.health:
-        raise Unknown("the server does not run")
-    state = facts.health.get("extraUsage")
-    if state == "stopped":
-        return Finding("WARN", "the plan is used up for all models or for some, whose requests are "
-                               "refused, because extra usage is set to stop")
-    if state == "billed":
-        return Finding("WARN", "the plan is used up, and answers are billed as extra usage")
-    return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
+def _start_again(facts: Facts) -> Fix:
+    if facts.is_elsewhere:
+        return Fix("fix_elsewhere", (
+            f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
+    if facts.service:
+        return facts.service_fix("fix_service", "restart")
+    by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
+    return Fix("fix_install", (by_hand,), _install_again(facts).commands)
 
 
-def _check_failures(facts: Facts) -> Finding:
-    kinds = facts.failures
-    if not kinds:
-        return Finding("PASS", "no request failed in the last hour")
-    # Wrong keys and requests are matters of clients; those of claude and the account are not.
-    is_ours = any(
-        int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
-        for kind in kinds)
-    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
-    return Finding("WARN" if is_ours else "INFO",
-                   f"failed in the last hour: {counts}; see `ocp errors --since 1h`")
+def _mend_service(facts: Facts) -> str:
+    if facts.health:
+        return "it is shutting down: wait until it has ended"
+    owner = None
+    with contextlib.suppress(OSError):
+        owner = port_owner(facts.env, port_of(facts.url))
+    if owner and owner.command and not owner.is_ocp:
+        return f"its port belongs to {owner.words}"
+    return restart_and_ask(facts.env, facts.service, facts.version) if facts.service else ""
 
 
 def _check_login(facts: Facts) -> Finding:
-    if not facts.health:
-        raise Unknown("the server does not run")
-    auth = facts.health.get("auth") or {}
+    auth = facts.running.get("auth") or {}
     if auth.get("ok") is False:
-        return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "))
+        return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "),
+                       Fix("fix_oauth", ("run `claude auth login` as the user of the server",)))
     if facts.health.get("ownerHidden") is False:
-        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
+        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log",
+                       Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",)))
     if auth.get("ok") is True:
         return Finding("PASS", "logged in: the last answer proved it")
     return Finding("INFO", "not known yet: the first answer tells; `ocp ask hello` gets one")
 
 
+def _check_extra_usage(facts: Facts) -> Finding:
+    state = facts.running.get("extraUsage")
+    if state == "stopped":
+        return Finding("WARN", "the plan is used up for all models or for some, whose requests are "
+                       "refused, because extra usage is set to stop", Fix("extra_usage", (
+                           "wait until the plan's limit resets: see `ocp usage`",
+                           "to go on: `ocp settings extraUsage allow`")))
+    if state == "billed":
+        return Finding("WARN", "the plan is used up, and answers are billed as extra usage", Fix(
+            "extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",)))
+    return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
+
+
+def _check_failures(facts: Facts) -> Finding:
+    server: Server = facts.running and find_server(facts.env)
+    answer = server.ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
+    kinds = answer.value.get("byKind") or []
+    if not kinds:
+        return Finding("PASS", "no request failed in the last hour")
+    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
+    message = f"failed in the last hour: {counts}; see `ocp errors --since 1h`"
+    # Wrong keys and requests are matters of clients; those of claude and the account are not.
+    if not any(int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
+               for kind in kinds):
+        return Finding("INFO", message)
+    return Finding("WARN", message, Fix("recent_failures", tuple(
+        clean(f"{kind.get('kind')}: {kind.get('action')}") for kind in kinds)))
+
+
 def _check_served_version(facts: Facts) -> Finding:
-    served = facts.health.get("version")
     if facts.is_elsewhere:
         raise Unknown(f"{facts.url} is another machine")
     if not facts.version:
-        raise Unknown(f"no version in {facts.server_path}")
-    if not served:
-        raise Unknown("the server does not run")
-    if served != facts.version:
-        return Finding("WARN", f"{served} is running, {facts.version} is installed")
-    return Finding("PASS", f"{served} is installed and running")
+        raise Unknown(f"no version in {facts.here.server_path}")
+    served = facts.running["version"]
+    if served == facts.version:
+        return Finding("PASS", f"{served} is installed and running")
+    again = f"end the server and start it again: {command_by_hand(facts.env)}"
+    return Finding("WARN", f"{served} is running, {facts.version} is installed",
+                   facts.service_fix("restart", "restart") if facts.service
+                   else Fix("restart", (again,)))
 
 
 def _check_linger(facts: Facts) -> Finding:
-    record = facts.service
-    if record is None or record.platform != "systemd-user":
+    if facts.service is None or facts.service.platform != "systemd-user":
         return Finding("INFO", "does not apply: no service of a user's systemd")
     done = facts.env.command("loginctl", "show-user", str(facts.env.user_id), "-p", "Linger")
     state = done.output.strip().rpartition("=")[2]
     if done.code != 0 or state not in ("yes", "no"):
         raise Unknown(done.complaint)
     if state == "no":
-        return Finding("WARN", "the server stops when you log out, and does not start at boot")
+        return Finding("WARN", "the server stops when you log out, and does not start at boot",
+                       Fix("fix_linger", (), ("loginctl enable-linger",)))
     return Finding("PASS", "the server runs without a login session")
+
+
+def _mend_linger(facts: Facts) -> str:
+    done = facts.env.command("loginctl", "enable-linger")
+    return "" if done.code == 0 else done.complaint
 
 
 def _check_certificate(facts: Facts) -> Finding:
@@ -3770,19 +3732,15 @@ def _check_certificate(facts: Facts) -> Finding:
         return Finding("INFO", "the server speaks http; `ocp tls` changes that")
     url = device_url(facts.env, facts.url)
     faults = certificate_faults(facts.env, url)
-    if faults:
-        level = "FAIL" if any(map(is_fatal, faults)) else "WARN"
-        return Finding(level, "the certificate: " + "; ".join(faults))
-    return Finding("PASS", f"the certificate is for {urllib.parse.urlsplit(url).hostname}")
-
-
-def _fix_certificate(facts: Facts) -> Fix:
-    own = tls_files(facts.env)
-    named = service_environ(facts.env, facts.readable_record).get("OCP_TLS_CERT", own.cert)
-    if os.path.expanduser(named) != own.cert:
-        return Fix("fix_certificate", (f"replace {named} and its key, and restart the server",))
-    return Fix("fix_certificate", ("then the command that it shows, on each device",),
-               (facts.script("ocp.py", "tls"), facts.script("ocp.py", "restart")))
+    if not faults:
+        return Finding("PASS", f"the certificate is for {urllib.parse.urlsplit(url).hostname}")
+    named, own = named_certificate(facts.env), tls_files(facts.env).cert
+    fix = Fix("fix_certificate", ("then the command that it shows, on each device",),
+              (facts.script("ocp.py", "tls"), facts.script("ocp.py", "restart")))
+    if named and os.path.expanduser(named) != own:
+        fix = Fix("fix_certificate", (f"replace {named} and its key, and restart the server",))
+    return Finding("FAIL" if any(map(is_fatal, faults)) else "WARN",
+                   "the certificate: " + "; ".join(faults), fix)
 
 
 def _check_clock(facts: Facts) -> Finding:
@@ -3790,8 +3748,9 @@ def _check_clock(facts: Facts) -> Finding:
     if served_s is None:
         raise Unknown("the server told no time")
     skew_s = abs(served_s - facts.env.clock())
-    level = "PASS" if skew_s <= _CLOCK_SKEW_S else "WARN"
-    return Finding(level, f"{skew_s:.0f} s between the server's clock and this one")
+    message = f"{skew_s:.0f} s between the server's clock and this one"
+    return Finding("PASS", message) if skew_s <= _CLOCK_SKEW_S else Finding("WARN", message, Fix(
+        "fix_clock", ("let both machines set their clocks from the network",)))
 
 
 def _check_openclaw(facts: Facts) -> Finding:
@@ -3801,7 +3760,8 @@ def _check_openclaw(facts: Facts) -> Finding:
     if not found["providers"]:
         return Finding("INFO", "OpenClaw is here, but does not use this server")
     if found["diff"]:
-        return Finding("WARN", "OpenClaw's list of models is not that of models.json")
+        return Finding("WARN", "OpenClaw's list of models is not that of models.json",
+                       Fix("fix_openclaw", (), (facts.script("ocp.py", "sync"),)))
     return Finding("PASS", "OpenClaw knows the same models")
 
 
@@ -3810,184 +3770,51 @@ def _check_latest(facts: Facts) -> Finding:
     if not latest:
         raise Unknown(why_not)
     if version_tuple(latest) > version_tuple(facts.version):
-        return Finding("WARN", f"{latest} is available, {facts.version or '?'} is installed")
+        return Finding("WARN", f"{latest} is available, {facts.version or '?'} is installed",
+                       Fix("update", (), (facts.script("ocp.py", "update", "--yes"),)))
     return Finding("PASS", f"{facts.version} is the newest")
 
 
-def _fix_install(facts: Facts) -> Fix:
-    record, script = facts.readable_record, "setup.py_install.py"
-    if not os.path.exists(facts.env.beside(script)):
-        return Fix("fix_install", (
-            f"get the whole of OCP {VERSION}, and run {script} there: this ocp.py is alone",))
-    if record is None or not record.needs_root:
-        return Fix("fix_install", commands=(facts.script(script, "--yes"),))
-    sudo = "sudo " if facts.env.user_id != 0 else ""
-    return Fix("fix_install", commands=(sudo + facts.script(script, "--system", "--yes"),))
-
-
-def _fix_database(facts: Facts) -> Fix:
-    restore = (f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
-               "or move the damaged one away")
-    return Fix("fix_database", (str(facts.health.get("storageFix") or restore),))
-
-
-def _fix_extra_usage(facts: Facts) -> Fix:
-    if facts.health.get("extraUsage") == "stopped":
-        allow = "to go on: `ocp settings extraUsage allow`"
-        return Fix("extra_usage", ("wait until the plan's limit resets: see `ocp usage`", allow))
-    return Fix("extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",))
-
-
-def _fix_failures(facts: Facts) -> Fix:
-    actions = (f"{kind.get('kind')}: {kind.get('action')}" for kind in facts.failures)
-    return Fix("recent_failures", tuple(clean(action) for action in actions))
-
-
-def _fix_login(facts: Facts) -> Fix:
-    if (facts.health.get("auth") or {}).get("ok") is not False:
-        return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
-    return Fix("fix_oauth", ("run `claude auth login` as the user of the server",))
-
-
-def _fix_service(facts: Facts) -> Fix:
-    if facts.is_elsewhere:
-        return Fix("fix_elsewhere", (
-            f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
-    record = facts.service
-    if record:
-        return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
-    by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
-    return Fix("fix_install", (by_hand,), _fix_install(facts).commands)
-
-
-def _fix_version(facts: Facts) -> Fix:
-    record = facts.service
-    if record is None:
-        again = f"end the server and start it again: {command_by_hand(facts.env)}"
-        return Fix("restart", (again,))
-    return Fix("restart", (), tuple(service_lines(facts.env, record, "restart")))
-
-
-def _fix_modes(facts: Facts) -> Fix:
-    commands = [shlex.join(["chmod", f"{mode:o}", path]) for path, mode in _loose_paths(facts)]
-    return Fix("fix_modes", (), tuple(commands))
-
-
-def _fix_unit(facts: Facts) -> Fix:
-    record = facts.service
-    if record is None or not os.path.exists(record.unit_path):
-        return _fix_install(facts)
-    return Fix("fix_unit", (), tuple(service_lines(facts.env, record, "enable")))
-
-
-def _complain(complaint: str) -> None:
-    """Raise Problem with the complaint of a command, if there is one."""
-    if complaint:
-        raise Problem(Exit.FAILED, complaint)
-
-
-def _mend_modes(facts: Facts) -> None:
-    for path, mode in _loose_paths(facts):
-        # A link may lead to a file of somebody else.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if os.fstat(descriptor).st_uid != facts.env.user_id:
-                raise Problem(Exit.DENIED, f"{path} belongs to another user")
-            os.fchmod(descriptor, mode)
-        finally:
-            os.close(descriptor)
-
-
-def _mend_unit(facts: Facts) -> None:
-    if facts.service:
-        _complain(run_service(facts.env, facts.service, "enable"))
-
-
-def _mend_service(facts: Facts) -> None:
-    if facts.health:
-        raise Problem(Exit.FAILED, "it is shutting down: wait until it has ended")
-    owner = None
-    with contextlib.suppress(OSError):
-        owner = port_owner(facts.env, port_of(facts.url))
-    if owner and owner.command and not owner.is_ocp:
-        raise Problem(Exit.FAILED, f"its port belongs to {owner.words}")
-    if facts.service:
-        since_s = facts.env.clock()
-        complaint = run_service(facts.env, facts.service, "restart")
-        wrong = wait_for_server(facts.env, facts.service.url, facts.version, since_s)
-        _complain(f"{wrong} {complaint}".rstrip() if wrong else "")
-
-
-def _mend_linger(facts: Facts) -> None:
-    done = facts.env.command("loginctl", "enable-linger")
-    _complain("" if done.code == 0 else done.complaint)
-
-
-_INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
-
 CHECKS = (
-    Check("python", "Python",
-          "The Python that runs this, and the one of the service", _check_python, _fix_install),
-    Check("install_dir", "Installation",
-          "The installer's record and the server that it names", _check_record, _fix_install),
-    Check("claude_found", "claude",
-          "Whether the server finds the claude program", _check_claude,
-          Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)),
-    Check("claude_version", "Version of claude",
-          "Whether claude is new enough", _check_claude_version,
-          Fix("fix_claude", (), ("{claude} update",))),
-    Check("node", "Node",
-          "Whether Node is too old for npm to install a new claude", _check_node,
-          Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE)),
-    Check("disk_space", "Disk",
-          "How much room is left for the server's files", _check_disk,
-          Fix("fix_disk", ("make room on the disk of {data_dir}",))),
+    Check("python", "Python", "The Python that runs this, and the one of the service",
+          _check_python),
+    Check("install_dir", "Installation", "The installer's record and the server that it names",
+          _check_record),
+    Check("claude_found", "claude", "Whether the server finds the claude program", _check_claude),
+    Check("claude_version", "Version of claude", "Whether claude is new enough",
+          _check_claude_version),
+    Check("node", "Node", "Whether Node is too old for npm to install a new claude", _check_node),
+    Check("disk_space", "Disk", "How much room is left for the server's files", _check_disk),
     Check("database", "Database",
           "Whether the server writes to its database, and whether that is in order",
-          _check_database, _fix_database),
+          _check_database),
     Check("file_modes", "Private files",
           "Whether others may read the database, the keys or the settings file",
-          _check_modes, _fix_modes, _mend_modes),
-    Check("port_owner", "Port",
-          "Which process owns the server's port", _check_port,
-          Fix("fix_port", ("end the other program, or install again with another --port",))),
-    Check("service_unit", "Service",
-          "Whether the service is there and starts by itself",
-          _check_unit, _fix_unit, _mend_unit),
+          _check_modes, _mend_modes),
+    Check("port_owner", "Port", "Which process owns the server's port", _check_port),
+    Check("service_unit", "Service", "Whether the service is there and starts by itself",
+          _check_unit, _mend_unit),
     Check("stop_timeout", "Time to stop",
           "Whether the service gives running answers the time that OCP_DRAIN promises",
-          _check_stop_timeout, _fix_install),
-    Check("service_running", "Server",
-          "Whether an OCP server answers", _check_service, _fix_service, _mend_service),
-    Check("oauth_ok", "Login",
-          "What the last answer told about the login", _check_login, _fix_login),
+          _check_stop_timeout),
+    Check("service_running", "Server", "Whether an OCP server answers",
+          _check_service, _mend_service),
+    Check("oauth_ok", "Login", "What the last answer told about the login", _check_login),
     Check("extra_usage", "Extra usage",
-          "Whether answers are billed as extra usage, beyond the plan",
-          _check_extra_usage, _fix_extra_usage),
+          "Whether answers are billed as extra usage, beyond the plan", _check_extra_usage),
     Check("recent_failures", "Failed requests",
-          "Which requests failed in the last hour, and why", _check_failures, _fix_failures),
+          "Which requests failed in the last hour, and why", _check_failures),
     Check("service_version_matches_tree", "Running version",
-          "Whether the installed version is the one that runs",
-          _check_served_version, _fix_version),
+          "Whether the installed version is the one that runs", _check_served_version),
     Check("linger", "Running without you",
-          "Whether a service of a user outlives the login (systemd)", _check_linger,
-          Fix("fix_linger", (), ("loginctl enable-linger",)), _mend_linger),
+          "Whether a service of a user outlives the login (systemd)", _check_linger, _mend_linger),
     Check("certificate", "Certificate",
-          "Whether devices can take the server's certificate, and how long",
-          _check_certificate, _fix_certificate),
-    Check("clock", "Clock",
-          "Whether the server's clock and this one agree", _check_clock,
-          Fix("fix_clock", ("let both machines set their clocks from the network",))),
-    Check("openclaw_models", "OpenClaw",
-          "Whether OpenClaw, if it is here, knows the same models",
-          _check_openclaw, Fix("fix_openclaw", (), ("{ocp} sync",))),
-    Check("current_version", "Release",
-          "Whether there is a newer release", _check_latest,
-          Fix("update", (), ("{ocp} update --yes",))),
+          "Whether devices can take the server's certificate, and how long", _check_certificate),
+    Check("clock", "Clock", "Whether the server's clock and this one agree", _check_clock),
+    Check("openclaw_models", "OpenClaw", "Whether OpenClaw, if it is here, knows the same models",
+          _check_openclaw),
+    Check("current_version", "Release", "Whether there is a newer release", _check_latest),
 )
-
-#: What a check and its finding are, in the order of CHECKS.
-Findings = Sequence[tuple[Check, Finding]]
 
 
 def run_check(check: Check, facts: Facts) -> Finding:
@@ -4002,64 +3829,15 @@ def run_check(check: Check, facts: Facts) -> Finding:
     return Finding("INFO", f"could not check: {reason}".splitlines()[0], is_known=False)
 
 
-def fix_of(check: Check, facts: Facts) -> Fix:
-    """Return what to do about the finding of a check."""
-    if not isinstance(check.fix, Fix):
-        return check.fix(facts)
-    human, commands = (tuple(text.format_map(facts.names) for text in texts)
-                       for texts in (check.fix.human, check.fix.commands))
-    return Fix(check.fix.kind, human, commands)
-
-
-def is_safe(check: Check, fix: Fix) -> bool:
-    """Return whether `ocp doctor --fix` carries this fix out."""
-    is_more = fix.kind in ("fix_install", "fix_elsewhere") or any(
-        each.startswith("sudo ") for each in fix.commands)
-    return check.mend is not None and not is_more
-
-
-def next_action(facts: Facts, findings: Findings) -> Json:
-    """Return what to do about the first failure, else about the first warning, else nothing."""
-    found = [check for level in ("FAIL", "WARN") for check, finding in findings
-             if finding.level == level]
-    fix = fix_of(found[0], facts) if found else Fix("noop")
-    return {"kind": fix.kind, "human_required": list(fix.human),
-            "ai_executable": list(fix.commands), "verify": facts.script("ocp.py", "doctor")}
-
-
-def _units(facts: Facts) -> list[Json] | None:
-    """Return the service for the report."""
-    record = facts.service
-    if record is None:
-        return None
-    return [{
-        "name": record.label, "scope": "system" if record.needs_root else "user",
-        "platform": record.platform, "port": record.port,
-        "workingTree": os.path.dirname(record.server_path), "bind": record.bind,
-        "user": None, "instanceName": facts.health.get("instanceName", ""),
-    }]
-
-
-def _check_row(check: Check, finding: Finding, facts: Facts) -> Json:
-    """Return a check and what it found as JSON, with its fix if it needs one."""
-    row = {"id": check.id, "title": check.title, "level": finding.level,
-           "message": clean(finding.message), "checked": finding.is_known}
-    if finding.level in ("FAIL", "WARN"):
-        fix = fix_of(check, facts)
-        row["fix"] = {"kind": fix.kind, "human_required": list(fix.human),
-                      "ai_executable": list(fix.commands), "safe": is_safe(check, fix)}
-    return row
-
-
-def doctor_report(facts: Facts, findings: Findings) -> Json:
-    """Return the whole examination as JSON."""
-    levels = [finding.level for _, finding in findings]
-    current = facts.version
+def doctor_report(facts: Facts, results: Sequence[Result]) -> Json:
+    levels = [each.finding.level for each in results]
+    current, record = facts.version, facts.service
     latest = max(facts.latest[0], f"v{current}", key=version_tuple)
-    try:
+    is_clean = False
+    with contextlib.suppress(Problem):
         is_clean = not local_changes(facts.env, git_tree(facts.env))
-    except Problem:
-        is_clean = False
+    first = next((each.finding.fix for level in ("FAIL", "WARN") for each in results
+                  if each.finding.level == level), Fix())
     return {
         "schema_version": "1", "timestamp": iso_time(facts.env.clock()),
         "ready_to_upgrade": "FAIL" not in levels and is_clean,
@@ -4067,66 +3845,65 @@ def doctor_report(facts: Facts, findings: Findings) -> Json:
         "install_dir_safe_to_replace": is_clean,
         "current_version": f"v{current}" if current else None,
         "latest_version": latest if current else None,
-        "from_version_supported": bool(current), "units": _units(facts),
+        "from_version_supported": bool(current),
+        "units": record and [{
+            "name": record.label, "scope": "system" if record.needs_root else "user",
+            "platform": record.platform, "port": record.port,
+            "workingTree": os.path.dirname(record.server_path), "bind": record.bind,
+            "user": None, "instanceName": facts.health.get("instanceName", ""),
+        }],
         "fail_count": levels.count("FAIL"), "warn_count": levels.count("WARN"),
-        "unknown_count": sum(not finding.is_known for _, finding in findings),
-        "checks": [_check_row(check, finding, facts) for check, finding in findings],
-        "next_action": next_action(facts, findings),
+        "unknown_count": sum(not each.finding.is_known for each in results),
+        "checks": [each.report() for each in results],
+        "next_action": first.report(verify=facts.script("ocp.py", "doctor")),
     }
 
 
 _LEVEL_COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red", "INFO": "dim"}
 
 
-def _doctor_advice(answer: Json) -> Iterator[str]:
-    """Yield what to do next, in lines."""
-    unknown = answer["unknown_count"]
-    yield f"{answer['fail_count']} failed, {counted(answer['warn_count'], 'warning')}" + (
-        f", {unknown} could not be checked" if unknown else "")
-    safe = [row["title"] for row in answer["checks"] if row.get("fix", {}).get("safe")]
-    if safe:
-        yield f"`ocp doctor --fix` does what is safe: {', '.join(safe)}."
-    if answer["next_action"]["kind"] != "noop":
-        yield f"Failures first, from the top down. Then again: {answer['next_action']['verify']}"
-
-
 def show_doctor(answer: Json, style: Style) -> str:
-    """Return the examination for people, with the fix under each row that needs one."""
+    """Return the examination, with the fix under each row that needs one, and what to do next."""
     current, latest = answer["current_version"] or "unknown", answer["latest_version"] or "unknown"
     lines = [style.paint("bold", f"OCP {current}") + (
         "" if latest == current else f" -> {latest} is available")]
     for row in answer["checks"]:
-        word = row["level"] if row["checked"] else "SKIP"
-        level = style.paint(_LEVEL_COLOURS[row["level"]], f"[{word}]")
+        level = style.paint(
+            _LEVEL_COLOURS[row["level"]], f"[{row['level'] if row['checked'] else 'SKIP'}]")
         lines.append(f"  {level} {row['title']} ({row['id']}): {row['message']}")
         fix = row.get("fix", {"ai_executable": [], "human_required": []})
-        steps = [*fix["ai_executable"], *fix["human_required"]]
         lines += [f"         {'    ' if at else 'fix:'} {clean(step)}"
-                  for at, step in enumerate(steps)]
-    return "\n".join([*lines, "", *_doctor_advice(answer)])
+                  for at, step in enumerate([*fix["ai_executable"], *fix["human_required"]])]
+    unknown = answer["unknown_count"]
+    lines += ["", f"{answer['fail_count']} failed, {counted(answer['warn_count'], 'warning')}" + (
+        f", {unknown} could not be checked" if unknown else "")]
+    safe = [row["title"] for row in answer["checks"] if row.get("fix", {}).get("safe")]
+    if safe:
+        lines.append(f"`ocp doctor --fix` does what is safe: {', '.join(safe)}.")
+    if answer["next_action"]["kind"] != "noop":
+        lines.append("Failures first, from the top down. Then again: "
+                     + answer["next_action"]["verify"])
+    return "\n".join(lines)
 
 
-def mend(env: Env, facts: Facts, findings: Findings) -> list[Json]:
+def mend(facts: Facts, results: Sequence[Result]) -> list[Json]:
     """Carry the safe fixes out, and say so. Returns what was done and what failed.
 
     No terminal is given to what runs here, so nothing can ask.
     """
     done = []
-    for check, finding in findings:
-        fix = fix_of(check, facts) if finding.level in ("FAIL", "WARN") else Fix("noop")
-        if check.mend is None or fix.kind == "noop" or not is_safe(check, fix):
-            continue
-        words = f"{check.title}: {clean(' && '.join(fix.commands))}"
+    for check, finding in (each for each in results if each.is_safe):
+        assert check.mend is not None
         try:
-            check.mend(facts)
-            failure = ""
+            failure = clean(check.mend(facts))
         except (Problem, OSError) as error:
             failure = clean(error)
-        env.note(f"{words}: {'failed: ' + failure if failure else 'done'}")
-        done.append({"id": check.id, "commands": list(fix.commands), "ok": not failure,
+        facts.env.note(f"{check.title}: {clean(' && '.join(finding.fix.commands))}: "
+                       + (f"failed: {failure}" if failure else "done"))
+        done.append({"id": check.id, "commands": list(finding.fix.commands), "ok": not failure,
                      "message": failure})
     if not done:
-        env.note("There is nothing that can be fixed safely without you.")
+        facts.env.note("There is nothing that can be fixed safely without you.")
     return done
 
 
@@ -4155,7 +3932,7 @@ class Redactor:
 
     def __init__(self, facts: Facts) -> None:
         env = facts.env
-        environ = {**env.environ, **service_environ(env, facts.readable_record)}
+        environ = {**env.environ, **service_environ(env)}
         self._secrets = [text for name, text in environ.items()
                          if re.search("KEY|TOKEN|SECRET|PASSW", name) and len(text) > 3]
         with contextlib.suppress(Problem):
@@ -4215,10 +3992,9 @@ class Redactor:
 
 def _key_names(facts: Facts) -> list[str]:
     """Return the names of all keys, from the server or its database, as far as they can be had."""
-    with contextlib.suppress(Problem, KeyError, TypeError):
-        keys = find_server(facts.env).ask("GET", "/api/keys", timeout_s=3.0).value["keys"]
-        return [str(key["name"]) for key in keys]
-    path = os.path.join(facts.data_dir, "ocp.db")
+    with contextlib.suppress(KeyError, TypeError):
+        return [str(key["name"]) for key in facts.ask("/api/keys")["keys"]]
+    path = os.path.join(facts.here.data_dir, "ocp.db")
     with contextlib.suppress(sqlite3.Error), contextlib.closing(open_database(path, "ro")) as base:
         return [str(name) for (name,) in base.execute("SELECT name FROM keys")]
     return []
@@ -4233,7 +4009,7 @@ def _system_name() -> str:
 
 
 def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
-    health, record = facts.health, facts.readable_record
+    health = facts.health
     yield (f"installed {answer['current_version'] or 'unknown'}, "
            f"runs {health.get('version') or 'no server'}")
     with contextlib.suppress(Problem):
@@ -4241,7 +4017,7 @@ def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
     yield f"python {sys.version.split()[0]}, sqlite {sqlite3.sqlite_version}, {ssl.OPENSSL_VERSION}"
     yield _system_name()
     yield f"claude {facts.claude_version or 'unknown'} at {facts.claude or 'unknown'}"
-    yield f"service {record.platform if record and record.label else 'none'}"
+    yield f"service {facts.here.platform if facts.here.label else 'none'}"
     for part in ("status", "authMode", "storage", "stats", "concurrency"):
         if part in health:
             yield f"{part} {json.dumps(health[part])}"
@@ -4249,44 +4025,38 @@ def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
 
 def _bundle_settings(facts: Facts) -> Iterator[str]:
     """Yield settings: numbers, switches and words of a choice; of all others, that they are set."""
-    for name, text in sorted(service_environ(facts.env, facts.readable_record).items()):
+    for name, text in sorted(service_environ(facts.env).items()):
         if name.startswith(("CLAUDE_", "OCP_", "PROXY_")) and text:
             yield f"{name}={text if re.fullmatch('[0-9.]{1,12}', text) else '(set)'}"
-    with contextlib.suppress(Problem):
-        for name, row in find_server(facts.env).ask("GET", "/settings").value.items():
-            value = row.get("value")
-            is_word = isinstance(value, str) and re.fullmatch("[a-z0-9]{0,8}", value)
-            shown = json.dumps(value) if is_word or not isinstance(value, str) else "(set)"
-            yield f"{name} = {shown}, from {row.get('source')}"
-
-
-def _bundle_errors(facts: Facts) -> Iterator[str]:
-    with contextlib.suppress(Problem):
-        for row in find_server(facts.env).ask("GET", "/api/errors").value.get("byKind") or []:
-            yield f"{row.get('kind')}: {row.get('count')}, last at {row.get('lastAt')}"
+    for name, row in facts.ask("/settings").items():
+        value = row.get("value")
+        is_word = isinstance(value, str) and re.fullmatch("[a-z0-9]{0,8}", value)
+        shown = json.dumps(value) if is_word or not isinstance(value, str) else "(set)"
+        yield f"{name} = {shown}, from {row.get('source')}"
 
 
 def _log_entries(facts: Facts) -> list[Json]:
     """Return the newest events of the log, from the server, or from its file if it is down."""
-    with contextlib.suppress(Problem):
-        answer = find_server(facts.env).ask("GET", f"/logs?n={_REPORT_LOG_LINES}&level=all")
-        return list(answer.value.get("entries") or [])
-    entries = []
-    path = os.path.join(facts.data_dir, "logs", "ocp.log")
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file.readlines()[-_REPORT_LOG_LINES:]:
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
+    told = facts.ask(f"/logs?n={_REPORT_LOG_LINES}&level=all").get("entries")
+    entries = list(told or [])
+    path = os.path.join(facts.here.data_dir, "logs", "ocp.log")
+    if told is None:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            for line in file.readlines()[-_REPORT_LOG_LINES:]:
+                with contextlib.suppress(ValueError):
+                    entries.append(json.loads(line))
     return entries
 
 
 def bundle(facts: Facts, answer: Json) -> str:
     """Return the text of a report for an issue: versions, checks, settings, errors, log."""
-    redactor = Redactor(facts)
-    checks = [f"[{row['level']}] {row['id']}: {row['message']}" for row in answer["checks"]]
+    redactor, kinds = Redactor(facts), facts.ask("/api/errors").get("byKind") or []
     parts = (
-        ("Versions", _bundle_versions(facts, answer)), ("Checks", checks),
-        ("Settings", _bundle_settings(facts)), ("Errors by kind", _bundle_errors(facts)),
+        ("Versions", _bundle_versions(facts, answer)),
+        ("Checks", (f"[{row['level']}] {row['id']}: {row['message']}" for row in answer["checks"])),
+        ("Settings", _bundle_settings(facts)),
+        ("Errors by kind", (f"{row.get('kind')}: {row.get('count')}, last at {row.get('lastAt')}"
+                            for row in kinds)),
     )
     lines = [f"OCP report of {answer['timestamp']}"]
     for title, rows in parts:
@@ -4307,23 +4077,22 @@ def write_bundle(facts: Facts, answer: Json) -> str:
     return path
 
 
-def examine(env: Env) -> tuple[Facts, Findings]:
-    """Make all checks."""
+def examine(env: Env) -> tuple[Facts, list[Result]]:
     facts = Facts(env)
-    return facts, [(check, run_check(check, facts)) for check in CHECKS]
+    return facts, [Result(check, run_check(check, facts)) for check in CHECKS]
 
 
 def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
     """Examine the installation, and mend it if told to. FAILED when a check fails."""
-    facts, findings = examine(env)
+    facts, results = examine(env)
     fixes: dict[str, Json] = {}
     if args.fix:
-        fixes = {"fixes": mend(env, facts, findings)}
-        facts, findings = examine(env)
-    answer = {**doctor_report(facts, findings), **fixes}
+        fixes = {"fixes": mend(facts, results)}
+        facts, results = examine(env)
+    answer = {**doctor_report(facts, results), **fixes}
     if args.report:
         path = write_bundle(facts, answer)
-        env.say(json.dumps({"report": path}) if args.json else path)
+        print_value(env, args, {"report": path}, lambda value, style: path)
         env.note("Read it before you pass it on: keys, names and addresses are left out as far as "
                  "a program can know them.")
         return Exit.OK
@@ -4485,12 +4254,10 @@ class Snapshot(NamedTuple):
         return self._replace(journal=journal)
 
     def path(self, name: str) -> str:
-        """Return the path of a copy."""
         return os.path.join(self.folder, name)
 
 
 def snapshots_folder(env: Env) -> str:
-    """Return the folder of the snapshots."""
     return os.path.join(env.ocp_home, "snapshots")
 
 
@@ -4620,9 +4387,8 @@ def plan_update(env: Env, tree: str, target: str | None) -> Journal | None:
     if version_tuple(wanted) <= version_tuple(current):
         return None
     branch = git(env, tree, "rev-parse", "--abbrev-ref", "HEAD")
-    record = service_of(env)
     return Journal(
-        "prepared", tree, (record.data_dir if record else "") or env.ocp_home,
+        "prepared", tree, local_server(env).data_dir,
         git(env, tree, "rev-parse", "HEAD"), "" if branch == "HEAD" else branch, current,
         tags[wanted], wanted[1:], iso_time(env.clock()))
 
@@ -4690,7 +4456,6 @@ def compare_sums(env: Env, plan: Journal, folder: str) -> str:
 
 
 def show_update_plan(plan: Journal, record: Record | None) -> str:
-    """Return what an update is going to do."""
     restart = f"restart {record.label} and ask its version" if record else (
         "no service is installed: you restart the server yourself")
     return field_list([
@@ -4708,15 +4473,14 @@ def remove_worktree(env: Env, snapshot: Snapshot) -> None:
     git(env, snapshot.journal.tree, "worktree", "prune")
 
 
-def _checked(env: Env, server_path: str, record: Record | None) -> Completed:
+def _checked(env: Env, server_path: str) -> Completed:
     """Ask a version whether it would start here."""
-    python = (record.python if record else "") or sys.executable
     with progress(env, "testing the new version"):
-        return env.run([python, "-B", server_path, "--check"], timeout_s=60,
-                       environ=service_environ(env, record))
+        return env.run([local_server(env).python, "-B", server_path, "--check"], timeout_s=60,
+                       environ=service_environ(env))
 
 
-def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
+def check_new_version(env: Env, snapshot: Snapshot) -> None:
     """Raise Problem unless the new version says that it would start here."""
     plan, folder = snapshot.journal, snapshot.path("tree")
     git(env, plan.tree, "-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach",
@@ -4727,9 +4491,9 @@ def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> No
         found = version_of(server)
         if found != plan.to_version:
             raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
-        done = _checked(env, server, record)
+        done = _checked(env, server)
         if done.code != 0:
-            present = _checked(env, os.path.join(plan.tree, "ocp_server.py"), record)
+            present = _checked(env, os.path.join(plan.tree, "ocp_server.py"))
             if present.code == 0:
                 raise Problem(Exit.FAILED, f"It would not start here: {done.complaint}")
             # What is wrong already, such as a claude that is not there, is no reason against it.
@@ -4766,14 +4530,6 @@ def stop_for_database(env: Env, record: Record | None) -> None:
         raise Problem(
             Exit.FAILED, "The database has to be put back, but a server is still running: stop it, "
             f"then run `ocp update --rollback --yes`. {complaint}".rstrip())
-
-
-def restart_and_ask(env: Env, record: Record, version: str) -> str:
-    """Restart the service and wait for this version. Returns "", or what is wrong."""
-    since_s = env.clock()
-    complaint = run_service(env, record, "restart")
-    wrong = wait_for_server(env, record.url, version, since_s)
-    return f"{wrong} {complaint}".rstrip() if wrong else ""
 
 
 def _is_migrated(snapshot: Snapshot) -> bool:
@@ -4860,7 +4616,7 @@ def switch(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
     plan = snapshot.journal
     env.say(f"testing v{plan.to_version}")
     try:
-        check_new_version(env, snapshot, record)
+        check_new_version(env, snapshot)
     except Problem as problem:
         snapshot.at("refused")
         raise Problem(
@@ -4901,16 +4657,15 @@ def recover(env: Env, snapshot: Snapshot, back: bool) -> Exit | None:
 
 
 SNAPSHOT_COLUMNS = (
-    Column("Snapshot", lambda each, _: os.path.basename(each.folder)),
-    Column("From", lambda each, _: "v" + each.journal.from_version),
-    Column("To", lambda each, _: "v" + each.journal.to_version),
-    Column("State", lambda each, _: each.journal.state),
-    Column("Taken", lambda each, style: age(each.journal.started_at, style)),
+    Column("Snapshot", lambda each: os.path.basename(each.folder)),
+    Column("From", lambda each: "v" + each.journal.from_version),
+    Column("To", lambda each: "v" + each.journal.to_version),
+    Column("State", lambda each: each.journal.state),
+    Column("Taken", lambda each: each.journal.started_at, age),
 )
 
 
 def show_snapshots(snapshots: Sequence[Snapshot], style: Style) -> str:
-    """Return all snapshots, the newest first."""
     return table(SNAPSHOT_COLUMNS, snapshots, style) if snapshots else "no snapshots"
 
 
@@ -4990,7 +4745,6 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
-    """Update a git checkout to the newest release, or roll the last update back."""
     if args.list and not args.rollback:
         raise Problem(Exit.USAGE, "--list goes with --rollback.")
     if args.list:
@@ -5017,7 +4771,6 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the versions: installed, running, and claude's."""
     installed, nobody = version_of(env.beside("ocp_server.py")) or None, "no server answers"
     health: Json = {}
     try:
@@ -5026,12 +4779,10 @@ def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
         nobody = "another program answers, no OCP server"
     found = {"installed": installed, "served": health.get("version"),
              "claude": health.get("claudeVersion")}
-    env.say(json.dumps(found) if args.json else field_list([
+    return print_value(env, args, found, lambda found, style: field_list([
         ("installed", installed or "no ocp_server.py beside ocp.py"),
-        ("served", found["served"] or nobody),
-        ("claude", found["claude"] or "unknown"),
+        ("served", found["served"] or nobody), ("claude", found["claude"] or "unknown"),
     ]))
-    return Exit.OK
 
 
 def commands_text() -> str:
@@ -5048,7 +4799,6 @@ def commands_text() -> str:
 
 
 def help_text() -> str:
-    """Return the help of the whole."""
     first = (__doc__ or "").partition("\n")[0]
     options = field_list([
         (" ".join([", ".join(each.names), each.options.get("metavar", "")]), each.options["help"])
@@ -5073,7 +4823,6 @@ More: ocp COMMAND --help; ocp help environment for variables and exit codes"""
 
 
 def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the help of the whole, of one command, or of the environment."""
     if args.words == ["environment"]:
         env.say((__doc__ or "").partition("\n\n")[2].strip())
         return Exit.OK
@@ -5089,11 +4838,9 @@ class Parser(argparse.ArgumentParser):
     stream: TextIO
 
     def print_help(self, file: Any = None) -> None:
-        """Print the help where results go."""
         self.stream.write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
-        """Raise the problem."""
         usage = self.format_usage().removeprefix("usage: ").strip()
         raise Problem(Exit.USAGE, f"{message}\nUsage: {usage}\nMore: {self.prog} --help")
 
@@ -5118,8 +4865,6 @@ def _add_commands(
 
 
 def parser(env: Env) -> argparse.ArgumentParser:
-    """Return the whole command line."""
-
     class Here(Parser):
         stream = env.stdout
 
@@ -5275,7 +5020,6 @@ complete -c ocp -f -a '(__ocp_complete)'""",
 
 
 def cmd_completion(env: Env, args: argparse.Namespace) -> Exit:
-    """Print a script that teaches a shell the commands."""
     env.say(COMPLETIONS[args.shell])
     return Exit.OK
 

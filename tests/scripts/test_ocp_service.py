@@ -789,7 +789,7 @@ def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
                          'CLAUDE_BIN="/a b/claude"\nX=50%\n')
     write_record(tmp_path, "http://127.0.0.1:3999", env_file=str(variables))
     env = ocp_env(tmp_path, environ={"CLAUDE_TIMEOUT": "of the shell"})
-    found = ocp.service_environ(env, ocp.installation(env))
+    found = ocp.service_environ(env)
     assert found["CLAUDE_BIN"] == "/a b/claude" and found["X"] == "50%"
     assert found["PROXY_API_KEY"] == "se cret" and found["CLAUDE_PROXY_PORT"] == "4000"
     assert found["OCP_HOME"] == str(tmp_path / ".ocp") and "CLAUDE_TIMEOUT" not in found
