@@ -1520,8 +1520,7 @@ def _show_usage_by(answer: Json, style: Style, part: str, title: str, field: str
             + (table(columns, rows, style) if rows else "  nothing"))
 
 
-show_usage_by_key = functools.partial(
-    _show_usage_by, part="byKey", title="Key", field="key_name")
+show_usage_by_key = functools.partial(_show_usage_by, part="byKey", title="Key", field="key_name")
 show_usage_by_model = functools.partial(
     _show_usage_by, part="byModel", title="Model", field="model")
 
@@ -1532,8 +1531,7 @@ def show_usage_days(answer: Json, style: Style) -> str:
     if not days:
         return f"Since {local_time(answer.get('since'), style)}\n  nothing"
     most = max(day.get("requests") or 0 for day in days) or 1
-    marks = Column("", lambda day: "#" * round(20 * (day.get("requests") or 0) / most),
-                   as_it_is)
+    marks = Column("", lambda day: "#" * round(20 * (day.get("requests") or 0) / most), as_it_is)
     totals = {"day": "Total", **(answer.get("totals") or {})}
     total = [column.text(totals, style) for column in DAY_COLUMNS]
     parts = [table([*DAY_COLUMNS, *[marks] * style.bars], days, style, total)]
@@ -1696,8 +1694,7 @@ def _range(row: Json) -> str:
 SETTING_COLUMNS = (
     Column("Setting", "name"),
     Column("Value", lambda row: _setting_value(row.get("value"), row), side=">"),
-    Column("From", lambda row: row.get("source") if is_changed(row) else "",
-           as_it_is),
+    Column("From", lambda row: row.get("source") if is_changed(row) else "", as_it_is),
     Column("What it is", lambda row: row.get("desc") or "", as_it_is, is_prose=True),
 )
 
@@ -2297,9 +2294,7 @@ class StreamEnd(NamedTuple):
     answer_tokens: int | None = None
 
 
-def print_stream(
-    env: Env, events: Iterable[str], started_s: float, hint: str = "",
-) -> StreamEnd:
+def print_stream(env: Env, events: Iterable[str], started_s: float, hint: str = "") -> StreamEnd:
     """Print the text of a streamed answer as it comes, and end its line. Raises Problem for an
     error in it, with `hint` behind its message. `started_s` is when it was asked for."""
     end, terminal = StreamEnd(), env.stdout.isatty()
@@ -2389,8 +2384,7 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     try:
         with contextlib.ExitStack() as stack:
             with progress(env, f"waiting for {server.url}"):
-                response = stack.enter_context(
-                    server.open("POST", path, body, _ANSWER_TIMEOUT_S))
+                response = stack.enter_context(server.open("POST", path, body, _ANSWER_TIMEOUT_S))
             hint = errors_hint(response.headers.get("X-Request-Id", ""))
             end = print_stream(env, sse_data(_stream_lines(response)), started_s, hint)
     except ValueError:
@@ -2630,8 +2624,7 @@ def run_service(env: Env, record: Record, verb: str) -> str:
         for attempt in range(step.tries):
             # launchd refuses for a while after it has stopped a service.
             env.sleep(float(attempt))
-            done = env.command(
-                *step.command, timeout_s=timeout_s, more=with_user_bus(env.environ))
+            done = env.command(*step.command, timeout_s=timeout_s, more=with_user_bus(env.environ))
             if done.code == 0:
                 break
         if done.code != 0 and not step.may_fail:
@@ -3226,8 +3219,7 @@ def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
                 Exit.FAILED, f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
                 "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY first.")
         certificate, is_new = renew_certificate(env, files, args.name)
-        copy = _write_settings(
-            env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
+        copy = _write_settings(env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
     except OSError as error:
         raise Problem(Exit.FAILED, f"{error.filename}: {error.strerror}.") from None
     found = _tls_report(
@@ -3916,8 +3908,7 @@ _TELLING_FIELDS = frozenset((
     "storage", "version", "why"))
 #: Names of a user or a machine that tell nothing of their owner.
 _COMMON_NAMES = frozenset(("root", "ocp", "claude", "user", "localhost", "ubuntu", "debian", "pi"))
-_TOKEN = re.compile(
-    r"(?:sk-|ocp_|Bearer )[\w.-]{6,}|(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{24,}")
+_TOKEN = re.compile(r"(?:sk-|ocp_|Bearer )[\w.-]{6,}|(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{24,}")
 
 
 #: Variables whose values are names.
@@ -4362,10 +4353,8 @@ def service_to_update(env: Env, tree: str) -> Record | None:
     return record
 
 
-def _wanted_release(tags: Mapping[str, str], target: str | None, current: str) -> str:
-    """Return the tag to update to, empty if there is none. Raises Problem."""
-    if target is None:
-        return max(tags, key=version_tuple, default="")
+def _wanted_release(tags: Mapping[str, str], target: str, current: str) -> str:
+    """Return the tag that the user named. Raises Problem."""
     wanted = "v" + target.removeprefix("v")
     if not _RELEASE.fullmatch(wanted):
         raise Problem(Exit.USAGE, f"{clean(target)!r} is not a version such as v1.2.3.")
@@ -4377,20 +4366,24 @@ def _wanted_release(tags: Mapping[str, str], target: str | None, current: str) -
     return wanted
 
 
-def plan_update(env: Env, tree: str, target: str | None) -> Journal | None:
-    """Return what to update, None when there is nothing newer. Raises Problem."""
+def plan_update(env: Env, tree: str, target: str | None) -> Journal | str:
+    """Return what to update, or in words why there is nothing newer. Raises Problem."""
     tags = remote_tags(env, tree)
     current = version_of(os.path.join(tree, "ocp_server.py"))
     if not version_tuple(current):
         raise Problem(Exit.FAILED, f"{tree} has no ocp_server.py with a version.")
-    wanted = _wanted_release(tags, target, current)
+    newest = max(tags, key=version_tuple, default="")
+    wanted = newest if target is None else _wanted_release(tags, target, current)
+    if not newest:
+        return f"v{current} is installed; {NO_RELEASE}"
     if version_tuple(wanted) <= version_tuple(current):
-        return None
+        return (f"v{current} is installed, and there is nothing newer: the newest release is "
+                f"{newest}")
     branch = git(env, tree, "rev-parse", "--abbrev-ref", "HEAD")
     return Journal(
-        "prepared", tree, local_server(env).data_dir,
-        git(env, tree, "rev-parse", "HEAD"), "" if branch == "HEAD" else branch, current,
-        tags[wanted], wanted[1:], iso_time(env.clock()))
+        "prepared", tree, local_server(env).data_dir, git(env, tree, "rev-parse", "HEAD"),
+        "" if branch == "HEAD" else branch, current, tags[wanted], wanted[1:],
+        iso_time(env.clock()))
 
 
 def refuse_local_work(env: Env, plan: Journal) -> None:
@@ -4467,71 +4460,6 @@ def show_update_plan(plan: Journal, record: Record | None) -> str:
     ])
 
 
-def remove_worktree(env: Env, snapshot: Snapshot) -> None:
-    """Remove the folder in which a new version was tested, also what is left of one."""
-    shutil.rmtree(snapshot.path("tree"), ignore_errors=True)
-    git(env, snapshot.journal.tree, "worktree", "prune")
-
-
-def _checked(env: Env, server_path: str) -> Completed:
-    """Ask a version whether it would start here."""
-    with progress(env, "testing the new version"):
-        return env.run([local_server(env).python, "-B", server_path, "--check"], timeout_s=60,
-                       environ=service_environ(env))
-
-
-def check_new_version(env: Env, snapshot: Snapshot) -> None:
-    """Raise Problem unless the new version says that it would start here."""
-    plan, folder = snapshot.journal, snapshot.path("tree")
-    git(env, plan.tree, "-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach",
-        folder, plan.to_commit)
-    try:
-        env.say(compare_sums(env, plan, folder))
-        server = os.path.join(folder, "ocp_server.py")
-        found = version_of(server)
-        if found != plan.to_version:
-            raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
-        done = _checked(env, server)
-        if done.code != 0:
-            present = _checked(env, os.path.join(plan.tree, "ocp_server.py"))
-            if present.code == 0:
-                raise Problem(Exit.FAILED, f"It would not start here: {done.complaint}")
-            # What is wrong already, such as a claude that is not there, is no reason against it.
-            env.note(f"Not all is well here, before and after the update: {done.complaint}")
-    finally:
-        remove_worktree(env, snapshot)
-
-
-def remove_stale_lock(env: Env, tree: str) -> None:
-    """Remove the lock of a git that a power cut ended; a young one may belong to a live git."""
-    path = os.path.join(tree, git(env, tree, "rev-parse", "--git-path", "index.lock"))
-    with contextlib.suppress(FileNotFoundError):
-        if env.clock() - os.stat(path).st_mtime > 10:
-            os.unlink(path)
-
-
-def switch_back(env: Env, journal: Journal) -> None:
-    """Check out what was checked out before. Raises Problem."""
-    words = ["checkout", "--quiet", *(["--force"] if journal.is_torn else [])]
-    tip = ""
-    if journal.from_branch:
-        with contextlib.suppress(Problem):
-            tip = git(env, journal.tree, "rev-parse", f"refs/heads/{journal.from_branch}")
-    if tip == journal.from_commit:
-        git(env, journal.tree, *words, journal.from_branch, "--")
-    else:
-        git(env, journal.tree, *words, "--detach", journal.from_commit, "--")
-
-
-def stop_for_database(env: Env, record: Record | None) -> None:
-    """Make sure that no server has the database open. Raises Problem."""
-    complaint = run_service(env, record, "stop") if record else ""
-    if health_of(record.url if record else server_url(env)) is not None:
-        raise Problem(
-            Exit.FAILED, "The database has to be put back, but a server is still running: stop it, "
-            f"then run `ocp update --rollback --yes`. {complaint}".rstrip())
-
-
 def _is_migrated(snapshot: Snapshot) -> bool:
     """Return whether the new version has changed the form of the database."""
     copy = snapshot.path("ocp.db")
@@ -4540,120 +4468,189 @@ def _is_migrated(snapshot: Snapshot) -> bool:
     return saved is not None and present is not None and present > saved
 
 
-def undo(env: Env, snapshot: Snapshot, record: Record | None) -> str:
-    """Bring the old version back. Returns "", or why its server does not answer.
+class Update:
+    """An update on its way. How far it has come is written down before each step."""
 
-    Every step may be done twice, so that an interrupted undo can be started again. Raises Problem.
-    """
-    journal = snapshot.journal
-    snapshot = snapshot.at(
-        "undoing", restore_database=journal.restore_database or _is_migrated(snapshot))
-    remove_stale_lock(env, journal.tree)
-    if snapshot.journal.restore_database:
-        stop_for_database(env, record)
-    switch_back(env, snapshot.journal)
-    if snapshot.journal.restore_database:
-        put_back_database(snapshot)
-        # From here on it is in use again, and must not be put back a second time.
-        snapshot = snapshot.at("undoing", restore_database=False)
-        env.note("The database is the saved one again; what came after the update is kept in "
-                 + snapshot.path("newer-ocp.db"))
-    wrong = restart_and_ask(env, record, journal.from_version) if record else ""
-    snapshot.at("undone")
-    return wrong
+    def __init__(self, env: Env, snapshot: Snapshot, record: Record | None) -> None:
+        self.env, self.snapshot, self.record = env, snapshot, record
 
+    @property
+    def plan(self) -> Journal:
+        """Return what it is about, and how far it has come."""
+        return self.snapshot.journal
 
-def update_openclaw(env: Env, tree: str, record: Record | None) -> None:
-    """Give OpenClaw the models of the version that is checked out. Its failure undoes nothing."""
-    env = dataclasses.replace(env, tree=tree)
-    if not os.path.exists(env.beside("ocp_connect.py")):
-        return
-    try:
-        found = sync_openclaw(env, record.url if record else DEFAULT_URL)
-    except Problem as problem:
-        env.note(f"OpenClaw's list of models was not checked: {problem}")
-        return
-    if found["written"]:
-        env.say("OpenClaw has the models of this version now")
-    for failure in found["failures"]:
-        env.note(f"OpenClaw's list of models: {failure}. Try again with: ocp sync")
+    def at(self, state: str, **changes: Any) -> None:
+        """Write another state down."""
+        self.snapshot = self.snapshot.at(state, **changes)
 
+    def git(self, *words: str) -> str:
+        """Return what git prints in the checkout. Raises Problem."""
+        return git(self.env, self.plan.tree, *words)
 
-def roll_back(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Undo, and say how that went. Raises Problem if the server does not answer after it."""
-    journal = snapshot.journal
-    wrong = undo(env, snapshot, record)
-    if wrong:
-        raise Problem(
-            Exit.FAILED, f"v{journal.from_version} is checked out again, but its server is not "
-            f"well: {wrong}.\nSee `ocp doctor`.")
-    env.say(f"rolled back to v{journal.from_version}")
-    update_openclaw(env, journal.tree, record)
-    return Exit.OK
-
-
-def finish(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Restart into the version that is checked out, or roll back if it does not answer."""
-    journal = snapshot.journal
-    if record:
-        env.say(f"restarting {record.label}")
-        wrong = restart_and_ask(env, record, journal.to_version)
-        if wrong:
-            env.note(f"v{journal.to_version} does not work here: {wrong}.\nRolling back.")
-            roll_back(env, snapshot, record)
+    def switch(self) -> Exit:
+        """Test and check out the new version, then finish; or leave everything unchanged."""
+        plan = self.plan
+        self.env.say(f"testing v{plan.to_version}")
+        try:
+            self._check_new_version()
+        except Problem as problem:
+            self.at("refused")
+            raise Problem(
+                Exit.FAILED, f"v{plan.to_version} was not installed, and nothing was changed. "
+                f"{problem}") from None
+        self.at("switching", is_torn=True)
+        try:
+            self.git("checkout", "--quiet", "--no-overwrite-ignore", "--detach", plan.to_commit,
+                     "--")
+        except Problem as problem:
+            if is_at(self.env, plan.tree, plan.from_commit):
+                self.at("refused", is_torn=False)
+                raise Problem(Exit.FAILED, f"{problem}\nNothing was changed.") from None
+            self.env.note(f"{problem} Rolling back.")
+            self.roll_back()
             return Exit.FAILED
-    snapshot.at("done")
-    prune_snapshots(env)
-    env.say(f"updated to v{journal.to_version}; `ocp update --rollback` goes back")
-    if record is None:
-        env.say("No service is installed: if a server is running, restart it yourself.")
-    update_openclaw(env, journal.tree, record)
-    return Exit.OK
+        self.at("switched", is_torn=False)
+        return self._finish()
 
+    def _check_new_version(self) -> None:
+        """Raise Problem unless the new version says that it would start here."""
+        plan, folder = self.plan, self.snapshot.path("tree")
+        self.git("-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach", folder,
+                 plan.to_commit)
+        try:
+            self.env.say(compare_sums(self.env, plan, folder))
+            found = version_of(os.path.join(folder, "ocp_server.py"))
+            if found != plan.to_version:
+                raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
+            fault = self._fault_of(folder)
+            if fault and not self._fault_of(plan.tree):
+                raise Problem(Exit.FAILED, f"It would not start here: {fault}")
+            if fault:
+                # What is wrong already, such as a missing claude, is no reason against it.
+                self.env.note(f"Not all is well here, before and after the update: {fault}")
+        finally:
+            self._remove_worktree()
 
-def switch(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Test and check out the new version, then finish; or leave everything unchanged."""
-    plan = snapshot.journal
-    env.say(f"testing v{plan.to_version}")
-    try:
-        check_new_version(env, snapshot)
-    except Problem as problem:
-        snapshot.at("refused")
-        raise Problem(
-            Exit.FAILED, f"v{plan.to_version} was not installed, and nothing was changed. {problem}"
-        ) from None
-    snapshot = snapshot.at("switching", is_torn=True)
-    try:
-        git(env, plan.tree, "checkout", "--quiet", "--no-overwrite-ignore", "--detach",
-            plan.to_commit, "--")
-    except Problem as problem:
-        if is_at(env, plan.tree, plan.from_commit):
-            snapshot.at("refused", is_torn=False)
-            raise Problem(Exit.FAILED, f"{problem}\nNothing was changed.") from None
-        env.note(f"{problem} Rolling back.")
-        roll_back(env, snapshot, record)
-        return Exit.FAILED
-    return finish(env, snapshot.at("switched", is_torn=False), record)
+    def _fault_of(self, tree: str) -> str:
+        """Return why the version in a folder would not start here, "" if it would."""
+        command = [local_server(self.env).python, "-B", os.path.join(tree, "ocp_server.py")]
+        with progress(self.env, "testing the new version"):
+            done = self.env.run([*command, "--check"], timeout_s=60,
+                                environ=service_environ(self.env))
+        return "" if done.code == 0 else done.complaint
 
+    def _remove_worktree(self) -> None:
+        """Remove the folder in which a new version was tested, also what is left of one."""
+        shutil.rmtree(self.snapshot.path("tree"), ignore_errors=True)
+        self.git("worktree", "prune")
 
-def recover(env: Env, snapshot: Snapshot, back: bool) -> Exit | None:
-    """Finish or undo what was interrupted; None when it had changed nothing."""
-    journal = snapshot.journal
-    env.note(f"The update to v{journal.to_version} was interrupted ({journal.state}).")
-    record = service_to_update(env, os.path.realpath(journal.tree))
-    if journal.state == "prepared":
-        remove_worktree(env, snapshot)
-        snapshot.at("refused")
-        env.note("It had changed nothing.")
-        return None
-    if journal.state == "switching" and is_at(env, journal.tree, journal.to_commit):
-        snapshot = snapshot.at("switched", is_torn=False)
-    if snapshot.journal.state == "switched" and not back:
-        env.note("Finishing it.")
-        return finish(env, snapshot, record)
-    env.note("Undoing it.")
-    code = roll_back(env, snapshot, record)
-    return code if back else Exit.FAILED
+    def _finish(self) -> Exit:
+        """Restart into the version that is checked out, or roll back if it does not answer."""
+        version = self.plan.to_version
+        if self.record:
+            self.env.say(f"restarting {self.record.label}")
+            wrong = restart_and_ask(self.env, self.record, version)
+            if wrong:
+                self.env.note(f"v{version} does not work here: {wrong}.\nRolling back.")
+                self.roll_back()
+                return Exit.FAILED
+        self.at("done")
+        prune_snapshots(self.env)
+        self.env.say(f"updated to v{version}; `ocp update --rollback` goes back")
+        if self.record is None:
+            self.env.say("No service is installed: if a server is running, restart it yourself.")
+        self._update_openclaw()
+        return Exit.OK
+
+    def roll_back(self) -> Exit:
+        """Undo, and say how that went. Raises Problem if the server does not answer after it."""
+        version, wrong = self.plan.from_version, self._undo()
+        if wrong:
+            raise Problem(
+                Exit.FAILED, f"v{version} is checked out again, but its server is not well: "
+                f"{wrong}.\nSee `ocp doctor`.")
+        self.env.say(f"rolled back to v{version}")
+        self._update_openclaw()
+        return Exit.OK
+
+    def _undo(self) -> str:
+        """Bring the old version back. Returns "", or why its server does not answer.
+
+        Every step may be done twice: an interrupted undo can be started again. Raises Problem.
+        """
+        self.at("undoing",
+                restore_database=self.plan.restore_database or _is_migrated(self.snapshot))
+        self._remove_stale_lock()
+        if self.plan.restore_database:
+            self._stop_for_database()
+        self._switch_back()
+        if self.plan.restore_database:
+            put_back_database(self.snapshot)
+            # From here on it is in use again, and must not be put back a second time.
+            self.at("undoing", restore_database=False)
+            self.env.note("The database is the saved one again; what came after the update is "
+                          "kept in " + self.snapshot.path("newer-ocp.db"))
+        wrong = ""
+        if self.record:
+            wrong = restart_and_ask(self.env, self.record, self.plan.from_version)
+        self.at("undone")
+        return wrong
+
+    def _remove_stale_lock(self) -> None:
+        """Remove the lock of a git that a power cut ended; a young one may be that of a live git."""
+        path = os.path.join(self.plan.tree, self.git("rev-parse", "--git-path", "index.lock"))
+        with contextlib.suppress(FileNotFoundError):
+            if self.env.clock() - os.stat(path).st_mtime > 10:
+                os.unlink(path)
+
+    def _stop_for_database(self) -> None:
+        """Make sure that no server has the database open. Raises Problem."""
+        complaint = run_service(self.env, self.record, "stop") if self.record else ""
+        if health_of(self.record.url if self.record else server_url(self.env)) is not None:
+            raise Problem(
+                Exit.FAILED, "The database has to be put back, but a server is still running: stop "
+                f"it, then run `ocp update --rollback --yes`. {complaint}".rstrip())
+
+    def _switch_back(self) -> None:
+        """Check out what was checked out before. Raises Problem."""
+        plan, tip = self.plan, ""
+        if plan.from_branch:
+            with contextlib.suppress(Problem):
+                tip = self.git("rev-parse", f"refs/heads/{plan.from_branch}")
+        before = [plan.from_branch] if tip == plan.from_commit else ["--detach", plan.from_commit]
+        self.git("checkout", "--quiet", *(["--force"] * plan.is_torn), *before, "--")
+
+    def _update_openclaw(self) -> None:
+        """Give OpenClaw the models of the version that is checked out. Its failure undoes nothing."""
+        env = dataclasses.replace(self.env, tree=self.plan.tree)
+        if not os.path.exists(env.beside("ocp_connect.py")):
+            return
+        try:
+            found = sync_openclaw(env, self.record.url if self.record else DEFAULT_URL)
+        except Problem as problem:
+            env.note(f"OpenClaw's list of models was not checked: {problem}")
+            return
+        if found["written"]:
+            env.say("OpenClaw has the models of this version now")
+        for failure in found["failures"]:
+            env.note(f"OpenClaw's list of models: {failure}. Try again with: ocp sync")
+
+    def recover(self, back: bool) -> Exit | None:
+        """Finish or undo what was interrupted; None when it had changed nothing."""
+        plan, note = self.plan, self.env.note
+        if plan.state == "prepared":
+            self._remove_worktree()
+            self.at("refused")
+            note("It had changed nothing.")
+            return None
+        if plan.state == "switching" and is_at(self.env, plan.tree, plan.to_commit):
+            self.at("switched", is_torn=False)
+        if self.plan.state == "switched" and not back:
+            note("Finishing it.")
+            return self._finish()
+        note("Undoing it.")
+        code = self.roll_back()
+        return code if back else Exit.FAILED
 
 
 SNAPSHOT_COLUMNS = (
@@ -4686,16 +4683,7 @@ def _rollback(env: Env, args: argparse.Namespace) -> Exit:
         env.say(f"would roll back {words}")
         return Exit.OK
     confirm(f"Roll back {words}?", args.yes, env.stdin, env.stdout)
-    return roll_back(env, done, record)
-
-
-def _nothing_newer(env: Env, tree: str) -> str:
-    """Return why there is no update: no release at all, or this is the newest. Raises Problem."""
-    newest = max(remote_tags(env, tree), key=version_tuple, default="")
-    version = version_of(os.path.join(tree, "ocp_server.py"))
-    if not newest:
-        return f"v{version} is installed; {NO_RELEASE}"
-    return f"v{version} is installed, and there is nothing newer: the newest release is {newest}"
+    return Update(env, done, record).roll_back()
 
 
 #: In the server's folder: the newest release that `ocp update --check` found. The server asks
@@ -4714,21 +4702,14 @@ def note_newest(env: Env, version: str) -> None:
             os.remove(path)
 
 
-def _check_for_update(env: Env, args: argparse.Namespace) -> Exit:
-    tree = git_tree(env)
-    plan = plan_update(env, tree, args.target)
-    if not args.target:
-        note_newest(env, plan.to_version if plan else "")
-    env.say(f"installed v{plan.from_version}, v{plan.to_version} is available" if plan
-            else _nothing_newer(env, tree))
-    return Exit.OK
-
-
 def _update(env: Env, args: argparse.Namespace) -> Exit:
     tree = git_tree(env)
     plan = plan_update(env, tree, args.target)
-    if plan is None:
-        env.say(_nothing_newer(env, tree))
+    if args.check and not args.target:
+        note_newest(env, "" if isinstance(plan, str) else plan.to_version)
+    if isinstance(plan, str) or args.check:
+        env.say(plan if isinstance(plan, str)
+                else f"installed v{plan.from_version}, v{plan.to_version} is available")
         return Exit.OK
     refuse_local_work(env, plan)
     record = service_to_update(env, tree)
@@ -4741,7 +4722,7 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     env.say(verify_tag(env, plan))
     snapshot = take_snapshot(env, plan)
     env.say(f"saved {snapshot.folder}")
-    return switch(env, snapshot, record)
+    return Update(env, snapshot, record).switch()
 
 
 def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
@@ -4753,14 +4734,17 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
     if args.rollback and (args.check or args.target):
         raise Problem(Exit.USAGE, "--rollback goes back by one update: no --check and no --target.")
     if args.check:
-        return _check_for_update(env, args)
+        return _update(env, args)
     with update_lock(env):
         states = read_snapshots(env)
         interrupted = next((s for s in states if s.journal.state in OPEN_STATES), None)
         if interrupted and args.dry_run:
             raise Problem(Exit.FAILED, "An update was interrupted: `ocp update` ends it.")
         if interrupted:
-            code = recover(env, interrupted, args.rollback)
+            journal = interrupted.journal
+            env.note(f"The update to v{journal.to_version} was interrupted ({journal.state}).")
+            record = service_to_update(env, os.path.realpath(journal.tree))
+            code = Update(env, interrupted, record).recover(args.rollback)
             if code is not None or args.rollback:
                 return Exit.OK if code is None else code
         return _rollback(env, args) if args.rollback else _update(env, args)
@@ -4964,8 +4948,7 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
         yield from ((name, "") for name in connect_options(env))
         return
     arguments = (*command.arguments, *EVERYWHERE)
-    expecting = [each for each in arguments
-                 if last in each.names and "metavar" in each.options]
+    expecting = [each for each in arguments if last in each.names and "metavar" in each.options]
     for each in expecting or arguments:
         if each.names[0].startswith("-") and not expecting:
             yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
