@@ -112,12 +112,10 @@ class Command(NamedTuple):
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """Return an argument as argparse's add_argument takes it."""
     return Argument(names, options)
 
 
 def flag(*names: str, help: str) -> Argument:
-    """Return an argument that is given or not."""
     return argument(*names, action="store_true", help=help)
 
 
@@ -681,6 +679,11 @@ def any_certificate() -> ssl.SSLContext:
 # another world.
 
 
+def failed(message: str) -> Problem:
+    """Return the error of a command that was not able to do its work."""
+    return Problem(Exit.FAILED, message)
+
+
 def lan_addresses() -> list[str]:
     """Return the IPv4 address by which this machine reaches others, if any. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -727,7 +730,6 @@ class Env:
         print(text, file=self.stdout, flush=True)
 
     def note(self, text: str) -> None:
-        """Print a remark that is not part of the result."""
         print(text, file=self.stderr, flush=True)
 
     def command(
@@ -813,7 +815,7 @@ def installation(env: Env) -> Record | None:
         found = read_record(record_path(env))
         return None if found is None else record_of(found)
     except (OSError, ValueError) as error:
-        raise Problem(Exit.FAILED, f"{error}\nOr name the server in OCP_URL.") from None
+        raise failed(f"{error}\nOr name the server in OCP_URL.") from None
 
 
 def local_server(env: Env) -> Record:
@@ -929,7 +931,7 @@ def admin_key(env: Env, url: str) -> str:
         except (FileNotFoundError, PermissionError):
             return ""
         except (OSError, ValueError) as error:
-            raise Problem(Exit.FAILED, f"{source} cannot be read: {error}") from None
+            raise failed(f"{source} cannot be read: {error}") from None
     if key and not re.fullmatch(r"[!-~]+", key):
         raise Problem(Exit.USAGE, f"{source} contains characters that no key has.")
     return key
@@ -946,9 +948,8 @@ def is_ocp_server(url: str) -> bool:
 def not_ocp(url: str, status: int = 0) -> Problem:
     """Return what to say when another program answers at the server's address."""
     told = f" (it answered {status})" if status else ""
-    return Problem(
-        Exit.FAILED, f"What answers at {url} is not an OCP server{told}. Name another address with "
-        f"--url or OCP_URL, or find out who owns port {port_of(url)} with `ocp doctor`.")
+    return failed(f"What answers at {url} is not an OCP server{told}. Name another address with "
+                  f"--url or OCP_URL, or find out who owns port {port_of(url)} with `ocp doctor`.")
 
 
 def errors_hint(request_id: str) -> str:
@@ -1294,12 +1295,10 @@ def number(
     head: str, field: Union[str, Callable[[Any], object]],
     write: Callable[[Any], object] = short_number,
 ) -> Column:
-    """Return a column of numbers."""
     return Column(head, field, lambda value, style: write(value), ">")
 
 
 def as_it_is(value: object, style: Style) -> object:
-    """Return a value unchanged: a field that is empty is shown as nothing."""
     return value
 
 
@@ -1370,7 +1369,6 @@ def local_time(text: object, style: Style) -> str:
 
 
 def on_off(value: object) -> str:
-    """Return a boolean as people write it, any other value as it is."""
     if value is None:
         return "-"
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
@@ -1398,6 +1396,12 @@ def print_value(env: Env, args: argparse.Namespace, value: Json, show: Show) -> 
     return Exit.OK
 
 
+def query(path: str, **wanted: object) -> str:
+    """Return a path with a query; what is None is left out."""
+    kept = {name: value for name, value in wanted.items() if value is not None}
+    return f"{path}?{urllib.parse.urlencode(kept)}"
+
+
 def read(env: Env, args: argparse.Namespace, path: str, show: Show) -> Exit:
     """Ask the server for `path` and print the answer."""
     return print_answer(env, args, find_server(env).ask("GET", path), show)
@@ -1409,7 +1413,6 @@ def reader(path: str, show: Show) -> Callable[[Env, argparse.Namespace], Exit]:
 
 
 def _window_line(name: str, window: Json, style: Style) -> str:
-    """Return how much of one limit of the plan is used, and when it resets."""
     window = window or {}
     share, percent = window.get("utilization"), window.get("percent")
     if share is None and percent is None:
@@ -1470,10 +1473,8 @@ def show_plan(plan: Json, style: Style) -> str:
 
 
 def _counts_line(title: str, row: Json) -> str:
-    """Return the request counters of a server in one line."""
-    parts = [f"{short_number(row.get('activeRequests'))} active",
-             counted(row.get("errors"), "error"), counted(row.get("timeouts"), "timeout")]
-    return " | ".join([title, *parts])
+    return (f"{title} | {short_number(row.get('activeRequests'))} active | "
+            f"{counted(row.get('errors'), 'error')} | {counted(row.get('timeouts'), 'timeout')}")
 
 
 TOKEN_COLUMNS = (
@@ -1557,8 +1558,8 @@ def cmd_usage(env: Env, args: argparse.Namespace) -> Exit:
         # Whole days: the first one begins at a midnight.
         first = datetime.timedelta(days=max(1, round(back_s / 86_400)) - 1)
         since_s = time.mktime((datetime.date.fromtimestamp(env.clock()) - first).timetuple())
-    query = urllib.parse.urlencode({"since": iso_time(since_s), "all": "true"})
-    return read(env, args, f"/api/usage?{query}", show)
+    path = query("/api/usage", since=iso_time(since_s), all="true")
+    return read(env, args, path, show)
 
 
 def _state_word(state: object, style: Style) -> str:
@@ -1566,17 +1567,14 @@ def _state_word(state: object, style: Style) -> str:
     return style.paint(colours.get(str(state), "red"), clean(state))
 
 
-def login_words(state: object) -> str:
-    """Return the state of the login in a sentence: where it is not known, what is not."""
-    return "login not known yet" if state in (None, "not known yet") else clean(state)
-
-
 def show_status(answer: Json, style: Style) -> str:
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
     counts = {**requests, "activeRequests": requests.get("active")}
+    login = proxy.get("auth") or "not known yet"
     lines = [
         f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), style)}, "
-        f"up {clean(proxy.get('uptime', '?'))}, {login_words(proxy.get('auth'))}",
+        f"up {clean(proxy.get('uptime', '?'))}, "
+        + ("login not known yet" if login == "not known yet" else clean(login)),
         *([f"To do: {clean(proxy['fix'])}"] if proxy.get("fix") else []),
         _counts_line(f"Requests: {short_number(requests.get('total'))}", counts),
         "", show_plan(answer.get("plan"), style),
@@ -1671,24 +1669,25 @@ TIME_UNITS_MS = {**SPAN_UNITS_MS, "days": 86_400_000}
 
 def _setting_value(value: object, row: Json) -> str:
     """Return a value of a setting as people write it: 10m, on, 8."""
-    if row.get("unit") in TIME_UNITS_MS and isinstance(value, int):
-        return span(value * TIME_UNITS_MS[row["unit"]]) if value else "0"
-    if row.get("unit") == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
+    unit = row.get("unit") or ""
+    if unit in TIME_UNITS_MS and isinstance(value, int):
+        return span(value * TIME_UNITS_MS[unit]) if value else "0"
+    if unit == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
         return f"{value // 2**20} MiB"
-    return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
+    return f"{on_off(value)} {unit}".rstrip()
 
 
 def is_changed(row: Json) -> bool:
     return row.get("source") in ("stored", "environment")
 
 
-def _range(row: Json) -> str:
-    ends = [row.get("min"), row.get("max")]
-    if ends == [None, None]:
-        return ""
-    is_time = row.get("unit") in TIME_UNITS_MS
+def _range(row: Json) -> str | None:
+    ends, unit = [row.get("min"), row.get("max")], row.get("unit") or ""
+    is_time = unit in TIME_UNITS_MS
     words = ["" if end is None else _setting_value(end, row if is_time else {}) for end in ends]
-    return "..".join(words) + ("" if is_time else f" {row.get('unit') or ''}".rstrip())
+    if not any(words):
+        return None
+    return "..".join(words) + ("" if is_time else f" {unit}".rstrip())
 
 
 SETTING_COLUMNS = (
@@ -1711,30 +1710,26 @@ def show_setting(name: str, row: Json, style: Style) -> str:
     return style.paint("bold", clean(name)) + "\n" + field_list([
         ("value", _setting_value(row.get("value"), row)), ("from", row.get("source")),
         ("default", _setting_value(row.get("default"), row)),
-        ("range", _range(row) or None),
-        ("environment", row.get("env")), ("what it is", row.get("desc")),
+        ("range", _range(row)), ("environment", row.get("env")), ("what it is", row.get("desc")),
     ])
 
 
 def parse_value(name: str, row: Json, text: str) -> object:
     """Return what the user wrote as the type that the setting has. Raises Problem."""
-    kind = row.get("type")
-    words = {"1": True, "true": True, "yes": True, "on": True,
-             "0": False, "false": False, "no": False, "off": False}
-    if kind == "boolean" and text.lower() in words:
-        return words[text.lower()]
-    if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        return int(text)
-    if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}\.[0-9]{1,9}", text):
-        return float(text)
-    if row.get("unit") in TIME_UNITS_MS:
+    kind, unit, lowered = row.get("type"), row.get("unit") or "", text.lower()
+    if kind == "boolean":
+        if lowered in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            return lowered in ("1", "true", "yes", "on")
+        raise Problem(Exit.USAGE, f"{name} takes on or off, not {clean(text)!r}.")
+    if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{1,9})?", text):
+        return float(text) if "." in text else int(text)
+    if unit in TIME_UNITS_MS:
         with contextlib.suppress(ValueError):
-            ms, unit_ms = span_ms(text), TIME_UNITS_MS[row["unit"]]
+            ms, unit_ms = span_ms(text), TIME_UNITS_MS[unit]
             return ms // unit_ms if ms % unit_ms == 0 else ms / unit_ms
-    if kind in ("boolean", "number"):
-        unit = f" of {row['unit']}" if row.get("unit") else ""
-        unit += ", or a time such as 90s or 1h" if row.get("unit") in TIME_UNITS_MS else ""
-        wanted = "on or off" if kind == "boolean" else f"a number{unit}"
+    if kind == "number":
+        wanted = "a number" + (f" of {unit}" if unit else "")
+        wanted += ", or a time such as 90s or 1h" if unit in TIME_UNITS_MS else ""
         raise Problem(Exit.USAGE, f"{name} takes {wanted}, not {clean(text)!r}.")
     return text
 
@@ -1775,7 +1770,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _change_setting(server: Server, name: str, value: object) -> Answer:
-    """Change a setting and return the answer. Raises Problem with the server's reason."""
     try:
         answer = server.ask("PATCH", "/settings", {name: value})
     except Problem as problem:
@@ -1785,7 +1779,7 @@ def _change_setting(server: Server, name: str, value: object) -> Answer:
         answer = Answer(server.url, json.dumps(problem.body))
     result = (answer.value.get("results") or {}).get(name) or {}
     if not result.get("ok"):
-        raise Problem(Exit.FAILED, f"{name} was not changed: {clean(result.get('error'))}")
+        raise failed(f"{name} was not changed: {clean(result.get('error'))}")
     return answer
 
 
@@ -1838,8 +1832,7 @@ def new_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Json]
     """Return the entries after those that were seen: the server sends again what it still has."""
     known = 0
     for entry in seen:
-        if known < len(entries) and entries[known] == entry:
-            known += 1
+        known += entry in entries[known:known + 1]
     return entries[known:]
 
 
@@ -1874,8 +1867,7 @@ def _events_since(entries: Iterable[Json], since_s: float) -> list[Json]:
 
 
 def _logs_path(args: argparse.Namespace, count: int, level: str) -> str:
-    wanted = {"n": count, "level": level, "key": args.key, "request": args.request}
-    return "/logs?" + urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+    return query("/logs", n=count, level=level, key=args.key, request=args.request)
 
 
 def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> NoReturn:
@@ -1958,17 +1950,15 @@ def show_error(row: Json, style: Style) -> str:
 
 def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
     request = args.about if re.fullmatch(r"req_\w+", args.about or "") else None
-    wanted = {"limit": args.count, "since": args.since, "request": request,
-              "key": None if request else args.about}
-    query = urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
-    answer = find_server(env).ask("GET", f"/api/errors?{query}")
+    answer = find_server(env).ask("GET", query(
+        "/api/errors", limit=args.count, since=args.since, request=request,
+        key=None if request else args.about))
     if request is None or args.json:
         return print_answer(env, args, answer, show_errors)
     rows = _all_errors(answer.value)
     if not rows:
-        raise Problem(
-            Exit.FAILED, f"No failure of {request} is known: it succeeded, or it was refused "
-            f"before the server's last start.\nMore: `ocp logs 1000 --request {request}`")
+        raise failed(f"No failure of {request} is known: it succeeded, or it was refused before "
+                     f"the server's last start.\nMore: `ocp logs 1000 --request {request}`")
     env.say("\n\n".join(show_error(row, style_of(env)) for row in rows))
     return Exit.OK
 
@@ -2042,10 +2032,6 @@ def _key_state(key: Json) -> str:
     return "revoked" if key.get("revoked") else "expired" if key.get("expired") else "active"
 
 
-def _created(key: Json) -> Json:
-    return key.get("createdAt") or key.get("created_at")
-
-
 def _quota_words(key: Json) -> str:
     """Return what is used of each quota of a key that has a limit."""
     rows = [(option, (key.get("quota") or {}).get(name) or {}) for option, name in QUOTAS]
@@ -2082,7 +2068,7 @@ def show_key(answer: Json, style: Style) -> str:
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
         ("old key", old and f"{old.get('keyPreview')}, works until "
          f"{local_time(old.get('until'), style)}"),
-        ("created", local_time(_created(answer), style)),
+        ("created", local_time(answer.get("createdAt") or answer.get("created_at"), style)),
         ("last used", age(answer.get("lastUsed"), style)),
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
         ("models", ", ".join(map(str, answer.get("models") or [])) or "all"),
@@ -2126,20 +2112,14 @@ def _key_path(name: str) -> str:
 
 def _key_fields(args: argparse.Namespace) -> dict[str, object]:
     """Return the fields of a key that the user named."""
-    found: dict[str, object] = {}
-    if args.expiry is not None:
-        found["expiry"] = None if args.expiry == "never" else args.expiry
-    if args.models is not None:
-        found["models"] = [name.strip() for name in args.models.split(",") if name.strip()]
-    if args.max_concurrent is not None:
-        found["maxConcurrent"] = args.max_concurrent
-    if args.effort is not None:
-        found["effort"] = None if args.effort == "none" else args.effort
-    if args.web_search is not None:
-        found["webSearch"] = args.web_search == "on"
-    if args.note is not None:
-        found["note"] = args.note
-    return found
+    return {field: read(text) for field, text, read in (
+        ("expiry", args.expiry, lambda text: None if text == "never" else text),
+        ("models", args.models, lambda text: [
+            name.strip() for name in text.split(",") if name.strip()]),
+        ("maxConcurrent", args.max_concurrent, int),
+        ("effort", args.effort, lambda text: None if text == "none" else text),
+        ("webSearch", args.web_search, lambda text: text == "on"), ("note", args.note, str),
+    ) if text is not None}
 
 
 def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
@@ -2177,7 +2157,6 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
 
 
 def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
-    """Print an answer that contains a new secret."""
     try:
         secret, name = answer.value["key"], answer.value["name"]
     except (Problem, KeyError):
@@ -2185,7 +2164,7 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
             raise not_ocp(answer.url) from None
         # Better shown raw than lost: nobody can ask for it again.
         env.say(answer.text)
-        raise Problem(Exit.FAILED, "The server's answer, above, is not as expected.") from None
+        raise failed("The server's answer, above, is not as expected.") from None
     if args.json:
         env.say(answer.text.rstrip("\n"))
         return Exit.OK
@@ -2201,21 +2180,16 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
 def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
     body = {"name": args.name, **_key_fields(args)}
     quotas = _quota_fields(args)
-    if quotas:
-        body["quota"] = quotas
+    body.update({"quota": quotas} if quotas else {})
     return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
-
-
-def show_grace(answer: Json, style: Style) -> str:
-    name = clean(answer.get("name"))
-    return (f"The old secret of {name!r} stopped working." if answer.get("ended")
-            else f"{name!r} has no old secret that works.")
 
 
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
     path, server = _key_path(args.key), find_server(env)
     if args.grace == "none":
-        return print_answer(env, args, server.ask("DELETE", path + "/grace"), show_grace)
+        return print_answer(env, args, server.ask("DELETE", path + "/grace"), lambda value, style: (
+            f"The old secret of {clean(value.get('name'))!r} stopped working." if value.get("ended")
+            else f"{clean(value.get('name'))!r} has no old secret that works."))
     if not args.grace:
         ask_first(
             env, args, f"Give {clean(args.key)} a new secret? The old one stops working at once.")
@@ -2263,7 +2237,7 @@ def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:
     answer = server.ask("DELETE", _key_path(args.key))
     if not answer.value.get("revoked"):
         hint = did_you_mean(args.key, _server_names(env, "KEY"))
-        raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.{hint}")
+        raise failed(f"No active key has the name or id {clean(args.key)!r}.{hint}")
     return print_answer(env, args, answer, lambda value, style: f"revoked {clean(args.key)}")
 
 
@@ -2305,7 +2279,7 @@ def print_stream(env: Env, events: Iterable[str], started_s: float, hint: str = 
             chunk = json.loads(data)
             if "error" in chunk:
                 message = clean(chunk["error"].get("message"))
-                raise Problem(Exit.FAILED, f"The answer failed: {message}{hint}")
+                raise failed(f"The answer failed: {message}{hint}")
             tokens = (chunk.get("usage") or {}).get("completion_tokens")
             end = end._replace(
                 model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
@@ -2353,15 +2327,6 @@ def _question(env: Env, args: argparse.Namespace) -> str:
     return question
 
 
-def _ask_in_json(server: Server, body: Mapping[str, object]) -> Exit:
-    """Print the whole answer as the server writes it."""
-    answer = server.ask("POST", "/v1/chat/completions", body, _ANSWER_TIMEOUT_S)
-    if "choices" not in answer.value:
-        raise not_ocp(server.url)
-    server.env.say(answer.text.rstrip("\n"))
-    return Exit.OK
-
-
 def _answer_note(server: Server, end: StreamEnd) -> str:
     """Return what a person may want to know about an answer."""
     health: Json = {}
@@ -2378,7 +2343,11 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
     body = {"messages": [*system, {"role": "user", "content": _question(env, args)}],
             **({"model": args.model} if args.model else {})}
     if args.json:
-        return _ask_in_json(server, body)
+        answer = server.ask("POST", path, body, _ANSWER_TIMEOUT_S)
+        if "choices" not in answer.value:
+            raise not_ocp(server.url)
+        env.say(answer.text.rstrip("\n"))
+        return Exit.OK
     body.update(stream=True, stream_options={"include_usage": True})
     started_s = env.clock()
     try:
@@ -2388,12 +2357,11 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
             hint = errors_hint(response.headers.get("X-Request-Id", ""))
             end = print_stream(env, sse_data(_stream_lines(response)), started_s, hint)
     except ValueError:
-        raise Problem(
-            Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
+        raise failed(f"{server.url}{path} sent something that is no answer.") from None
     if end == StreamEnd() and not is_ocp_server(server.url):
         raise not_ocp(server.url)
     if not end.finish_reason:
-        raise Problem(Exit.FAILED, "The answer broke off before its end.")
+        raise failed("The answer broke off before its end.")
     if end.finish_reason != "stop":
         env.note(f"(the answer ended early: {clean(end.finish_reason)})")
     if env.stderr.isatty() and end.first_token_s is not None:
@@ -2432,7 +2400,7 @@ def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
         found["deviceUrl"] = f"{device}/dashboard"
     print_value(env, args, found, show_dashboard)
     if args.open and not env.browse(found["url"]):
-        raise Problem(Exit.FAILED, "No browser was found here: open the address yourself.")
+        raise failed("No browser was found here: open the address yourself.")
     return Exit.OK
 
 
@@ -2493,7 +2461,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     health = server.health().value
     url = lan_url(env, server.url)
     if not url:
-        raise Problem(Exit.FAILED, "This machine has no address in a network.")
+        raise failed("This machine has no address in a network.")
     is_reachable = is_ocp_server(url)
     found = {
         "host": urllib.parse.urlsplit(url).hostname, "url": url,
@@ -2510,9 +2478,8 @@ def connect_command(env: Env, *words: str) -> list[str]:
     """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
     script = env.beside("ocp_connect.py")
     if not os.path.exists(script):
-        raise Problem(
-            Exit.FAILED, f"{script} is not there. Copy ocp_connect.py from the server's checkout "
-            "of OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
+        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
+                     "OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
     return [sys.executable, script, *words]
 
 
@@ -2529,7 +2496,7 @@ def _run_attached(env: Env, command: Sequence[str]) -> Exit:
     """Run a command that talks to the user itself; return its exit code. Raises Problem."""
     done = env.run(command, environ=env.environ, attached=True)
     if done.code is None:
-        raise Problem(Exit.FAILED, done.complaint)
+        raise failed(done.complaint)
     return Exit(done.code) if done.code in set(Exit) else Exit.FAILED
 
 
@@ -2557,7 +2524,7 @@ def sync_openclaw(env: Env, url: str, *more: str) -> Json:
         found = json.loads(done.output)
         if isinstance(found, dict) and found.keys() >= _OPENCLAW_FIELDS:
             return found
-    raise Problem(Exit.FAILED, done.complaint)
+    raise failed(done.complaint)
 
 
 # ==== 9. Service =============================================================
@@ -2572,9 +2539,16 @@ def service_of(env: Env) -> Record | None:
     if record is None or not record.label:
         return None
     if not record.commands:
-        raise Problem(
-            Exit.FAILED, f"{record_path(env)} does not say how the service is started. "
-            "Run setup.py_install.py again.")
+        raise failed(f"{record_path(env)} does not say how the service is started. Run "
+                     "setup.py_install.py again.")
+    return record
+
+
+def service_here(env: Env, verb: str) -> Record | None:
+    """Return the service, None if the server has none. Raises Problem for another machine."""
+    record, url = service_of(env), server_url(env)
+    if not is_loopback(url) and (record is None or url != record.url):
+        raise failed(f"{url} is another machine: run `ocp {verb}` there.")
     return record
 
 
@@ -2722,22 +2696,6 @@ def command_by_hand(env: Env) -> str:
     return line if is_usual else f"OCP_HOME={shlex.quote(here.data_dir)} {line}"
 
 
-def _manual_command(env: Env, verb: str, owner: Owner) -> str:
-    """Return the command that stops or restarts a server that the installer does not know."""
-    unit = _systemd_unit(owner.pid) if owner.pid else None
-    if unit:
-        return f"systemctl {unit[0]}{verb} {unit[1]}"
-    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
-    return f"kill {owner.pid}{again}"
-
-
-def _refuse_elsewhere(env: Env, record: Record | None, verb: str) -> None:
-    """Raise Problem if the server that is named runs on another machine."""
-    url = server_url(env)
-    if not is_loopback(url) and (record is None or url != record.url):
-        raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
-
-
 def _without_service(env: Env, verb: str) -> Exit:
     """Explain how to start, stop or restart a server that is not an installed service."""
     url = server_url(env)
@@ -2745,28 +2703,27 @@ def _without_service(env: Env, verb: str) -> Exit:
     try:
         owner = port_owner(env, port)
     except OSError as error:
-        raise Problem(
-            Exit.FAILED, f"No service is installed, and the owner of port {port} is unknown: "
-            f"{error}.") from None
+        raise failed(f"No service is installed, and the owner of port {port} is unknown: "
+                     f"{error}.") from None
     if owner is None and verb == "stop":
         env.say(f"Nothing listens on port {port}.")
         return Exit.OK
     if owner is None:
         install = [sys.executable, env.beside("setup.py_install.py")]
-        raise Problem(
-            Exit.FAILED, "No service is installed. Run the server by hand: "
-            f"{command_by_hand(env)}\nor make it a service: {shlex.join(install)}")
+        raise failed(f"No service is installed. Run the server by hand: {command_by_hand(env)}\nor "
+                     f"make it a service: {shlex.join(install)}")
     if not owner.is_ocp:
         kind = "is not an OCP server" if owner.command else "cannot be identified"
-        raise Problem(
-            Exit.FAILED, f"Port {port} belongs to {owner.words}, which {kind} and is left alone.\n"
-            "Give OCP another port with CLAUDE_PROXY_PORT.")
+        raise failed(f"Port {port} belongs to {owner.words}, which {kind} and is left alone.\nGive "
+                     "OCP another port with CLAUDE_PROXY_PORT.")
     if verb == "start":
         env.say(f"Already running: {owner.words} owns port {port}.")
         return Exit.OK
-    raise Problem(
-        Exit.FAILED, f"No service is installed; {owner.words} serves port {port} and was started "
-        f"in another way.\nTo {verb} it: {_manual_command(env, verb, owner)}")
+    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
+    user, unit = (_systemd_unit(owner.pid) if owner.pid else None) or ("", "")
+    line = f"systemctl {user}{verb} {unit}" if unit else f"kill {owner.pid}{again}"
+    raise failed(f"No service is installed; {owner.words} serves port {port} and was started in "
+                 f"another way.\nTo {verb} it: {line}")
 
 
 def version_of(server_path: str) -> str:
@@ -2838,18 +2795,15 @@ def _owner_sentence(env: Env, url: str) -> str:
 
 
 def _start(env: Env, verb: str) -> Exit:
-    """Start or restart the service and wait until the server answers."""
-    record = service_of(env)
-    _refuse_elsewhere(env, record, verb)
+    record = service_here(env, verb)
     if record is None:
         return _without_service(env, verb)
     since_s = env.clock() if verb == "restart" else None
     complaint = run_service(env, record, verb)
     wrong = wait_for_server(env, record.url, version_of(record.server_path), since_s)
     if wrong:
-        raise Problem(
-            Exit.FAILED, f"The server did not come up as it should: {complaint or wrong}."
-            f"{_owner_sentence(env, record.url)}\nSee `ocp doctor`.")
+        raise failed("The server did not come up as it should: "
+                     f"{complaint or wrong}.{_owner_sentence(env, record.url)}\nSee `ocp doctor`.")
     if complaint:
         env.note(f"The server answers, although this failed: {complaint}")
     health = health_of(record.url) or {}
@@ -2862,8 +2816,7 @@ def cmd_start(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
-    record = service_of(env)
-    _refuse_elsewhere(env, record, "stop")
+    record = service_here(env, "stop")
     if record is None:
         return _without_service(env, "stop")
     complaint = run_service(env, record, "stop")
@@ -2871,28 +2824,24 @@ def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
     with progress(env, "waiting for the server to end"):
         while health_of(record.url) is not None:
             if complaint or env.clock() >= deadline_s:
-                raise Problem(
-                    Exit.FAILED, f"A server still answers at {record.url}."
-                    f"{_owner_sentence(env, record.url)} {complaint}".rstrip())
+                raise failed(f"A server still answers at {record.url}."
+                             f"{_owner_sentence(env, record.url)} {complaint}".rstrip())
             env.sleep(_POLL_S)
     env.say("stopped")
     return Exit.OK
 
 
-def _restart_gateway(env: Env) -> Exit:
-    """Restart OpenClaw's gateway by its own command."""
+def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
+    if args.what != "gateway":
+        return _start(env, "restart")
     done = env.command("openclaw", "gateway", "restart", timeout_s=120)
     if done.code is None:
-        raise Problem(Exit.FAILED, f"{done.complaint}. Is OpenClaw installed, and on PATH?")
+        raise failed(f"{done.complaint}. Is OpenClaw installed, and on PATH?")
     if done.output.strip():
         env.say("\n".join(clean(line) for line in done.output.strip().splitlines()))
     if done.code != 0:
-        raise Problem(Exit.FAILED, f"openclaw gateway restart: {done.complaint}")
+        raise failed(f"openclaw gateway restart: {done.complaint}")
     return Exit.OK
-
-
-def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
-    return _restart_gateway(env) if args.what == "gateway" else _start(env, "restart")
 
 
 # ==== 10. Https ==============================================================
@@ -2952,9 +2901,9 @@ def read_certificate(path: str) -> Certificate | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Problem(Exit.FAILED, f"{path} cannot be read: {error.strerror}.") from None
+        raise failed(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise Problem(Exit.FAILED, f"{path} is not a certificate: move it away.") from None
+        raise failed(f"{path} is not a certificate: move it away.") from None
 
 
 def is_pair(files: TlsFiles) -> bool:
@@ -2996,21 +2945,13 @@ def is_server_name(text: str) -> bool:
     return bool(_HOST_NAME.fullmatch(text)) and ".." not in text
 
 
-def _named(texts: Iterable[str]) -> list[str]:
-    for text in texts:
-        if not is_server_name(plain_host(text)):
-            raise Problem(Exit.USAGE, f"--name: {clean(text)!r} is not a host name or address.")
-    return [plain_host(text) for text in texts]
-
-
 def _openssl(env: Env, *words: str) -> None:
     done = env.command("openssl", *words, timeout_s=60)
     if done.code is None:
-        raise Problem(
-            Exit.FAILED, f"A certificate is made by the program openssl: {done.complaint}. Install "
-            "it (for example `sudo apt-get install openssl`), and run this again.")
+        raise failed(f"A certificate is made by the program openssl: {done.complaint}. Install it "
+                     "(for example `sudo apt-get install openssl`), and run this again.")
     if done.code != 0:
-        raise Problem(Exit.FAILED, f"openssl {words[0]} failed: {done.complaint}.")
+        raise failed(f"openssl {words[0]} failed: {done.complaint}.")
 
 
 def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
@@ -3027,9 +2968,8 @@ def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
     made = read_certificate(draft) if is_pair(TlsFiles(draft, key)) else None
     if made is None or made.is_authority or set(made.names) != set(names):
         version = env.command("openssl", "version").output.strip() or "this openssl"
-        raise Problem(
-            Exit.FAILED, f"{clean(version)} did not make the certificate that was asked for: it is "
-            "too old. Install OpenSSL 1.1 or LibreSSL 3.3, or a later one.")
+        raise failed(f"{clean(version)} did not make the certificate that was asked for: it is too "
+                     "old. Install OpenSSL 1.1 or LibreSSL 3.3, or a later one.")
     with open(draft, "rb") as file:
         return file.read()
 
@@ -3065,7 +3005,11 @@ def renew_certificate(env: Env, files: TlsFiles, more: Sequence[str]) -> tuple[C
     It is made where there is none, where a name of this machine or of `more` is missing, and
     before it expires. Names of the one that is there are kept.
     """
-    there, names = read_certificate(files.cert), [*machine_names(env), *_named(more)]
+    there, names = read_certificate(files.cert), machine_names(env)
+    for text in more:
+        if not is_server_name(plain_host(text)):
+            raise Problem(Exit.USAGE, f"--name: {clean(text)!r} is not a host name or address.")
+        names.append(plain_host(text))
     if there is not None and is_pair(files):
         is_fresh = (there.expires_s - env.clock()) / 86_400 > RENEW_DAYS
         if is_fresh and not there.is_authority and set(names) <= set(there.names):
@@ -3095,7 +3039,8 @@ def edited_settings(text: str, values: Mapping[str, str], gone: Iterable[str]) -
 
 
 def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
-    """Set OCP_TLS_CERT and OCP_TLS_KEY for the service, or take them back with no values.
+    """Set OCP_TLS_CERT and OCP_TLS_KEY for the service, or take them back with no values. Let
+    install.json say whether the server speaks https.
 
     Returns the copy of the settings file as it was, empty if nothing had to change. Raises OSError.
     """
@@ -3108,16 +3053,11 @@ def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
         write_whole(copy, text.encode("utf-8", "surrogateescape"))
         changed = edited_settings(text, values, _TLS_SETTINGS)
         write_whole(record.env_file, changed.encode("utf-8", "surrogateescape"))
-    _record_scheme(env, record, "https" if values else "http")
-    return copy
-
-
-def _record_scheme(env: Env, record: Record, scheme: str) -> None:
-    """Let install.json say whether the server speaks https. Raises OSError."""
-    url = f"{scheme}://{record.url.partition('://')[2]}"
+    url = f"{'https' if values else 'http'}://{record.url.partition('://')[2]}"
     found = read_record(record_path(env))
     if found is not None and url != record.url:
         write_whole(record_path(env), json.dumps({**found, "url": url}, indent=2).encode() + b"\n")
+    return copy
 
 
 def _service_settings(env: Env) -> Record | None:
@@ -3157,12 +3097,6 @@ def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
     return [*steps, "on each device, and on this machine for its own tools:", line]
 
 
-def _start_by_hand(env: Env, files: TlsFiles) -> list[str]:
-    values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
-    return [shlex.join(["env", *values, "python3", "ocp_server.py"]),
-            f"export OCP_URL={_secure_url(env)}"]
-
-
 def show_tls(found: Json, style: Style) -> str:
     made = {True: "made anew", False: "in order, and kept"}.get(found.get("made"))
     text = field_list([
@@ -3179,12 +3113,11 @@ def show_tls(found: Json, style: Style) -> str:
 
 
 def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Exit:
-    """Show the certificate that the server has. FAILED if it has a fault."""
     named = named_certificate(env)
     cert = os.path.expanduser(named) or files.cert
     certificate = read_certificate(cert)
     if certificate is None:
-        raise Problem(Exit.FAILED, f"There is no certificate in {cert}: `ocp tls` makes one.")
+        raise failed(f"There is no certificate in {cert}: `ocp tls` makes one.")
     found = _tls_report(env, certificate, files._replace(cert=cert))
     start = ["ocp restart"] if named else ["ocp tls"]
     steps = _next_steps(found, start) if certificate.is_self_signed else []
@@ -3193,12 +3126,10 @@ def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Ex
 
 
 def _end_tls(env: Env) -> Exit:
-    """Let the server speak http again. The certificate stays where it is."""
     record = _service_settings(env)
     if record is None:
-        raise Problem(
-            Exit.FAILED, "No service is installed: start the server without OCP_TLS_CERT and "
-            "OCP_TLS_KEY.")
+        raise failed("No service is installed: start the server without OCP_TLS_CERT and "
+                     "OCP_TLS_KEY.")
     copy = _write_settings(env, record, {})
     env.say(f"{record.env_file} has no certificate any more; a copy of it as it was is {copy}.\n"
             "What to do next: ocp restart" if copy else f"{record.env_file} has no certificate.")
@@ -3215,17 +3146,20 @@ def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
         record = _service_settings(env)
         named = named_certificate(env)
         if named and os.path.expanduser(named) != files.cert:
-            raise Problem(
-                Exit.FAILED, f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
-                "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY first.")
+            raise failed(f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
+                         "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY "
+                         "first.")
         certificate, is_new = renew_certificate(env, files, args.name)
         copy = _write_settings(env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
     except OSError as error:
-        raise Problem(Exit.FAILED, f"{error.filename}: {error.strerror}.") from None
+        raise failed(f"{error.filename}: {error.strerror}.") from None
     found = _tls_report(
         env, certificate, files, made=is_new, settings=record.env_file if record else None,
         settingsCopy=copy or None)
-    start = ["ocp restart"] if record else _start_by_hand(env, files)
+    values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
+    start = ["ocp restart"] if record else [
+        shlex.join(["env", *values, "python3", "ocp_server.py"]),
+        f"export OCP_URL={_secure_url(env)}"]
     return print_value(env, args, {**found, "next": _next_steps(found, start)}, show_tls)
 
 
@@ -3991,14 +3925,6 @@ def _key_names(facts: Facts) -> list[str]:
     return []
 
 
-def _system_name() -> str:
-    """Return the operating system and the processor's kind, without the machine's name."""
-    name = platform.system()
-    with contextlib.suppress(OSError), open("/etc/os-release", encoding="utf-8") as file:
-        name = settings_of(file.read()).get("PRETTY_NAME", name)
-    return f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
-
-
 def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
     health = facts.health
     yield (f"installed {answer['current_version'] or 'unknown'}, "
@@ -4006,7 +3932,10 @@ def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
     with contextlib.suppress(Problem):
         yield f"commit {git(facts.env, git_tree(facts.env), 'rev-parse', '--short', 'HEAD')}"
     yield f"python {sys.version.split()[0]}, sqlite {sqlite3.sqlite_version}, {ssl.OPENSSL_VERSION}"
-    yield _system_name()
+    name = platform.system()
+    with contextlib.suppress(OSError), open("/etc/os-release", encoding="utf-8") as file:
+        name = settings_of(file.read()).get("PRETTY_NAME", name)
+    yield f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
     yield f"claude {facts.claude_version or 'unknown'} at {facts.claude or 'unknown'}"
     yield f"service {facts.here.platform if facts.here.label else 'none'}"
     for part in ("status", "authMode", "storage", "stats", "concurrency"):
@@ -4064,7 +3993,7 @@ def write_bundle(facts: Facts, answer: Json) -> str:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         write_whole(path, bundle(facts, answer).encode("utf-8", "replace"))
     except OSError as error:
-        raise Problem(Exit.FAILED, f"{path} cannot be written: {error.strerror}.") from None
+        raise failed(f"{path} cannot be written: {error.strerror}.") from None
     return path
 
 
@@ -4101,22 +4030,21 @@ NO_RELEASE = "the remote has no release yet: no tag such as v1.2.3"
 _RELEASE = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 
 
-def _git_environ(env: Env) -> dict[str, str]:
-    """Return the user's environment without what would lead git elsewhere, or make it ask."""
-    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
-    kept = {name: value for name, value in env.environ.items() if name not in elsewhere}
-    ssh = kept.get("GIT_SSH_COMMAND", "ssh") + " -oBatchMode=yes"
-    return {**kept, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": ssh}
-
-
 def git(env: Env, tree: str, *words: str, timeout_s: float = 60.0) -> str:
-    """Return what git prints. Raises Problem with its complaint."""
+    """Return what git prints. Raises Problem with its complaint.
+
+    The environment has nothing that would lead git elsewhere, or make it ask.
+    """
     command = ["git", "-C", tree, "-c", "core.hooksPath=/dev/null", "-c",
                "advice.detachedHead=false", *words]
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
+    environ = {name: value for name, value in env.environ.items() if name not in elsewhere}
+    ssh = environ.get("GIT_SSH_COMMAND", "ssh") + " -oBatchMode=yes"
+    environ.update(LC_ALL="C", GIT_TERMINAL_PROMPT="0", GIT_SSH_COMMAND=ssh)
     with progress(env, f"waiting for git {words[0]}"):
-        done = env.run(command, environ=_git_environ(env), timeout_s=timeout_s)
+        done = env.run(command, environ=environ, timeout_s=timeout_s)
     if done.code != 0:
-        raise Problem(Exit.FAILED, f"git {words[0]} in {tree} failed: {done.complaint}")
+        raise failed(f"git {words[0]} in {tree} failed: {done.complaint}")
     return done.output.strip()
 
 
@@ -4130,11 +4058,10 @@ def git_tree(env: Env) -> str:
         has_git = os.path.exists(os.path.join(tree, ".git"))
         top, reason = "", str(problem) if has_git else "there is no .git in it"
     if not top or os.path.realpath(top) != tree:
-        raise Problem(
-            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so no release can be "
-            "looked for.\nUpdate it by hand: compare the new release with its SHA256SUMS, put its "
-            "files in the place of the old ones, then run\n"
-            f"  python3 {shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
+        raise failed(f"{tree} is not a git checkout of OCP ({reason}), so no release can be looked "
+                     "for.\nUpdate it by hand: compare the new release with its SHA256SUMS, put "
+                     "its files in the place of the old ones, then run\n  python3 "
+                     f"{shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
     return tree
 
 
@@ -4156,9 +4083,8 @@ def remote_tags(env: Env, tree: str) -> dict[str, str]:
     The remote is asked each time: a release that was withdrawn must not be offered.
     """
     if "origin" not in git(env, tree, "remote").splitlines():
-        raise Problem(
-            Exit.FAILED, f"{tree} has no remote named origin, so no release can be looked for. "
-            f"Name it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
+        raise failed(f"{tree} has no remote named origin, so no release can be looked for. Name "
+                     f"it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
     listed = git(env, tree, "ls-remote", "--tags", "origin", timeout_s=15)
     found: dict[str, str] = {}
     for line in listed.splitlines():
@@ -4197,9 +4123,8 @@ def save_database(source: str, target: str) -> None:
             with contextlib.closing(open_database(target, "rw")) as copy:
                 opened.backup(copy)
     except sqlite3.Error as error:
-        raise Problem(
-            Exit.FAILED, f"{source} cannot be saved ({error}), so nothing was changed. "
-            "See `ocp doctor`.") from None
+        raise failed(f"{source} cannot be saved ({error}), so nothing was changed. See `ocp "
+                     "doctor`.") from None
 
 
 class Journal(NamedTuple):
@@ -4332,7 +4257,7 @@ def update_lock(env: Env) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Problem(Exit.FAILED, "Another `ocp update` is running.") from None
+            raise failed("Another `ocp update` is running.") from None
         yield
 
 
@@ -4343,9 +4268,8 @@ def service_to_update(env: Env, tree: str) -> Record | None:
         return None
     folder = os.path.dirname(record.server_path)
     if os.path.realpath(folder) != tree:
-        raise Problem(
-            Exit.FAILED, f"The service runs {record.server_path}, which is not in {tree}.\nUpdate "
-            f"that one: {shlex.join(['python3', os.path.join(folder, 'ocp.py')])} update")
+        raise failed(f"The service runs {record.server_path}, which is not in {tree}.\nUpdate that "
+                     f"one: {shlex.join(['python3', os.path.join(folder, 'ocp.py')])} update")
     if record.needs_root and env.user_id != 0:
         words = ["sudo", f"OCP_HOME={env.ocp_home}", "python3", os.path.join(tree, "ocp.py")]
         raise Problem(
@@ -4359,10 +4283,9 @@ def _wanted_release(tags: Mapping[str, str], target: str, current: str) -> str:
     if not _RELEASE.fullmatch(wanted):
         raise Problem(Exit.USAGE, f"{clean(target)!r} is not a version such as v1.2.3.")
     if wanted not in tags:
-        raise Problem(Exit.FAILED, f"There is no release {wanted}: see `ocp update --check`.")
+        raise failed(f"There is no release {wanted}: see `ocp update --check`.")
     if version_tuple(wanted) < version_tuple(current):
-        raise Problem(
-            Exit.FAILED, f"{wanted} is older than {current}; `ocp update --rollback` goes back.")
+        raise failed(f"{wanted} is older than {current}; `ocp update --rollback` goes back.")
     return wanted
 
 
@@ -4371,7 +4294,7 @@ def plan_update(env: Env, tree: str, target: str | None) -> Journal | str:
     tags = remote_tags(env, tree)
     current = version_of(os.path.join(tree, "ocp_server.py"))
     if not version_tuple(current):
-        raise Problem(Exit.FAILED, f"{tree} has no ocp_server.py with a version.")
+        raise failed(f"{tree} has no ocp_server.py with a version.")
     newest = max(tags, key=version_tuple, default="")
     wanted = newest if target is None else _wanted_release(tags, target, current)
     if not newest:
@@ -4390,15 +4313,15 @@ def refuse_local_work(env: Env, plan: Journal) -> None:
     """Raise Problem when the checkout holds its owner's work, which an update would put aside."""
     changed, tree = local_changes(env, plan.tree), shlex.quote(plan.tree)
     if changed:
-        raise Problem(
-            Exit.FAILED, f"{plan.tree} has local changes: {clean(', '.join(changed[:5]))}.\n"
-            f"Nothing was changed. Save them with `git -C {tree} stash`, or commit them elsewhere.")
+        raise failed(f"{plan.tree} has local changes: {clean(', '.join(changed[:5]))}.\nNothing "
+                     f"was changed. Save them with `git -C {tree} stash`, or commit them "
+                     "elsewhere.")
     known = git(env, plan.tree, "for-each-ref", "--count=1", "--contains", plan.from_commit,
                 "refs/tags", "refs/remotes")
     if not known:
-        raise Problem(
-            Exit.FAILED, f"{plan.tree} has commits of its own, which no release contains. Nothing "
-            f"was changed.\nMerge the release yourself: git -C {tree} merge v{plan.to_version}")
+        raise failed(f"{plan.tree} has commits of its own, which no release contains. Nothing was "
+                     f"changed.\nMerge the release yourself: git -C {tree} merge "
+                     f"v{plan.to_version}")
 
 
 #: In a checkout: who may sign releases, in the form of ssh-keygen. The file of the version that is
@@ -4412,7 +4335,7 @@ def verify_tag(env: Env, plan: Journal) -> str:
     """Return in words whether the fetched tag is signed. Raises Problem if it must not be taken."""
     name, tree = f"v{plan.to_version}", plan.tree
     if git(env, tree, "rev-parse", f"refs/tags/{name}^{{commit}}") != plan.to_commit:
-        raise Problem(Exit.FAILED, f"{name} has changed while it was fetched: update once more.")
+        raise failed(f"{name} has changed while it was fetched: update once more.")
     if not os.path.exists(os.path.join(tree, SIGNERS)):
         return f"{name}: no signature to verify, because this version names no signers ({SIGNERS})"
     found = re.search(r"(\d+)\.(\d+)", git(env, tree, "version"))
@@ -4424,12 +4347,11 @@ def verify_tag(env: Env, plan: Journal) -> str:
             "-c", "gpg.program=false", "-c", "gpg.x509.program=false", "verify-tag",
             f"refs/tags/{name}")
     except Problem:
-        raise Problem(
-            Exit.FAILED, f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it "
-            "was not installed, and nothing was changed.") from None
+        raise failed(f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it was "
+                     "not installed, and nothing was changed.") from None
     # A signed tag could be offered again under the name of another release.
     if f"\ntag {name}\n" not in git(env, tree, "cat-file", "tag", f"refs/tags/{name}"):
-        raise Problem(Exit.FAILED, f"What is offered as {name} was signed as another release.")
+        raise failed(f"What is offered as {name} was signed as another release.")
     return f"{name} is signed by a key of {SIGNERS}"
 
 
@@ -4441,7 +4363,7 @@ def compare_sums(env: Env, plan: Journal, folder: str) -> str:
     for wanted, name in re.findall(r"(?m)^([0-9a-f]{64})  ([\w.-]+)$", told):
         with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as file:
             if hashlib.sha256(file.read()).hexdigest() != wanted:
-                raise Problem(Exit.FAILED, f"{name} does not have the sum that the tag names.")
+                raise failed(f"{name} does not have the sum that the tag names.")
             compared += 1
     if not compared:
         return f"v{plan.to_version} names no sums: its files are taken as git fetched them"
@@ -4476,15 +4398,12 @@ class Update:
 
     @property
     def plan(self) -> Journal:
-        """Return what it is about, and how far it has come."""
         return self.snapshot.journal
 
     def at(self, state: str, **changes: Any) -> None:
-        """Write another state down."""
         self.snapshot = self.snapshot.at(state, **changes)
 
     def git(self, *words: str) -> str:
-        """Return what git prints in the checkout. Raises Problem."""
         return git(self.env, self.plan.tree, *words)
 
     def switch(self) -> Exit:
@@ -4495,9 +4414,8 @@ class Update:
             self._check_new_version()
         except Problem as problem:
             self.at("refused")
-            raise Problem(
-                Exit.FAILED, f"v{plan.to_version} was not installed, and nothing was changed. "
-                f"{problem}") from None
+            raise failed(f"v{plan.to_version} was not installed, and nothing was changed. "
+                         f"{problem}") from None
         self.at("switching", is_torn=True)
         try:
             self.git("checkout", "--quiet", "--no-overwrite-ignore", "--detach", plan.to_commit,
@@ -4505,7 +4423,7 @@ class Update:
         except Problem as problem:
             if is_at(self.env, plan.tree, plan.from_commit):
                 self.at("refused", is_torn=False)
-                raise Problem(Exit.FAILED, f"{problem}\nNothing was changed.") from None
+                raise failed(f"{problem}\nNothing was changed.") from None
             self.env.note(f"{problem} Rolling back.")
             self.roll_back()
             return Exit.FAILED
@@ -4521,10 +4439,10 @@ class Update:
             self.env.say(compare_sums(self.env, plan, folder))
             found = version_of(os.path.join(folder, "ocp_server.py"))
             if found != plan.to_version:
-                raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
+                raise failed(f"The release holds version {found or '?'} instead.")
             fault = self._fault_of(folder)
             if fault and not self._fault_of(plan.tree):
-                raise Problem(Exit.FAILED, f"It would not start here: {fault}")
+                raise failed(f"It would not start here: {fault}")
             if fault:
                 # What is wrong already, such as a missing claude, is no reason against it.
                 self.env.note(f"Not all is well here, before and after the update: {fault}")
@@ -4566,9 +4484,8 @@ class Update:
         """Undo, and say how that went. Raises Problem if the server does not answer after it."""
         version, wrong = self.plan.from_version, self._undo()
         if wrong:
-            raise Problem(
-                Exit.FAILED, f"v{version} is checked out again, but its server is not well: "
-                f"{wrong}.\nSee `ocp doctor`.")
+            raise failed(f"v{version} is checked out again, but its server is not well: "
+                         f"{wrong}.\nSee `ocp doctor`.")
         self.env.say(f"rolled back to v{version}")
         self._update_openclaw()
         return Exit.OK
@@ -4597,7 +4514,7 @@ class Update:
         return wrong
 
     def _remove_stale_lock(self) -> None:
-        """Remove the lock of a git that a power cut ended; a young one may be that of a live git."""
+        """Remove the lock of a git that a power cut ended; a young one may be a live git's."""
         path = os.path.join(self.plan.tree, self.git("rev-parse", "--git-path", "index.lock"))
         with contextlib.suppress(FileNotFoundError):
             if self.env.clock() - os.stat(path).st_mtime > 10:
@@ -4607,9 +4524,8 @@ class Update:
         """Make sure that no server has the database open. Raises Problem."""
         complaint = run_service(self.env, self.record, "stop") if self.record else ""
         if health_of(self.record.url if self.record else server_url(self.env)) is not None:
-            raise Problem(
-                Exit.FAILED, "The database has to be put back, but a server is still running: stop "
-                f"it, then run `ocp update --rollback --yes`. {complaint}".rstrip())
+            raise failed("The database has to be put back, but a server is still running: stop "
+                         f"it, then run `ocp update --rollback --yes`. {complaint}".rstrip())
 
     def _switch_back(self) -> None:
         """Check out what was checked out before. Raises Problem."""
@@ -4621,7 +4537,7 @@ class Update:
         self.git("checkout", "--quiet", *(["--force"] * plan.is_torn), *before, "--")
 
     def _update_openclaw(self) -> None:
-        """Give OpenClaw the models of the version that is checked out. Its failure undoes nothing."""
+        """Give OpenClaw the models of the version in the checkout. Its failure undoes nothing."""
         env = dataclasses.replace(self.env, tree=self.plan.tree)
         if not os.path.exists(env.beside("ocp_connect.py")):
             return
@@ -4667,17 +4583,15 @@ def show_snapshots(snapshots: Sequence[Snapshot], style: Style) -> str:
 
 
 def _rollback(env: Env, args: argparse.Namespace) -> Exit:
-    """Return to the version before the last finished update."""
     done = next((each for each in read_snapshots(env) if each.journal.state == "done"), None)
     if done is None:
-        raise Problem(Exit.FAILED, "There is no finished update to roll back.")
+        raise failed("There is no finished update to roll back.")
     journal = done.journal
     record = service_to_update(env, os.path.realpath(journal.tree))
     if not is_at(env, journal.tree, journal.to_commit):
-        raise Problem(
-            Exit.FAILED, f"{journal.tree} is not as the update left it (v{journal.to_version}, "
-            "unchanged), so it is left alone. By hand: git checkout "
-            f"{journal.from_commit[:12]}, and a restart.")
+        raise failed(f"{journal.tree} is not as the update left it (v{journal.to_version}, "
+                     "unchanged), so it is left alone. By hand: git checkout "
+                     f"{journal.from_commit[:12]}, and a restart.")
     words = f"v{journal.to_version} -> v{journal.from_version} in {journal.tree}"
     if args.dry_run:
         env.say(f"would roll back {words}")
@@ -4739,7 +4653,7 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
         states = read_snapshots(env)
         interrupted = next((s for s in states if s.journal.state in OPEN_STATES), None)
         if interrupted and args.dry_run:
-            raise Problem(Exit.FAILED, "An update was interrupted: `ocp update` ends it.")
+            raise failed("An update was interrupted: `ocp update` ends it.")
         if interrupted:
             journal = interrupted.journal
             env.note(f"The update to v{journal.to_version} was interrupted ({journal.state}).")
@@ -4770,7 +4684,6 @@ def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def commands_text() -> str:
-    """Return the commands in groups, each with what it does."""
     named = {name for _, names in GROUPS for name in names}
     rest = tuple(command.name for command in COMMANDS if command.name not in named)
     width = max(len(command.name) for command in COMMANDS)
@@ -4887,7 +4800,6 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:
-    """Raise Problem for a command, or an action of one, that does not exist."""
     row, behind = find_command(words)
     if not row.actions or not behind or behind[0].startswith("-"):
         return
