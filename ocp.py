@@ -831,21 +831,19 @@ def local_server(env: Env) -> Record:
 
 def record_of(found: dict[str, Json]) -> Record:
     """Return the fields of a record. Raises ValueError if one has a wrong type."""
-    texts = {name: found.get(name) or "" for name in Record._fields if name not in (
-        "port", "commands")}
-    port = found.get("port") or DEFAULT_PORT
+    kept = {name: found[name] for name in Record._fields if found.get(name)}
+    texts = [text for name, text in kept.items() if name not in ("port", "commands")]
     try:
-        commands = {verb: [Step(**step) for step in steps]
-                    for verb, steps in (found.get("commands") or {}).items()}
-        words = [word for steps in commands.values() for step in steps for word in step.command]
-        is_valid = isinstance(port, int) and all(
-            isinstance(text, str) for text in [*texts.values(), *words])
+        kept["commands"] = {verb: [Step(**step) for step in steps]
+                            for verb, steps in kept.get("commands", {}).items()}
+        texts += [word for steps in kept["commands"].values() for step in steps
+                  for word in step.command]
     except (AttributeError, TypeError):
-        is_valid = False
-    if not is_valid:
+        texts = [None]
+    record = Record(**kept)
+    if not isinstance(record.port, int) or not all(isinstance(text, str) for text in texts):
         raise ValueError("install.json is damaged. Run setup.py_install.py again.")
-    texts["url"] = texts["url"] or f"http://127.0.0.1:{port}"
-    return Record(**texts, port=port, commands=commands)
+    return record._replace(url=record.url or f"http://127.0.0.1:{record.port}")
 
 
 def parse_url(text: str, source: str) -> str:
@@ -1243,11 +1241,17 @@ class Column(NamedTuple):
 
 
 def table(
-    columns: Sequence[Column], rows: Iterable[Json], style: Style, total: Sequence[str] = (),
+    columns: Sequence[Column], rows: Iterable[Json] | None, style: Style, total: Sequence[str] = (),
+    empty: str = "",
 ) -> str:
-    """Return rows as aligned lines below their heads. `total`: the first cells of a last line."""
-    cells = [[column.head for column in columns]]
-    cells += [[column.text(row, style) for column in columns] for row in rows]
+    """Return rows as aligned lines below their heads; `empty` where there are none.
+
+    `total` are the first cells of a last line.
+    """
+    cells = [[column.text(row, style) for column in columns] for row in rows or ()]
+    if not cells and empty:
+        return empty
+    cells.insert(0, [column.head for column in columns])
     if total:
         cells.append([*total, *[""] * (len(columns) - len(total))])
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
@@ -1313,18 +1317,13 @@ def file_size(size_bytes: float) -> str:
 
 def duration(ms: Json) -> str:
     """Return milliseconds for people: 420ms, 4.2s, 2m 5s, 3h 12m, 5d 2h."""
-    if not is_number(ms):
-        return "-"
-    seconds = ms / 1000
-    if seconds < 1:
-        return f"{ms:.0f}ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f}".removesuffix(".0") + "s"
-    whole = round(seconds)
-    for size, big, small, unit in ((86_400, "d", "h", 3600), (3600, "h", "m", 60)):
-        if whole >= size:
-            return f"{whole // size}{big} {whole % size // unit}{small}"
-    return f"{whole // 60}m {whole % 60}s"
+    if not is_number(ms) or ms < 59_950:
+        return "-" if not is_number(ms) else f"{ms:.0f}ms" if ms < 1000 else (
+            f"{ms / 1000:.1f}".removesuffix(".0") + "s")
+    whole = round(ms / 1000)
+    size, big, small, unit = next(row for row in (
+        (86_400, "d", "h", 3600), (3600, "h", "m", 60), (60, "m", "s", 1)) if whole >= row[0])
+    return f"{whole // size}{big} {whole % size // unit}{small}"
 
 
 def span(ms: int) -> str:
@@ -1351,12 +1350,11 @@ def age(text: object, style: Style) -> str:
     at_s = parse_time(text)
     if at_s is None:
         return "-"
-    away_s = abs(style.now_s - at_s)
-    if away_s < 5:
+    away_ms = abs(style.now_s - at_s) * 1000
+    if away_ms < 5000:
         return "now"
-    units = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
-    unit, size = next(each for each in units if away_s >= each[1])
-    words = f"{int(away_s // size)}{unit}"
+    words = next(f"{int(away_ms // size)}{unit}" for unit, size in SPAN_UNITS_MS.items()
+                 if away_ms >= size)
     return f"in {words}" if at_s > style.now_s else f"{words} ago"
 
 
@@ -1430,8 +1428,6 @@ def _window_line(name: str, window: Json, style: Style) -> str:
 
 
 def _extra_usage_words(extra: Json) -> str:
-    """Return whether extra usage is on, whether answers are billed as such, and how much is spent
-    of its limit."""
     state, reason = extra.get("state"), extra.get("disabledReason")
     words = {"billed": "answers are billed as extra usage", None: "not known yet"}
     parts = [clean(words.get(state, state))]
@@ -1451,23 +1447,22 @@ def _plan_age(plan: Json, style: Style) -> str:
     """Return how old the newest number of the plan is, empty if it is fresh or there is none."""
     windows = [plan.get("currentSession"), *(plan.get("weeklyLimits") or {}).values()]
     told = max((str((window or {}).get("observedAt") or "") for window in windows), default="")
-    told_s = parse_time(told)
-    is_old = told_s is not None and style.now_s - told_s > _PLAN_IS_OLD_S
+    is_old = style.now_s - (parse_time(told) or style.now_s) > _PLAN_IS_OLD_S
     return f"  as of {age(told, style)}" if is_old else ""
 
 
 def show_plan(plan: Json, style: Style) -> str:
     plan = plan if isinstance(plan, dict) else {}
     weekly = plan.get("weeklyLimits") or {}
-    extra = plan.get("extraUsage") or {}
-    lines = [style.paint("bold", "Plan Usage Limits") + _plan_age(plan, style)]
-    lines.append(_window_line("Current session", plan.get("currentSession"), style))
-    lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), style))
-    for name in sorted(set(weekly) - {"allModels"}):
-        lines.append(_window_line(f"Weekly ({clean(name)})", weekly[name], style))
-    lines.append(f"  {'Extra usage':<20} {_extra_usage_words(extra)}")
+    windows = {"Current session": plan.get("currentSession"),
+               "Weekly (all models)": weekly.get("allModels"),
+               **{f"Weekly ({clean(name)})": weekly[name]
+                  for name in sorted(set(weekly) - {"allModels"})}}
+    lines = [style.paint("bold", "Plan Usage Limits") + _plan_age(plan, style),
+             *(_window_line(name, window, style) for name, window in windows.items()),
+             f"  {'Extra usage':<20} {_extra_usage_words(plan.get('extraUsage') or {})}"]
     if not any((window or {}).get("observedAt") or (window or {}).get("percent")
-               for window in (plan.get("currentSession"), *weekly.values())):
+               for window in windows.values()):
         lines.append("  (claude reports the limits of a plan with its answers)")
     return "\n".join(lines)
 
@@ -1499,12 +1494,12 @@ def show_usage(answer: Json, style: Style) -> str:
     # The fields of a period's usage have their words divided by "_", these by capitals.
     rows = [{"name": name, **{re.sub("([A-Z])", r"_\1", field).lower(): value
                               for field, value in row.items()}} for name, row in models.items()]
-    stats = table(MODEL_COLUMNS, rows, style, ("Total", total)) if rows else "  no requests yet"
     lead = f"Proxy: up {clean(proxy.get('uptime', '?'))} | " + counted(
         proxy.get("totalRequests"), "request")
     return "\n".join([show_plan(answer.get("plan"), style), "",
                       style.paint("bold", "Models since the server started"),
-                      stats, "", _counts_line(lead, proxy)])
+                      table(MODEL_COLUMNS, rows, style, ("Total", total), "  no requests yet"),
+                      "", _counts_line(lead, proxy)])
 
 
 USAGE_COLUMNS = (
@@ -1516,9 +1511,9 @@ DAY_COLUMNS = (Column("Day", "day"), *COUNT_COLUMNS, *TOKEN_COLUMNS)
 
 
 def _show_usage_by(answer: Json, style: Style, part: str, title: str, field: str) -> str:
-    rows, columns = answer.get(part), (Column(title, field), *USAGE_COLUMNS)
+    columns = (Column(title, field), *USAGE_COLUMNS)
     return (f"Since {local_time(answer.get('since'), style)}\n"
-            + (table(columns, rows, style) if rows else "  nothing"))
+            + table(columns, answer.get(part), style, empty="  nothing"))
 
 
 show_usage_by_key = functools.partial(_show_usage_by, part="byKey", title="Key", field="key_name")
@@ -1528,9 +1523,9 @@ show_usage_by_model = functools.partial(
 
 def show_usage_days(answer: Json, style: Style) -> str:
     """Return what each day, each model and each way to a process used in the period."""
-    days = answer.get("daily") or []
+    days = answer.get("daily")
     if not days:
-        return f"Since {local_time(answer.get('since'), style)}\n  nothing"
+        return _show_usage_by(answer, style, "daily", "Day", "day")
     most = max(day.get("requests") or 0 for day in days) or 1
     marks = Column("", lambda day: "#" * round(20 * (day.get("requests") or 0) / most), as_it_is)
     totals = {"day": "Total", **(answer.get("totals") or {})}
@@ -1911,7 +1906,6 @@ ERROR_COLUMNS = (
 
 
 def _all_errors(answer: Json) -> list[Json]:
-    """Return failed and refused requests in one list, newest first."""
     failed = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
     rows = [*failed, *(answer.get("refusals") or [])]
     return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
@@ -1939,8 +1933,7 @@ def show_error(row: Json, style: Style) -> str:
         ("times", f"{count}, since {local_time(row.get('at'), style)}" if count else None),
         ("key", row.get("key")), ("key shown", row.get("preview")),
         ("from", row.get("peer")), ("program", row.get("userAgent")),
-        ("path", row.get("path")), ("model", row.get("model")),
-        ("status", row.get("status")), ("kind", row.get("kind")),
+        *((name, row.get(name)) for name in ("path", "model", "status", "kind")),
         ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
         ("message", row.get("message") or None), ("what to do", row.get("action") or None),
         # Of many refusals only the first ones have a line each.
@@ -1970,8 +1963,7 @@ SESSION_COLUMNS = (
 
 
 def show_sessions(answer: Json, style: Style) -> str:
-    sessions = answer.get("sessions") or []
-    return table(SESSION_COLUMNS, sessions, style) if sessions else "no sessions"
+    return table(SESSION_COLUMNS, answer.get("sessions"), style, empty="no sessions")
 
 
 cmd_sessions = reader("/sessions", show_sessions)
@@ -2033,7 +2025,6 @@ def _key_state(key: Json) -> str:
 
 
 def _quota_words(key: Json) -> str:
-    """Return what is used of each quota of a key that has a limit."""
     rows = [(option, (key.get("quota") or {}).get(name) or {}) for option, name in QUOTAS]
     return ", ".join(
         f"{option} {short_number(row.get('used') or 0)}/{short_number(row['limit'])}"
@@ -2049,8 +2040,7 @@ KEY_COLUMNS = (
 
 
 def show_all_keys(answer: Json, style: Style) -> str:
-    keys = answer.get("keys") or []
-    return table(KEY_COLUMNS, keys, style) if keys else "no keys yet: ocp keys add NAME"
+    return table(KEY_COLUMNS, answer.get("keys"), style, empty="no keys yet: ocp keys add NAME")
 
 
 def show_keys(answer: Json, style: Style) -> str:
@@ -2079,14 +2069,6 @@ def show_key(answer: Json, style: Style) -> str:
     ])
 
 
-def _quota_bar(row: Json, style: Style) -> str:
-    limit, used = row.get("limit"), row.get("used") or 0
-    if limit is None:
-        return ""
-    # Colour would be counted as width by the table.
-    return bar(used / limit if limit else 1.0, style._replace(color=False))
-
-
 QUOTA_COLUMNS = (
     Column("Quota", "option"), number("Used", lambda row: row.get("used") or 0),
     Column("Limit", "limit", lambda limit, _: "none" if limit is None else short_number(limit),
@@ -2102,8 +2084,11 @@ def show_key_and_quota(answer: Json, style: Style) -> str:
 def show_quota(answer: Json, style: Style) -> str:
     quota = answer.get("quota") or {}
     rows = [{**(quota.get(name) or {}), "option": option} for option, name in QUOTAS]
-    bars = [Column("", lambda row: row, _quota_bar)] * style.bars
-    return table([*QUOTA_COLUMNS, *bars], rows, style)
+    # Colour would be counted as width by the table.
+    plain = style._replace(color=False)
+    bars = Column("", lambda row: "" if row.get("limit") is None else bar(
+        (row.get("used") or 0) / row["limit"] if row["limit"] else 1.0, plain), as_it_is)
+    return table([*QUOTA_COLUMNS, *[bars] * style.bars], rows, style)
 
 
 def _key_path(name: str) -> str:
@@ -2144,7 +2129,6 @@ cmd_keys_list = cmd_keys
 
 
 def key_advice(answer: Answer, secret: str) -> Iterator[str]:
-    """Yield what to do with a new key, and why it may be of no use."""
     url, note = clean(answer.value.get("connectUrl") or ""), answer.value.get("connectNote")
     if note:
         yield f"ATTENTION: {clean(note)}"
@@ -2248,7 +2232,6 @@ _ANSWER_TIMEOUT_S = 660.0
 
 
 def sse_data(lines: Iterable[bytes]) -> Iterator[str]:
-    """Yield the data of each server-sent event of a stream."""
     data: list[str] = []
     for line in lines:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -2328,7 +2311,6 @@ def _question(env: Env, args: argparse.Namespace) -> str:
 
 
 def _answer_note(server: Server, end: StreamEnd) -> str:
-    """Return what a person may want to know about an answer."""
     health: Json = {}
     with contextlib.suppress(Problem):
         health = health_of(server.url) or {}
@@ -2377,7 +2359,6 @@ def show_dashboard(answer: Json, style: Style) -> str:
 
 
 def _dashboard_key(env: Env, url: str, mode: object) -> str:
-    """Return how to get into the dashboard at an address."""
     if mode == "none" and is_loopback(url):
         return "none needed on this machine"
     if mode == "none":
@@ -2697,7 +2678,6 @@ def command_by_hand(env: Env) -> str:
 
 
 def _without_service(env: Env, verb: str) -> Exit:
-    """Explain how to start, stop or restart a server that is not an installed service."""
     url = server_url(env)
     port = port_of(url)
     try:
@@ -2931,7 +2911,6 @@ def interface_addresses(env: Env) -> list[str]:
 
 
 def machine_names(env: Env) -> list[str]:
-    """Return the names and addresses by which this machine's server is asked."""
     host = plain_host(socket.gethostname())
     first = host.partition(".")[0]
     names = ["localhost", "127.0.0.1", "::1", host, f"{first}.local", *interface_addresses(env)]
@@ -3969,7 +3948,6 @@ def _log_entries(facts: Facts) -> list[Json]:
 
 
 def bundle(facts: Facts, answer: Json) -> str:
-    """Return the text of a report for an issue: versions, checks, settings, errors, log."""
     redactor, kinds = Redactor(facts), facts.ask("/api/errors").get("byKind") or []
     parts = (
         ("Versions", _bundle_versions(facts, answer)),
@@ -4211,7 +4189,6 @@ def take_snapshot(env: Env, journal: Journal) -> Snapshot:
 
 
 def prune_snapshots(env: Env) -> None:
-    """Remove old snapshots, and incomplete ones."""
     closed = [each for each in read_snapshots(env) if each.journal.state in CLOSED_STATES]
     folders = [each.folder for each in closed[_SNAPSHOTS_KEPT:]]
     with contextlib.suppress(FileNotFoundError):
@@ -4528,7 +4505,6 @@ class Update:
                          f"it, then run `ocp update --rollback --yes`. {complaint}".rstrip())
 
     def _switch_back(self) -> None:
-        """Check out what was checked out before. Raises Problem."""
         plan, tip = self.plan, ""
         if plan.from_branch:
             with contextlib.suppress(Problem):
@@ -4579,7 +4555,7 @@ SNAPSHOT_COLUMNS = (
 
 
 def show_snapshots(snapshots: Sequence[Snapshot], style: Style) -> str:
-    return table(SNAPSHOT_COLUMNS, snapshots, style) if snapshots else "no snapshots"
+    return table(SNAPSHOT_COLUMNS, snapshots, style, empty="no snapshots")
 
 
 def _rollback(env: Env, args: argparse.Namespace) -> Exit:
