@@ -755,6 +755,15 @@ def progress(env: Env, text: str) -> Iterator[None]:
         timer.cancel()
 
 
+def text_of(path: str) -> str:
+    """Return the content of a file, empty if it is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return ""
+
+
 def utc_time(at_s: float) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc)
 
@@ -1732,11 +1741,7 @@ def parse_value(name: str, row: Json, text: str) -> object:
 def start_settings(env: Env) -> dict[str, str]:
     """Return the variables of all settings by their names in the server beside this script."""
     pattern = r'^    (\w+): \w+ = setting\([^()]*?"([A-Z]+_[A-Z0-9_]+)"'
-    try:
-        with open(env.beside("ocp_server.py"), encoding="utf-8") as file:
-            return dict(re.findall(pattern, file.read(), re.M))
-    except (OSError, ValueError):
-        return {}
+    return dict(re.findall(pattern, text_of(env.beside("ocp_server.py")), re.M))
 
 
 def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
@@ -2359,17 +2364,15 @@ def show_dashboard(answer: Json, style: Style) -> str:
 
 
 def _dashboard_key(env: Env, url: str, mode: object) -> str:
-    if mode == "none" and is_loopback(url):
-        return "none needed on this machine"
     if mode == "none":
         port = port_of(url)
-        return f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST"
+        return "none needed on this machine" if is_loopback(url) else (
+            f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST")
     if not is_loopback(url):
         return "the admin key of that server"
-    path = admin_key_path(env)
+    is_named = bool(env.environ.get("OCP_ADMIN_KEY", "").strip())
     return "the admin key: " + (
-        "what OCP_ADMIN_KEY has" if env.environ.get("OCP_ADMIN_KEY", "").strip()
-        else f"cat {shlex.quote(path)}")
+        "what OCP_ADMIN_KEY has" if is_named else f"cat {shlex.quote(admin_key_path(env))}")
 
 
 def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
@@ -2466,11 +2469,8 @@ def connect_command(env: Env, *words: str) -> list[str]:
 
 def connect_options(env: Env) -> list[str]:
     """Return the long options of ocp_connect.py, none if it is not there."""
-    try:
-        with open(env.beside("ocp_connect.py"), encoding="utf-8") as file:
-            return re.findall(r'\b(?:flag|add|add_argument)\("(--[a-z-]+)"', file.read())
-    except (OSError, ValueError):
-        return []
+    pattern = r'\b(?:flag|add|add_argument)\("(--[a-z-]+)"'
+    return re.findall(pattern, text_of(env.beside("ocp_connect.py")))
 
 
 def _run_attached(env: Env, command: Sequence[str]) -> Exit:
@@ -2544,11 +2544,8 @@ def service_environ(env: Env) -> dict[str, str]:
     inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
     known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
              "OCP_HOME": record.data_dir}
-    settings: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        with open(record.env_file, encoding="utf-8") as file:
-            settings = settings_of(file.read())
-    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+    return {**inherited, **{name: text for name, text in known.items() if text},
+            **settings_of(text_of(record.env_file))}
 
 
 #: How long the server may take to end after it has drained.
@@ -2659,13 +2656,10 @@ def port_owner(env: Env, port: int) -> Owner | None:
 
 def _systemd_unit(pid: int) -> tuple[str, str] | None:
     """Return the systemd unit of a process: ("--user " or "", name)."""
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
-            path = file.read().strip().rpartition(":")[2]
-        name = path.rpartition("/")[2]
-        if re.fullmatch(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*\.service", name):
-            return ("--user " if "/user@" in path else "", name)
-    return None
+    path = text_of(f"/proc/{pid}/cgroup").strip().rpartition(":")[2]
+    name = path.rpartition("/")[2]
+    is_unit = re.fullmatch(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*\.service", name)
+    return ("--user " if "/user@" in path else "", name) if is_unit else None
 
 
 def command_by_hand(env: Env) -> str:
@@ -2708,11 +2702,7 @@ def _without_service(env: Env, verb: str) -> Exit:
 
 def version_of(server_path: str) -> str:
     """Return the version of an ocp_server.py on disk, empty if unknown."""
-    try:
-        with open(server_path, encoding="utf-8") as file:
-            found = re.search(r'^VERSION = "([^"]+)"', file.read(), re.M)
-    except (OSError, ValueError):
-        return ""
+    found = re.search(r'^VERSION = "([^"]+)"', text_of(server_path), re.M)
     return found[1] if found else ""
 
 
@@ -3911,10 +3901,9 @@ def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
     with contextlib.suppress(Problem):
         yield f"commit {git(facts.env, git_tree(facts.env), 'rev-parse', '--short', 'HEAD')}"
     yield f"python {sys.version.split()[0]}, sqlite {sqlite3.sqlite_version}, {ssl.OPENSSL_VERSION}"
-    name = platform.system()
-    with contextlib.suppress(OSError), open("/etc/os-release", encoding="utf-8") as file:
-        name = settings_of(file.read()).get("PRETTY_NAME", name)
-    yield f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
+    system = platform.system()
+    name = settings_of(text_of("/etc/os-release")).get("PRETTY_NAME", system)
+    yield f"{name}, {system} {platform.release()}, {platform.machine()}"
     yield f"claude {facts.claude_version or 'unknown'} at {facts.claude or 'unknown'}"
     yield f"service {facts.here.platform if facts.here.label else 'none'}"
     for part in ("status", "authMode", "storage", "stats", "concurrency"):
@@ -4706,54 +4695,39 @@ def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are Problems, and whose help goes to a stream of the Env."""
-
-    stream: TextIO
-
-    def print_help(self, file: Any = None) -> None:
-        self.stream.write(self.format_help())
+    """argparse whose errors are Problems."""
 
     def error(self, message: str) -> NoReturn:
         usage = self.format_usage().removeprefix("usage: ").strip()
         raise Problem(Exit.USAGE, f"{message}\nUsage: {usage}\nMore: {self.prog} --help")
 
 
-def _add_commands(
-    parent: argparse.ArgumentParser, commands: Iterable[Command], kind: type[Parser], prefix: str
-) -> None:
-    """Add the rows of a table; each is done by the function of its name."""
-    below = parent.add_subparsers(metavar="COMMAND", title="commands", parser_class=kind)
-    for command in commands:
-        examples = "".join(f"\n  ocp {example}" for example in command.examples)
-        added = below.add_parser(
-            command.name, help=command.help, description=f"{command.summary}.", allow_abbrev=False,
+class Whole(Parser):
+    """The parser of the whole command line, whose help is in groups."""
+
+    def format_help(self) -> str:
+        return help_text() + "\n"
+
+    def format_usage(self) -> str:
+        return "ocp COMMAND [ARGUMENTS]"
+
+
+def filled(parser: argparse.ArgumentParser, row: Command, name: str) -> argparse.ArgumentParser:
+    """Return the parser with the arguments and the actions of a row, which the function of this
+    name carries out."""
+    for each in (*row.arguments, *EVERYWHERE):
+        parser.add_argument(*each.names, **each.options)
+    parser.set_defaults(run=globals()[name] if row.name else None, parser=parser)
+    if row.actions:
+        below = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
+    for action in row.actions:
+        examples = "".join(f"\n  ocp {example}" for example in action.examples)
+        filled(below.add_parser(
+            action.name, help=action.help, description=f"{action.summary}.", allow_abbrev=False,
             formatter_class=functools.partial(
                 argparse.RawDescriptionHelpFormatter, max_help_position=28),
-            epilog=f"examples:{examples}" if examples else None)
-        for each in (*command.arguments, *EVERYWHERE):
-            added.add_argument(*each.names, **each.options)
-        added.set_defaults(run=globals()[prefix + command.name], parser=added)
-        if command.actions:
-            _add_commands(added, command.actions, kind, f"{prefix}{command.name}_")
-
-
-def parser(env: Env) -> argparse.ArgumentParser:
-    class Here(Parser):
-        stream = env.stdout
-
-    class Whole(Here):
-        def format_help(self) -> str:
-            return help_text() + "\n"
-
-        def format_usage(self) -> str:
-            return "ocp COMMAND [ARGUMENTS]"
-
-    whole = Whole(prog="ocp", allow_abbrev=False)
-    for each in (*ROOT.arguments, *EVERYWHERE):
-        whole.add_argument(*each.names, **each.options)
-    whole.set_defaults(run=None, url=None, debug=False, parser=whole)
-    _add_commands(whole, COMMANDS, Here, "cmd_")
-    return whole
+            epilog=f"examples:{examples}" if examples else None), action, f"{name}_{action.name}")
+    return parser
 
 
 def behind_options(words: Sequence[str]) -> Sequence[str]:
@@ -4792,18 +4766,19 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     if command[:1] == ["connect"]:
         # The options behind it, --help too, are another program's.
         words = [*words[:len(words) - len(command)], "connect", "--", *command[1:]]
-    args, more = parser(env).parse_known_args(list(words))
+    whole = filled(Whole(prog="ocp", allow_abbrev=False), ROOT, "cmd")
+    whole.set_defaults(url=None, debug=False)
+    with contextlib.redirect_stdout(env.stdout):
+        args, more = whole.parse_known_args(list(words))
     row = find_command(command)[0]
-    options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names
-               if name.startswith("--")]
+    options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names]
     if more and hasattr(args, "words") and not any(word.startswith("-") for word in more):
         # Words that an option divides, which argparse does not put together.
         args.words += more
     elif more:
         hint = did_you_mean(more[0], options)
         args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}.{hint}")
-    takes_json = JSON.names[0] in options
-    if hasattr(args, "json") and args.run and not takes_json:
+    if hasattr(args, "json") and args.run and "--json" not in options:
         args.parser.error("there is no --json here")
     return argparse.Namespace(**{"json": False, **vars(args)})
 
@@ -4911,7 +4886,7 @@ def program(env: Env) -> Exit:
         env.say(f"ocp {VERSION}")
         return Exit.OK
     if args.run is None:
-        args.parser.print_help()
+        env.say(help_text())
         return Exit.OK
     if args.url is not None:
         url = parse_url(args.url, "--url")
