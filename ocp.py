@@ -856,10 +856,8 @@ def record_of(found: dict[str, Json]) -> Record:
 
 
 def parse_url(text: str, source: str) -> str:
-    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none.
-
-    A name alone, with or without a port, is that of an http server.
-    """
+    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none. A
+    name alone, with or without a port, is that of an http server."""
     if re.fullmatch(r"\s*(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?/?\s*", text):
         has_port = re.search(r":[0-9]+/?\s*$", text) and not text.rstrip(" /").endswith("]")
         text = f"http://{text.strip().rstrip('/')}" + ("" if has_port else f":{DEFAULT_PORT}")
@@ -895,10 +893,8 @@ def port_of(url: str) -> int:
 
 
 def tls_for(url: str) -> ssl.SSLContext | None:
-    """Return how to verify the certificate at this address; None for the usual way.
-
-    The certificate of this machine's own server names the address that other devices use.
-    """
+    """Return how to verify the certificate at this address; None for the usual way. The certificate
+    of this machine's own server names the address that other devices use."""
     return any_certificate() if is_loopback(url) else None
 
 
@@ -921,10 +917,8 @@ def admin_key_path(env: Env) -> str:
 
 
 def admin_key(env: Env, url: str) -> str:
-    """Return the admin key for this address, empty if there is none. Raises Problem.
-
-    The key in the file belongs to the server of this machine, and is sent to no other.
-    """
+    """Return the admin key for this address, empty if there is none. Raises Problem. The key in the
+    file belongs to the server of this machine, and is sent to no other."""
     key, source = env.environ.get("OCP_ADMIN_KEY", "").strip(), "OCP_ADMIN_KEY"
     if not key:
         source = admin_key_path(env)
@@ -1177,10 +1171,8 @@ def served_certificate(url: str, timeout_s: float = 3.0) -> Certificate | None:
 
 
 def pin_of(url: str) -> str:
-    """Return the fingerprint by which devices can know the server at this address.
-
-    Empty where they need none: for http, and for a certificate of an authority.
-    """
+    """Return the fingerprint by which devices can know the server at this address. Empty where they
+    need none: for http, and for a certificate of an authority."""
     found = served_certificate(url)
     return found.fingerprint if found and found.is_self_signed else ""
 
@@ -1253,10 +1245,8 @@ def table(
     columns: Sequence[Column], rows: Iterable[Json] | None, style: Style, total: Sequence[str] = (),
     empty: str = "",
 ) -> str:
-    """Return rows as aligned lines below their heads; `empty` where there are none.
-
-    `total` are the first cells of a last line.
-    """
+    """Return rows as aligned lines below their heads; `empty` where there are none. `total` are the
+    first cells of a last line."""
     cells = [[column.text(row, style) for column in columns] for row in rows or ()]
     if not cells and empty:
         return empty
@@ -1752,8 +1742,7 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
     at_start, plain = start_settings(env), name.replace("_", "").lower()
     for field, variable in at_start.items():
         if name == variable or plain == field.replace("_", ""):
-            record = installation(env)
-            file = (record.env_file if record else "") or os.path.join(env.ocp_home, "ocp.env")
+            file = local_server(env).env_file or os.path.join(env.ocp_home, "ocp.env")
             raise Problem(
                 Exit.USAGE, f"{clean(name)} is read at the start of the server only. Set "
                 f"{variable} in {file}, and restart with `ocp restart`.")
@@ -1842,9 +1831,7 @@ _MOST_EVENTS = 1000
 
 def _log_arguments(args: argparse.Namespace) -> tuple[int, str]:
     """Return the number of events and the level, by options or words in any order. Raises Problem.
-
-    A period without a number has all of its events.
-    """
+    A period without a number has all of its events."""
     count, level = _MOST_EVENTS if args.since else 20, args.level or "all"
     for word in [*args.words, *([args.lines] if args.lines else [])]:
         lowered = "warn" if word.lower() == "warning" else word.lower()
@@ -1975,13 +1962,16 @@ cmd_sessions = reader("/sessions", show_sessions)
 
 
 def ask_first(env: Env, args: argparse.Namespace, question: str) -> None:
-    """Ask before something is lost for good. Raises Problem for any answer but yes.
-
-    The question is no part of the result, which may go into a file or a variable.
-    """
+    """Ask before something is lost for good. Raises Problem for any answer but yes. The question is
+    no part of the result, which may go into a file or a variable."""
     if not args.yes and not env.stdin.isatty():
         raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes.")
     confirm(question, args.yes, env.stdin, env.stderr)
+
+
+def cleared(noun: str) -> Show:
+    """Return what shows how many were forgotten."""
+    return lambda answer, style: f"cleared {counted(answer.get('cleared'), noun)}"
 
 
 def cmd_sessions_clear(env: Env, args: argparse.Namespace) -> Exit:
@@ -1989,9 +1979,7 @@ def cmd_sessions_clear(env: Env, args: argparse.Namespace) -> Exit:
     if not args.session:
         ask_first(env, args, f"Forget all sessions of {server.url}?")
     path = "/sessions" + ("/" + urllib.parse.quote(args.session, "") if args.session else "")
-    answer = server.ask("DELETE", path)
-    return print_answer(env, args, answer, lambda value, style: (
-        f"cleared {counted(value.get('cleared'), 'session')}"))
+    return print_answer(env, args, server.ask("DELETE", path), cleared("session"))
 
 
 cmd_clear = cmd_sessions_clear
@@ -2015,9 +2003,7 @@ cmd_cache = reader("/cache/stats", show_cache)
 
 
 def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
-    answer = find_server(env).ask("DELETE", "/cache")
-    return print_answer(env, args, answer, lambda value, style: (
-        f"cleared {counted(value.get('cleared'), 'answer')}"))
+    return print_answer(env, args, find_server(env).ask("DELETE", "/cache"), cleared("answer"))
 
 
 # ==== 7. Keys ================================================================
@@ -2299,9 +2285,7 @@ def _stream_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def _question(env: Env, args: argparse.Namespace) -> str:
     """Return what the user wants to ask: what came through a pipe, and the words. Raises Problem.
-
-    The word - alone reads standard input, on a terminal too.
-    """
+    The word - alone reads standard input, on a terminal too."""
     is_dash = args.words == ["-"]
     try:
         piped = env.stdin.read() if is_dash or not env.stdin.isatty() else ""
@@ -2494,10 +2478,8 @@ _OPENCLAW_FIELDS = {"openclaw", "providers", "diff", "written", "failures"}
 
 
 def sync_openclaw(env: Env, url: str, *more: str) -> Json:
-    """Update OpenClaw's list of models, or with --dry-run only compare it. Raises Problem.
-
-    Returns {openclaw: whether it is installed here, providers, diff, written, failures}.
-    """
+    """Update OpenClaw's list of models, or with --dry-run only compare it. Raises Problem. Returns
+    {openclaw: whether it is installed here, providers, diff, written, failures}."""
     command = connect_command(env, "--sync", with_port(url), "--json", *more)
     with progress(env, "waiting for ocp_connect.py"):
         done = env.run(command, environ=env.environ, timeout_s=180.0)
@@ -2564,10 +2546,8 @@ def service_lines(env: Env, record: Record, verb: str) -> list[str]:
 
 
 def run_service(env: Env, record: Record, verb: str) -> str:
-    """Start, stop or restart the service. Returns the complaint of what failed, or "".
-
-    Raises Problem if this user may not do that.
-    """
+    """Start, stop or restart the service. Returns the complaint of what failed, or "". Raises
+    Problem if this user may not do that."""
     if record.needs_root and env.user_id != 0:
         line = service_lines(env, record, verb)[0]
         raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {line}")
@@ -2647,10 +2627,8 @@ def _owner_by_lsof(env: Env, port: int) -> Owner | None:
 
 
 def port_owner(env: Env, port: int) -> Owner | None:
-    """Return who listens on a TCP port of this machine, None for nobody.
-
-    Raises OSError if that cannot be found out, which is not the same as nobody.
-    """
+    """Return who listens on a TCP port of this machine, None for nobody. Raises OSError if that
+    cannot be found out, which is not the same as nobody."""
     return _owner_in_proc(port) if env.platform.startswith("linux") else _owner_by_lsof(env, port)
 
 
@@ -2718,10 +2696,8 @@ _POLL_S = 0.2
 
 
 def wait_for_server(env: Env, url: str, version: str, since_s: float | None) -> str:
-    """Wait until a server of this version answers that is not older than `since_s`.
-
-    Returns "", or what is wrong at the end.
-    """
+    """Wait until a server of this version answers that is not older than `since_s`. Returns "", or
+    what is wrong at the end."""
     deadline_s = env.clock() + _START_TIMEOUT_S
     with progress(env, f"waiting for the server at {url}"):
         while True:
@@ -2944,10 +2920,8 @@ def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
 
 
 def make_certificate(env: Env, files: TlsFiles, names: Sequence[str]) -> None:
-    """Write a certificate for these names, with the key that is there or a new one.
-
-    Raises Problem, OSError.
-    """
+    """Write a certificate for these names, with the key that is there or a new one. Raises Problem,
+    OSError."""
     folder = os.path.dirname(files.cert)
     os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".ocp-tls-") as drafts:
@@ -2991,10 +2965,8 @@ def renew_certificate(env: Env, files: TlsFiles, more: Sequence[str]) -> tuple[C
 
 
 def edited_settings(text: str, values: Mapping[str, str], gone: Iterable[str]) -> str:
-    """Return the text of ocp.env with these settings, and without those that are `gone`.
-
-    All other lines stay as they are.
-    """
+    """Return the text of ocp.env with these settings, and without those that are `gone`. All other
+    lines stay as they are."""
     names = {*values, *gone}
     found = ((line, _ASSIGNMENT.fullmatch(line)) for line in text.split("\n"))
     lines = [line for line, match in found if not match or match[1] not in names]
@@ -3030,10 +3002,8 @@ def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
 
 
 def _service_settings(env: Env) -> Record | None:
-    """Return the installation if it has a settings file that this user may change.
-
-    Raises Problem if somebody else owns it.
-    """
+    """Return the installation if it has a settings file that this user may change. Raises Problem
+    if somebody else owns it."""
     record = installation(env)
     if record is None or not record.env_file:
         return None
@@ -3112,12 +3082,12 @@ def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
             return _show_certificate(env, args, files)
         if args.off:
             return _end_tls(env)
-        record = _service_settings(env)
         named = named_certificate(env)
         if named and os.path.expanduser(named) != files.cert:
             raise failed(f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
                          "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY "
                          "first.")
+        record = _service_settings(env)
         certificate, is_new = renew_certificate(env, files, args.name)
         copy = _write_settings(env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
     except OSError as error:
@@ -3782,10 +3752,8 @@ def show_doctor(answer: Json, style: Style) -> str:
 
 
 def mend(facts: Facts, results: Sequence[Result]) -> list[Json]:
-    """Carry the safe fixes out, and say so. Returns what was done and what failed.
-
-    No terminal is given to what runs here, so nothing can ask.
-    """
+    """Carry the safe fixes out, and say so. Returns what was done and what failed. No terminal is
+    given to what runs here, so nothing can ask."""
     done = []
     for check, finding in (each for each in results if each.is_safe):
         assert check.mend is not None
@@ -3819,10 +3787,8 @@ _NAMING = ("USER", "LOGNAME", "OCP_INSTANCE_NAME", "OCP_ALLOWED_HOSTS")
 
 
 class Redactor:
-    """Takes out of a text what lets others in and what tells who the owner is.
-
-    Known secrets and names are found wherever they stand; unknown ones by their form.
-    """
+    """Takes out of a text what lets others in and what tells who the owner is. Known secrets and
+    names are found wherever they stand; unknown ones by their form."""
 
     def __init__(self, facts: Facts) -> None:
         env = facts.env
@@ -3998,10 +3964,8 @@ _RELEASE = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 
 
 def git(env: Env, tree: str, *words: str, timeout_s: float = 60.0) -> str:
-    """Return what git prints. Raises Problem with its complaint.
-
-    The environment has nothing that would lead git elsewhere, or make it ask.
-    """
+    """Return what git prints. Raises Problem with its complaint. The environment has nothing that
+    would lead git elsewhere, or make it ask."""
     command = ["git", "-C", tree, "-c", "core.hooksPath=/dev/null", "-c",
                "advice.detachedHead=false", *words]
     elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
@@ -4045,10 +4009,8 @@ def is_at(env: Env, tree: str, commit: str) -> bool:
 
 
 def remote_tags(env: Env, tree: str) -> dict[str, str]:
-    """Return the releases that the remote offers: tag and commit. Raises Problem.
-
-    The remote is asked each time: a release that was withdrawn must not be offered.
-    """
+    """Return the releases that the remote offers: tag and commit. Raises Problem. The remote is
+    asked each time: a release that was withdrawn must not be offered."""
     if "origin" not in git(env, tree, "remote").splitlines():
         raise failed(f"{tree} has no remote named origin, so no release can be looked for. Name "
                      f"it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
@@ -4159,10 +4121,8 @@ def read_snapshots(env: Env) -> list[Snapshot]:
 
 
 def take_snapshot(env: Env, journal: Journal) -> Snapshot:
-    """Copy what an update could harm. Raises Problem, OSError.
-
-    An incomplete snapshot has another name, so that an interrupted one is never taken for whole.
-    """
+    """Copy what an update could harm. Raises Problem, OSError. An incomplete snapshot has another
+    name, so that an interrupted one is never taken for whole."""
     name = utc_time(env.clock()).strftime("%Y%m%dT%H%M%S.%fZ")
     folder = os.path.join(snapshots_folder(env), name)
     draft = Snapshot(folder + ".partial", journal)
@@ -4457,10 +4417,8 @@ class Update:
         return Exit.OK
 
     def _undo(self) -> str:
-        """Bring the old version back. Returns "", or why its server does not answer.
-
-        Every step may be done twice: an interrupted undo can be started again. Raises Problem.
-        """
+        """Bring the old version back. Returns "", or why its server does not answer. Every step may
+        be done twice: an interrupted undo can be started again. Raises Problem."""
         self.at("undoing",
                 restore_database=self.plan.restore_database or _is_migrated(self.snapshot))
         self._remove_stale_lock()
@@ -4771,7 +4729,8 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     with contextlib.redirect_stdout(env.stdout):
         args, more = whole.parse_known_args(list(words))
     row = find_command(command)[0]
-    options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names]
+    options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names
+               if name.startswith("--")]
     if more and hasattr(args, "words") and not any(word.startswith("-") for word in more):
         # Words that an option divides, which argparse does not put together.
         args.words += more
@@ -4825,10 +4784,8 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
 
 
 def completions(env: Env, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield what the last of these words may become, each with its help.
-
-    Names with characters that a shell would have to quote are left out.
-    """
+    """Yield what the last of these words may become, each with its help. Names with characters that
+    a shell would have to quote are left out."""
     *before, current = words or [""]
     before = list(behind_options(before))
     row, behind = find_command(before[1:] if before[:1] == ["help"] else before)
