@@ -1376,20 +1376,18 @@ def on_off(value: object) -> str:
 # to text, and a cmd_NAME(env, args) that asks.
 
 
-def answer_text(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> str:
-    """Return an answer as it is printed: for people, or with --json as it came. Raises Problem."""
-    value = answer.value
-    return answer.text.rstrip("\n") if args.json else show(value, style_of(env))
+def answer_text(env: Env, args: argparse.Namespace, found: Union[Answer, Json], show: Show) -> str:
+    """Return what is printed of an answer, or of a value found out here. Raises Problem."""
+    value = found.value if isinstance(found, Answer) else found
+    if not args.json:
+        return str(show(value, style_of(env)))
+    return found.text.rstrip("\n") if isinstance(found, Answer) else json.dumps(value)
 
 
-def print_answer(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> Exit:
-    env.say(answer_text(env, args, answer, show))
-    return Exit.OK
-
-
-def print_value(env: Env, args: argparse.Namespace, value: Json, show: Show) -> Exit:
-    """Print what this program found out itself."""
-    env.say(json.dumps(value) if args.json else show(value, style_of(env)))
+def print_answer(
+    env: Env, args: argparse.Namespace, found: Union[Answer, Json], show: Show,
+) -> Exit:
+    env.say(answer_text(env, args, found, show))
     return Exit.OK
 
 
@@ -1781,12 +1779,12 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
     answer = server.ask("GET", "/settings")
     if args.changed:
         kept = {name: row for name, row in answer.value.items() if is_changed(row)}
-        return print_value(env, args, kept, show_settings)
+        return print_answer(env, args, kept, show_settings)
     if not args.key and not args.reset:
         return print_answer(env, args, answer, show_settings)
     name, row = _find_setting(env, answer.value, args.reset or args.key)
     if not args.reset and args.value is None:
-        return print_value(env, args, {name: row}, lambda value, style: (
+        return print_answer(env, args, {name: row}, lambda value, style: (
             show_setting(name, row, style)))
     answer = _change_setting(
         server, name, None if args.reset else parse_value(name, row, args.value))
@@ -1886,7 +1884,7 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
-        return print_value(env, args, {**value, "count": len(kept), "entries": kept}, show_logs)
+        return print_answer(env, args, {**value, "count": len(kept), "entries": kept}, show_logs)
     return print_answer(env, args, answer, show_logs)
 
 
@@ -2366,7 +2364,7 @@ def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
     found = {"url": f"{server.url}/dashboard", "key": _dashboard_key(env, server.url, mode)}
     if device != server.url and mode != "none":
         found["deviceUrl"] = f"{device}/dashboard"
-    print_value(env, args, found, show_dashboard)
+    print_answer(env, args, found, show_dashboard)
     if args.open and not env.browse(found["url"]):
         raise failed("No browser was found here: open the address yourself.")
     return Exit.OK
@@ -2437,7 +2435,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "fingerprint": pin_of(url),
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
     }
-    print_value(env, args, found, show_lan)
+    print_answer(env, args, found, show_lan)
     is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
     return Exit.OK if is_good else Exit.FAILED
 
@@ -3060,7 +3058,7 @@ def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Ex
     found = _tls_report(env, certificate, files._replace(cert=cert))
     start = ["ocp restart"] if named else ["ocp tls"]
     steps = _next_steps(found, start) if certificate.is_self_signed else []
-    print_value(env, args, {**found, "next": steps}, show_tls)
+    print_answer(env, args, {**found, "next": steps}, show_tls)
     return Exit.FAILED if any(map(is_fatal, found["faults"])) else Exit.OK
 
 
@@ -3099,7 +3097,7 @@ def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
     start = ["ocp restart"] if record else [
         shlex.join(["env", *values, "python3", "ocp_server.py"]),
         f"export OCP_URL={_secure_url(env)}"]
-    return print_value(env, args, {**found, "next": _next_steps(found, start)}, show_tls)
+    return print_answer(env, args, {**found, "next": _next_steps(found, start)}, show_tls)
 
 
 # ==== 11. Doctor =============================================================
@@ -3945,7 +3943,7 @@ def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
     answer = {**doctor_report(facts, results), **fixes}
     if args.report:
         path = write_bundle(facts, answer)
-        print_value(env, args, {"report": path}, lambda value, style: path)
+        print_answer(env, args, {"report": path}, lambda value, style: path)
         env.note("Read it before you pass it on: keys, names and addresses are left out as far as "
                  "a program can know them.")
         return Exit.OK
@@ -4600,7 +4598,7 @@ def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
         nobody = "another program answers, no OCP server"
     found = {"installed": installed, "served": health.get("version"),
              "claude": health.get("claudeVersion")}
-    return print_value(env, args, found, lambda found, style: field_list([
+    return print_answer(env, args, found, lambda found, style: field_list([
         ("installed", installed or "no ocp_server.py beside ocp.py"),
         ("served", found["served"] or nobody), ("claude", found["claude"] or "unknown"),
     ]))

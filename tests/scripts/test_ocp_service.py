@@ -1,6 +1,7 @@
 """`ocp start`, `stop`, `restart` through fake service managers, and `ocp doctor`."""
 from __future__ import annotations
 
+import ast
 import json
 import os
 import plistlib
@@ -640,6 +641,16 @@ def test_every_row_that_is_not_well_has_its_fix_and_every_check_a_title(healthy:
     assert "  [WARN] Running without you (linger): " in shown
     assert "         fix: loginctl enable-linger\n" in shown
     assert "[SKIP] Clock (clock): could not check" in shown
+
+
+def test_no_finding_that_needs_a_fix_is_made_without_one() -> None:
+    calls = [node for node in ast.walk(ast.parse(Path(REPO, "ocp.py").read_text("utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"]
+    assert len(calls) > len(ocp.CHECKS)
+    for call in calls:
+        words = {each.value for each in ast.walk(call.args[0]) if isinstance(each, ast.Constant)}
+        may_need_one = not words or bool(words & {"WARN", "FAIL"})
+        assert len(call.args) == 3 or not may_need_one, ast.unparse(call)
 
 
 def test_a_strange_answer_spoils_only_its_own_check(healthy: Manager) -> None:
