@@ -185,9 +185,10 @@ KEY_FIELDS = (
              help="whether its requests may let the model search the web: on or off"),
     argument("--note", metavar="TEXT", help="a note for yourself"),
 )
+_SPANS = {"daily": "day", "weekly": "week", "monthly": "month"}
 QUOTA_FIELDS = tuple(
     argument(f"--{name}", metavar="N", help=f"{'tokens' if 'tokens' in name else 'requests'} "
-             f"{name.rpartition('-')[2]}; none = no limit")
+             f"a {_SPANS[name.rpartition('-')[2]]}; none = no limit")
     for name, _ in QUOTAS
 )
 
@@ -196,7 +197,7 @@ KEY_ACTIONS = (
     Command("list", "list the keys, newest first", (ALL_KEYS, JSON),
             examples=("keys list", "keys list --all")),
     Command("add", "create a key; its secret is shown only once",
-            (argument("name", metavar="NAME", help="what it is for"),
+            (argument("name", metavar="NAME", help="its name, such as that of the device"),
              *KEY_FIELDS, *QUOTA_FIELDS, JSON),
             examples=("keys add laptop", "keys add phone --expiry 90d --daily 200")),
     Command("show", "show one key and its quotas", (KEY, JSON), examples=("keys show laptop",)),
@@ -247,7 +248,7 @@ COMMANDS = (
         argument("words", nargs="*", metavar="N|LEVEL", help="the same as -n N and --level LEVEL"),
         argument("-n", "--lines", metavar="N", help="how many events, at most 1000"),
         argument("--level", metavar="LEVEL", choices=LOG_WORDS,
-                 help="the least level: " + ", ".join(LOG_WORDS)),
+                 help="the lowest level: " + ", ".join(LOG_WORDS)),
         argument("--since", metavar="PERIOD", type=period,
                  help="only events of the last 30m, 2h or 7d"),
         flag("--follow", "-f", help="print new events as they come, until Ctrl-C"),
@@ -268,7 +269,7 @@ COMMANDS = (
     ), ("sessions", "sessions clear")),
     Command("clear", "forget all sessions, or one: the same as `sessions clear`",
             (SESSION, YES, JSON), examples=("clear", "clear chat-1")),
-    Command("cache", "show how the cache of answers does", (JSON,), (
+    Command("cache", "show what the cache of answers holds, and how often it helped", (JSON,), (
         Command("clear", "forget all cached answers", (JSON,), examples=("cache clear",)),
     ), ("cache", "cache clear")),
     Command("keys", "list, create and change the keys of your devices", (ALL_KEYS, JSON),
@@ -946,6 +947,19 @@ def is_ocp_server(url: str) -> bool:
         return False
 
 
+def other_scheme(url: str) -> str:
+    """Return the address with the other one of http and https if an OCP server answers there,
+    empty if none does."""
+    scheme, _, place = url.partition("://")
+    other = f"{'http' if scheme == 'https' else 'https'}://{place}"
+    return other if is_ocp_server(other) else ""
+
+
+def scheme_of(url: str) -> str:
+    """Return http or https."""
+    return url.partition("://")[0]
+
+
 def not_ocp(url: str, status: int = 0) -> Problem:
     """Return what to say when another program answers at the server's address."""
     told = f" (it answered {status})" if status else ""
@@ -1026,18 +1040,32 @@ class Server(NamedTuple):
             return Problem(
                 Exit.UNREACHABLE, f"The certificate of {url} is not trusted here: name the file "
                 "of its authority in SSL_CERT_FILE.")
-        has_failed = problem.status == 429 or problem.status >= 500
+        # Only then: a server takes the greeting of the other scheme for a wrong request.
+        is_other = "SSL" in message or "uses https" in message
+        other = other_scheme(url) if is_other else ""
+        if other:
+            return Problem(
+                Exit.UNREACHABLE, f"The server there speaks {scheme_of(other)}, not "
+                f"{scheme_of(url)}.\nIf its settings have changed, `ocp restart` lets it use them; "
+                f"otherwise: --url {other}")
+        error = problem.body.get("error") if isinstance(problem.body, dict) else None
+        code = str((error.get("code") if isinstance(error, dict) else "") or "")
+        # A failure of claude's account may have the status of a refused key.
+        kind = "upstream" if code.startswith("upstream_") else problem.kind
+        has_failed = problem.status == 429 or problem.status >= 500 or kind == "upstream"
         hint = errors_hint(problem.request_id) if has_failed else ""
-        code, text = {
+        exit_code, text = {
             "unreachable": (
-                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\nStart the server with "
-                "`ocp start`, or find the cause with `ocp doctor`."),
+                Exit.UNREACHABLE, f"Cannot connect to {url}: {message}.\n" + (
+                    "Start the server with `ocp start`, or find the cause with `ocp doctor`."
+                    if is_loopback(url) else
+                    "Compare the address with what `ocp lan` prints on the server's machine.")),
             "denied": (Exit.DENIED, f"{url} refused: {message}.\n{self._key_advice()}"),
             "upstream": (
                 Exit.FAILED, f"{url} is running but has upstream trouble ({problem.status}): "
                 f"{message}.{hint}"),
-        }.get(problem.kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
-        return Problem(code, text, problem.body)
+        }.get(kind, (Exit.FAILED, f"{url} answered {problem.status}: {message}.{hint}"))
+        return Problem(exit_code, text, problem.body)
 
     def _key_advice(self) -> str:
         if self.key:
@@ -1564,7 +1592,8 @@ def show_status(answer: Json, style: Style) -> str:
     counts = {**requests, "activeRequests": requests.get("active")}
     login = proxy.get("auth") or "not known yet"
     lines = [
-        f"OCP {clean(proxy.get('version', '?'))}: {_state_word(proxy.get('status'), style)}, "
+        f"OCP {clean(proxy.get('version', '?'))}{' (demo)' if proxy.get('demo') else ''}: "
+        f"{_state_word(proxy.get('status'), style)}, "
         f"up {clean(proxy.get('uptime', '?'))}, "
         + ("login not known yet" if login == "not known yet" else clean(login)),
         *([f"To do: {clean(proxy['fix'])}"] if proxy.get("fix") else []),
@@ -1750,9 +1779,11 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a sentence that names the most similar known word, empty if there is none."""
+    """Return a sentence that names the word that was begun, else the most similar one; empty if
+    there is none."""
     lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
+    begun = [each for each in lowered if len(word) > 1 and each.startswith(word.lower())]
+    near = begun or difflib.get_close_matches(word.lower(), lowered, 1, 0.6)
     return f" Did you mean {lowered[near[0]]}?" if near else ""
 
 
@@ -1876,11 +1907,24 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
         env.sleep(_FOLLOW_EVERY_S)
 
 
+def log_path(env: Env) -> str:
+    """Return the log of this machine's own server."""
+    return os.path.join(local_server(env).data_dir, "logs", "ocp.log")
+
+
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
-    answer = find_server(env).ask("GET", _logs_path(args, count, level))
+    server = find_server(env)
+    try:
+        answer = server.ask("GET", _logs_path(args, count, level))
+    except Problem as problem:
+        path = log_path(env)
+        if problem.code != Exit.UNREACHABLE or not is_loopback(server.url) or (
+                not os.path.exists(path)):
+            raise
+        raise Problem(problem.code, f"{problem}\nWhat it wrote before is in {path}") from None
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
@@ -2122,8 +2166,10 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
     if note:
         yield f"ATTENTION: {clean(note)}"
     if url:
-        line = connect_line(url, pin_of(url))
-        yield f"On its device run\n  {line}\nwhich asks for it; or, for one tool:"
+        pin = pin_of(url)
+        tool = "a tool that trusts the certificate" if pin else "one tool"
+        yield (f"On its device run\n  {connect_line(url, pin)}\nwhich asks for it; or, for "
+               f"{tool}:")
     else:
         yield "For one tool on this machine:"
     yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
@@ -2370,6 +2416,10 @@ def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+#: The installer's options for a server that other devices may use, each with a key of its own.
+_FOR_OTHERS = ("--bind", "0.0.0.0", "--auth-mode", "multi")
+
+
 def show_lan(answer: Json, style: Style) -> str:
     rows = [
         ("API", f"{answer['url']}/v1"), ("dashboard", f"{answer['url']}/dashboard"),
@@ -2377,11 +2427,12 @@ def show_lan(answer: Json, style: Style) -> str:
         ("reachable", "yes" if answer["reachable"] else "no"),
     ]
     if not answer["reachable"]:
-        rows += [("to change that", "install again with --bind 0.0.0.0 and --auth-mode multi"),
+        rows += [("to change that", answer["install"]),
                  ("without a service", "set CLAUDE_BIND=0.0.0.0 and CLAUDE_AUTH_MODE=multi in "
-                  "~/.ocp/ocp.env, and start it again")]
+                  "~/.ocp/ocp.env, and start the server again")]
     elif answer.get("authMode") == "none":
-        rows.append(("attention", "whoever can connect may use your plan: set --auth-mode multi"))
+        rows += [("attention", "whoever can connect may use your plan"),
+                 ("to change that", answer["install"])]
     else:
         rows.append(("on a device", connect_line(answer["url"], answer.get("fingerprint") or "")))
     for fault in answer.get("certificateFaults") or []:
@@ -2434,6 +2485,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "authMode": health.get("authMode"), "reachable": is_reachable,
         "fingerprint": pin_of(url),
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
+        "install": shlex.join(["python3", env.beside("setup.py_install.py"), *_FOR_OTHERS]),
     }
     print_answer(env, args, found, show_lan)
     is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
@@ -3031,7 +3083,7 @@ def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
     """Return what is left to do until devices use https; `start` lets the server use it."""
     line = connect_line(found["url"], found["fingerprint"])
     steps = [] if found["served"] else list(start)
-    return [*steps, "on each device, and on this machine for its own tools:", line]
+    return [*steps, f"on each device, and on this machine for its own tools:\n    {line}"]
 
 
 def show_tls(found: Json, style: Style) -> str:
@@ -3045,7 +3097,7 @@ def show_tls(found: Json, style: Style) -> str:
         ("copy of them", found.get("settingsCopy") or None),
         *(("attention", f"{fault}: run `ocp tls`") for fault in found["faults"]),
     ])
-    steps = [f"  {line}" for line in found.get("next") or []]
+    steps = [f"  {number}. {step}" for number, step in enumerate(found.get("next") or [], 1)]
     return "\n".join([text, *(["What to do next:", *steps] if steps else [])])
 
 
@@ -3094,9 +3146,10 @@ def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
         env, certificate, files, made=is_new, settings=record.env_file if record else None,
         settingsCopy=copy or None)
     values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
+    by_hand = shlex.join(["env", *values, "python3", env.beside("ocp_server.py")])
     start = ["ocp restart"] if record else [
-        shlex.join(["env", *values, "python3", "ocp_server.py"]),
-        f"export OCP_URL={_secure_url(env)}"]
+        f"end the server, and start it with its certificate:\n    {by_hand}",
+        f"tell `ocp` the new address:\n    export OCP_URL={_secure_url(env)}"]
     return print_answer(env, args, {**found, "next": _next_steps(found, start)}, show_tls)
 
 
@@ -3159,6 +3212,10 @@ class Check(NamedTuple):
     mend: Union[Callable[[Facts], str], None] = None
 
 
+#: Fixes of checks that can be mended which are more than that, or a person's.
+_BY_HAND = ("noop", "fix_install", "fix_elsewhere", "fix_port", "start_server", "restart")
+
+
 class Result(NamedTuple):
     """A check and what it found."""
 
@@ -3170,7 +3227,7 @@ class Result(NamedTuple):
         """Return whether `ocp doctor --fix` carries its fix out."""
         fix = self.finding.fix
         return self.check.mend is not None and not (
-            fix.kind in ("noop", "fix_install", "fix_elsewhere")
+            fix.kind in _BY_HAND
             or any(each.startswith("sudo ") for each in fix.commands))
 
     def report(self) -> Json:
@@ -3179,6 +3236,10 @@ class Result(NamedTuple):
         row = {"id": self.check.id, "title": self.check.title, "level": level,
                "message": clean(message), "checked": is_known}
         return {**row, "fix": fix.report(safe=self.is_safe)} if fix.kind != "noop" else row
+
+
+#: How the sentence about another program at the server's address ends.
+_NOT_OCP = "is not an OCP server"
 
 
 class Facts:
@@ -3202,11 +3263,23 @@ class Facts:
         except HttpProblem as problem:
             if problem.kind == "unreachable":
                 return {}, None, f"nobody answers at {self.url}: {problem}"
-            is_told = problem.status >= 300
-            return {}, None, f"{self.url} answered {problem.status}" if is_told else str(problem)
+            is_ocp_error = isinstance(problem.body, dict) and "error" in problem.body
+            return {}, None, f"{self.url} answered {problem.status}: {clean(problem)}" if (
+                is_ocp_error) else f"what answers at {self.url} {_NOT_OCP}"
         with contextlib.suppress(TypeError, ValueError):
             return health, email.utils.parsedate_to_datetime(date).timestamp(), ""
         return health, None, ""
+
+    @property
+    def is_not_ocp(self) -> bool:
+        """Return whether another program answers."""
+        return self.answer[2].endswith(_NOT_OCP)
+
+    @functools.cached_property
+    def other_url(self) -> str:
+        """Return the address with the other one of http and https if the server answers only
+        there, else empty."""
+        return other_scheme(self.url) if self.answer[2] else ""
 
     @property
     def health(self) -> Json:
@@ -3359,14 +3432,33 @@ def _check_disk(facts: Facts) -> Finding:
                    Fix("fix_disk", (f"make room on the disk of {asked}",)))
 
 
+def _start_line(facts: Facts) -> str:
+    """Return the line that starts the server, by its service or by hand."""
+    if facts.service is None:
+        return command_by_hand(facts.env)
+    return " && ".join(service_lines(facts.env, facts.service, "restart"))
+
+
 def _check_database(facts: Facts) -> Finding:
     state, advice = facts.health.get("storage"), facts.health.get("storageFix")
+    path = os.path.join(facts.here.data_dir, "ocp.db")
+
+    def fix(advice: str) -> Fix:
+        again = f"start the server again: {_start_line(facts)}"
+        return Fix("fix_database", (advice.replace("ocp.db", path), again))
+
     if advice:
         level = "WARN" if state == "behind" else "FAIL"
         return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}",
-                       Fix("fix_database", (str(advice),)))
-    path = os.path.join(facts.here.data_dir, "ocp.db")
+                       fix(str(advice)))
     if not os.path.exists(path):
+        # A demo keeps its data in memory.
+        if state == "disk" and not facts.health.get("demo") and not facts.is_elsewhere:
+            return Finding(
+                "WARN", f"the server has a database, but {path} is not there: it was removed, or "
+                "the server runs with another OCP_HOME", fix(
+                    "put it back, or go on without its keys and its usage: a start makes a new "
+                    "one"))
         return Finding("INFO", "there is no database yet")
     try:
         with contextlib.closing(open_database(path, "ro")) as connection:
@@ -3376,9 +3468,9 @@ def _check_database(facts: Facts) -> Finding:
     except sqlite3.DatabaseError as error:
         verdict = str(error)
     if verdict != "ok":
-        return Finding("FAIL", f"{path} is damaged: {verdict}", Fix("fix_database", (
-            f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
-            "or move the damaged one away",)))
+        return Finding("FAIL", f"{path} is damaged: {verdict}", fix(
+            "stop the server and put back a copy of ocp.db from "
+            f"{snapshots_folder(facts.env)}, or move the damaged one away"))
     return Finding("PASS", f"{path} is in order, {file_size(os.path.getsize(path))}")
 
 
@@ -3403,7 +3495,9 @@ def _check_modes(facts: Facts) -> Finding:
         return Finding("FAIL", "others may read " + ", ".join(path for path, _ in loose),
                        Fix("fix_modes", (), tuple(commands)))
     count = len(_private_paths(facts))
-    return Finding("PASS" if count else "INFO", f"{count} private files and folders looked at")
+    if not count:
+        return Finding("INFO", "there are none yet")
+    return Finding("PASS", f"nobody else may read them: {counted(count, 'path')} looked at")
 
 
 def _mend_modes(facts: Facts) -> str:
@@ -3431,8 +3525,39 @@ def _check_port(facts: Facts) -> Finding:
         return Finding("PASS", f"port {port} belongs to process {owner.pid}")
     message = f"port {port} belongs to {owner.words}"
     # A program that forwards the port, as for a container, is another one and all right.
-    return Finding("INFO", message) if facts.health else Finding("FAIL", message, Fix(
-        "fix_port", ("end the other program, or install again with another --port",)))
+    if facts.health:
+        return Finding("INFO", message)
+    return Finding("FAIL", message, _other_port(facts))
+
+
+def _other_port(facts: Facts) -> Fix:
+    install = shlex.join(["python3", facts.env.beside("setup.py_install.py"), "--port"])
+    return Fix("fix_port", (
+        f"end that program, and start OCP: {_start_line(facts)}",
+        f"or choose another port for OCP: {install} {port_of(facts.url) + 1}"))
+
+
+def _check_settings(facts: Facts) -> Finding:
+    facts.require_local()
+    env, file = facts.env, facts.here.env_file
+    if os.path.exists(file) and not os.access(file, os.R_OK):
+        raise Unknown(f"{file} is readable by root only")
+    path = file or os.path.join(env.ocp_home, "ocp.env")
+    where = path if os.path.exists(path) else "the environment of the server"
+    fix = Fix("fix_settings", (
+        f"correct them in {where}, and start the server again: {_start_line(facts)}",))
+    done = env.run([facts.here.python, "-B", facts.here.server_path, "--print-settings"],
+                   timeout_s=30, environ=service_environ(env))
+    lines = [line.partition(": ")[2] for line in done.error.splitlines()
+             if line.startswith("ocp: ") and "Settings were read from" not in line]
+    if done.code != 0 and not lines:
+        raise Unknown(done.complaint)
+    if done.code != 0:
+        return Finding("FAIL", "the server does not start with them: " + " ".join(lines), fix)
+    idle = [line.partition(": ")[2] for line in done.output.splitlines()
+            if line.startswith("ATTENTION: ")]
+    return Finding("WARN", " ".join(idle), fix) if idle else Finding(
+        "PASS", "the server accepts them")
 
 
 def _check_unit(facts: Facts) -> Finding:
@@ -3487,6 +3612,11 @@ def _check_stop_timeout(facts: Facts) -> Finding:
 
 def _check_service(facts: Facts) -> Finding:
     health, _, wrong = facts.answer
+    if facts.other_url:
+        return Finding(
+            "FAIL", f"the server speaks {scheme_of(facts.other_url)}, but its settings say "
+            f"{scheme_of(facts.url)}: it was not restarted since they changed",
+            _start_again(facts))
     if wrong or health.get("status") == "draining":
         level, message = ("FAIL", wrong) if wrong else ("WARN", "the server is shutting down")
         return Finding(level, message, _start_again(facts))
@@ -3494,13 +3624,27 @@ def _check_service(facts: Facts) -> Finding:
 
 
 def _start_again(facts: Facts) -> Fix:
+    if facts.is_not_ocp:
+        return _other_port(facts)
     if facts.is_elsewhere:
         return Fix("fix_elsewhere", (
             f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
+    if facts.other_url:
+        return _restart(facts)
     if facts.service:
         return facts.service_fix("fix_service", "restart")
+    if facts.here.url and not facts.here.label:
+        # Installed where there is no service manager: to install it again would start nothing.
+        return Fix("start_server", (f"start it: {command_by_hand(facts.env)}",))
     by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
     return Fix("fix_install", (by_hand,), _install_again(facts).commands)
+
+
+def _restart(facts: Facts) -> Fix:
+    if facts.service:
+        return facts.service_fix("restart", "restart")
+    again = f"end the server and start it again: {command_by_hand(facts.env)}"
+    return Fix("restart", (again,))
 
 
 def _mend_service(facts: Facts) -> str:
@@ -3552,8 +3696,11 @@ def _check_failures(facts: Facts) -> Finding:
     if not any(int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
                for kind in kinds):
         return Finding("INFO", message)
-    return Finding("WARN", message, Fix("recent_failures", tuple(
-        clean(f"{kind.get('kind')}: {kind.get('action')}") for kind in kinds)))
+    # Of some failures the action is this very command, whose other rows say more.
+    actions = ((kind.get("kind"), str(kind.get("action"))) for kind in kinds)
+    return Finding("WARN", message, Fix("recent_failures", tuple(clean(
+        f"{kind}: " + ("nothing, if no row above says so" if "`ocp doctor`" in action else action))
+        for kind, action in actions)))
 
 
 def _check_served_version(facts: Facts) -> Finding:
@@ -3564,10 +3711,8 @@ def _check_served_version(facts: Facts) -> Finding:
     served = facts.running["version"]
     if served == facts.version:
         return Finding("PASS", f"{served} is installed and running")
-    again = f"end the server and start it again: {command_by_hand(facts.env)}"
-    return Finding("WARN", f"{served} is running, {facts.version} is installed",
-                   facts.service_fix("restart", "restart") if facts.service
-                   else Fix("restart", (again,)))
+    return Finding(
+        "WARN", f"{served} is running, {facts.version} is installed", _restart(facts))
 
 
 def _check_linger(facts: Facts) -> Finding:
@@ -3655,6 +3800,8 @@ CHECKS = (
           "Whether others may read the database, the keys or the settings file",
           _check_modes, _mend_modes),
     Check("port_owner", "Port", "Which process owns the server's port", _check_port),
+    Check("settings", "Settings",
+          "Whether the server accepts its settings, and which have no effect", _check_settings),
     Check("service_unit", "Service", "Whether the service is there and starts by itself",
           _check_unit, _mend_unit),
     Check("stop_timeout", "Time to stop",
@@ -3891,7 +4038,7 @@ def _log_entries(facts: Facts) -> list[Json]:
     """Return the newest events of the log, from the server, or from its file if it is down."""
     told = facts.ask(f"/logs?n={_REPORT_LOG_LINES}&level=all").get("entries")
     entries = list(told or [])
-    path = os.path.join(facts.here.data_dir, "logs", "ocp.log")
+    path = log_path(facts.env)
     if told is None:
         with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
             for line in file.readlines()[-_REPORT_LOG_LINES:]:
@@ -4705,8 +4852,15 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     return row, ()
 
 
+#: What others call the actions of `ocp settings`, which has none -> the options for it.
+_NO_ACTIONS = {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)}
+
+
 def _refuse_unknown(words: Sequence[str]) -> None:
     row, behind = find_command(words)
+    if row.name == "settings" and behind[:1] and behind[0] in _NO_ACTIONS:
+        line = " ".join(["ocp settings", *_NO_ACTIONS[behind[0]], *map(clean, behind[1:])])
+        raise Problem(Exit.USAGE, f"There is no action {behind[0]!r} here. Write: {line}")
     if not row.actions or not behind or behind[0].startswith("-"):
         return
     hint = did_you_mean(behind[0], [each.name for each in row.actions])

@@ -1537,6 +1537,10 @@ def ask_health(url: str, certificate: str = "") -> Mapping[str, Json]:
                 f"Cannot reach {url} ({quoted(problem)}): is the server running, and does it "
                 "listen where this machine can reach it (CLAUDE_BIND, firewall)?",
             ) from None
+        if url.startswith("http:") and "uses https" in str(problem):
+            raise Problem(
+                Exit.UNREACHABLE, f"The server at {url} speaks https. Run the command that "
+                "`ocp lan` prints on its machine, or write https:// in its address.") from None
         health, reason = None, quoted(problem)
     if not isinstance(health, dict) or health.get("authMode") not in AUTH_MODES or not isinstance(
             health.get("version"), str):
@@ -1627,8 +1631,10 @@ def probe(
     one `saved_key` is tried, then others, then `ask_key` asks the user. Raise Problem."""
     health = ask_health(url, certificate)
     keys = [key] if key else [saved_key, anonymous_key(url, health), ""]
+    # A server that wants a key would list a request without one among its failures.
+    keys = [each for each in dict.fromkeys(keys) if each or health["authMode"] == "none"]
     refused = ""
-    for each in dict.fromkeys(keys):
+    for each in keys:
         try:
             models = ask_models(url, each, certificate)
             return Server(url, quoted(health["version"]), models, each, certificate), health
@@ -3311,9 +3317,22 @@ SHOWN_LINES = 12
 def show_server(server: Server, health: Mapping[str, Json]) -> str:
     key = f"key {mask(server.key)} accepted" if server.key else "no key needed"
     lines = [f"OCP {server.version} at {server.url}: {counted(len(server.models), 'model')}, {key}"]
+    if health.get("demo") is True:
+        lines.append("It is a demo: no model answers, all answers are made up.")
     if health.get("status") not in ("ok", None):
         lines.append(f"Its status is {quoted(health['status'])}: {quoted(health.get('fix'))}")
     return "\n".join(lines)
+
+
+def undo_command(server: Server) -> str:
+    """Return the command that restores all files, in the way in which this script came here."""
+    if HERE:
+        return shlex.join(["python3", os.path.abspath(__file__), "undo"])
+    pin = ""
+    if server.certificate:
+        fingerprint = fingerprint_of(ssl.PEM_cert_to_DER_cert(server.certificate))
+        pin = f" --insecure --pinnedpubkey {fingerprint.replace('SHA256:', 'sha256//', 1)}"
+    return f"curl -fsSL{pin} {server.url}/connect | python3 - undo"
 
 
 def action_of(edit: Edit) -> str:
@@ -3597,6 +3616,8 @@ class Run:
         elif is_here:
             self.say(f"OpenClaw has the models of {url}." if names else
                      f"OpenClaw does not use {url}: `ocp connect {url} --only openclaw` adds it.")
+        else:
+            self.say("OpenClaw is not on this machine: there is nothing to update.")
         for failure in writer.failures:
             print(f"ocp_connect: {failure}", file=sys.stderr)
         self.print_json({
@@ -3659,7 +3680,7 @@ class Run:
             self.say("Everything is up to date; nothing was changed.")
         self.say(show_hints(plan.hints))
         if writer.written:
-            self.say("To undo this, run it again with `undo` or --undo in the place of the host.")
+            self.say(f"To undo this: {undo_command(server)}")
         self.print_json({
             **shown, "written": writer.written, "failures": writer.failures,
             "notes": writer.notes, "verified": not complaint and not self.args.skip_answer,

@@ -1127,6 +1127,23 @@ def settings_of(text: str) -> dict[str, str]:
 SETTINGS_FILE = "ocp.env"
 
 
+# --- shared: wrong_lines
+def wrong_lines(path: str, text: str) -> str:
+    """Return a sentence for each line of a settings file that sets nothing and is no comment.
+
+    The server could be open to everybody without what such a line was meant to set. The line may
+    contain a secret, so only its number is told."""
+    wrong = (
+        number for number, line in enumerate(text.split("\n"), 1)
+        if line.strip() and not line.lstrip().startswith(("#", ";"))
+        and not _ASSIGNMENT.fullmatch(line)
+    )
+    return "\n".join(
+        f"{path}, line {number}: write NAME=VALUE, without `export` and without a space before the "
+        "=." for number in wrong)
+# --- end shared
+
+
 class Environment(NamedTuple):
     """The variables that the server runs with."""
 
@@ -1158,6 +1175,9 @@ def read_environment(
     except OSError as problem:
         # Without its settings the server could be open to everybody.
         raise ConfigError(f"{path} cannot be read: {problem.strerror}") from None
+    wrong = wrong_lines(path, text)
+    if wrong:
+        raise ConfigError(wrong)
     stored = settings_of(text)
     sources = dict.fromkeys(stored.keys() - given.keys(), path)
     sources.update({name: option for name, (_, option) in options.items()})
@@ -1593,7 +1613,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "model_needs_newer_claude": "Update claude on the server.",
     "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
     "request_timeout": "Look at the network of the client: its request came too slowly.",
-    "name_taken": "Choose another name, or revoke the other key: `ocp keys list`.",
+    "name_taken": "Choose another name, or give that key a new secret: `ocp keys rotate NAME`.",
     "request_too_large": "Send less, or raise the limit that the message names.",
     "rate_limit_exceeded": (
         "Nothing, if it is rare: the client retries. Else let fewer requests run at a time."
@@ -4399,7 +4419,8 @@ class Keys:
             for key in self._keys.values()
         ):
             raise Conflict(
-                f"There is already a key called {name!r}: revoke or rename it.", param="name"
+                f"There is already a key called {name!r}: choose another name, or rotate that "
+                "key for a new secret, or revoke it.", param="name",
             )
 
     def _write(self, statement: str, *values: object) -> int:
@@ -19360,7 +19381,8 @@ def get_status(app: App, exchange: Exchange) -> None:
     failures, _ = app.ledger.failures(recent, _STATUS_FAILURES)
     exchange.response.send_json({
         "proxy": {
-            "status": now["status"], "version": now["version"], "uptime": now["uptimeHuman"],
+            "status": now["status"], "version": now["version"], "demo": now["demo"],
+            "uptime": now["uptimeHuman"],
             "auth": login_words[login["ok"]], "fix": now["fix"],
         },
         "requests": {
@@ -20010,7 +20032,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     for option, (name, placeholder, text) in _OPTIONS.items():
         parser.add_argument(
-            option, metavar=placeholder, help=f"{text}; wins over {name}", default=""
+            option, metavar=placeholder, help=f"{text}; overrides {name}", default=""
         )
     parser.add_argument("--version", action="version", version=f"ocp {VERSION}")
     return parser
@@ -20069,20 +20091,22 @@ def environment_of(options: argparse.Namespace, environ: Mapping[str, str]) -> E
     return Environment({**environ, **values}, "", sources)
 
 
-def print_settings_in_use(config: Config, environment: Environment) -> None:
-    """Print the settings that are not the default, as Markdown."""
-    found = settings_in_use(config, environment)
-    print("\nIn use here:\n" if found else "\nAll have their defaults here.")
-    for name, value, source in found:
-        print(f"- `{name}={printable(value)}` from {source}")
-
-
 def advice_on_settings(environ: Mapping[str, str]) -> Iterator[str]:
     """Yield a sentence for each variable that looks like a setting and has no effect."""
     for name, why in removed_settings(environ):
         yield f"{name} has no effect: {why}"
     for name, meant in unknown_settings(environ):
         yield f"{name} is not a setting." + (f" Did you mean {meant}?" if meant else "")
+
+
+def print_settings_in_use(config: Config, environment: Environment) -> None:
+    """Print the settings that are not the default, as Markdown, and which have no effect."""
+    found = settings_in_use(config, environment)
+    print("\nIn use here:\n" if found else "\nAll have their defaults here.")
+    for name, value, source in found:
+        print(f"- `{name}={printable(value)}` from {source}")
+    for sentence in advice_on_settings(environment.variables):
+        print(f"\nATTENTION: {sentence}")
 
 
 def _login_words(program: ClaudeProgram, environ: Mapping[str, str]) -> str:
@@ -20169,6 +20193,9 @@ def _banner(server: Server) -> str:
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
+    advice = app.state_folder.status[1]
+    if advice and not app.demo:
+        lines.append(f"ATTENTION: {advice}")
     if problem is not None:
         lines.append(f"ATTENTION: {problem.message}")
     command = _try_it(app)
@@ -20200,6 +20227,19 @@ def raise_descriptor_limit(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
+#: What to do when the server cannot listen, by the number of the error.
+_LISTEN_ADVICE = {
+    errno.EADDRINUSE:
+        "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port; `ocp doctor` "
+        "names the program that has this one.",
+    errno.EACCES:
+        "Only root may use ports below 1024: --port N, or CLAUDE_PROXY_PORT, sets another port.",
+}
+_OTHER_LISTEN_ADVICE = (
+    "--host ADDR, or CLAUDE_BIND, has to be an address of this machine: 127.0.0.1, or 0.0.0.0 for "
+    "all of them.")
+
+
 def serve(app: App, tls: ssl.SSLContext | None) -> int:
     """Serve until a signal stops the server; return the exit code."""
     raise_descriptor_limit(app.config)
@@ -20210,7 +20250,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
         app.close()
         print(
             f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}. "
-            "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port.",
+            f"{_LISTEN_ADVICE.get(problem.errno or 0, _OTHER_LISTEN_ADVICE)}",
             file=sys.stderr,
         )
         return 1
@@ -20267,12 +20307,12 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         environment = environment_of(options, environ)
         environ = environment.variables
         config = load_config(environ, machine_memory_bytes())
-        if options.print_settings:
-            print_settings_in_use(config, environment)
-            return 0
         models = _models_of(config, os.path.dirname(here))
         check_no_loop(config, environ)
         tls = tls_context(config)
+        if options.print_settings:
+            print_settings_in_use(config, environment)
+            return 0
     except ConfigError as problem:
         hint = f"\nSettings were read from {environment.file} too." if environment.file else ""
         return _fail_start(f"{problem}{hint}")

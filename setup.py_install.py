@@ -242,6 +242,23 @@ def settings_of(text: str) -> dict[str, str]:
 # --- end shared
 
 
+# --- shared: wrong_lines
+def wrong_lines(path: str, text: str) -> str:
+    """Return a sentence for each line of a settings file that sets nothing and is no comment.
+
+    The server could be open to everybody without what such a line was meant to set. The line may
+    contain a secret, so only its number is told."""
+    wrong = (
+        number for number, line in enumerate(text.split("\n"), 1)
+        if line.strip() and not line.lstrip().startswith(("#", ";"))
+        and not _ASSIGNMENT.fullmatch(line)
+    )
+    return "\n".join(
+        f"{path}, line {number}: write NAME=VALUE, without `export` and without a space before the "
+        "=." for number in wrong)
+# --- end shared
+
+
 # --- shared: drain
 def drain_s(text: str) -> float:
     """Return the seconds of OCP_DRAIN; the server's default where it is no duration.
@@ -1841,6 +1858,9 @@ def _prepared(host: Host, options: argparse.Namespace) -> Job:
     install = planned_installation(host, options, service)
     found = inspect(host, service, install.env_file, install.record_path)
     check_platform(service, found, note)
+    wrong = wrong_lines(install.env_file, found.settings_text)
+    if wrong:
+        raise refused(wrong)
     version = installed_version(install.server_path)
     values = planned_values(host, options, install, found)
     # The settings are checked before the port is: a wrong port is not a port in use.
@@ -1870,6 +1890,11 @@ def notes_about(situation: Situation) -> Iterator[str]:
     for old in found.legacy:
         yield (f"The original's {old.label} is installed; its settings are taken over where "
                "nothing else says otherwise. uninstall.py --legacy removes it.")
+    problem = "" if situation.should_start or found.is_active else (
+        busy_problem(install.bind, install.port))
+    if problem:
+        yield (f"Nothing can listen on {install.bind} port {install.port} now: {problem}. End what "
+               "uses it before you start OCP, or take another port with --port.")
     folder = os.path.dirname(install.launcher or "")
     if folder and folder not in situation.host.environ.get("PATH", "").split(":"):
         yield (f"`ocp` will not be found, because its folder is not on your PATH. Add this to your "

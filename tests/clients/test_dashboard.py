@@ -1004,6 +1004,8 @@ def test_a_server_without_keys_shows_the_command_at_once_and_keeps_the_focus_ins
         page.press("Enter")
         page.sees("Only this machine can reach the server", "#device")
         page.sees("This server wants no key", "#device")
+        assert page.evaluate(
+            "getComputedStyle(document.querySelector('#device .warn code')).display") == "inline"
         assert not page.evaluate("Boolean(document.querySelector('#qr, #device-key'))")
         for _ in range(8):
             page.press("Tab")

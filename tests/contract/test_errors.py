@@ -62,7 +62,7 @@ FAILURES = (
         404, "invalid_request_error", "model_not_found", param="model"),
     Failure(
         "too large a request", stub.error(413, "Request exceeds the maximum size"),
-        413, "invalid_request_error", None, requests=1),
+        413, "invalid_request_error", "request_too_large", requests=1),
     Failure(
         "too many requests", stub.error(429, "Number of requests has exceeded your rate limit"),
         429, "rate_limit_error", "rate_limit_exceeded", retryable=True, waits=True),

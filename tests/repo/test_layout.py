@@ -91,6 +91,7 @@ SHARED = {
     "exit": _OF_THE_SERVICE, "run_program": _OF_THE_SERVICE, "write_whole": _OF_THE_SERVICE,
     "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
     "env_file": ["ocp.py", "ocp_server.py", "setup.py_install.py"],
+    "wrong_lines": ["ocp_server.py", "setup.py_install.py"],
     "shown_path": ["setup.py_install.py", "uninstall.py"],
     "http_json": ["ocp.py", "setup.py_install.py"],
     "any_certificate": ["ocp.py", "setup.py_install.py"],
@@ -310,6 +311,12 @@ def test_no_name_of_a_script_is_defined_twice(path: Path) -> None:
              if not isinstance(node, (ast.If, ast.Try))]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, "the second definition is in force for users of the first one too"
+
+
+def test_no_function_of_the_dashboard_is_defined_twice() -> None:
+    text = (REPO / "dashboard.html").read_text("utf-8")
+    names = re.findall(r"^(?:async )?function (\w+)", text, re.M)
+    assert len(names) > 50 and len(set(names)) == len(names)
 
 
 def test_every_allowed_exception_is_still_needed() -> None:

@@ -104,6 +104,12 @@ def test_another_key_is_refused_and_nothing_is_sent_or_written(
     assert left(tmp_path) == [] and KEY not in ran.stdout + ran.stderr
 
 
+def test_an_address_of_http_of_a_server_of_https_is_told(secure: Secure, tmp_path: Path) -> None:
+    ran = connected(tmp_path, secure.url.replace("https://", "http://"), "--dry-run")
+    assert ran.code == connect.Exit.UNREACHABLE and "speaks https" in ran.stderr, ran
+    assert "`ocp lan`" in ran.stderr and "not an OCP server" not in ran.stderr
+
+
 def test_without_a_fingerprint_the_command_that_has_it_is_named(
     secure: Secure, tmp_path: Path
 ) -> None:

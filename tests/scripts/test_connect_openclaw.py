@@ -729,10 +729,11 @@ def test_sync_shows_and_changes_nothing_in_a_dry_run(either: Lab) -> None:
     assert either.file.read_bytes() == before and not either.copies()
 
 
-def test_sync_is_silent_where_there_is_no_openclaw(bare: Lab) -> None:
+def test_sync_where_there_is_no_openclaw_says_so_and_changes_nothing(bare: Lab) -> None:
     ran = bare.run("--sync")
 
-    assert ran == Ran(0, "", "") and list(bare.folder.iterdir()) == []
+    assert ran.code == 0 and "OpenClaw is not on this machine" in ran.stdout
+    assert list(bare.folder.iterdir()) == []
 
 
 def test_sync_without_openclaw_says_so_as_json(bare: Lab) -> None:

@@ -102,6 +102,31 @@ def test_piped_into_python_it_connects_everything_and_takes_it_back(
     assert undone.code == 0 and list(free_home.iterdir()) == []
 
 
+def test_what_takes_it_back_is_a_line_to_paste(server: Server, free_home: Path) -> None:
+    words = at(server, "--only", "shell", "--yes")
+    ran = piped(free_home, *words)
+    line = f"curl -fsSL {server.url}/connect | python3 - undo"
+    assert f"To undo this: {line}\n" in ran.stdout, ran
+    assert piped(free_home, "undo", "--yes").code == 0
+
+    ran = connected(free_home, *words)
+    assert f"To undo this: python3 {SCRIPT} undo\n" in ran.stdout, ran
+
+
+def test_a_demo_is_said_to_be_one(free_home: Path) -> None:
+    shown = connect.show_server(
+        connect.Server("http://box:3456", "1.0.0", (), ""), {"demo": True, "status": "ok"})
+    assert "It is a demo" in shown
+
+
+def test_a_server_with_keys_is_not_asked_without_one(guarded: Server, free_home: Path) -> None:
+    ran = connected(free_home, *at(guarded, "--only", "shell", "--yes"))
+    assert ran.code == connect.Exit.USAGE and "add --key KEY" in ran.stderr, ran
+    admin = (guarded.ocp_home / "admin-key").read_text().strip()
+    listed = guarded.call("GET", "/api/errors", headers={"Authorization": f"Bearer {admin}"})
+    assert "missing_api_key" not in listed.body.decode()
+
+
 def test_the_server_hands_it_out_to_everybody(guarded: Server) -> None:
     reply = guarded.call("GET", "/connect", headers={})
 

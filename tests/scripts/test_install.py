@@ -706,6 +706,21 @@ def test_what_cannot_be_looked_at_is_said_before_anything_is_done(quick: Install
     assert "Nothing was changed" in done.stderr and "run this again" not in done.stderr
 
 
+def test_a_line_that_sets_nothing_is_told_before_anything_is_done(quick: InstallMachine) -> None:
+    quick.ocp.mkdir()
+    (quick.ocp / "ocp.env").write_text("CLAUDE_BIND=127.0.0.1\nCLAUDE_AUTH_MODE multi\n")
+    done = quick.install("--no-start")
+    assert done.returncode == 2 and "ocp.env, line 2: write NAME=VALUE" in done.stderr, done
+    assert "multi" not in done.stderr
+
+
+def test_without_a_service_manager_a_port_in_use_is_told(bare: InstallMachine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = bare.run("setup.py_install.py", "--dry-run", "--port", str(port))
+    assert f"Note: Nothing can listen on 127.0.0.1 port {port} now" in done.stdout, done
+
+
 @pytest.mark.parametrize("name", ["a..b", "a" * 70])
 def test_a_name_that_no_host_has_is_refused(quick: InstallMachine, name: str) -> None:
     done = quick.run("setup.py_install.py", "--yes", "--bind", name, "--auth-mode", "none")

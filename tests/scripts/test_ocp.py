@@ -167,6 +167,10 @@ def since_of(path: str) -> float:
 def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None:
     shown = ocp.show_status(samples.STATUS, PLAIN)
     assert "up 1h 3m, logged in" in shown and "1 error | 0 timeouts" in shown
+    proxy = {**samples.STATUS["proxy"], "demo": True}
+    assert shown.startswith("OCP 0.1.0: ")
+    assert ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN).startswith(
+        "OCP 0.1.0 (demo): ")
     proxy = {**samples.STATUS["proxy"], "auth": "not known yet", "fix": "log in"}
     shown = ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN)
     assert "login not known yet" in shown and "To do: log in" in shown
@@ -752,6 +756,8 @@ FAILURES = (
     (None, ocp.Exit.UNREACHABLE, "Cannot connect to"),
     ((401, {"error": {"message": "wants its key"}}), ocp.Exit.DENIED, "refused: wants its key"),
     ((403, {"error": {"message": "admin key"}}), ocp.Exit.DENIED, "refused: admin key"),
+    ((401, {"error": {"message": "log in", "code": "upstream_login_required"}}), ocp.Exit.FAILED,
+     "upstream trouble (401): log in"),
     ((502, {"error": {"message": "claude died"}}), ocp.Exit.FAILED, "upstream trouble (502)"),
     ((500, '{"error": "text"}'), ocp.Exit.FAILED, "upstream trouble (500): text"),
     ((404, {"error": {"message": "There is no"}}), ocp.Exit.FAILED, "answered 404"),
@@ -820,8 +826,24 @@ def test_the_service_here_is_left_alone_when_another_machine_is_named(
     assert found.code == 1 and f"run `ocp {verb}` there" in found.stderr
 
 
+def test_the_log_of_a_server_that_is_off_is_named(tmp_path: Path) -> None:
+    assert "What it wrote" not in run(tmp_path, DEAD_URL, "logs").stderr, "there is none"
+    path = tmp_path / ".ocp/logs/ocp.log"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}\n")
+    found = run(tmp_path, DEAD_URL, "logs")
+    assert found.code == ocp.Exit.UNREACHABLE and f"is in {path}\n" in found.stderr, found
+    assert "What it wrote" not in run(tmp_path, "http://box.invalid", "logs").stderr
+
+
+def test_of_a_server_elsewhere_it_is_the_address_that_may_be_wrong(tmp_path: Path) -> None:
+    near, far = run(tmp_path, DEAD_URL, "status"), run(tmp_path, "http://box.invalid", "status")
+    assert "`ocp start`" in near.stderr and "`ocp lan`" not in near.stderr
+    assert "`ocp lan`" in far.stderr and "`ocp start`" not in far.stderr
+
+
 def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
-    for answer, code, words in FAILURES[:6]:
+    for answer, code, words in FAILURES[:7]:
         with stub_server({"POST /v1/chat/completions": answer}) as server:
             found = run(tmp_path, server.url if answer else DEAD_URL, "ask", "hi")
         assert found.code == code and words in found.stderr
@@ -978,9 +1000,20 @@ def test_an_unknown_command_comes_with_the_most_similar_one(tmp_path: Path) -> N
     for words, hint in (
             (["statsu"], "status"), (["--json", "Status"], "status"),
             (["--url", "box", "kesy"], "keys"), (["keys", "ad"], "add"),
-            (["cache", "claer"], "clear"), (["help", "keys", "revok"], "revoke")):
+            (["cache", "claer"], "clear"), (["help", "keys", "revok"], "revoke"),
+            (["stat"], "status"), (["dash"], "dashboard"), (["keys", "rot"], "rotate")):
         found = run(tmp_path, DEAD_URL, *words)
         assert found.code == ocp.Exit.USAGE and f"Did you mean {hint}?" in found.stderr
+
+
+@pytest.mark.parametrize("line, right", [
+    ("settings set timeout 1h", "settings timeout 1h"), ("settings get timeout",
+     "settings timeout"), ("settings reset timeout", "settings --reset timeout")])
+def test_an_action_that_settings_do_not_have_comes_with_the_right_line(
+    tmp_path: Path, line: str, right: str,
+) -> None:
+    found = run(tmp_path, DEAD_URL, *line.split())
+    assert found.code == ocp.Exit.USAGE and found.stderr.endswith(f"Write: ocp {right}\n"), found
 
 
 def test_version_names_all_three(tmp_path: Path) -> None:
@@ -1081,7 +1114,8 @@ def test_lan_says_what_to_do_when_others_cannot_connect(tmp_path: Path) -> None:
         # The stub listens on 127.0.0.1 and so not here.
         found = run(tmp_path, server.url, "lan", addresses=lambda: ["127.0.0.77"])
         nowhere = run(tmp_path, server.url, "lan", addresses=lambda: [])
-    assert found.code == 1 and "--bind 0.0.0.0" in found.stdout
+    assert found.code == 1
+    assert f"python3 {REPO}/setup.py_install.py --bind 0.0.0.0 --auth-mode multi" in found.stdout
     assert nowhere.code == 1 and "no address" in nowhere.stderr
 
 

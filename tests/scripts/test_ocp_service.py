@@ -503,6 +503,30 @@ def test_a_damaged_database_is_not_a_locked_one(healthy: Manager) -> None:
     assert "could not check" in answer["messages"]["database"]
 
 
+def test_a_database_that_is_gone_while_the_server_uses_it(healthy: Manager) -> None:
+    (healthy.home / ".ocp/ocp.db").unlink()
+    assert examined(healthy)["levels"]["database"] == "INFO"
+    health = {**HEALTH, "version": VERSION, "storage": "disk"}
+    healthy.server.answers["GET /health"] = (200, health)
+    answer = examined(healthy)
+    assert answer["levels"]["database"] == "WARN"
+    check = next(each for each in answer["checks"] if each["id"] == "database")
+    assert "a start makes a new one" in json.dumps(check["fix"])
+    healthy.server.answers["GET /health"] = (200, {**health, "demo": True})
+    assert examined(healthy)["levels"]["database"] == "INFO"
+
+
+def test_where_nothing_starts_the_server_doctor_says_how_to(healthy: Manager) -> None:
+    path = healthy.home / ".ocp/install.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "label": None}))
+    healthy.up.unlink()
+    answer = examined(healthy)
+    check = next(each for each in answer["checks"] if each["id"] == "service_running")
+    assert check["fix"]["ai_executable"] == [] and not check["fix"]["safe"], check
+    assert check["fix"]["human_required"] == [
+        f"start it: {sys.executable} {REPO}/ocp_server.py"], check
+
+
 def test_a_port_of_another_program(healthy: Manager) -> None:
     healthy.server.answers["GET /health"] = (200, "hello")
     healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")
@@ -510,6 +534,34 @@ def test_a_port_of_another_program(healthy: Manager) -> None:
     assert answer["levels"]["port_owner"] == "FAIL"
     assert answer["next_action"]["kind"] == "fix_port"
     assert "not an OCP server" in answer["messages"]["service_running"]
+    fixes = {check["id"]: check.get("fix") for check in answer["checks"]}
+    assert fixes["service_running"] == fixes["port_owner"], "not another start of the server"
+    assert f"--port {ocp.port_of(healthy.server.url) + 1}" in json.dumps(fixes["port_owner"])
+
+
+@pytest.mark.parametrize("line, level, words", [
+    ("CLAUDE_TIMEOUT=soon", "FAIL", "CLAUDE_TIMEOUT: 'soon'"),
+    ("CLAUDE_AUTH_MODE multi", "FAIL", "ocp.env, line 2: write NAME=VALUE"),
+    ("OCP_TLS_CERT=/no/cert.pem", "FAIL", "OCP_TLS_CERT"),
+    ("OCP_DEFAULT_MODEL=gpt", "FAIL", "OCP_DEFAULT_MODEL"),
+    ("CLAUDE_TIMEUOT=20m", "WARN", "Did you mean CLAUDE_TIMEOUT?"),
+    ("# CLAUDE_TIMEOUT soon", "PASS", "accepts them"),
+])
+def test_a_wrong_setting_is_named_with_its_file(
+    healthy: Manager, line: str, level: str, words: str,
+) -> None:
+    path = healthy.home / ".ocp/ocp.env"
+    path.write_text(f"CLAUDE_BIND=127.0.0.1\n{line}\n")
+    path.chmod(0o600)
+    healthy.record(env_file=str(path))
+
+    answer = examined(healthy)
+
+    assert (answer["levels"]["settings"], words in answer["messages"]["settings"]) == (
+        level, True), answer["messages"]["settings"]
+    if level != "PASS":
+        check = next(each for each in answer["checks"] if each["id"] == "settings")
+        assert f"correct them in {path}" in json.dumps(check["fix"])
 
 
 def unit_of(manager: Manager) -> Path:
@@ -606,7 +658,7 @@ def test_fix_restarts_no_server_that_answers_or_whose_port_is_taken(healthy: Man
     healthy.server.answers["GET /health"] = (200, "hello")
     healthy.owner = ocp.Owner(os.getpid(), "python3 -m http.server")
     done, _ = fixed(healthy)
-    assert "its port belongs to process" in done["service_running"]["message"]
+    assert "service_running" not in done
     assert not [call for call in healthy.programs.calls() if "restart" in call]
 
 

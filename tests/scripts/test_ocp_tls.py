@@ -214,7 +214,7 @@ def test_the_service_gets_the_certificate_and_a_copy_of_its_settings_stays(tmp_p
 
     ran = tls(tmp_path)
 
-    assert ran.code == 0 and "  ocp restart\n" in ran.stdout, ran
+    assert ran.code == 0 and "  1. ocp restart\n" in ran.stdout, ran
     cert = cert_path(tmp_path)
     assert path.read_text() == (
         "# mine\nCLAUDE_AUTH_MODE=multi\nX='a b'\n"
@@ -265,7 +265,8 @@ def test_a_service_of_the_machine_is_left_to_root(tmp_path: Path) -> None:
 def test_without_a_service_the_commands_are_shown(tmp_path: Path) -> None:
     ran = tls(tmp_path)
 
-    assert f"env OCP_TLS_CERT={cert_path(tmp_path)} OCP_TLS_KEY=" in ran.stdout
+    assert f"    env OCP_TLS_CERT={cert_path(tmp_path)} OCP_TLS_KEY=" in ran.stdout
+    assert [line for line in ran.stdout.splitlines() if line.startswith("  2. tell `ocp`")], ran
     assert "export OCP_URL=https://127.0.0.1:3456" in ran.stdout
     assert tls(tmp_path, "--off").code == 1
 
@@ -326,7 +327,7 @@ def test_lan_keys_and_doctor_know_the_server_by_its_certificate(tmp_path: Path) 
     line = (f"curl -fsS --insecure --pinnedpubkey {pin} {url}/connect "
             f"| python3 - {url} --fingerprint {found['fingerprint']}")
     assert lan.code == 0 and line in lan.stdout, lan
-    assert line in advice, advice
+    assert line in advice and "a tool that trusts" in advice, advice
     assert check["level"] == "PASS", check
     assert "in use       yes" in shown.stdout and line in shown.stdout
 
@@ -340,6 +341,24 @@ def test_a_certificate_that_clients_refuse_is_said_by_lan_and_doctor(tmp_path: P
 
     assert lan.code == 1 and "CA:TRUE" in lan.stdout and "`ocp tls`" in lan.stdout
     assert check["level"] == "FAIL" and "CA:TRUE" in check["message"]
+
+
+def test_a_server_that_was_not_restarted_since_is_told_from_a_dead_one(tmp_path: Path) -> None:
+    def said(url: str) -> tuple[str, Json]:
+        env = ocp_env(tmp_path, "doctor", "--json", environ={"OCP_URL": url})
+        checks = json.loads(run_env(env).stdout)["checks"]
+        found = run_env(ocp_env(tmp_path, "status", environ={"OCP_URL": url}))
+        assert found.code == ocp.Exit.UNREACHABLE, found
+        return found.stderr, next(each for each in checks if each["id"] == "service_running")
+
+    with stub_server() as plain:
+        words, check = said(plain.url.replace("http:", "https:"))
+    assert "speaks http, not https" in words and f"--url {plain.url}" in words
+    assert check["level"] == "FAIL" and "not restarted" in check["message"]
+    assert "start it again" in json.dumps(check["fix"]), check
+    with running_server(tmp_path / "server", env=write_tls_files(tmp_path)) as server:
+        words, check = said(f"http://127.0.0.1:{server.port}")
+    assert "speaks https, not http" in words and "not restarted" in check["message"]
 
 
 def test_of_a_server_of_http_doctor_says_how_to_change_that(tmp_path: Path) -> None:

@@ -521,6 +521,22 @@ def test_a_settings_file_that_cannot_be_read_stops_the_start(alone: Alone) -> No
     assert done.returncode == 2 and f"{path} cannot be read" in done.stderr
 
 
+@pytest.mark.parametrize("line", [
+    "CLAUDE_AUTH_MODE multi", "export CLAUDE_AUTH_MODE=multi", "CLAUDE_AUTH_MODE = multi",
+    "\ufeffCLAUDE_AUTH_MODE=multi"])
+def test_a_line_of_the_settings_file_that_sets_nothing_stops_the_start(
+    alone: Alone, line: str,
+) -> None:
+    path = with_settings_file(
+        alone, f"# a comment\n\n; another\n  CLAUDE_BIND=127.0.0.1\n{line}\n")
+
+    done = alone.run("--check")
+
+    assert done.returncode == 2, done
+    assert f"{path}, line 5: write NAME=VALUE" in done.stderr
+    assert "multi" not in done.stderr, "the line may contain a secret"
+
+
 def test_a_check_touches_nothing(alone: Alone) -> None:
     alone.run("--check", "--demo")
 
@@ -579,6 +595,7 @@ def test_an_address_that_does_not_exist_stops_the_start(alone: Alone) -> None:
 
     assert done.returncode == 1
     assert "cannot listen on 192.0.2.1" in done.stderr and "Traceback" not in done.stderr
+    assert "CLAUDE_BIND" in done.stderr and "already" not in done.stderr
 
 
 def test_a_home_that_cannot_be_written_is_a_warning_and_no_more(alone: Alone) -> None:

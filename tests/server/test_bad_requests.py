@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chat import CHAT_PATH, ask, content_of, encoded, error_of, pieces, question
+from chat import CHAT_PATH, NO_IDLE, ask, content_of, encoded, error_of, pieces, question
 from http_client import Reply
 from raw_http import RawConnection, chunked, exchange, head, post
 from server import Server, running_server
@@ -22,7 +22,7 @@ HELLO = encoded(question("hello"))
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that takes small bodies only."""
-    env = {"CLAUDE_MAX_BODY_SIZE": str(MAX_BODY_BYTES), "CLAUDE_MAX_IMAGES": "2",
+    env = {**NO_IDLE, "CLAUDE_MAX_BODY_SIZE": str(MAX_BODY_BYTES), "CLAUDE_MAX_IMAGES": "2",
            "CLAUDE_MAX_IMAGE_BYTES": "100"}
     with running_server(tmp_path_factory.mktemp("strict"), env=env) as running:
         yield running
@@ -31,7 +31,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that waits for nobody."""
-    env = {"OCP_HEADER_TIMEOUT": "1000", "OCP_BODY_TIMEOUT": "1000"}
+    env = {**NO_IDLE, "OCP_HEADER_TIMEOUT": "1000", "OCP_BODY_TIMEOUT": "1000"}
     with running_server(tmp_path_factory.mktemp("hasty"), env=env) as running:
         yield running
 
