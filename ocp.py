@@ -1940,8 +1940,8 @@ ERROR_COLUMNS = (
 
 
 def _all_errors(answer: Json) -> list[Json]:
-    failed = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
-    rows = [*failed, *(answer.get("refusals") or [])]
+    rows = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
+    rows += answer.get("refusals") or []
     return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
 
 
