@@ -108,17 +108,14 @@ class Command(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """Return what it does as a sentence of its own."""
         return self.help[:1].upper() + self.help[1:]
 
 
 def argument(*names: str, **options: Any) -> Argument:
-    """Return an argument as argparse's add_argument takes it."""
     return Argument(names, options)
 
 
 def flag(*names: str, help: str) -> Argument:
-    """Return an argument that is given or not."""
     return argument(*names, action="store_true", help=help)
 
 
@@ -135,7 +132,6 @@ def span_ms(text: str) -> int:
 
 
 def period(text: str) -> float:
-    """Return the period that the user wrote, in seconds."""
     try:
         return span_ms(text) / 1000
     except ValueError as error:
@@ -143,14 +139,12 @@ def period(text: str) -> float:
 
 
 def day_count(text: str) -> int:
-    """Return the number of days that the user wrote."""
     if not re.fullmatch(r"[0-9]{1,3}", text) or not 1 <= int(text) <= 400:
         raise argparse.ArgumentTypeError("takes a number from 1 to 400")
     return int(text)
 
 
 def whole_number(text: str) -> int:
-    """Return the number that the user wrote."""
     if not re.fullmatch(r"[0-9]{1,6}", text):
         raise argparse.ArgumentTypeError("takes a whole number")
     return int(text)
@@ -686,6 +680,11 @@ def any_certificate() -> ssl.SSLContext:
 # another world.
 
 
+def failed(message: str) -> Problem:
+    """Return the error of a command that was not able to do its work."""
+    return Problem(Exit.FAILED, message)
+
+
 def lan_addresses() -> list[str]:
     """Return the IPv4 address by which this machine reaches others, if any. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -723,19 +722,15 @@ class Env:
 
     @property
     def ocp_home(self) -> str:
-        """Return the folder of OCP's state."""
         return ocp_home(self.environ, self.home)
 
     def beside(self, name: str) -> str:
-        """Return the path of a file beside this script."""
         return os.path.join(self.tree, name)
 
     def say(self, text: str) -> None:
-        """Print a result."""
         print(text, file=self.stdout, flush=True)
 
     def note(self, text: str) -> None:
-        """Print a remark that is not part of the result."""
         print(text, file=self.stderr, flush=True)
 
     def command(
@@ -761,8 +756,16 @@ def progress(env: Env, text: str) -> Iterator[None]:
         timer.cancel()
 
 
+def text_of(path: str) -> str:
+    """Return the content of a file, empty if it is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError):
+        return ""
+
+
 def utc_time(at_s: float) -> datetime.datetime:
-    """Return epoch seconds as a time in UTC."""
     return datetime.datetime.fromtimestamp(at_s, datetime.timezone.utc)
 
 
@@ -788,34 +791,31 @@ class Step(NamedTuple):
 
     @property
     def line(self) -> str:
-        """Return the command as a line for a shell."""
         return shlex.join(self.command)
 
 
 class Record(NamedTuple):
     """The installation as install.json has it; empty fields where it says nothing."""
 
-    platform: str
-    label: str
-    unit_path: str
-    python: str
-    server_path: str
-    data_dir: str
-    env_file: str
-    bind: str
-    url: str
-    port: int
+    platform: str = ""
+    label: str = ""
+    unit_path: str = ""
+    python: str = ""
+    server_path: str = ""
+    data_dir: str = ""
+    env_file: str = ""
+    bind: str = ""
+    url: str = ""
+    port: int = DEFAULT_PORT
     #: What starts, stops, restarts and enables the service, and tells whether it is enabled.
-    commands: Mapping[str, list[Step]]
+    commands: Mapping[str, list[Step]] = {}
 
     @property
     def needs_root(self) -> bool:
-        """Return whether only root may control the service."""
         return self.platform == "systemd-system"
 
 
 def record_path(env: Env) -> str:
-    """Return the path of the installer's record."""
     return os.path.join(env.ocp_home, "install.json")
 
 
@@ -825,33 +825,40 @@ def installation(env: Env) -> Record | None:
         found = read_record(record_path(env))
         return None if found is None else record_of(found)
     except (OSError, ValueError) as error:
-        raise Problem(Exit.FAILED, f"{error}\nOr name the server in OCP_URL.") from None
+        raise failed(f"{error}\nOr name the server in OCP_URL.") from None
+
+
+def local_server(env: Env) -> Record:
+    """Return the installation, with what it does not say filled in: all of it, if there is none
+    or its record is broken."""
+    found = Record()
+    with contextlib.suppress(Problem):
+        found = installation(env) or found
+    return found._replace(
+        python=found.python or sys.executable, data_dir=found.data_dir or env.ocp_home,
+        server_path=found.server_path or env.beside("ocp_server.py"))
 
 
 def record_of(found: dict[str, Json]) -> Record:
     """Return the fields of a record. Raises ValueError if one has a wrong type."""
-    texts = {name: found.get(name) or "" for name in Record._fields if name not in (
-        "port", "commands")}
-    port = found.get("port") or DEFAULT_PORT
+    kept = {name: found[name] for name in Record._fields if found.get(name)}
+    texts = [text for name, text in kept.items() if name not in ("port", "commands")]
     try:
-        commands = {verb: [Step(**step) for step in steps]
-                    for verb, steps in (found.get("commands") or {}).items()}
-        words = [word for steps in commands.values() for step in steps for word in step.command]
-        is_valid = isinstance(port, int) and all(
-            isinstance(text, str) for text in [*texts.values(), *words])
+        kept["commands"] = {verb: [Step(**step) for step in steps]
+                            for verb, steps in kept.get("commands", {}).items()}
+        texts += [word for steps in kept["commands"].values() for step in steps
+                  for word in step.command]
     except (AttributeError, TypeError):
-        is_valid = False
-    if not is_valid:
+        texts = [None]
+    record = Record(**kept)
+    if not isinstance(record.port, int) or not all(isinstance(text, str) for text in texts):
         raise ValueError("install.json is damaged. Run setup.py_install.py again.")
-    texts["url"] = texts["url"] or f"http://127.0.0.1:{port}"
-    return Record(**texts, port=port, commands=commands)
+    return record._replace(url=record.url or f"http://127.0.0.1:{record.port}")
 
 
 def parse_url(text: str, source: str) -> str:
-    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none.
-
-    A name alone, with or without a port, is that of an http server.
-    """
+    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none. A
+    name alone, with or without a port, is that of an http server."""
     if re.fullmatch(r"\s*(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]+)?/?\s*", text):
         has_port = re.search(r":[0-9]+/?\s*$", text) and not text.rstrip(" /").endswith("]")
         text = f"http://{text.strip().rstrip('/')}" + ("" if has_port else f":{DEFAULT_PORT}")
@@ -882,21 +889,17 @@ def is_loopback(url: str) -> bool:
 
 
 def port_of(url: str) -> int:
-    """Return the TCP port of an address."""
     parts = urllib.parse.urlsplit(url)
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def tls_for(url: str) -> ssl.SSLContext | None:
-    """Return how to verify the certificate at this address; None for the usual way.
-
-    The certificate of this machine's own server names the address that other devices use.
-    """
+    """Return how to verify the certificate at this address; None for the usual way. The certificate
+    of this machine's own server names the address that other devices use."""
     return any_certificate() if is_loopback(url) else None
 
 
 def server_url(env: Env) -> str:
-    """Return the address of the server that commands talk to. Raises Problem."""
     named = env.environ.get("OCP_URL", "")
     if named.strip():
         return parse_url(named, "OCP_URL")
@@ -910,21 +913,13 @@ def server_url(env: Env) -> str:
 
 
 def admin_key_path(env: Env) -> str:
-    """Return where the server of this machine keeps its admin key.
-
-    A service of the machine has a data folder of its own.
-    """
-    with contextlib.suppress(Problem):
-        record = installation(env)
-        return os.path.join((record.data_dir if record else "") or env.ocp_home, "admin-key")
-    return os.path.join(env.ocp_home, "admin-key")
+    """Return where the server of this machine keeps its admin key."""
+    return os.path.join(local_server(env).data_dir, "admin-key")
 
 
 def admin_key(env: Env, url: str) -> str:
-    """Return the admin key for this address, empty if there is none. Raises Problem.
-
-    The key in the file belongs to the server of this machine, and is sent to no other.
-    """
+    """Return the admin key for this address, empty if there is none. Raises Problem. The key in the
+    file belongs to the server of this machine, and is sent to no other."""
     key, source = env.environ.get("OCP_ADMIN_KEY", "").strip(), "OCP_ADMIN_KEY"
     if not key:
         source = admin_key_path(env)
@@ -938,7 +933,7 @@ def admin_key(env: Env, url: str) -> str:
         except (FileNotFoundError, PermissionError):
             return ""
         except (OSError, ValueError) as error:
-            raise Problem(Exit.FAILED, f"{source} cannot be read: {error}") from None
+            raise failed(f"{source} cannot be read: {error}") from None
     if key and not re.fullmatch(r"[!-~]+", key):
         raise Problem(Exit.USAGE, f"{source} contains characters that no key has.")
     return key
@@ -968,15 +963,13 @@ def scheme_of(url: str) -> str:
 def not_ocp(url: str, status: int = 0) -> Problem:
     """Return what to say when another program answers at the server's address."""
     told = f" (it answered {status})" if status else ""
-    return Problem(
-        Exit.FAILED, f"What answers at {url} is not an OCP server{told}. Name another address with "
-        f"--url or OCP_URL, or find out who owns port {port_of(url)} with `ocp doctor`.")
+    return failed(f"What answers at {url} is not an OCP server{told}. Name another address with "
+                  f"--url or OCP_URL, or find out who owns port {port_of(url)} with `ocp doctor`.")
 
 
 def errors_hint(request_id: str) -> str:
     """Return a further line of an error message: the command that tells more about it."""
-    command = f"ocp errors {clean(request_id)}".rstrip()
-    return f"\nMore: `{command}`"
+    return f"\nMore: `{f'ocp errors {clean(request_id)}'.rstrip()}`"
 
 
 class Answer(NamedTuple):
@@ -1084,22 +1077,29 @@ class Server(NamedTuple):
 
 
 def find_server(env: Env) -> Server:
-    """Return the server that commands talk to, with its key. Raises Problem."""
     url = server_url(env)
     return Server(env, url, admin_key(env, url))
+
+
+def health_and_date(url: str) -> tuple[Json, str]:
+    """Return the answer of /health, and its Date. Raises HttpProblem, also for another program."""
+    with http_open("GET", url + "/health", timeout_s=3.0, tls=tls_for(url)) as response, reading():
+        text, date = response.read(), response.headers.get("Date", "")
+    with contextlib.suppress(ValueError):
+        health = json.loads(text)
+        if isinstance(health, dict) and "version" in health and "status" in health:
+            return health, date
+    raise HttpProblem("refused", f"what answers at {url} is not an OCP server")
 
 
 def health_of(url: str) -> Json | None:
     """Return the answer of /health, None if nobody answers. Raises Problem for another program."""
     try:
-        health = http_json("GET", url + "/health", timeout_s=3.0, tls=tls_for(url))
+        return health_and_date(url)[0]
     except HttpProblem as problem:
         if problem.kind == "unreachable":
             return None
-        health = None
-    if not isinstance(health, dict) or "version" not in health or "status" not in health:
-        raise not_ocp(url)
-    return health
+        raise not_ocp(url) from None
 
 
 def lan_url(env: Env, url: str) -> str:
@@ -1199,10 +1199,8 @@ def served_certificate(url: str, timeout_s: float = 3.0) -> Certificate | None:
 
 
 def pin_of(url: str) -> str:
-    """Return the fingerprint by which devices can know the server at this address.
-
-    Empty where they need none: for http, and for a certificate of an authority.
-    """
+    """Return the fingerprint by which devices can know the server at this address. Empty where they
+    need none: for http, and for a certificate of an authority."""
     found = served_certificate(url)
     return found.fingerprint if found and found.is_self_signed else ""
 
@@ -1240,12 +1238,10 @@ class Style(NamedTuple):
     width: int = 0
 
     def paint(self, color: str, text: str) -> str:
-        """Return the text in a colour, where there is colour."""
         return f"\x1b[{_COLOURS[color]}m{text}\x1b[0m" if self.color and text else text
 
 
 def style_of(env: Env) -> Style:
-    """Return the style for where the output goes."""
     terminal = env.stdout.isatty()
     plain = bool(env.environ.get("NO_COLOR")) or env.environ.get("TERM") == "dumb"
     width = shutil.get_terminal_size().columns if terminal else 0
@@ -1253,45 +1249,36 @@ def style_of(env: Env) -> Style:
 
 
 #: What turns the server's JSON into text.
-Show = Callable[[Any, Style], str]
+Show = Callable[[Any, Style], Any]
 
 
 class Column(NamedTuple):
-    """One column of a table: its head, its text for a row, and its side, < or >."""
+    """One column of a table: its head, the field that it shows or what finds it in a row, how that
+    is written, and its side, < or >."""
 
     head: str
-    text: Callable[[Json, Style], object]
+    field: Union[str, Callable[[Any], object]]
+    write: Show = lambda value, style: value or "-"
     side: str = "<"
     #: Whether it is cut at the end of the terminal's line. Only for the last column.
     is_prose: bool = False
 
-
-def text_column(head: str, name: str) -> Column:
-    """Return a column that shows a field of the row as it is."""
-    return Column(head, lambda row, style: row.get(name) or "-")
-
-
-def number_column(head: str, name: str) -> Column:
-    """Return a column that shows a field of the row as a short number."""
-    return Column(head, lambda row, style: short_number(row.get(name)), ">")
-
-
-def duration_column(head: str, name: str) -> Column:
-    """Return a column that shows milliseconds."""
-    return Column(head, lambda row, style: duration(row.get(name)), ">")
-
-
-def age_column(head: str, name: str, side: str = "<") -> Column:
-    """Return a column that shows how long ago a time was."""
-    return Column(head, lambda row, style: age(row.get(name), style), side)
+    def text(self, row: Json, style: Style) -> str:
+        """Return its text for a row."""
+        found = row.get(self.field) if isinstance(self.field, str) else self.field(row)
+        return clean(self.write(found, style))
 
 
 def table(
-    columns: Sequence[Column], rows: Iterable[Json], style: Style, total: Sequence[str] = (),
+    columns: Sequence[Column], rows: Iterable[Json] | None, style: Style, total: Sequence[str] = (),
+    empty: str = "",
 ) -> str:
-    """Return rows as aligned lines below their heads. `total`: the first cells of a last line."""
-    cells = [[column.head for column in columns]]
-    cells += [[clean(column.text(row, style)) for column in columns] for row in rows]
+    """Return rows as aligned lines below their heads; `empty` where there are none. `total` are the
+    first cells of a last line."""
+    cells = [[column.text(row, style) for column in columns] for row in rows or ()]
+    if not cells and empty:
+        return empty
+    cells.insert(0, [column.head for column in columns])
     if total:
         cells.append([*total, *[""] * (len(columns) - len(total))])
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
@@ -1322,7 +1309,6 @@ def bar(share: float, style: Style, width: int = 20) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a JSON value is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -1336,30 +1322,35 @@ def short_number(value: Json) -> str:
     return f"{value:g}"
 
 
+def number(
+    head: str, field: Union[str, Callable[[Any], object]],
+    write: Callable[[Any], object] = short_number,
+) -> Column:
+    return Column(head, field, lambda value, style: write(value), ">")
+
+
+def as_it_is(value: object, style: Style) -> object:
+    return value
+
+
 def counted(count: Json, noun: str) -> str:
     """Return a count with its noun, in the plural where it needs one: "1 error", "2 errors"."""
     return f"{short_number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def file_size(size_bytes: float) -> str:
-    """Return a size for people."""
     return f"{short_number(size_bytes)}B" if size_bytes >= 1000 else f"{size_bytes:.0f} bytes"
 
 
 def duration(ms: Json) -> str:
     """Return milliseconds for people: 420ms, 4.2s, 2m 5s, 3h 12m, 5d 2h."""
-    if not is_number(ms):
-        return "-"
-    seconds = ms / 1000
-    if seconds < 1:
-        return f"{ms:.0f}ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f}".removesuffix(".0") + "s"
-    whole = round(seconds)
-    for size, big, small, unit in ((86_400, "d", "h", 3600), (3600, "h", "m", 60)):
-        if whole >= size:
-            return f"{whole // size}{big} {whole % size // unit}{small}"
-    return f"{whole // 60}m {whole % 60}s"
+    if not is_number(ms) or ms < 59_950:
+        return "-" if not is_number(ms) else f"{ms:.0f}ms" if ms < 1000 else (
+            f"{ms / 1000:.1f}".removesuffix(".0") + "s")
+    whole = round(ms / 1000)
+    size, big, small, unit = next(row for row in (
+        (86_400, "d", "h", 3600), (3600, "h", "m", 60), (60, "m", "s", 1)) if whole >= row[0])
+    return f"{whole // size}{big} {whole % size // unit}{small}"
 
 
 def span(ms: int) -> str:
@@ -1386,12 +1377,11 @@ def age(text: object, style: Style) -> str:
     at_s = parse_time(text)
     if at_s is None:
         return "-"
-    away_s = abs(style.now_s - at_s)
-    if away_s < 5:
+    away_ms = abs(style.now_s - at_s) * 1000
+    if away_ms < 5000:
         return "now"
-    units = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
-    unit, size = next(each for each in units if away_s >= each[1])
-    words = f"{int(away_s // size)}{unit}"
+    words = next(f"{int(away_ms // size)}{unit}" for unit, size in SPAN_UNITS_MS.items()
+                 if away_ms >= size)
     return f"in {words}" if at_s > style.now_s else f"{words} ago"
 
 
@@ -1404,7 +1394,6 @@ def local_time(text: object, style: Style) -> str:
 
 
 def on_off(value: object) -> str:
-    """Return a boolean as people write it, any other value as it is."""
     if value is None:
         return "-"
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
@@ -1415,16 +1404,25 @@ def on_off(value: object) -> str:
 # to text, and a cmd_NAME(env, args) that asks.
 
 
-def answer_text(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> str:
-    """Return an answer as it is printed: for people, or with --json as it came. Raises Problem."""
-    value = answer.value
-    return answer.text.rstrip("\n") if args.json else show(value, style_of(env))
+def answer_text(env: Env, args: argparse.Namespace, found: Union[Answer, Json], show: Show) -> str:
+    """Return what is printed of an answer, or of a value found out here. Raises Problem."""
+    value = found.value if isinstance(found, Answer) else found
+    if not args.json:
+        return str(show(value, style_of(env)))
+    return found.text.rstrip("\n") if isinstance(found, Answer) else json.dumps(value)
 
 
-def print_answer(env: Env, args: argparse.Namespace, answer: Answer, show: Show) -> Exit:
-    """Print an answer."""
-    env.say(answer_text(env, args, answer, show))
+def print_answer(
+    env: Env, args: argparse.Namespace, found: Union[Answer, Json], show: Show,
+) -> Exit:
+    env.say(answer_text(env, args, found, show))
     return Exit.OK
+
+
+def query(path: str, **wanted: object) -> str:
+    """Return a path with a query; what is None is left out."""
+    kept = {name: value for name, value in wanted.items() if value is not None}
+    return f"{path}?{urllib.parse.urlencode(kept)}"
 
 
 def read(env: Env, args: argparse.Namespace, path: str, show: Show) -> Exit:
@@ -1438,7 +1436,6 @@ def reader(path: str, show: Show) -> Callable[[Env, argparse.Namespace], Exit]:
 
 
 def _window_line(name: str, window: Json, style: Style) -> str:
-    """Return how much of one limit of the plan is used, and when it resets."""
     window = window or {}
     share, percent = window.get("utilization"), window.get("percent")
     if share is None and percent is None:
@@ -1456,8 +1453,6 @@ def _window_line(name: str, window: Json, style: Style) -> str:
 
 
 def _extra_usage_words(extra: Json) -> str:
-    """Return whether extra usage is on, whether answers are billed as such, and how much is spent
-    of its limit."""
     state, reason = extra.get("state"), extra.get("disabledReason")
     words = {"billed": "answers are billed as extra usage", None: "not known yet"}
     parts = [clean(words.get(state, state))]
@@ -1477,55 +1472,43 @@ def _plan_age(plan: Json, style: Style) -> str:
     """Return how old the newest number of the plan is, empty if it is fresh or there is none."""
     windows = [plan.get("currentSession"), *(plan.get("weeklyLimits") or {}).values()]
     told = max((str((window or {}).get("observedAt") or "") for window in windows), default="")
-    told_s = parse_time(told)
-    is_old = told_s is not None and style.now_s - told_s > _PLAN_IS_OLD_S
+    is_old = style.now_s - (parse_time(told) or style.now_s) > _PLAN_IS_OLD_S
     return f"  as of {age(told, style)}" if is_old else ""
 
 
 def show_plan(plan: Json, style: Style) -> str:
-    """Return the limits of the plan."""
     plan = plan if isinstance(plan, dict) else {}
     weekly = plan.get("weeklyLimits") or {}
-    extra = plan.get("extraUsage") or {}
-    lines = [style.paint("bold", "Plan Usage Limits") + _plan_age(plan, style)]
-    lines.append(_window_line("Current session", plan.get("currentSession"), style))
-    lines.append(_window_line("Weekly (all models)", weekly.get("allModels"), style))
-    for name in sorted(set(weekly) - {"allModels"}):
-        lines.append(_window_line(f"Weekly ({clean(name)})", weekly[name], style))
-    lines.append(f"  {'Extra usage':<20} {_extra_usage_words(extra)}")
+    windows = {"Current session": plan.get("currentSession"),
+               "Weekly (all models)": weekly.get("allModels"),
+               **{f"Weekly ({clean(name)})": weekly[name]
+                  for name in sorted(set(weekly) - {"allModels"})}}
+    lines = [style.paint("bold", "Plan Usage Limits") + _plan_age(plan, style),
+             *(_window_line(name, window, style) for name, window in windows.items()),
+             f"  {'Extra usage':<20} {_extra_usage_words(plan.get('extraUsage') or {})}"]
     if not any((window or {}).get("observedAt") or (window or {}).get("percent")
-               for window in (plan.get("currentSession"), *weekly.values())):
+               for window in windows.values()):
         lines.append("  (claude reports the limits of a plan with its answers)")
     return "\n".join(lines)
 
 
 def _counts_line(title: str, row: Json) -> str:
-    """Return the request counters of a server in one line."""
-    parts = [f"{short_number(row.get('activeRequests'))} active",
-             counted(row.get("errors"), "error"), counted(row.get("timeouts"), "timeout")]
-    return " | ".join([title, *parts])
-
-
-def _prompt_tokens(row: Json) -> str:
-    names = ("input_tokens", "cache_read_tokens", "cache_write_tokens")
-    return short_number(sum(row.get(name) or 0 for name in names))
-
-
-def _cached_share(row: Json) -> str:
-    share = row.get("cache_read_share")
-    return "-" if share is None else f"{share:.0%}"
+    return (f"{title} | {short_number(row.get('activeRequests'))} active | "
+            f"{counted(row.get('errors'), 'error')} | {counted(row.get('timeouts'), 'timeout')}")
 
 
 TOKEN_COLUMNS = (
-    Column("Tokens in", lambda row, style: _prompt_tokens(row), ">"),
-    Column("Cached", lambda row, style: _cached_share(row), ">"),
-    number_column("Tokens out", "output_tokens"),
+    number("Tokens in", lambda row: sum(row.get(f"{name}_tokens") or 0 for name in (
+        "input", "cache_read", "cache_write"))),
+    Column("Cached", "cache_read_share",
+           lambda share, style: "-" if share is None else f"{share:.0%}", ">"),
+    number("Tokens out", "output_tokens"),
 )
 #: Within 80 columns.
+COUNT_COLUMNS = (number("Requests", "requests"), number("Err", "errors"))
 MODEL_COLUMNS = (
-    text_column("Model", "name"), number_column("Requests", "requests"),
-    number_column("Err", "errors"), TOKEN_COLUMNS[0], TOKEN_COLUMNS[2],
-    duration_column("Avg time", "avg_elapsed"),
+    Column("Model", "name"), *COUNT_COLUMNS, TOKEN_COLUMNS[0], TOKEN_COLUMNS[2],
+    number("Avg time", "avg_elapsed", duration),
 )
 
 
@@ -1536,91 +1519,67 @@ def show_usage(answer: Json, style: Style) -> str:
     # The fields of a period's usage have their words divided by "_", these by capitals.
     rows = [{"name": name, **{re.sub("([A-Z])", r"_\1", field).lower(): value
                               for field, value in row.items()}} for name, row in models.items()]
-    stats = table(MODEL_COLUMNS, rows, style, ("Total", total)) if rows else "  no requests yet"
     lead = f"Proxy: up {clean(proxy.get('uptime', '?'))} | " + counted(
         proxy.get("totalRequests"), "request")
     return "\n".join([show_plan(answer.get("plan"), style), "",
                       style.paint("bold", "Models since the server started"),
-                      stats, "", _counts_line(lead, proxy)])
+                      table(MODEL_COLUMNS, rows, style, ("Total", total), "  no requests yet"),
+                      "", _counts_line(lead, proxy)])
 
 
 USAGE_COLUMNS = (
-    number_column("Requests", "requests"), number_column("OK", "successes"),
-    number_column("Err", "errors"), *TOKEN_COLUMNS,
-    number_column("Searches", "web_search_requests"),
-    duration_column("Avg time", "avg_elapsed_ms"), age_column("Last", "last_request", ">"),
+    COUNT_COLUMNS[0], number("OK", "successes"), COUNT_COLUMNS[1], *TOKEN_COLUMNS,
+    number("Searches", "web_search_requests"),
+    number("Avg time", "avg_elapsed_ms", duration), Column("Last", "last_request", age, ">"),
 )
-DAY_COLUMNS = (
-    text_column("Day", "day"), number_column("Requests", "requests"),
-    number_column("Err", "errors"), *TOKEN_COLUMNS,
-)
-
-
-def _since(answer: Json, style: Style) -> str:
-    return f"Since {local_time(answer.get('since'), style)}"
+DAY_COLUMNS = (Column("Day", "day"), *COUNT_COLUMNS, *TOKEN_COLUMNS)
 
 
 def _show_usage_by(answer: Json, style: Style, part: str, title: str, field: str) -> str:
-    rows = answer.get(part) or []
-    columns = (text_column(title, field), *USAGE_COLUMNS)
-    return f"{_since(answer, style)}\n{table(columns, rows, style) if rows else '  nothing'}"
+    columns = (Column(title, field), *USAGE_COLUMNS)
+    return (f"Since {local_time(answer.get('since'), style)}\n"
+            + table(columns, answer.get(part), style, empty="  nothing"))
 
 
-def show_usage_by_key(answer: Json, style: Style) -> str:
-    """Return what each key used in the period."""
-    return _show_usage_by(answer, style, "byKey", "Key", "key_name")
-
-
-def show_usage_by_model(answer: Json, style: Style) -> str:
-    """Return what was used of each model in the period."""
-    return _show_usage_by(answer, style, "byModel", "Model", "model")
+show_usage_by_key = functools.partial(_show_usage_by, part="byKey", title="Key", field="key_name")
+show_usage_by_model = functools.partial(
+    _show_usage_by, part="byModel", title="Model", field="model")
 
 
 def show_usage_days(answer: Json, style: Style) -> str:
     """Return what each day, each model and each way to a process used in the period."""
-    days = answer.get("daily") or []
+    days = answer.get("daily")
     if not days:
-        return f"{_since(answer, style)}\n  nothing"
+        return _show_usage_by(answer, style, "daily", "Day", "day")
     most = max(day.get("requests") or 0 for day in days) or 1
-    columns = [*DAY_COLUMNS]
-    if style.bars:
-        columns.append(Column("", lambda day, _: (
-            "#" * round(20 * (day.get("requests") or 0) / most))))
+    marks = Column("", lambda day: "#" * round(20 * (day.get("requests") or 0) / most), as_it_is)
     totals = {"day": "Total", **(answer.get("totals") or {})}
-    total = [str(column.text(totals, style)) for column in DAY_COLUMNS]
-    parts = [table(columns, days, style, total)]
+    total = [column.text(totals, style) for column in DAY_COLUMNS]
+    parts = [table([*DAY_COLUMNS, *[marks] * style.bars], days, style, total)]
     for title, name, part in (("Model", "model", "byModel"), ("Path", "path", "byPath")):
         if answer.get(part):
-            parts.append(table((text_column(title, name), *USAGE_COLUMNS), answer[part], style))
+            parts.append(table((Column(title, name), *USAGE_COLUMNS), answer[part], style))
     return "\n\n".join(parts)
 
 
-#: What `usage --by` takes: what shows it, and how far back it goes by default.
-USAGE_BY: dict[str, tuple[Show, float]] = {
-    "key": (show_usage_by_key, 86_400), "model": (show_usage_by_model, 86_400),
-    "day": (show_usage_days, 7 * 86_400),
-}
-
-
-def _usage_since(now_s: float, back_s: float, is_by_day: bool) -> float:
-    """Return the beginning of a period; of days it is a midnight, so that all of them are whole."""
-    if not is_by_day:
-        return now_s - back_s
-    days = max(1, round(back_s / 86_400))
-    today = datetime.date.fromtimestamp(now_s)
-    return time.mktime((today - datetime.timedelta(days=days - 1)).timetuple())
+#: What `usage --by` takes: what shows it, and how many days it goes back by default.
+USAGE_BY: dict[str, tuple[Show, int]] = {
+    "key": (show_usage_by_key, 1), "model": (show_usage_by_model, 1), "day": (show_usage_days, 7)}
 
 
 def cmd_usage(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the plan and the models, or what was used in a period."""
     by = args.by or ("key" if args.by_key else "day" if args.days or args.since else "")
     if not by:
         return read(env, args, "/usage", show_usage)
-    show, back_s = USAGE_BY[by]
-    back_s = args.since or 86_400 * (args.days or 0) or back_s
-    since = iso_time(_usage_since(env.clock(), back_s, by == "day"))
-    query = urllib.parse.urlencode({"since": since, "all": "true"})
-    return read(env, args, f"/api/usage?{query}", show)
+    show, days = USAGE_BY[by]
+    back_s = args.since or 86_400 * (args.days or days)
+    since_s = env.clock() - back_s
+    if by == "day":
+        # Whole days: the first one begins at a midnight.
+        first = datetime.timedelta(days=max(1, round(back_s / 86_400)) - 1)
+        since_s = time.mktime((datetime.date.fromtimestamp(env.clock()) - first).timetuple())
+    path = query("/api/usage", since=iso_time(since_s), all="true")
+    return read(env, args, path, show)
 
 
 def _state_word(state: object, style: Style) -> str:
@@ -1628,19 +1587,15 @@ def _state_word(state: object, style: Style) -> str:
     return style.paint(colours.get(str(state), "red"), clean(state))
 
 
-def login_words(state: object) -> str:
-    """Return the state of the login in a sentence: where it is not known, what is not."""
-    return "login not known yet" if state in (None, "not known yet") else clean(state)
-
-
 def show_status(answer: Json, style: Style) -> str:
-    """Return the server on one screen: its state, its requests, the plan, the last errors."""
     proxy, requests = answer.get("proxy") or {}, answer.get("requests") or {}
     counts = {**requests, "activeRequests": requests.get("active")}
+    login = proxy.get("auth") or "not known yet"
     lines = [
         f"OCP {clean(proxy.get('version', '?'))}{' (demo)' if proxy.get('demo') else ''}: "
         f"{_state_word(proxy.get('status'), style)}, "
-        f"up {clean(proxy.get('uptime', '?'))}, {login_words(proxy.get('auth'))}",
+        f"up {clean(proxy.get('uptime', '?'))}, "
+        + ("login not known yet" if login == "not known yet" else clean(login)),
         *([f"To do: {clean(proxy['fix'])}"] if proxy.get("fix") else []),
         _counts_line(f"Requests: {short_number(requests.get('total'))}", counts),
         "", show_plan(answer.get("plan"), style),
@@ -1663,7 +1618,6 @@ _WATCH_EVERY_S = 2.0
 
 
 def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the server on one screen, with --watch again and again until Ctrl-C."""
     clear_screen = "\x1b[H\x1b[2J" if env.stdout.isatty() else ""
     while args.watch:
         try:
@@ -1680,7 +1634,6 @@ def cmd_status(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_health(answer: Json, style: Style) -> str:
-    """Return what the server says about itself to everybody."""
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
     login = {True: "logged in", False: "not logged in", None: "not known yet"}
     load, extra_usage = answer.get("concurrency") or {}, answer.get("extraUsage")
@@ -1712,10 +1665,10 @@ def cmd_health(env: Env, args: argparse.Namespace) -> Exit:
 
 
 MODEL_LIST_COLUMNS = (
-    text_column("Model", "id"), number_column("Window", "context_window"),
-    number_column("Max output", "max_output_tokens"),
-    Column("Reasoning", lambda row, _: {True: "yes", False: "no"}.get(row.get("reasoning"), "-")),
-    Column("Aliases", lambda row, _: ", ".join(map(str, row.get("aliases") or []))),
+    Column("Model", "id"), number("Window", "context_window"),
+    number("Max output", "max_output_tokens"),
+    Column("Reasoning", lambda row: {True: "yes", False: "no"}.get(row.get("reasoning"))),
+    Column("Aliases", lambda row: ", ".join(map(str, row.get("aliases") or [])), as_it_is),
 )
 
 
@@ -1723,9 +1676,9 @@ def show_models(answer: Json, style: Style) -> str:
     """Return the models, newest first, with the default one marked."""
     rows = [{**row, "id": f"{row.get('id')}{' *' if row.get('default') else ''}"}
             for row in answer.get("data") or []]
-    shown = table(MODEL_LIST_COLUMNS, rows, style)
-    is_marked = any(row.get("default") for row in answer.get("data") or [])
-    return shown + ("\n\n  * for requests that name no model" if is_marked else "")
+    is_marked = any(row.get("default") for row in rows)
+    return table(MODEL_LIST_COLUMNS, rows, style) + (
+        "\n\n  * for requests that name no model" if is_marked else "")
 
 
 cmd_models = reader("/v1/models", show_models)
@@ -1737,38 +1690,36 @@ TIME_UNITS_MS = {**SPAN_UNITS_MS, "days": 86_400_000}
 
 def _setting_value(value: object, row: Json) -> str:
     """Return a value of a setting as people write it: 10m, on, 8."""
-    if row.get("unit") in TIME_UNITS_MS and isinstance(value, int):
-        return span(value * TIME_UNITS_MS[row["unit"]]) if value else "0"
-    if row.get("unit") == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
+    unit = row.get("unit") or ""
+    if unit in TIME_UNITS_MS and isinstance(value, int):
+        return span(value * TIME_UNITS_MS[unit]) if value else "0"
+    if unit == "bytes" and isinstance(value, int) and value and value % 2**20 == 0:
         return f"{value // 2**20} MiB"
-    return f"{on_off(value)} {row.get('unit') or ''}".rstrip()
+    return f"{on_off(value)} {unit}".rstrip()
 
 
 def is_changed(row: Json) -> bool:
-    """Return whether somebody has set a setting."""
     return row.get("source") in ("stored", "environment")
 
 
-def _range(row: Json) -> str:
-    """Return the range of a setting."""
-    ends = [row.get("min"), row.get("max")]
-    if ends == [None, None]:
-        return ""
-    is_time = row.get("unit") in TIME_UNITS_MS
+def _range(row: Json) -> str | None:
+    ends, unit = [row.get("min"), row.get("max")], row.get("unit") or ""
+    is_time = unit in TIME_UNITS_MS
     words = ["" if end is None else _setting_value(end, row if is_time else {}) for end in ends]
-    return "..".join(words) + ("" if is_time else f" {row.get('unit') or ''}".rstrip())
+    if not any(words):
+        return None
+    return "..".join(words) + ("" if is_time else f" {unit}".rstrip())
 
 
 SETTING_COLUMNS = (
-    text_column("Setting", "name"),
-    Column("Value", lambda row, _: _setting_value(row.get("value"), row), ">"),
-    Column("From", lambda row, _: row.get("source") if is_changed(row) else ""),
-    Column("What it is", lambda row, _: row.get("desc") or "", is_prose=True),
+    Column("Setting", "name"),
+    Column("Value", lambda row: _setting_value(row.get("value"), row), side=">"),
+    Column("From", lambda row: row.get("source") if is_changed(row) else "", as_it_is),
+    Column("What it is", lambda row: row.get("desc") or "", as_it_is, is_prose=True),
 )
 
 
 def show_settings(answer: Json, style: Style) -> str:
-    """Return every setting with its value and where the value comes from."""
     rows = [{**row, "name": name} for name, row in answer.items()]
     if not rows:
         return "every setting is at its default"
@@ -1777,34 +1728,29 @@ def show_settings(answer: Json, style: Style) -> str:
 
 
 def show_setting(name: str, row: Json, style: Style) -> str:
-    """Return everything about one setting."""
     return style.paint("bold", clean(name)) + "\n" + field_list([
         ("value", _setting_value(row.get("value"), row)), ("from", row.get("source")),
         ("default", _setting_value(row.get("default"), row)),
-        ("range", _range(row) or None),
-        ("environment", row.get("env")), ("what it is", row.get("desc")),
+        ("range", _range(row)), ("environment", row.get("env")), ("what it is", row.get("desc")),
     ])
 
 
 def parse_value(name: str, row: Json, text: str) -> object:
     """Return what the user wrote as the type that the setting has. Raises Problem."""
-    kind = row.get("type")
-    words = {"1": True, "true": True, "yes": True, "on": True,
-             "0": False, "false": False, "no": False, "off": False}
-    if kind == "boolean" and text.lower() in words:
-        return words[text.lower()]
-    if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        return int(text)
-    if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}\.[0-9]{1,9}", text):
-        return float(text)
-    if row.get("unit") in TIME_UNITS_MS:
+    kind, unit, lowered = row.get("type"), row.get("unit") or "", text.lower()
+    if kind == "boolean":
+        if lowered in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            return lowered in ("1", "true", "yes", "on")
+        raise Problem(Exit.USAGE, f"{name} takes on or off, not {clean(text)!r}.")
+    if kind == "number" and re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{1,9})?", text):
+        return float(text) if "." in text else int(text)
+    if unit in TIME_UNITS_MS:
         with contextlib.suppress(ValueError):
-            ms, unit_ms = span_ms(text), TIME_UNITS_MS[row["unit"]]
+            ms, unit_ms = span_ms(text), TIME_UNITS_MS[unit]
             return ms // unit_ms if ms % unit_ms == 0 else ms / unit_ms
-    if kind in ("boolean", "number"):
-        unit = f" of {row['unit']}" if row.get("unit") else ""
-        unit += ", or a time such as 90s or 1h" if row.get("unit") in TIME_UNITS_MS else ""
-        wanted = "on or off" if kind == "boolean" else f"a number{unit}"
+    if kind == "number":
+        wanted = "a number" + (f" of {unit}" if unit else "")
+        wanted += ", or a time such as 90s or 1h" if unit in TIME_UNITS_MS else ""
         raise Problem(Exit.USAGE, f"{name} takes {wanted}, not {clean(text)!r}.")
     return text
 
@@ -1812,11 +1758,7 @@ def parse_value(name: str, row: Json, text: str) -> object:
 def start_settings(env: Env) -> dict[str, str]:
     """Return the variables of all settings by their names in the server beside this script."""
     pattern = r'^    (\w+): \w+ = setting\([^()]*?"([A-Z]+_[A-Z0-9_]+)"'
-    try:
-        with open(env.beside("ocp_server.py"), encoding="utf-8") as file:
-            return dict(re.findall(pattern, file.read(), re.M))
-    except (OSError, ValueError):
-        return {}
+    return dict(re.findall(pattern, text_of(env.beside("ocp_server.py")), re.M))
 
 
 def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
@@ -1827,8 +1769,7 @@ def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
     at_start, plain = start_settings(env), name.replace("_", "").lower()
     for field, variable in at_start.items():
         if name == variable or plain == field.replace("_", ""):
-            record = installation(env)
-            file = (record.env_file if record else "") or os.path.join(env.ocp_home, "ocp.env")
+            file = local_server(env).env_file or os.path.join(env.ocp_home, "ocp.env")
             raise Problem(
                 Exit.USAGE, f"{clean(name)} is read at the start of the server only. Set "
                 f"{variable} in {file}, and restart with `ocp restart`.")
@@ -1847,7 +1788,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _change_setting(server: Server, name: str, value: object) -> Answer:
-    """Change a setting and return the answer. Raises Problem with the server's reason."""
     try:
         answer = server.ask("PATCH", "/settings", {name: value})
     except Problem as problem:
@@ -1857,12 +1797,11 @@ def _change_setting(server: Server, name: str, value: object) -> Answer:
         answer = Answer(server.url, json.dumps(problem.body))
     result = (answer.value.get("results") or {}).get(name) or {}
     if not result.get("ok"):
-        raise Problem(Exit.FAILED, f"{name} was not changed: {clean(result.get('error'))}")
+        raise failed(f"{name} was not changed: {clean(result.get('error'))}")
     return answer
 
 
 def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
-    """Show all settings or one, change one, or reset one to environment or default."""
     if args.reset and args.key:
         raise Problem(Exit.USAGE, "--reset takes the only name: ocp settings --reset SETTING")
     if args.changed and (args.key or args.reset):
@@ -1871,13 +1810,13 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
     answer = server.ask("GET", "/settings")
     if args.changed:
         kept = {name: row for name, row in answer.value.items() if is_changed(row)}
-        return print_answer(env, args, Answer(server.url, json.dumps(kept)), show_settings)
+        return print_answer(env, args, kept, show_settings)
     if not args.key and not args.reset:
         return print_answer(env, args, answer, show_settings)
     name, row = _find_setting(env, answer.value, args.reset or args.key)
     if not args.reset and args.value is None:
-        env.say(json.dumps({name: row}) if args.json else show_setting(name, row, style_of(env)))
-        return Exit.OK
+        return print_answer(env, args, {name: row}, lambda value, style: (
+            show_setting(name, row, style)))
     answer = _change_setting(
         server, name, None if args.reset else parse_value(name, row, args.value))
 
@@ -1891,7 +1830,6 @@ def cmd_settings(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_log_entry(entry: Json, style: Style) -> str:
-    """Return one event: its time, its level, its name and its fields."""
     if "raw" in entry:
         return clean(entry["raw"])
     level = str(entry.get("level", ""))
@@ -1904,7 +1842,6 @@ def show_log_entry(entry: Json, style: Style) -> str:
 
 
 def show_logs(answer: Json, style: Style) -> str:
-    """Return the newest events, oldest first."""
     entries = answer.get("entries") or []
     return "\n".join(show_log_entry(entry, style) for entry in entries) or "no such events"
 
@@ -1913,8 +1850,7 @@ def new_entries(seen: Sequence[Json], entries: Sequence[Json]) -> Sequence[Json]
     """Return the entries after those that were seen: the server sends again what it still has."""
     known = 0
     for entry in seen:
-        if known < len(entries) and entries[known] == entry:
-            known += 1
+        known += entry in entries[known:known + 1]
     return entries[known:]
 
 
@@ -1924,9 +1860,7 @@ _MOST_EVENTS = 1000
 
 def _log_arguments(args: argparse.Namespace) -> tuple[int, str]:
     """Return the number of events and the level, by options or words in any order. Raises Problem.
-
-    A period without a number has all of its events.
-    """
+    A period without a number has all of its events."""
     count, level = _MOST_EVENTS if args.since else 20, args.level or "all"
     for word in [*args.words, *([args.lines] if args.lines else [])]:
         lowered = "warn" if word.lower() == "warning" else word.lower()
@@ -1945,14 +1879,11 @@ _FOLLOW_EVERY_S = 1.0
 
 
 def _events_since(entries: Iterable[Json], since_s: float) -> list[Json]:
-    """Return the events from a time on."""
     return [entry for entry in entries if (parse_time(entry.get("ts")) or since_s) >= since_s]
 
 
 def _logs_path(args: argparse.Namespace, count: int, level: str) -> str:
-    """Return the path of the events that the user wants to see."""
-    wanted = {"n": count, "level": level, "key": args.key, "request": args.request}
-    return "/logs?" + urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
+    return query("/logs", n=count, level=level, key=args.key, request=args.request)
 
 
 def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> NoReturn:
@@ -1978,15 +1909,10 @@ def _follow_logs(env: Env, args: argparse.Namespace, count: int, level: str) -> 
 
 def log_path(env: Env) -> str:
     """Return the log of this machine's own server."""
-    folder = env.ocp_home
-    with contextlib.suppress(Problem):
-        record = installation(env)
-        folder = (record.data_dir if record else "") or folder
-    return os.path.join(folder, "logs", "ocp.log")
+    return os.path.join(local_server(env).data_dir, "logs", "ocp.log")
 
 
 def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the newest events of the server's log."""
     count, level = _log_arguments(args)
     if args.follow:
         _follow_logs(env, args, count, level)
@@ -2002,27 +1928,24 @@ def cmd_logs(env: Env, args: argparse.Namespace) -> Exit:
     if args.since:
         value = answer.value
         kept = _events_since(value.get("entries") or [], env.clock() - args.since)
-        answer = Answer(answer.url, json.dumps({**value, "count": len(kept), "entries": kept}))
+        return print_answer(env, args, {**value, "count": len(kept), "entries": kept}, show_logs)
     return print_answer(env, args, answer, show_logs)
 
 
 ERROR_COLUMNS = (
-    age_column("When", "lastAt"),
-    Column("Who", lambda row, style: row.get("key") or row.get("preview") or "-"),
-    text_column("From", "peer"), text_column("Kind", "kind"),
-    Column("Times", lambda row, style: row.get("count") or 1, ">"), text_column("Request", "id"),
+    Column("When", "lastAt", age), Column("Who", lambda row: row.get("key") or row.get("preview")),
+    Column("From", "peer"), Column("Kind", "kind"),
+    Column("Times", lambda row: row.get("count") or 1, side=">"), Column("Request", "id"),
 )
 
 
 def _all_errors(answer: Json) -> list[Json]:
-    """Return failed and refused requests in one list, newest first."""
-    failed = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
-    rows = [*failed, *(answer.get("refusals") or [])]
+    rows = [{**row, "lastAt": row.get("at")} for row in answer.get("errors") or []]
+    rows += answer.get("refusals") or []
     return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
 
 
 def show_errors(answer: Json, style: Style) -> str:
-    """Return failed and refused requests, and for each kind the newest message and what to do."""
     rows = _all_errors(answer)
     if not rows:
         return "no failed requests"
@@ -2037,7 +1960,6 @@ def show_errors(answer: Json, style: Style) -> str:
 
 
 def show_error(row: Json, style: Style) -> str:
-    """Return one failed or refused request in full, with what to do."""
     count = row.get("count")
     return field_list((
         ("request", row.get("id")),
@@ -2045,8 +1967,7 @@ def show_error(row: Json, style: Style) -> str:
         ("times", f"{count}, since {local_time(row.get('at'), style)}" if count else None),
         ("key", row.get("key")), ("key shown", row.get("preview")),
         ("from", row.get("peer")), ("program", row.get("userAgent")),
-        ("path", row.get("path")), ("model", row.get("model")),
-        ("status", row.get("status")), ("kind", row.get("kind")),
+        *((name, row.get(name)) for name in ("path", "model", "status", "kind")),
         ("took", duration(row["totalMs"]) if row.get("totalMs") is not None else None),
         ("message", row.get("message") or None), ("what to do", row.get("action") or None),
         # Of many refusals only the first ones have a line each.
@@ -2055,64 +1976,58 @@ def show_error(row: Json, style: Style) -> str:
 
 
 def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
-    """Show failed and refused requests, or one of them in full."""
     request = args.about if re.fullmatch(r"req_\w+", args.about or "") else None
-    wanted = {"limit": args.count, "since": args.since, "request": request,
-              "key": None if request else args.about}
-    query = urllib.parse.urlencode({n: v for n, v in wanted.items() if v is not None})
-    answer = find_server(env).ask("GET", f"/api/errors?{query}")
+    answer = find_server(env).ask("GET", query(
+        "/api/errors", limit=args.count, since=args.since, request=request,
+        key=None if request else args.about))
     if request is None or args.json:
         return print_answer(env, args, answer, show_errors)
     rows = _all_errors(answer.value)
     if not rows:
-        raise Problem(
-            Exit.FAILED, f"No failure of {request} is known: it succeeded, or it was refused "
-            f"before the server's last start.\nMore: `ocp logs 1000 --request {request}`")
+        raise failed(f"No failure of {request} is known: it succeeded, or it was refused before "
+                     f"the server's last start.\nMore: `ocp logs 1000 --request {request}`")
     env.say("\n\n".join(show_error(row, style_of(env)) for row in rows))
     return Exit.OK
 
 
 SESSION_COLUMNS = (
-    text_column("Session", "id"), text_column("Caller", "caller"), text_column("Model", "model"),
-    number_column("Messages", "messages"), age_column("Last used", "lastUsed"),
+    Column("Session", "id"), Column("Caller", "caller"), Column("Model", "model"),
+    number("Messages", "messages"), Column("Last used", "lastUsed", age),
 )
 
 
 def show_sessions(answer: Json, style: Style) -> str:
-    """Return the conversations that the server remembers, the one used last first."""
-    sessions = answer.get("sessions") or []
-    return table(SESSION_COLUMNS, sessions, style) if sessions else "no sessions"
+    return table(SESSION_COLUMNS, answer.get("sessions"), style, empty="no sessions")
 
 
 cmd_sessions = reader("/sessions", show_sessions)
 
 
 def ask_first(env: Env, args: argparse.Namespace, question: str) -> None:
-    """Ask before something is lost for good. Raises Problem for any answer but yes.
-
-    The question is no part of the result, which may go into a file or a variable.
-    """
+    """Ask before something is lost for good. Raises Problem for any answer but yes. The question is
+    no part of the result, which may go into a file or a variable."""
     if not args.yes and not env.stdin.isatty():
         raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes.")
     confirm(question, args.yes, env.stdin, env.stderr)
 
 
+def cleared(noun: str) -> Show:
+    """Return what shows how many were forgotten."""
+    return lambda answer, style: f"cleared {counted(answer.get('cleared'), noun)}"
+
+
 def cmd_sessions_clear(env: Env, args: argparse.Namespace) -> Exit:
-    """Forget all sessions, or one."""
     server = find_server(env)
     if not args.session:
         ask_first(env, args, f"Forget all sessions of {server.url}?")
     path = "/sessions" + ("/" + urllib.parse.quote(args.session, "") if args.session else "")
-    answer = server.ask("DELETE", path)
-    return print_answer(env, args, answer, lambda value, style: (
-        f"cleared {counted(value.get('cleared'), 'session')}"))
+    return print_answer(env, args, server.ask("DELETE", path), cleared("session"))
 
 
 cmd_clear = cmd_sessions_clear
 
 
 def show_cache(answer: Json, style: Style) -> str:
-    """Return what the cache of answers holds, and how often it was of use."""
     ttl_ms, hits, misses = (answer.get(name) or 0 for name in ("ttl", "hits", "misses"))
     asked = hits + misses
     return field_list([
@@ -2130,10 +2045,7 @@ cmd_cache = reader("/cache/stats", show_cache)
 
 
 def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
-    """Forget all cached answers."""
-    answer = find_server(env).ask("DELETE", "/cache")
-    return print_answer(env, args, answer, lambda value, style: (
-        f"cleared {counted(value.get('cleared'), 'answer')}"))
+    return print_answer(env, args, find_server(env).ask("DELETE", "/cache"), cleared("answer"))
 
 
 # ==== 7. Keys ================================================================
@@ -2145,12 +2057,7 @@ def _key_state(key: Json) -> str:
     return "revoked" if key.get("revoked") else "expired" if key.get("expired") else "active"
 
 
-def _created(key: Json) -> Json:
-    return key.get("createdAt") or key.get("created_at")
-
-
 def _quota_words(key: Json) -> str:
-    """Return what is used of each quota of a key that has a limit."""
     rows = [(option, (key.get("quota") or {}).get(name) or {}) for option, name in QUOTAS]
     return ", ".join(
         f"{option} {short_number(row.get('used') or 0)}/{short_number(row['limit'])}"
@@ -2158,19 +2065,15 @@ def _quota_words(key: Json) -> str:
 
 
 KEY_COLUMNS = (
-    Column("Id", lambda key, _: key.get("id"), ">"), text_column("Name", "name"),
-    text_column("Key", "keyPreview"), Column("State", lambda key, _: _key_state(key)),
-    age_column("Last used", "lastUsed"),
-    Column("Expires", lambda key, style: age(key["expiry"], style) if key.get("expiry")
-           else "never"),
-    Column("Quotas", lambda key, _: _quota_words(key)),
+    Column("Id", "id", side=">"), Column("Name", "name"), Column("Key", "keyPreview"),
+    Column("State", _key_state), Column("Last used", "lastUsed", age),
+    Column("Expires", "expiry", lambda time, style: age(time, style) if time else "never"),
+    Column("Quotas", _quota_words),
 )
 
 
 def show_all_keys(answer: Json, style: Style) -> str:
-    """Return all keys, newest first."""
-    keys = answer.get("keys") or []
-    return table(KEY_COLUMNS, keys, style) if keys else "no keys yet: ocp keys add NAME"
+    return table(KEY_COLUMNS, answer.get("keys"), style, empty="no keys yet: ocp keys add NAME")
 
 
 def show_keys(answer: Json, style: Style) -> str:
@@ -2183,13 +2086,12 @@ def show_keys(answer: Json, style: Style) -> str:
 
 
 def show_key(answer: Json, style: Style) -> str:
-    """Return everything about one key."""
     limit, old = answer.get("maxConcurrent") or 0, answer.get("oldSecret")
     return style.paint("bold", clean(answer.get("name"))) + "\n" + field_list([
         ("id", answer.get("id")), ("key", answer.get("keyPreview")), ("state", _key_state(answer)),
         ("old key", old and f"{old.get('keyPreview')}, works until "
          f"{local_time(old.get('until'), style)}"),
-        ("created", local_time(_created(answer), style)),
+        ("created", local_time(answer.get("createdAt") or answer.get("created_at"), style)),
         ("last used", age(answer.get("lastUsed"), style)),
         ("expires", local_time(answer["expiry"], style) if answer.get("expiry") else "never"),
         ("models", ", ".join(map(str, answer.get("models") or [])) or "all"),
@@ -2200,33 +2102,26 @@ def show_key(answer: Json, style: Style) -> str:
     ])
 
 
-def _quota_bar(row: Json, style: Style) -> str:
-    limit, used = row.get("limit"), row.get("used") or 0
-    if limit is None:
-        return ""
-    # Colour would be counted as width by the table.
-    return bar(used / limit if limit else 1.0, style._replace(color=False))
-
-
 QUOTA_COLUMNS = (
-    text_column("Quota", "option"),
-    Column("Used", lambda row, _: short_number(row.get("used") or 0), ">"),
-    Column("Limit", lambda row, _: "none" if row.get("limit") is None
-           else short_number(row["limit"]), ">"),
-    Column("Resets in", lambda row, _: row.get("resetsIn") or "-", ">"),
+    Column("Quota", "option"), number("Used", lambda row: row.get("used") or 0),
+    Column("Limit", "limit", lambda limit, _: "none" if limit is None else short_number(limit),
+           ">"),
+    Column("Resets in", "resetsIn", side=">"),
 )
 
 
 def show_key_and_quota(answer: Json, style: Style) -> str:
-    """Return everything about one key, with its quotas."""
     return f"{show_key(answer, style)}\n\n{show_quota(answer, style)}"
 
 
 def show_quota(answer: Json, style: Style) -> str:
-    """Return what a key may use and has used, for each period."""
     quota = answer.get("quota") or {}
     rows = [{**(quota.get(name) or {}), "option": option} for option, name in QUOTAS]
-    return table(QUOTA_COLUMNS + (Column("", _quota_bar),) * style.bars, rows, style)
+    # Colour would be counted as width by the table.
+    plain = style._replace(color=False)
+    bars = Column("", lambda row: "" if row.get("limit") is None else bar(
+        (row.get("used") or 0) / row["limit"] if row["limit"] else 1.0, plain), as_it_is)
+    return table([*QUOTA_COLUMNS, *[bars] * style.bars], rows, style)
 
 
 def _key_path(name: str) -> str:
@@ -2235,20 +2130,14 @@ def _key_path(name: str) -> str:
 
 def _key_fields(args: argparse.Namespace) -> dict[str, object]:
     """Return the fields of a key that the user named."""
-    found: dict[str, object] = {}
-    if args.expiry is not None:
-        found["expiry"] = None if args.expiry == "never" else args.expiry
-    if args.models is not None:
-        found["models"] = [name.strip() for name in args.models.split(",") if name.strip()]
-    if args.max_concurrent is not None:
-        found["maxConcurrent"] = args.max_concurrent
-    if args.effort is not None:
-        found["effort"] = None if args.effort == "none" else args.effort
-    if args.web_search is not None:
-        found["webSearch"] = args.web_search == "on"
-    if args.note is not None:
-        found["note"] = args.note
-    return found
+    return {field: read(text) for field, text, read in (
+        ("expiry", args.expiry, lambda text: None if text == "never" else text),
+        ("models", args.models, lambda text: [
+            name.strip() for name in text.split(",") if name.strip()]),
+        ("maxConcurrent", args.max_concurrent, int),
+        ("effort", args.effort, lambda text: None if text == "none" else text),
+        ("webSearch", args.web_search, lambda text: text == "on"), ("note", args.note, str),
+    ) if text is not None}
 
 
 def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
@@ -2266,7 +2155,6 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
 
 
 def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
-    """List the keys."""
     return read(env, args, "/api/keys", show_all_keys if args.all else show_keys)
 
 
@@ -2274,7 +2162,6 @@ cmd_keys_list = cmd_keys
 
 
 def key_advice(answer: Answer, secret: str) -> Iterator[str]:
-    """Yield what to do with a new key, and why it may be of no use."""
     url, note = clean(answer.value.get("connectUrl") or ""), answer.value.get("connectNote")
     if note:
         yield f"ATTENTION: {clean(note)}"
@@ -2289,7 +2176,6 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
 
 
 def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
-    """Print an answer that contains a new secret."""
     try:
         secret, name = answer.value["key"], answer.value["name"]
     except (Problem, KeyError):
@@ -2297,7 +2183,7 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
             raise not_ocp(answer.url) from None
         # Better shown raw than lost: nobody can ask for it again.
         env.say(answer.text)
-        raise Problem(Exit.FAILED, "The server's answer, above, is not as expected.") from None
+        raise failed("The server's answer, above, is not as expected.") from None
     if args.json:
         env.say(answer.text.rstrip("\n"))
         return Exit.OK
@@ -2311,26 +2197,18 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
 
 
 def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
-    """Create a key and print it."""
     body = {"name": args.name, **_key_fields(args)}
     quotas = _quota_fields(args)
-    if quotas:
-        body["quota"] = quotas
+    body.update({"quota": quotas} if quotas else {})
     return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
 
 
-def show_grace(answer: Json, style: Style) -> str:
-    """Return what became of a key's old secret."""
-    name = clean(answer.get("name"))
-    return (f"The old secret of {name!r} stopped working." if answer.get("ended")
-            else f"{name!r} has no old secret that works.")
-
-
 def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key a new secret; the old one stops working at once, or after --grace."""
     path, server = _key_path(args.key), find_server(env)
     if args.grace == "none":
-        return print_answer(env, args, server.ask("DELETE", path + "/grace"), show_grace)
+        return print_answer(env, args, server.ask("DELETE", path + "/grace"), lambda value, style: (
+            f"The old secret of {clean(value.get('name'))!r} stopped working." if value.get("ended")
+            else f"{clean(value.get('name'))!r} has no old secret that works."))
     if not args.grace:
         ask_first(
             env, args, f"Give {clean(args.key)} a new secret? The old one stops working at once.")
@@ -2345,12 +2223,10 @@ def cmd_keys_rotate(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
-    """Show one key and its quotas."""
     return read(env, args, _key_path(args.key), show_key_and_quota)
 
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
-    """Change the quotas that were named, if any, and show all."""
     path, quotas = _key_path(args.key) + "/quota", _quota_fields(args)
     if quotas:
         find_server(env).ask("PATCH", path, quotas)
@@ -2363,12 +2239,10 @@ def _edit_key(env: Env, args: argparse.Namespace, changes: Mapping[str, object])
 
 
 def cmd_keys_rename(env: Env, args: argparse.Namespace) -> Exit:
-    """Give a key another name."""
     return _edit_key(env, args, {"name": args.name})
 
 
 def cmd_keys_edit(env: Env, args: argparse.Namespace) -> Exit:
-    """Change what a key may do."""
     changes = _key_fields(args)
     if not changes:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp keys edit --help`.")
@@ -2382,7 +2256,7 @@ def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:
     answer = server.ask("DELETE", _key_path(args.key))
     if not answer.value.get("revoked"):
         hint = did_you_mean(args.key, _server_names(env, "KEY"))
-        raise Problem(Exit.FAILED, f"No active key has the name or id {clean(args.key)!r}.{hint}")
+        raise failed(f"No active key has the name or id {clean(args.key)!r}.{hint}")
     return print_answer(env, args, answer, lambda value, style: f"revoked {clean(args.key)}")
 
 
@@ -2393,7 +2267,6 @@ _ANSWER_TIMEOUT_S = 660.0
 
 
 def sse_data(lines: Iterable[bytes]) -> Iterator[str]:
-    """Yield the data of each server-sent event of a stream."""
     data: list[str] = []
     for line in lines:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -2413,9 +2286,7 @@ class StreamEnd(NamedTuple):
     answer_tokens: int | None = None
 
 
-def print_stream(
-    env: Env, events: Iterable[str], started_s: float, hint: str = "",
-) -> StreamEnd:
+def print_stream(env: Env, events: Iterable[str], started_s: float, hint: str = "") -> StreamEnd:
     """Print the text of a streamed answer as it comes, and end its line. Raises Problem for an
     error in it, with `hint` behind its message. `started_s` is when it was asked for."""
     end, terminal = StreamEnd(), env.stdout.isatty()
@@ -2426,7 +2297,7 @@ def print_stream(
             chunk = json.loads(data)
             if "error" in chunk:
                 message = clean(chunk["error"].get("message"))
-                raise Problem(Exit.FAILED, f"The answer failed: {message}{hint}")
+                raise failed(f"The answer failed: {message}{hint}")
             tokens = (chunk.get("usage") or {}).get("completion_tokens")
             end = end._replace(
                 model=chunk.get("model") or end.model, answer_tokens=tokens or end.answer_tokens)
@@ -2458,9 +2329,7 @@ def _stream_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def _question(env: Env, args: argparse.Namespace) -> str:
     """Return what the user wants to ask: what came through a pipe, and the words. Raises Problem.
-
-    The word - alone reads standard input, on a terminal too.
-    """
+    The word - alone reads standard input, on a terminal too."""
     is_dash = args.words == ["-"]
     try:
         piped = env.stdin.read() if is_dash or not env.stdin.isatty() else ""
@@ -2474,17 +2343,7 @@ def _question(env: Env, args: argparse.Namespace) -> str:
     return question
 
 
-def _ask_in_json(server: Server, body: Mapping[str, object]) -> Exit:
-    """Print the whole answer as the server writes it."""
-    answer = server.ask("POST", "/v1/chat/completions", body, _ANSWER_TIMEOUT_S)
-    if "choices" not in answer.value:
-        raise not_ocp(server.url)
-    server.env.say(answer.text.rstrip("\n"))
-    return Exit.OK
-
-
 def _answer_note(server: Server, end: StreamEnd) -> str:
-    """Return what a person may want to know about an answer."""
     health: Json = {}
     with contextlib.suppress(Problem):
         health = health_of(server.url) or {}
@@ -2494,29 +2353,30 @@ def _answer_note(server: Server, end: StreamEnd) -> str:
 
 
 def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
-    """Ask one question and print the answer as it comes."""
     server, path = find_server(env), "/v1/chat/completions"
     system = [{"role": "system", "content": args.system}] if args.system else []
     body = {"messages": [*system, {"role": "user", "content": _question(env, args)}],
             **({"model": args.model} if args.model else {})}
     if args.json:
-        return _ask_in_json(server, body)
+        answer = server.ask("POST", path, body, _ANSWER_TIMEOUT_S)
+        if "choices" not in answer.value:
+            raise not_ocp(server.url)
+        env.say(answer.text.rstrip("\n"))
+        return Exit.OK
     body.update(stream=True, stream_options={"include_usage": True})
     started_s = env.clock()
     try:
         with contextlib.ExitStack() as stack:
             with progress(env, f"waiting for {server.url}"):
-                response = stack.enter_context(
-                    server.open("POST", path, body, _ANSWER_TIMEOUT_S))
+                response = stack.enter_context(server.open("POST", path, body, _ANSWER_TIMEOUT_S))
             hint = errors_hint(response.headers.get("X-Request-Id", ""))
             end = print_stream(env, sse_data(_stream_lines(response)), started_s, hint)
     except ValueError:
-        raise Problem(
-            Exit.FAILED, f"{server.url}{path} sent something that is no answer.") from None
+        raise failed(f"{server.url}{path} sent something that is no answer.") from None
     if end == StreamEnd() and not is_ocp_server(server.url):
         raise not_ocp(server.url)
     if not end.finish_reason:
-        raise Problem(Exit.FAILED, "The answer broke off before its end.")
+        raise failed("The answer broke off before its end.")
     if end.finish_reason != "stop":
         env.note(f"(the answer ended early: {clean(end.finish_reason)})")
     if env.stderr.isatty() and end.first_token_s is not None:
@@ -2525,7 +2385,6 @@ def cmd_ask(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def show_dashboard(answer: Json, style: Style) -> str:
-    """Return where the dashboard is, and what it asks for."""
     return field_list([
         ("dashboard", answer["url"]), ("on a device", answer.get("deviceUrl")),
         ("key", answer["key"]),
@@ -2533,31 +2392,27 @@ def show_dashboard(answer: Json, style: Style) -> str:
 
 
 def _dashboard_key(env: Env, url: str, mode: object) -> str:
-    """Return how to get into the dashboard at an address."""
-    if mode == "none" and is_loopback(url):
-        return "none needed on this machine"
     if mode == "none":
         port = port_of(url)
-        return f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST"
+        return "none needed on this machine" if is_loopback(url) else (
+            f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST")
     if not is_loopback(url):
         return "the admin key of that server"
-    path = admin_key_path(env)
+    is_named = bool(env.environ.get("OCP_ADMIN_KEY", "").strip())
     return "the admin key: " + (
-        "what OCP_ADMIN_KEY has" if env.environ.get("OCP_ADMIN_KEY", "").strip()
-        else f"cat {shlex.quote(path)}")
+        "what OCP_ADMIN_KEY has" if is_named else f"cat {shlex.quote(admin_key_path(env))}")
 
 
 def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the address of the dashboard and how to get in, and open it if asked to."""
     server = find_server(env)
     health = server.health().value
     mode, device = health.get("authMode"), device_url(env, server.url)
     found = {"url": f"{server.url}/dashboard", "key": _dashboard_key(env, server.url, mode)}
     if device != server.url and mode != "none":
         found["deviceUrl"] = f"{device}/dashboard"
-    print_answer(env, args, Answer(server.url, json.dumps(found)), show_dashboard)
+    print_answer(env, args, found, show_dashboard)
     if args.open and not env.browse(found["url"]):
-        raise Problem(Exit.FAILED, "No browser was found here: open the address yourself.")
+        raise failed("No browser was found here: open the address yourself.")
     return Exit.OK
 
 
@@ -2566,7 +2421,6 @@ _FOR_OTHERS = ("--bind", "0.0.0.0", "--auth-mode", "multi")
 
 
 def show_lan(answer: Json, style: Style) -> str:
-    """Return where other devices find the server, and whether they reach it."""
     rows = [
         ("API", f"{answer['url']}/v1"), ("dashboard", f"{answer['url']}/dashboard"),
         ("access mode", answer.get("authMode")),
@@ -2624,7 +2478,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     health = server.health().value
     url = lan_url(env, server.url)
     if not url:
-        raise Problem(Exit.FAILED, "This machine has no address in a network.")
+        raise failed("This machine has no address in a network.")
     is_reachable = is_ocp_server(url)
     found = {
         "host": urllib.parse.urlsplit(url).hostname, "url": url,
@@ -2633,7 +2487,7 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
         "certificateFaults": certificate_faults(env, url) if is_reachable else [],
         "install": shlex.join(["python3", env.beside("setup.py_install.py"), *_FOR_OTHERS]),
     }
-    print_answer(env, args, Answer(url, json.dumps(found)), show_lan)
+    print_answer(env, args, found, show_lan)
     is_good = found["reachable"] and not any(map(is_fatal, found["certificateFaults"]))
     return Exit.OK if is_good else Exit.FAILED
 
@@ -2642,36 +2496,30 @@ def connect_command(env: Env, *words: str) -> list[str]:
     """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
     script = env.beside("ocp_connect.py")
     if not os.path.exists(script):
-        raise Problem(
-            Exit.FAILED, f"{script} is not there. Copy ocp_connect.py from the server's checkout "
-            "of OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
+        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
+                     "OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
     return [sys.executable, script, *words]
 
 
 def connect_options(env: Env) -> list[str]:
     """Return the long options of ocp_connect.py, none if it is not there."""
-    try:
-        with open(env.beside("ocp_connect.py"), encoding="utf-8") as file:
-            return re.findall(r'\b(?:flag|add|add_argument)\("(--[a-z-]+)"', file.read())
-    except (OSError, ValueError):
-        return []
+    pattern = r'\b(?:flag|add|add_argument)\("(--[a-z-]+)"'
+    return re.findall(pattern, text_of(env.beside("ocp_connect.py")))
 
 
 def _run_attached(env: Env, command: Sequence[str]) -> Exit:
     """Run a command that talks to the user itself; return its exit code. Raises Problem."""
     done = env.run(command, environ=env.environ, attached=True)
     if done.code is None:
-        raise Problem(Exit.FAILED, done.complaint)
+        raise failed(done.complaint)
     return Exit(done.code) if done.code in set(Exit) else Exit.FAILED
 
 
 def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
-    """Run ocp_connect.py, which sets up the tools of this machine for a server."""
     return _run_attached(env, connect_command(env, *args.rest))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
-    """Update the list of models that OpenClaw has for the server."""
     more = ["--dry-run"] * args.dry_run + ["--json"] * args.json
     return _run_attached(env, connect_command(env, "--sync", with_port(server_url(env)), *more))
 
@@ -2680,10 +2528,8 @@ _OPENCLAW_FIELDS = {"openclaw", "providers", "diff", "written", "failures"}
 
 
 def sync_openclaw(env: Env, url: str, *more: str) -> Json:
-    """Update OpenClaw's list of models, or with --dry-run only compare it. Raises Problem.
-
-    Returns {openclaw: whether it is installed here, providers, diff, written, failures}.
-    """
+    """Update OpenClaw's list of models, or with --dry-run only compare it. Raises Problem. Returns
+    {openclaw: whether it is installed here, providers, diff, written, failures}."""
     command = connect_command(env, "--sync", with_port(url), "--json", *more)
     with progress(env, "waiting for ocp_connect.py"):
         done = env.run(command, environ=env.environ, timeout_s=180.0)
@@ -2691,7 +2537,7 @@ def sync_openclaw(env: Env, url: str, *more: str) -> Json:
         found = json.loads(done.output)
         if isinstance(found, dict) and found.keys() >= _OPENCLAW_FIELDS:
             return found
-    raise Problem(Exit.FAILED, done.complaint)
+    raise failed(done.complaint)
 
 
 # ==== 9. Service =============================================================
@@ -2706,34 +2552,41 @@ def service_of(env: Env) -> Record | None:
     if record is None or not record.label:
         return None
     if not record.commands:
-        raise Problem(
-            Exit.FAILED, f"{record_path(env)} does not say how the service is started. "
-            "Run setup.py_install.py again.")
+        raise failed(f"{record_path(env)} does not say how the service is started. Run "
+                     "setup.py_install.py again.")
     return record
 
 
-def service_environ(env: Env, record: Record | None) -> dict[str, str]:
+def service_here(env: Env, verb: str) -> Record | None:
+    """Return the service, None if the server has none. Raises Problem for another machine."""
+    record, url = service_of(env), server_url(env)
+    if not is_loopback(url) and (record is None or url != record.url):
+        raise failed(f"{url} is another machine: run `ocp {verb}` there.")
+    return record
+
+
+def service_environ(env: Env) -> dict[str, str]:
     """Return the environment of the server, as far as the installer and ocp.env tell it."""
+    record = None
+    with contextlib.suppress(Problem):
+        record = installation(env)
     if record is None:
         return dict(env.environ)
     ours = ("CLAUDE_", "OCP_", "PROXY_")
     inherited = {name: text for name, text in env.environ.items() if not name.startswith(ours)}
     known = {"CLAUDE_PROXY_PORT": str(record.port), "CLAUDE_BIND": record.bind,
              "OCP_HOME": record.data_dir}
-    settings: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        with open(record.env_file, encoding="utf-8") as file:
-            settings = settings_of(file.read())
-    return {**inherited, **{name: text for name, text in known.items() if text}, **settings}
+    return {**inherited, **{name: text for name, text in known.items() if text},
+            **settings_of(text_of(record.env_file))}
 
 
 #: How long the server may take to end after it has drained.
 _END_S = 10.0
 
 
-def drain_of(env: Env, record: Record | None) -> float:
+def drain_of(env: Env) -> float:
     """Return how many seconds the server lets running answers finish when it is stopped."""
-    return drain_s(service_environ(env, record).get("OCP_DRAIN", ""))
+    return drain_s(service_environ(env).get("OCP_DRAIN", ""))
 
 
 def service_lines(env: Env, record: Record, verb: str) -> list[str]:
@@ -2743,20 +2596,17 @@ def service_lines(env: Env, record: Record, verb: str) -> list[str]:
 
 
 def run_service(env: Env, record: Record, verb: str) -> str:
-    """Start, stop or restart the service. Returns the complaint of what failed, or "".
-
-    Raises Problem if this user may not do that.
-    """
+    """Start, stop or restart the service. Returns the complaint of what failed, or "". Raises
+    Problem if this user may not do that."""
     if record.needs_root and env.user_id != 0:
         line = service_lines(env, record, verb)[0]
         raise Problem(Exit.DENIED, f"The service belongs to the system. Run: {line}")
-    timeout_s = 70 + drain_of(env, record)
+    timeout_s = 70 + drain_of(env)
     for step in record.commands.get(verb, []):
         for attempt in range(step.tries):
             # launchd refuses for a while after it has stopped a service.
             env.sleep(float(attempt))
-            done = env.command(
-                *step.command, timeout_s=timeout_s, more=with_user_bus(env.environ))
+            done = env.command(*step.command, timeout_s=timeout_s, more=with_user_bus(env.environ))
             if done.code == 0:
                 break
         if done.code != 0 and not step.may_fail:
@@ -2772,7 +2622,6 @@ class Owner(NamedTuple):
 
     @property
     def is_ocp(self) -> bool:
-        """Return whether it is an OCP server."""
         return bool(re.search(r"(^|[/\s])ocp_server\.py(\s|$)", self.command))
 
     @property
@@ -2797,7 +2646,6 @@ def _listening_sockets(port: int) -> set[str]:
 
 
 def _owner_in_proc(port: int) -> Owner | None:
-    """Find the owner of a port as Linux tells it."""
     sockets = _listening_sockets(port)
     if not sockets:
         return None
@@ -2829,93 +2677,60 @@ def _owner_by_lsof(env: Env, port: int) -> Owner | None:
 
 
 def port_owner(env: Env, port: int) -> Owner | None:
-    """Return who listens on a TCP port of this machine, None for nobody.
-
-    Raises OSError if that cannot be found out, which is not the same as nobody.
-    """
+    """Return who listens on a TCP port of this machine, None for nobody. Raises OSError if that
+    cannot be found out, which is not the same as nobody."""
     return _owner_in_proc(port) if env.platform.startswith("linux") else _owner_by_lsof(env, port)
 
 
 def _systemd_unit(pid: int) -> tuple[str, str] | None:
     """Return the systemd unit of a process: ("--user " or "", name)."""
-    with contextlib.suppress(OSError):
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
-            path = file.read().strip().rpartition(":")[2]
-        name = path.rpartition("/")[2]
-        if re.fullmatch(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*\.service", name):
-            return ("--user " if "/user@" in path else "", name)
-    return None
+    path = text_of(f"/proc/{pid}/cgroup").strip().rpartition(":")[2]
+    name = path.rpartition("/")[2]
+    is_unit = re.fullmatch(r"[A-Za-z0-9_.@:][A-Za-z0-9_.@:-]*\.service", name)
+    return ("--user " if "/user@" in path else "", name) if is_unit else None
 
 
 def command_by_hand(env: Env) -> str:
     """Return the line that starts the server in a shell, as the installer prints it. The server
     itself reads the settings in its folder."""
-    record = None
-    with contextlib.suppress(Problem):
-        record = installation(env)
-    python = (record.python if record else "") or sys.executable
-    server = (record.server_path if record else "") or env.beside("ocp_server.py")
-    line = shlex.join([python, server])
-    folder = (record.data_dir if record else "") or env.ocp_home
-    if folder == os.path.join(env.home, ".ocp"):
-        return line
-    return f"OCP_HOME={shlex.quote(folder)} {line}"
-
-
-def _manual_command(env: Env, verb: str, owner: Owner) -> str:
-    """Return the command that stops or restarts a server that the installer does not know."""
-    unit = _systemd_unit(owner.pid) if owner.pid else None
-    if unit:
-        return f"systemctl {unit[0]}{verb} {unit[1]}"
-    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
-    return f"kill {owner.pid}{again}"
-
-
-def _refuse_elsewhere(env: Env, record: Record | None, verb: str) -> None:
-    """Raise Problem if the server that is named runs on another machine."""
-    url = server_url(env)
-    if not is_loopback(url) and (record is None or url != record.url):
-        raise Problem(Exit.FAILED, f"{url} is another machine: run `ocp {verb}` there.")
+    here = local_server(env)
+    line = shlex.join([here.python, here.server_path])
+    is_usual = here.data_dir == os.path.join(env.home, ".ocp")
+    return line if is_usual else f"OCP_HOME={shlex.quote(here.data_dir)} {line}"
 
 
 def _without_service(env: Env, verb: str) -> Exit:
-    """Explain how to start, stop or restart a server that is not an installed service."""
     url = server_url(env)
     port = port_of(url)
     try:
         owner = port_owner(env, port)
     except OSError as error:
-        raise Problem(
-            Exit.FAILED, f"No service is installed, and the owner of port {port} is unknown: "
-            f"{error}.") from None
+        raise failed(f"No service is installed, and the owner of port {port} is unknown: "
+                     f"{error}.") from None
     if owner is None and verb == "stop":
         env.say(f"Nothing listens on port {port}.")
         return Exit.OK
     if owner is None:
         install = [sys.executable, env.beside("setup.py_install.py")]
-        raise Problem(
-            Exit.FAILED, "No service is installed. Run the server by hand: "
-            f"{command_by_hand(env)}\nor make it a service: {shlex.join(install)}")
+        raise failed(f"No service is installed. Run the server by hand: {command_by_hand(env)}\nor "
+                     f"make it a service: {shlex.join(install)}")
     if not owner.is_ocp:
         kind = "is not an OCP server" if owner.command else "cannot be identified"
-        raise Problem(
-            Exit.FAILED, f"Port {port} belongs to {owner.words}, which {kind} and is left alone.\n"
-            "Give OCP another port with CLAUDE_PROXY_PORT.")
+        raise failed(f"Port {port} belongs to {owner.words}, which {kind} and is left alone.\nGive "
+                     "OCP another port with CLAUDE_PROXY_PORT.")
     if verb == "start":
         env.say(f"Already running: {owner.words} owns port {port}.")
         return Exit.OK
-    raise Problem(
-        Exit.FAILED, f"No service is installed; {owner.words} serves port {port} and was started "
-        f"in another way.\nTo {verb} it: {_manual_command(env, verb, owner)}")
+    again = f", and then {command_by_hand(env)}" if verb == "restart" else ""
+    user, unit = (_systemd_unit(owner.pid) if owner.pid else None) or ("", "")
+    line = f"systemctl {user}{verb} {unit}" if unit else f"kill {owner.pid}{again}"
+    raise failed(f"No service is installed; {owner.words} serves port {port} and was started in "
+                 f"another way.\nTo {verb} it: {line}")
 
 
 def version_of(server_path: str) -> str:
     """Return the version of an ocp_server.py on disk, empty if unknown."""
-    try:
-        with open(server_path, encoding="utf-8") as file:
-            found = re.search(r'^VERSION = "([^"]+)"', file.read(), re.M)
-    except (OSError, ValueError):
-        return ""
+    found = re.search(r'^VERSION = "([^"]+)"', text_of(server_path), re.M)
     return found[1] if found else ""
 
 
@@ -2931,10 +2746,8 @@ _POLL_S = 0.2
 
 
 def wait_for_server(env: Env, url: str, version: str, since_s: float | None) -> str:
-    """Wait until a server of this version answers that is not older than `since_s`.
-
-    Returns "", or what is wrong at the end.
-    """
+    """Wait until a server of this version answers that is not older than `since_s`. Returns "", or
+    what is wrong at the end."""
     deadline_s = env.clock() + _START_TIMEOUT_S
     with progress(env, f"waiting for the server at {url}"):
         while True:
@@ -2960,6 +2773,14 @@ def _what_is_wrong(env: Env, url: str, version: str, since_s: float | None) -> t
     return "", False
 
 
+def restart_and_ask(env: Env, record: Record, version: str) -> str:
+    """Restart the service and wait for this version. Returns "", or what is wrong."""
+    since_s = env.clock()
+    complaint = run_service(env, record, "restart")
+    wrong = wait_for_server(env, record.url, version, since_s)
+    return f"{wrong} {complaint}".rstrip() if wrong else ""
+
+
 def _owner_sentence(env: Env, url: str) -> str:
     """Return one more sentence about the port, where it helps."""
     try:
@@ -2970,18 +2791,15 @@ def _owner_sentence(env: Env, url: str) -> str:
 
 
 def _start(env: Env, verb: str) -> Exit:
-    """Start or restart the service and wait until the server answers."""
-    record = service_of(env)
-    _refuse_elsewhere(env, record, verb)
+    record = service_here(env, verb)
     if record is None:
         return _without_service(env, verb)
     since_s = env.clock() if verb == "restart" else None
     complaint = run_service(env, record, verb)
     wrong = wait_for_server(env, record.url, version_of(record.server_path), since_s)
     if wrong:
-        raise Problem(
-            Exit.FAILED, f"The server did not come up as it should: {complaint or wrong}."
-            f"{_owner_sentence(env, record.url)}\nSee `ocp doctor`.")
+        raise failed("The server did not come up as it should: "
+                     f"{complaint or wrong}.{_owner_sentence(env, record.url)}\nSee `ocp doctor`.")
     if complaint:
         env.note(f"The server answers, although this failed: {complaint}")
     health = health_of(record.url) or {}
@@ -2990,14 +2808,11 @@ def _start(env: Env, verb: str) -> Exit:
 
 
 def cmd_start(env: Env, args: argparse.Namespace) -> Exit:
-    """Start the service."""
     return _start(env, "start")
 
 
 def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
-    """Stop the service and wait until nobody answers."""
-    record = service_of(env)
-    _refuse_elsewhere(env, record, "stop")
+    record = service_here(env, "stop")
     if record is None:
         return _without_service(env, "stop")
     complaint = run_service(env, record, "stop")
@@ -3005,29 +2820,24 @@ def cmd_stop(env: Env, args: argparse.Namespace) -> Exit:
     with progress(env, "waiting for the server to end"):
         while health_of(record.url) is not None:
             if complaint or env.clock() >= deadline_s:
-                raise Problem(
-                    Exit.FAILED, f"A server still answers at {record.url}."
-                    f"{_owner_sentence(env, record.url)} {complaint}".rstrip())
+                raise failed(f"A server still answers at {record.url}."
+                             f"{_owner_sentence(env, record.url)} {complaint}".rstrip())
             env.sleep(_POLL_S)
     env.say("stopped")
     return Exit.OK
 
 
-def _restart_gateway(env: Env) -> Exit:
-    """Restart OpenClaw's gateway by its own command."""
+def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
+    if args.what != "gateway":
+        return _start(env, "restart")
     done = env.command("openclaw", "gateway", "restart", timeout_s=120)
     if done.code is None:
-        raise Problem(Exit.FAILED, f"{done.complaint}. Is OpenClaw installed, and on PATH?")
+        raise failed(f"{done.complaint}. Is OpenClaw installed, and on PATH?")
     if done.output.strip():
         env.say("\n".join(clean(line) for line in done.output.strip().splitlines()))
     if done.code != 0:
-        raise Problem(Exit.FAILED, f"openclaw gateway restart: {done.complaint}")
+        raise failed(f"openclaw gateway restart: {done.complaint}")
     return Exit.OK
-
-
-def cmd_restart(env: Env, args: argparse.Namespace) -> Exit:
-    """Restart the service, or OpenClaw's gateway."""
-    return _restart_gateway(env) if args.what == "gateway" else _start(env, "restart")
 
 
 # ==== 10. Https ==============================================================
@@ -3065,10 +2875,14 @@ class TlsFiles(NamedTuple):
 
 
 def tls_files(env: Env) -> TlsFiles:
-    """Return the paths of the certificate and the key, which may not be there. Raises Problem."""
-    record = installation(env)
-    folder = os.path.join((record.data_dir if record else "") or env.ocp_home, "tls")
+    """Return the paths of the certificate and the key, which may not be there."""
+    folder = os.path.join(local_server(env).data_dir, "tls")
     return TlsFiles(os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem"))
+
+
+def named_certificate(env: Env) -> str:
+    """Return what OCP_TLS_CERT is for the server, empty if it names nothing."""
+    return service_environ(env).get("OCP_TLS_CERT", "")
 
 
 def read_certificate(path: str) -> Certificate | None:
@@ -3083,9 +2897,9 @@ def read_certificate(path: str) -> Certificate | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise Problem(Exit.FAILED, f"{path} cannot be read: {error.strerror}.") from None
+        raise failed(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise Problem(Exit.FAILED, f"{path} is not a certificate: move it away.") from None
+        raise failed(f"{path} is not a certificate: move it away.") from None
 
 
 def is_pair(files: TlsFiles) -> bool:
@@ -3113,7 +2927,6 @@ def interface_addresses(env: Env) -> list[str]:
 
 
 def machine_names(env: Env) -> list[str]:
-    """Return the names and addresses by which this machine's server is asked."""
     host = plain_host(socket.gethostname())
     first = host.partition(".")[0]
     names = ["localhost", "127.0.0.1", "::1", host, f"{first}.local", *interface_addresses(env)]
@@ -3121,30 +2934,19 @@ def machine_names(env: Env) -> list[str]:
 
 
 def is_server_name(text: str) -> bool:
-    """Return whether a certificate can be for this name or address, given in plain form."""
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(text)
         return True
     return bool(_HOST_NAME.fullmatch(text)) and ".." not in text
 
 
-def _named(texts: Iterable[str]) -> list[str]:
-    """Return the names that the user gave, in plain form. Raises Problem."""
-    for text in texts:
-        if not is_server_name(plain_host(text)):
-            raise Problem(Exit.USAGE, f"--name: {clean(text)!r} is not a host name or address.")
-    return [plain_host(text) for text in texts]
-
-
 def _openssl(env: Env, *words: str) -> None:
-    """Run the program openssl. Raises Problem."""
     done = env.command("openssl", *words, timeout_s=60)
     if done.code is None:
-        raise Problem(
-            Exit.FAILED, f"A certificate is made by the program openssl: {done.complaint}. Install "
-            "it (for example `sudo apt-get install openssl`), and run this again.")
+        raise failed(f"A certificate is made by the program openssl: {done.complaint}. Install it "
+                     "(for example `sudo apt-get install openssl`), and run this again.")
     if done.code != 0:
-        raise Problem(Exit.FAILED, f"openssl {words[0]} failed: {done.complaint}.")
+        raise failed(f"openssl {words[0]} failed: {done.complaint}.")
 
 
 def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
@@ -3161,18 +2963,15 @@ def _drafted(env: Env, folder: str, key: str, names: Sequence[str]) -> bytes:
     made = read_certificate(draft) if is_pair(TlsFiles(draft, key)) else None
     if made is None or made.is_authority or set(made.names) != set(names):
         version = env.command("openssl", "version").output.strip() or "this openssl"
-        raise Problem(
-            Exit.FAILED, f"{clean(version)} did not make the certificate that was asked for: it is "
-            "too old. Install OpenSSL 1.1 or LibreSSL 3.3, or a later one.")
+        raise failed(f"{clean(version)} did not make the certificate that was asked for: it is too "
+                     "old. Install OpenSSL 1.1 or LibreSSL 3.3, or a later one.")
     with open(draft, "rb") as file:
         return file.read()
 
 
 def make_certificate(env: Env, files: TlsFiles, names: Sequence[str]) -> None:
-    """Write a certificate for these names, with the key that is there or a new one.
-
-    Raises Problem, OSError.
-    """
+    """Write a certificate for these names, with the key that is there or a new one. Raises Problem,
+    OSError."""
     folder = os.path.dirname(files.cert)
     os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".ocp-tls-") as drafts:
@@ -3199,7 +2998,11 @@ def renew_certificate(env: Env, files: TlsFiles, more: Sequence[str]) -> tuple[C
     It is made where there is none, where a name of this machine or of `more` is missing, and
     before it expires. Names of the one that is there are kept.
     """
-    there, names = read_certificate(files.cert), [*machine_names(env), *_named(more)]
+    there, names = read_certificate(files.cert), machine_names(env)
+    for text in more:
+        if not is_server_name(plain_host(text)):
+            raise Problem(Exit.USAGE, f"--name: {clean(text)!r} is not a host name or address.")
+        names.append(plain_host(text))
     if there is not None and is_pair(files):
         is_fresh = (there.expires_s - env.clock()) / 86_400 > RENEW_DAYS
         if is_fresh and not there.is_authority and set(names) <= set(there.names):
@@ -3212,10 +3015,8 @@ def renew_certificate(env: Env, files: TlsFiles, more: Sequence[str]) -> tuple[C
 
 
 def edited_settings(text: str, values: Mapping[str, str], gone: Iterable[str]) -> str:
-    """Return the text of ocp.env with these settings, and without those that are `gone`.
-
-    All other lines stay as they are.
-    """
+    """Return the text of ocp.env with these settings, and without those that are `gone`. All other
+    lines stay as they are."""
     names = {*values, *gone}
     found = ((line, _ASSIGNMENT.fullmatch(line)) for line in text.split("\n"))
     lines = [line for line, match in found if not match or match[1] not in names]
@@ -3229,7 +3030,8 @@ def edited_settings(text: str, values: Mapping[str, str], gone: Iterable[str]) -
 
 
 def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
-    """Set OCP_TLS_CERT and OCP_TLS_KEY for the service, or take them back with no values.
+    """Set OCP_TLS_CERT and OCP_TLS_KEY for the service, or take them back with no values. Let
+    install.json say whether the server speaks https.
 
     Returns the copy of the settings file as it was, empty if nothing had to change. Raises OSError.
     """
@@ -3242,23 +3044,16 @@ def _write_settings(env: Env, record: Record, values: Mapping[str, str]) -> str:
         write_whole(copy, text.encode("utf-8", "surrogateescape"))
         changed = edited_settings(text, values, _TLS_SETTINGS)
         write_whole(record.env_file, changed.encode("utf-8", "surrogateescape"))
-    _record_scheme(env, record, "https" if values else "http")
-    return copy
-
-
-def _record_scheme(env: Env, record: Record, scheme: str) -> None:
-    """Let install.json say whether the server speaks https. Raises OSError."""
-    url = f"{scheme}://{record.url.partition('://')[2]}"
+    url = f"{'https' if values else 'http'}://{record.url.partition('://')[2]}"
     found = read_record(record_path(env))
     if found is not None and url != record.url:
         write_whole(record_path(env), json.dumps({**found, "url": url}, indent=2).encode() + b"\n")
+    return copy
 
 
 def _service_settings(env: Env) -> Record | None:
-    """Return the installation if it has a settings file that this user may change.
-
-    Raises Problem if somebody else owns it.
-    """
+    """Return the installation if it has a settings file that this user may change. Raises Problem
+    if somebody else owns it."""
     record = installation(env)
     if record is None or not record.env_file:
         return None
@@ -3267,22 +3062,12 @@ def _service_settings(env: Env) -> Record | None:
     return record if os.path.exists(record.env_file) else None
 
 
-def _refuse_other_certificate(env: Env, files: TlsFiles) -> None:
-    """Raise Problem if the server has a certificate of the user's own."""
-    named = service_environ(env, installation(env)).get("OCP_TLS_CERT", "")
-    if named and os.path.expanduser(named) != files.cert:
-        raise Problem(
-            Exit.FAILED, f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
-            "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY first.")
-
-
 def _secure_url(env: Env) -> str:
     """Return the server's address once it speaks https. Raises Problem."""
     return "https://" + with_port(server_url(env)).partition("://")[2]
 
 
 def _tls_report(env: Env, certificate: Certificate, files: TlsFiles, **more: Json) -> Json:
-    """Return what `ocp tls` prints as JSON."""
     here = _secure_url(env)
     url, served = lan_url(env, here) or here, served_certificate(here)
     return {
@@ -3301,16 +3086,7 @@ def _next_steps(found: Json, start: Sequence[str]) -> list[str]:
     return [*steps, f"on each device, and on this machine for its own tools:\n    {line}"]
 
 
-def _start_by_hand(env: Env, files: TlsFiles) -> list[str]:
-    """Return the commands that make a server use the certificate that no installer knows."""
-    values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
-    start = shlex.join(["env", *values, "python3", env.beside("ocp_server.py")])
-    return [f"end the server, and start it with its certificate:\n    {start}",
-            f"tell `ocp` the new address:\n    export OCP_URL={_secure_url(env)}"]
-
-
 def show_tls(found: Json, style: Style) -> str:
-    """Return the certificate, and what to do next."""
     made = {True: "made anew", False: "in order, and kept"}.get(found.get("made"))
     text = field_list([
         ("certificate", found["certificate"] + (f" ({made})" if made else "")),
@@ -3325,31 +3101,24 @@ def show_tls(found: Json, style: Style) -> str:
     return "\n".join([text, *(["What to do next:", *steps] if steps else [])])
 
 
-def _print_tls(env: Env, args: argparse.Namespace, found: Json) -> Exit:
-    return print_answer(env, args, Answer("", json.dumps(found)), show_tls)
-
-
 def _show_certificate(env: Env, args: argparse.Namespace, files: TlsFiles) -> Exit:
-    """Show the certificate that the server has. FAILED if it has a fault."""
-    named = service_environ(env, installation(env)).get("OCP_TLS_CERT", "")
+    named = named_certificate(env)
     cert = os.path.expanduser(named) or files.cert
     certificate = read_certificate(cert)
     if certificate is None:
-        raise Problem(Exit.FAILED, f"There is no certificate in {cert}: `ocp tls` makes one.")
+        raise failed(f"There is no certificate in {cert}: `ocp tls` makes one.")
     found = _tls_report(env, certificate, files._replace(cert=cert))
     start = ["ocp restart"] if named else ["ocp tls"]
     steps = _next_steps(found, start) if certificate.is_self_signed else []
-    _print_tls(env, args, {**found, "next": steps})
+    print_answer(env, args, {**found, "next": steps}, show_tls)
     return Exit.FAILED if any(map(is_fatal, found["faults"])) else Exit.OK
 
 
 def _end_tls(env: Env) -> Exit:
-    """Let the server speak http again. The certificate stays where it is."""
     record = _service_settings(env)
     if record is None:
-        raise Problem(
-            Exit.FAILED, "No service is installed: start the server without OCP_TLS_CERT and "
-            "OCP_TLS_KEY.")
+        raise failed("No service is installed: start the server without OCP_TLS_CERT and "
+                     "OCP_TLS_KEY.")
     copy = _write_settings(env, record, {})
     env.say(f"{record.env_file} has no certificate any more; a copy of it as it was is {copy}.\n"
             "What to do next: ocp restart" if copy else f"{record.env_file} has no certificate.")
@@ -3357,31 +3126,37 @@ def _end_tls(env: Env) -> Exit:
 
 
 def cmd_tls(env: Env, args: argparse.Namespace) -> Exit:
-    """Make or renew the certificate, and name it in the settings of the service."""
     files = tls_files(env)
     try:
         if args.show:
             return _show_certificate(env, args, files)
         if args.off:
             return _end_tls(env)
-        _refuse_other_certificate(env, files)
+        named = named_certificate(env)
+        if named and os.path.expanduser(named) != files.cert:
+            raise failed(f"OCP_TLS_CERT names a certificate of your own, {clean(named)}, which "
+                         "stays. To have another one made, remove OCP_TLS_CERT and OCP_TLS_KEY "
+                         "first.")
         record = _service_settings(env)
         certificate, is_new = renew_certificate(env, files, args.name)
-        copy = _write_settings(
-            env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
+        copy = _write_settings(env, record, dict(zip(_TLS_SETTINGS, files))) if record else ""
     except OSError as error:
-        raise Problem(Exit.FAILED, f"{error.filename}: {error.strerror}.") from None
+        raise failed(f"{error.filename}: {error.strerror}.") from None
     found = _tls_report(
         env, certificate, files, made=is_new, settings=record.env_file if record else None,
         settingsCopy=copy or None)
-    start = ["ocp restart"] if record else _start_by_hand(env, files)
-    return _print_tls(env, args, {**found, "next": _next_steps(found, start)})
+    values = [f"{name}={path}" for name, path in zip(_TLS_SETTINGS, files)]
+    by_hand = shlex.join(["env", *values, "python3", env.beside("ocp_server.py")])
+    start = ["ocp restart"] if record else [
+        f"end the server, and start it with its certificate:\n    {by_hand}",
+        f"tell `ocp` the new address:\n    export OCP_URL={_secure_url(env)}"]
+    return print_answer(env, args, {**found, "next": _next_steps(found, start)}, show_tls)
 
 
 # ==== 11. Doctor =============================================================
-# A table of checks. Each probe looks at one thing and returns PASS, WARN, FAIL or INFO. A probe
-# that cannot look raises Unknown, which is INFO and never a failure. The first failed check gives
-# the next action, so the order of the table is the order of repairs.
+# A table of checks. Each probe looks at one thing and returns PASS, WARN, FAIL or INFO, and with
+# WARN and FAIL what to do. A probe that cannot look raises Unknown, which is INFO and never a
+# failure. The first failed check gives the next action: the table is in the order of repairs.
 
 OLDEST_CLAUDE = "2.1.197"
 #: From this version on claude-code needs Node 22. Under an older Node, npm silently installs the
@@ -3400,24 +3175,27 @@ class Unknown(Exception):
     """Why a check could not be made."""
 
 
+class Fix(NamedTuple):
+    """What to do about a finding: steps for a person, and commands that may run unattended."""
+
+    kind: str = "noop"
+    human: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+
+    def report(self, **more: Json) -> Json:
+        """Return it as JSON."""
+        return {"kind": self.kind, "human_required": list(self.human),
+                "ai_executable": list(self.commands), **more}
+
+
 class Finding(NamedTuple):
-    """What a check found."""
+    """What a check found. A WARN or FAIL has its fix."""
 
     level: str
     message: str
+    fix: Fix = Fix()
     #: Whether the check could be made at all.
     is_known: bool = True
-
-
-class Fix(NamedTuple):
-    """What to do about a finding: steps for a person, and commands that may run unattended.
-
-    In a row of CHECKS, {ocp}, {claude} and {data_dir} stand for what Facts.names has.
-    """
-
-    kind: str
-    human: tuple[str, ...] = ()
-    commands: tuple[str, ...] = ()
 
 
 class Check(NamedTuple):
@@ -3429,10 +3207,35 @@ class Check(NamedTuple):
     #: What it looks at, for the documentation.
     about: str
     probe: Callable[[Facts], Finding]
-    fix: Union[Fix, Callable[[Facts], Fix]]
-    #: Carries the fix out. Only where that interrupts no answer and changes nothing but this
-    #: user's own files and service. Raises Problem, OSError.
-    mend: Union[Callable[[Facts], None], None] = None
+    #: Carries the fix out, and returns "" or why not. Only where that interrupts no answer and
+    #: changes nothing but this user's own files and service. Raises Problem, OSError.
+    mend: Union[Callable[[Facts], str], None] = None
+
+
+#: Fixes of checks that can be mended which are more than that, or a person's.
+_BY_HAND = ("noop", "fix_install", "fix_elsewhere", "fix_port", "start_server", "restart")
+
+
+class Result(NamedTuple):
+    """A check and what it found."""
+
+    check: Check
+    finding: Finding
+
+    @property
+    def is_safe(self) -> bool:
+        """Return whether `ocp doctor --fix` carries its fix out."""
+        fix = self.finding.fix
+        return self.check.mend is not None and not (
+            fix.kind in _BY_HAND
+            or any(each.startswith("sudo ") for each in fix.commands))
+
+    def report(self) -> Json:
+        """Return it as JSON, with the fix if it needs one."""
+        level, message, fix, is_known = self.finding
+        row = {"id": self.check.id, "title": self.check.title, "level": level,
+               "message": clean(message), "checked": is_known}
+        return {**row, "fix": fix.report(safe=self.is_safe)} if fix.kind != "noop" else row
 
 
 #: How the sentence about another program at the server's address ends.
@@ -3440,60 +3243,32 @@ _NOT_OCP = "is not an OCP server"
 
 
 class Facts:
-    """What the checks look at, each looked up once and only when it is needed."""
+    """What the checks look at, each looked up once; what takes time, only when it is needed."""
 
     def __init__(self, env: Env) -> None:
-        self.env = env
-
-    @functools.cached_property
-    def record(self) -> Record | None:
-        """Return the installation. Raises Problem."""
-        return installation(self.env)
-
-    @property
-    def readable_record(self) -> Record | None:
-        """Return the installation, None also when its record is broken."""
+        self.env, self.here, self.url = env, local_server(env), DEFAULT_URL
         with contextlib.suppress(Problem):
-            return self.record
-        return None
-
-    @property
-    def service(self) -> Record | None:
-        """Return the installation, if it has a service."""
-        with contextlib.suppress(Problem):
-            return service_of(self.env)
-        return None
-
-    @functools.cached_property
-    def url(self) -> str:
-        """Return the server's address, the default one if no other can be read."""
-        with contextlib.suppress(Problem):
-            return server_url(self.env)
-        return DEFAULT_URL
+            self.url = server_url(env)
+        #: The installation, if it has a service.
+        self.service = self.here if self.here.label and self.here.commands else None
+        #: Whether the server is another than the one that is installed here.
+        self.is_elsewhere = not is_loopback(self.url) and self.here.url != self.url
+        self.version = version_of(self.here.server_path)
 
     @functools.cached_property
     def answer(self) -> tuple[Json, float | None, str]:
         """Ask /health: the answer or {}, the server's clock in epoch seconds, what went wrong."""
         try:
-            tls = tls_for(self.url)
-            with http_open("GET", self.url + "/health", timeout_s=3.0, tls=tls) as response:
-                value = json.loads(response.read())
-                date = response.headers.get("Date", "")
+            health, date = health_and_date(self.url)
         except HttpProblem as problem:
             if problem.kind == "unreachable":
                 return {}, None, f"nobody answers at {self.url}: {problem}"
             is_ocp_error = isinstance(problem.body, dict) and "error" in problem.body
             return {}, None, f"{self.url} answered {problem.status}: {clean(problem)}" if (
                 is_ocp_error) else f"what answers at {self.url} {_NOT_OCP}"
-        except (OSError, http.client.HTTPException, ValueError):
-            value, date = None, ""
-        if not isinstance(value, dict) or "version" not in value:
-            return {}, None, f"what answers at {self.url} {_NOT_OCP}"
-        try:
-            clock_s: float | None = email.utils.parsedate_to_datetime(date).timestamp()
-        except (TypeError, ValueError):
-            clock_s = None
-        return value, clock_s, ""
+        with contextlib.suppress(TypeError, ValueError):
+            return health, email.utils.parsedate_to_datetime(date).timestamp(), ""
+        return health, None, ""
 
     @property
     def is_not_ocp(self) -> bool:
@@ -3511,32 +3286,18 @@ class Facts:
         """Return the answer of /health, {} if there is none."""
         return self.answer[0]
 
-    @functools.cached_property
-    def failures(self) -> list[Json]:
-        """Return the kinds of failures in the last hour, each with count and action. Raises
-        Unknown, Problem."""
+    @property
+    def running(self) -> Json:
+        """Return the answer of /health. Raises Unknown if there is none."""
         if not self.health:
             raise Unknown("the server does not run")
-        answer = find_server(self.env).ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
-        return list(answer.value.get("byKind") or [])
+        return self.health
 
-    @property
-    def server_path(self) -> str:
-        """Return the path of the server that should be running."""
-        return self._recorded("server_path") or self.env.beside("ocp_server.py")
-
-    @property
-    def data_dir(self) -> str:
-        """Return the folder of the server's state."""
-        return self._recorded("data_dir") or self.env.ocp_home
-
-    def _recorded(self, name: str) -> str:
-        return getattr(self.readable_record, name, "")
-
-    @functools.cached_property
-    def version(self) -> str:
-        """Return the version on disk."""
-        return version_of(self.server_path)
+    def ask(self, path: str) -> Json:
+        """Return what the server answers, {} if it answers nothing of use."""
+        with contextlib.suppress(Problem):
+            return find_server(self.env).ask("GET", path, timeout_s=3.0).value
+        return {}
 
     @functools.cached_property
     def latest(self) -> tuple[str, str]:
@@ -3550,7 +3311,7 @@ class Facts:
     @functools.cached_property
     def claude(self) -> str | None:
         """Return the path of claude, as far as this user can tell."""
-        environ = service_environ(self.env, self.readable_record)
+        environ = service_environ(self.env)
         named = environ.get("CLAUDE_BIN", "").strip()
         if named:
             return named if os.access(named, os.X_OK) else None
@@ -3567,22 +3328,14 @@ class Facts:
             text = (done.output.split() or [""])[0] if done.code == 0 else ""
         return str(text) if version_tuple(text) else ""
 
-    @property
-    def names(self) -> dict[str, str]:
-        """Return what the names in a Fix stand for."""
-        return {
-            "ocp": self.script("ocp.py"), "claude": shlex.quote(self.claude or "claude"),
-            "data_dir": self.data_dir,
-        }
-
     def script(self, name: str, *words: str) -> str:
         """Return the command that runs a script beside this one."""
         return shlex.join(["python3", self.env.beside(name), *words])
 
-    @property
-    def is_elsewhere(self) -> bool:
-        """Return whether the server is another than the one that is installed here."""
-        return not is_loopback(self.url) and self._recorded("url") != self.url
+    def service_fix(self, kind: str, verb: str) -> Fix:
+        """Return the fix of a service: what starts, restarts or enables it."""
+        lines = service_lines(self.env, self.service, verb) if self.service else []
+        return Fix(kind, (), tuple(lines))
 
     def require_local(self) -> None:
         """Raise Unknown for a server on another machine."""
@@ -3590,35 +3343,51 @@ class Facts:
             raise Unknown(f"{self.url} is another machine")
 
 
+def _install_again(facts: Facts) -> Fix:
+    script, is_root = "setup.py_install.py", facts.env.user_id == 0
+    if not os.path.exists(facts.env.beside(script)):
+        return Fix("fix_install", (
+            f"get the whole of OCP {VERSION}, and run {script} there: this ocp.py is alone",))
+    words = ["--system", "--yes"] if facts.here.needs_root else ["--yes"]
+    sudo = "sudo " if facts.here.needs_root and not is_root else ""
+    return Fix("fix_install", commands=(sudo + facts.script(script, *words),))
+
+
 def _check_python(facts: Facts) -> Finding:
-    record = facts.readable_record
-    if record and record.python and not os.access(record.python, os.X_OK):
-        return Finding("FAIL", f"the service's Python is gone: {record.python}")
+    python = facts.here.python
+    if not os.access(python, os.X_OK):
+        return Finding("FAIL", f"the service's Python is gone: {python}", _install_again(facts))
     return Finding("PASS", f"Python {sys.version.split()[0]}")
 
 
 def _check_record(facts: Facts) -> Finding:
     try:
-        record = facts.record
+        record = installation(facts.env)
         service_of(facts.env)
     except Problem as problem:
-        return Finding("FAIL", str(problem))
+        return Finding("FAIL", str(problem), _install_again(facts))
     if record is None:
         return Finding("INFO", "nothing is installed; the server is run by hand")
-    if record.server_path and not os.path.exists(record.server_path):
-        return Finding("FAIL", f"the installed server is gone: {record.server_path}")
-    return Finding("PASS", f"installed in {os.path.dirname(record.server_path) or '?'}")
+    path = record.server_path
+    if path and not os.path.exists(path):
+        return Finding("FAIL", f"the installed server is gone: {path}", _install_again(facts))
+    return Finding("PASS", f"installed in {os.path.dirname(path) or '?'}")
+
+
+_INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
 
 
 def _check_claude(facts: Facts) -> Finding:
     usable = facts.health.get("claudeBinaryOk")
+    fix = Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)
     if usable:
         return Finding("PASS", "the server can run claude")
     if usable is False:
-        return Finding("FAIL", f"the server cannot run claude: {facts.health.get('fix') or ''}")
+        why = facts.health.get("fix") or ""
+        return Finding("FAIL", f"the server cannot run claude: {why}", fix)
     facts.require_local()
     if facts.claude is None:
-        return Finding("FAIL", "the claude program is not installed where the server looks")
+        return Finding("FAIL", "the claude program is not installed where the server looks", fix)
     return Finding("PASS", facts.claude)
 
 
@@ -3626,11 +3395,12 @@ def _check_claude_version(facts: Facts) -> Finding:
     text = facts.claude_version
     if not text:
         raise Unknown("claude did not tell its version")
+    fix = Fix("fix_claude", (), (f"{shlex.quote(facts.claude or 'claude')} update",))
     if version_tuple(text) < version_tuple(OLDEST_CLAUDE):
-        return Finding("FAIL", f"claude {text} is older than {OLDEST_CLAUDE}")
+        return Finding("FAIL", f"claude {text} is older than {OLDEST_CLAUDE}", fix)
     if facts.health.get("promptCacheKept") is False:
         return Finding("WARN", f"with claude {text}, conversations that move to another process "
-                               "miss the API's prompt cache: see prompt_cache_not_kept in the log")
+                       "miss the API's prompt cache: see prompt_cache_not_kept in the log", fix)
     return Finding("PASS", f"claude {text}")
 
 
@@ -3644,32 +3414,51 @@ def _check_node(facts: Facts) -> Finding:
         return Finding("PASS", f"Node {text[1:]}")
     claude = facts.claude_version
     if claude and version_tuple(claude) < _NODE_22_SINCE:
-        return Finding("WARN", f"claude {claude} is old: under Node {text[1:]}, which is "
-                               "older than 22, npm installs no newer one and does not say so")
+        return Finding("WARN", f"claude {claude} is old: under Node {text[1:]}, which is older "
+                       "than 22, npm installs no newer one and does not say so",
+                       Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE))
     return Finding("PASS", f"Node {text[1:]}; npm installs a new claude only by @latest")
 
 
 def _check_disk(facts: Facts) -> Finding:
-    folder = facts.data_dir
+    folder = asked = facts.here.data_dir
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     free_bytes = shutil.disk_usage(folder).free
-    level = "FAIL" if free_bytes < _LEAST_FREE_BYTES else (
-        "WARN" if free_bytes < _LOW_FREE_BYTES else "PASS")
-    return Finding(level, f"{file_size(free_bytes)} free for {facts.data_dir}")
+    message = f"{file_size(free_bytes)} free for {asked}"
+    if free_bytes >= _LOW_FREE_BYTES:
+        return Finding("PASS", message)
+    return Finding("FAIL" if free_bytes < _LEAST_FREE_BYTES else "WARN", message,
+                   Fix("fix_disk", (f"make room on the disk of {asked}",)))
+
+
+def _start_line(facts: Facts) -> str:
+    """Return the line that starts the server, by its service or by hand."""
+    if facts.service is None:
+        return command_by_hand(facts.env)
+    return " && ".join(service_lines(facts.env, facts.service, "restart"))
 
 
 def _check_database(facts: Facts) -> Finding:
     state, advice = facts.health.get("storage"), facts.health.get("storageFix")
+    path = os.path.join(facts.here.data_dir, "ocp.db")
+
+    def fix(advice: str) -> Fix:
+        again = f"start the server again: {_start_line(facts)}"
+        return Fix("fix_database", (advice.replace("ocp.db", path), again))
+
     if advice:
         level = "WARN" if state == "behind" else "FAIL"
-        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}")
-    path = os.path.join(facts.data_dir, "ocp.db")
+        return Finding(level, f"the server's storage is {state!r}, not 'disk': {advice}",
+                       fix(str(advice)))
     if not os.path.exists(path):
         # A demo keeps its data in memory.
         if state == "disk" and not facts.health.get("demo") and not facts.is_elsewhere:
-            return Finding("WARN", f"the server has a database, but {path} is not there: it was "
-                                   "removed, or the server runs with another OCP_HOME")
+            return Finding(
+                "WARN", f"the server has a database, but {path} is not there: it was removed, or "
+                "the server runs with another OCP_HOME", fix(
+                    "put it back, or go on without its keys and its usage: a start makes a new "
+                    "one"))
         return Finding("INFO", "there is no database yet")
     try:
         with contextlib.closing(open_database(path, "ro")) as connection:
@@ -3679,20 +3468,19 @@ def _check_database(facts: Facts) -> Finding:
     except sqlite3.DatabaseError as error:
         verdict = str(error)
     if verdict != "ok":
-        return Finding("FAIL", f"{path} is damaged: {verdict}")
+        return Finding("FAIL", f"{path} is damaged: {verdict}", fix(
+            "stop the server and put back a copy of ocp.db from "
+            f"{snapshots_folder(facts.env)}, or move the damaged one away"))
     return Finding("PASS", f"{path} is in order, {file_size(os.path.getsize(path))}")
 
 
-def _private_paths(facts: Facts) -> Iterator[tuple[str, int]]:
-    """Yield everything that nobody else may read, with its right mode."""
-    folder, record = facts.data_dir, facts.readable_record
+def _private_paths(facts: Facts) -> list[tuple[str, int]]:
+    """Return everything that nobody else may read, with its right mode."""
+    folder = facts.here.data_dir
     names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem")
-    files = [os.path.join(folder, name) for name in names]
-    if record and record.env_file:
-        files.append(record.env_file)
-    for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]:
-        if os.path.exists(path):
-            yield path, mode
+    files = [*(os.path.join(folder, name) for name in names), facts.here.env_file]
+    return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
+            if os.path.exists(path)]
 
 
 def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
@@ -3701,13 +3489,28 @@ def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
 
 
 def _check_modes(facts: Facts) -> Finding:
-    loose = [path for path, _ in _loose_paths(facts)]
+    loose = _loose_paths(facts)
     if loose:
-        return Finding("FAIL", "others may read " + ", ".join(loose))
-    count = len(list(_private_paths(facts)))
+        commands = [shlex.join(["chmod", f"{mode:o}", path]) for path, mode in loose]
+        return Finding("FAIL", "others may read " + ", ".join(path for path, _ in loose),
+                       Fix("fix_modes", (), tuple(commands)))
+    count = len(_private_paths(facts))
     if not count:
         return Finding("INFO", "there are none yet")
     return Finding("PASS", f"nobody else may read them: {counted(count, 'path')} looked at")
+
+
+def _mend_modes(facts: Facts) -> str:
+    for path, mode in _loose_paths(facts):
+        # A link may lead to a file of somebody else.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if os.fstat(descriptor).st_uid != facts.env.user_id:
+                return f"{path} belongs to another user"
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+    return ""
 
 
 def _check_port(facts: Facts) -> Finding:
@@ -3720,44 +3523,41 @@ def _check_port(facts: Facts) -> Finding:
         raise Unknown(f"port {port} belongs to {owner.words}")
     if owner.is_ocp:
         return Finding("PASS", f"port {port} belongs to process {owner.pid}")
+    message = f"port {port} belongs to {owner.words}"
     # A program that forwards the port, as for a container, is another one and all right.
-    return Finding("INFO" if facts.health else "FAIL", f"port {port} belongs to {owner.words}")
+    if facts.health:
+        return Finding("INFO", message)
+    return Finding("FAIL", message, _other_port(facts))
 
 
-def _start_line(facts: Facts) -> str:
-    """Return the line that starts the server, by its service or by hand."""
-    if facts.service is None:
-        return command_by_hand(facts.env)
-    return " && ".join(service_lines(facts.env, facts.service, "restart"))
+def _other_port(facts: Facts) -> Fix:
+    install = shlex.join(["python3", facts.env.beside("setup.py_install.py"), "--port"])
+    return Fix("fix_port", (
+        f"end that program, and start OCP: {_start_line(facts)}",
+        f"or choose another port for OCP: {install} {port_of(facts.url) + 1}"))
 
 
 def _check_settings(facts: Facts) -> Finding:
     facts.require_local()
-    env, record = facts.env, facts.readable_record
-    if record and not os.access(record.env_file, os.R_OK) and os.path.exists(record.env_file):
-        raise Unknown(f"{record.env_file} is readable by root only")
-    python = (record.python if record else "") or sys.executable
-    done = env.run([python, "-B", facts.server_path, "--print-settings"], timeout_s=30,
-                   environ=service_environ(env, record))
+    env, file = facts.env, facts.here.env_file
+    if os.path.exists(file) and not os.access(file, os.R_OK):
+        raise Unknown(f"{file} is readable by root only")
+    path = file or os.path.join(env.ocp_home, "ocp.env")
+    where = path if os.path.exists(path) else "the environment of the server"
+    fix = Fix("fix_settings", (
+        f"correct them in {where}, and start the server again: {_start_line(facts)}",))
+    done = env.run([facts.here.python, "-B", facts.here.server_path, "--print-settings"],
+                   timeout_s=30, environ=service_environ(env))
     lines = [line.partition(": ")[2] for line in done.error.splitlines()
              if line.startswith("ocp: ") and "Settings were read from" not in line]
     if done.code != 0 and not lines:
         raise Unknown(done.complaint)
     if done.code != 0:
-        return Finding("FAIL", "the server does not start with them: " + " ".join(lines))
+        return Finding("FAIL", "the server does not start with them: " + " ".join(lines), fix)
     idle = [line.partition(": ")[2] for line in done.output.splitlines()
             if line.startswith("ATTENTION: ")]
-    if idle:
-        return Finding("WARN", " ".join(idle))
-    return Finding("PASS", "the server accepts them")
-
-
-def _fix_settings(facts: Facts) -> Fix:
-    record = facts.readable_record
-    path = (record.env_file if record else "") or os.path.join(facts.env.ocp_home, "ocp.env")
-    where = path if os.path.exists(path) else "the environment of the server"
-    again = f"correct them in {where}, and start the server again: {_start_line(facts)}"
-    return Fix("fix_settings", (again,))
+    return Finding("WARN", " ".join(idle), fix) if idle else Finding(
+        "PASS", "the server accepts them")
 
 
 def _check_unit(facts: Facts) -> Finding:
@@ -3765,7 +3565,8 @@ def _check_unit(facts: Facts) -> Finding:
     if record is None:
         return Finding("INFO", "no service is installed")
     if record.unit_path and not os.path.exists(record.unit_path):
-        return Finding("FAIL", f"the service's file is gone: {record.unit_path}")
+        return Finding(
+            "FAIL", f"the service's file is gone: {record.unit_path}", _install_again(facts))
     (step,) = record.commands["is-enabled"]
     done = facts.env.command(*step.command, more=with_user_bus(facts.env.environ))
     if done.code == 0:
@@ -3773,7 +3574,12 @@ def _check_unit(facts: Facts) -> Finding:
     # systemctl prints the state, or complains that it cannot tell; launchctl only complains.
     if done.code is None or not (done.output.strip() or record.platform == "launchd"):
         raise Unknown(done.complaint)
-    return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}")
+    return Finding("WARN", f"{record.label} is {clean(done.output.strip()) or 'not loaded'}",
+                   facts.service_fix("fix_unit", "enable"))
+
+
+def _mend_unit(facts: Facts) -> str:
+    return run_service(facts.env, facts.service, "enable") if facts.service else ""
 
 
 def _stop_timeout_s(record: Record) -> float:
@@ -3787,9 +3593,7 @@ def _stop_timeout_s(record: Record) -> float:
     with open(record.unit_path, encoding="utf-8", errors="replace") as file:
         told = re.findall(r"(?m)^TimeoutStopSec=(.*)$", file.read())
     text = told[-1].strip() if told else "90"
-    if text == "infinity":
-        return float("inf")
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+    if text != "infinity" and not re.fullmatch(r"[0-9]{1,9}", text):
         raise Unknown(f"TimeoutStopSec={clean(text)} in {record.unit_path}")
     return float(text)
 
@@ -3798,11 +3602,11 @@ def _check_stop_timeout(facts: Facts) -> Finding:
     record = facts.service
     if record is None or not record.unit_path:
         return Finding("INFO", "no service is installed")
-    drain, allowed = drain_of(facts.env, record), _stop_timeout_s(record)
+    drain, allowed = drain_of(facts.env), _stop_timeout_s(record)
     if allowed < drain + _END_S:
         return Finding(
             "WARN", f"running answers may take {drain:.0f} s at a stop (OCP_DRAIN), but the "
-            f"service ends the server after {allowed:.0f} s")
+            f"service ends the server after {allowed:.0f} s", _install_again(facts))
     return Finding("PASS", f"running answers get {drain:.0f} s at a stop")
 
 
@@ -3811,76 +3615,122 @@ def _check_service(facts: Facts) -> Finding:
     if facts.other_url:
         return Finding(
             "FAIL", f"the server speaks {scheme_of(facts.other_url)}, but its settings say "
-            f"{scheme_of(facts.url)}: it was not restarted since they changed")
-    if wrong:
-        return Finding("FAIL", wrong)
-    if health.get("status") == "draining":
-        return Finding("WARN", "the server is shutting down")
+            f"{scheme_of(facts.url)}: it was not restarted since they changed",
+            _start_again(facts))
+    if wrong or health.get("status") == "draining":
+        level, message = ("FAIL", wrong) if wrong else ("WARN", "the server is shutting down")
+        return Finding(level, message, _start_again(facts))
     return Finding("PASS", f"OCP {health['version']} answers at {facts.url}")
 
 
-def _check_extra_usage(facts: Facts) -> Finding:
-    if not facts.health:
-        raise Unknown("the server does not run")
-    state = facts.health.get("extraUsage")
-    if state == "stopped":
-        return Finding("WARN", "the plan is used up for all models or for some, whose requests are "
-                               "refused, because extra usage is set to stop")
-    if state == "billed":
-        return Finding("WARN", "the plan is used up, and answers are billed as extra usage")
-    return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
+def _start_again(facts: Facts) -> Fix:
+    if facts.is_not_ocp:
+        return _other_port(facts)
+    if facts.is_elsewhere:
+        return Fix("fix_elsewhere", (
+            f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
+    if facts.other_url:
+        return _restart(facts)
+    if facts.service:
+        return facts.service_fix("fix_service", "restart")
+    if facts.here.url and not facts.here.label:
+        # Installed where there is no service manager: to install it again would start nothing.
+        return Fix("start_server", (f"start it: {command_by_hand(facts.env)}",))
+    by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
+    return Fix("fix_install", (by_hand,), _install_again(facts).commands)
 
 
-def _check_failures(facts: Facts) -> Finding:
-    kinds = facts.failures
-    if not kinds:
-        return Finding("PASS", "no request failed in the last hour")
-    # Wrong keys and requests are matters of clients; those of claude and the account are not.
-    is_ours = any(
-        int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
-        for kind in kinds)
-    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
-    return Finding("WARN" if is_ours else "INFO",
-                   f"failed in the last hour: {counts}; see `ocp errors --since 1h`")
+def _restart(facts: Facts) -> Fix:
+    if facts.service:
+        return facts.service_fix("restart", "restart")
+    again = f"end the server and start it again: {command_by_hand(facts.env)}"
+    return Fix("restart", (again,))
+
+
+def _mend_service(facts: Facts) -> str:
+    if facts.health:
+        return "it is shutting down: wait until it has ended"
+    owner = None
+    with contextlib.suppress(OSError):
+        owner = port_owner(facts.env, port_of(facts.url))
+    if owner and owner.command and not owner.is_ocp:
+        return f"its port belongs to {owner.words}"
+    return restart_and_ask(facts.env, facts.service, facts.version) if facts.service else ""
 
 
 def _check_login(facts: Facts) -> Finding:
-    if not facts.health:
-        raise Unknown("the server does not run")
-    auth = facts.health.get("auth") or {}
+    auth = facts.running.get("auth") or {}
     if auth.get("ok") is False:
-        return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "))
+        return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "),
+                       Fix("fix_oauth", ("run `claude auth login` as the user of the server",)))
     if facts.health.get("ownerHidden") is False:
-        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log")
+        return Finding("WARN", "claude tells its models the owner's e-mail address: see the log",
+                       Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",)))
     if auth.get("ok") is True:
         return Finding("PASS", "logged in: the last answer proved it")
     return Finding("INFO", "not known yet: the first answer tells; `ocp ask hello` gets one")
 
 
+def _check_extra_usage(facts: Facts) -> Finding:
+    state = facts.running.get("extraUsage")
+    if state == "stopped":
+        return Finding("WARN", "the plan is used up for all models or for some, whose requests are "
+                       "refused, because extra usage is set to stop", Fix("extra_usage", (
+                           "wait until the plan's limit resets: see `ocp usage`",
+                           "to go on: `ocp settings extraUsage allow`")))
+    if state == "billed":
+        return Finding("WARN", "the plan is used up, and answers are billed as extra usage", Fix(
+            "extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",)))
+    return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
+
+
+def _check_failures(facts: Facts) -> Finding:
+    server: Server = facts.running and find_server(facts.env)
+    answer = server.ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
+    kinds = answer.value.get("byKind") or []
+    if not kinds:
+        return Finding("PASS", "no request failed in the last hour")
+    counts = ", ".join(f"{kind.get('count')} {kind.get('kind')}" for kind in kinds)
+    message = f"failed in the last hour: {counts}; see `ocp errors --since 1h`"
+    # Wrong keys and requests are matters of clients; those of claude and the account are not.
+    if not any(int(kind.get("status") or 0) >= 500 or str(kind.get("kind")).startswith("upstream_")
+               for kind in kinds):
+        return Finding("INFO", message)
+    # Of some failures the action is this very command, whose other rows say more.
+    actions = ((kind.get("kind"), str(kind.get("action"))) for kind in kinds)
+    return Finding("WARN", message, Fix("recent_failures", tuple(clean(
+        f"{kind}: " + ("nothing, if no row above says so" if "`ocp doctor`" in action else action))
+        for kind, action in actions)))
+
+
 def _check_served_version(facts: Facts) -> Finding:
-    served = facts.health.get("version")
     if facts.is_elsewhere:
         raise Unknown(f"{facts.url} is another machine")
     if not facts.version:
-        raise Unknown(f"no version in {facts.server_path}")
-    if not served:
-        raise Unknown("the server does not run")
-    if served != facts.version:
-        return Finding("WARN", f"{served} is running, {facts.version} is installed")
-    return Finding("PASS", f"{served} is installed and running")
+        raise Unknown(f"no version in {facts.here.server_path}")
+    served = facts.running["version"]
+    if served == facts.version:
+        return Finding("PASS", f"{served} is installed and running")
+    return Finding(
+        "WARN", f"{served} is running, {facts.version} is installed", _restart(facts))
 
 
 def _check_linger(facts: Facts) -> Finding:
-    record = facts.service
-    if record is None or record.platform != "systemd-user":
+    if facts.service is None or facts.service.platform != "systemd-user":
         return Finding("INFO", "does not apply: no service of a user's systemd")
     done = facts.env.command("loginctl", "show-user", str(facts.env.user_id), "-p", "Linger")
     state = done.output.strip().rpartition("=")[2]
     if done.code != 0 or state not in ("yes", "no"):
         raise Unknown(done.complaint)
     if state == "no":
-        return Finding("WARN", "the server stops when you log out, and does not start at boot")
+        return Finding("WARN", "the server stops when you log out, and does not start at boot",
+                       Fix("fix_linger", (), ("loginctl enable-linger",)))
     return Finding("PASS", "the server runs without a login session")
+
+
+def _mend_linger(facts: Facts) -> str:
+    done = facts.env.command("loginctl", "enable-linger")
+    return "" if done.code == 0 else done.complaint
 
 
 def _check_certificate(facts: Facts) -> Finding:
@@ -3890,19 +3740,15 @@ def _check_certificate(facts: Facts) -> Finding:
         return Finding("INFO", "the server speaks http; `ocp tls` changes that")
     url = device_url(facts.env, facts.url)
     faults = certificate_faults(facts.env, url)
-    if faults:
-        level = "FAIL" if any(map(is_fatal, faults)) else "WARN"
-        return Finding(level, "the certificate: " + "; ".join(faults))
-    return Finding("PASS", f"the certificate is for {urllib.parse.urlsplit(url).hostname}")
-
-
-def _fix_certificate(facts: Facts) -> Fix:
-    own = tls_files(facts.env)
-    named = service_environ(facts.env, facts.readable_record).get("OCP_TLS_CERT", own.cert)
-    if os.path.expanduser(named) != own.cert:
-        return Fix("fix_certificate", (f"replace {named} and its key, and restart the server",))
-    return Fix("fix_certificate", ("then the command that it shows, on each device",),
-               (facts.script("ocp.py", "tls"), facts.script("ocp.py", "restart")))
+    if not faults:
+        return Finding("PASS", f"the certificate is for {urllib.parse.urlsplit(url).hostname}")
+    named, own = named_certificate(facts.env), tls_files(facts.env).cert
+    fix = Fix("fix_certificate", ("then the command that it shows, on each device",),
+              (facts.script("ocp.py", "tls"), facts.script("ocp.py", "restart")))
+    if named and os.path.expanduser(named) != own:
+        fix = Fix("fix_certificate", (f"replace {named} and its key, and restart the server",))
+    return Finding("FAIL" if any(map(is_fatal, faults)) else "WARN",
+                   "the certificate: " + "; ".join(faults), fix)
 
 
 def _check_clock(facts: Facts) -> Finding:
@@ -3910,8 +3756,9 @@ def _check_clock(facts: Facts) -> Finding:
     if served_s is None:
         raise Unknown("the server told no time")
     skew_s = abs(served_s - facts.env.clock())
-    level = "PASS" if skew_s <= _CLOCK_SKEW_S else "WARN"
-    return Finding(level, f"{skew_s:.0f} s between the server's clock and this one")
+    message = f"{skew_s:.0f} s between the server's clock and this one"
+    return Finding("PASS", message) if skew_s <= _CLOCK_SKEW_S else Finding("WARN", message, Fix(
+        "fix_clock", ("let both machines set their clocks from the network",)))
 
 
 def _check_openclaw(facts: Facts) -> Finding:
@@ -3921,7 +3768,8 @@ def _check_openclaw(facts: Facts) -> Finding:
     if not found["providers"]:
         return Finding("INFO", "OpenClaw is here, but does not use this server")
     if found["diff"]:
-        return Finding("WARN", "OpenClaw's list of models is not that of models.json")
+        return Finding("WARN", "OpenClaw's list of models is not that of models.json",
+                       Fix("fix_openclaw", (), (facts.script("ocp.py", "sync"),)))
     return Finding("PASS", "OpenClaw knows the same models")
 
 
@@ -3930,209 +3778,53 @@ def _check_latest(facts: Facts) -> Finding:
     if not latest:
         raise Unknown(why_not)
     if version_tuple(latest) > version_tuple(facts.version):
-        return Finding("WARN", f"{latest} is available, {facts.version or '?'} is installed")
+        return Finding("WARN", f"{latest} is available, {facts.version or '?'} is installed",
+                       Fix("update", (), (facts.script("ocp.py", "update", "--yes"),)))
     return Finding("PASS", f"{facts.version} is the newest")
 
 
-def _fix_install(facts: Facts) -> Fix:
-    record, script = facts.readable_record, "setup.py_install.py"
-    if not os.path.exists(facts.env.beside(script)):
-        return Fix("fix_install", (
-            f"get the whole of OCP {VERSION}, and run {script} there: this ocp.py is alone",))
-    if record is None or not record.needs_root:
-        return Fix("fix_install", commands=(facts.script(script, "--yes"),))
-    sudo = "sudo " if facts.env.user_id != 0 else ""
-    return Fix("fix_install", commands=(sudo + facts.script(script, "--system", "--yes"),))
-
-
-def _fix_database(facts: Facts) -> Fix:
-    restore = (f"stop the server and put back a copy of ocp.db from {snapshots_folder(facts.env)}, "
-               "or move the damaged one away")
-    if not os.path.exists(os.path.join(facts.data_dir, "ocp.db")):
-        restore = ("put it back, or go on without its keys and its usage: a start makes a new one")
-    path = os.path.join(facts.data_dir, "ocp.db")
-    advice = str(facts.health.get("storageFix") or restore).replace("ocp.db", path)
-    return Fix("fix_database", (advice, f"start the server again: {_start_line(facts)}"))
-
-
-def _fix_extra_usage(facts: Facts) -> Fix:
-    if facts.health.get("extraUsage") == "stopped":
-        allow = "to go on: `ocp settings extraUsage allow`"
-        return Fix("extra_usage", ("wait until the plan's limit resets: see `ocp usage`", allow))
-    return Fix("extra_usage", ("to stop at the plan's limit: `ocp settings extraUsage stop`",))
-
-
-def _fix_failures(facts: Facts) -> Fix:
-    # Of some failures the action is this very command, whose other rows say more.
-    actions = ((kind.get("kind"), str(kind.get("action"))) for kind in facts.failures)
-    return Fix("recent_failures", tuple(clean(
-        f"{kind}: " + ("nothing, if no row above says so" if "`ocp doctor`" in action else action))
-        for kind, action in actions))
-
-
-def _fix_login(facts: Facts) -> Fix:
-    if (facts.health.get("auth") or {}).get("ok") is not False:
-        return Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",))
-    return Fix("fix_oauth", ("run `claude auth login` as the user of the server",))
-
-
-def _fix_port(facts: Facts) -> Fix:
-    install = shlex.join(["python3", facts.env.beside("setup.py_install.py"), "--port"])
-    return Fix("fix_port", (
-        f"end that program, and start OCP: {_start_line(facts)}",
-        f"or choose another port for OCP: {install} {port_of(facts.url) + 1}"))
-
-
-def _fix_service(facts: Facts) -> Fix:
-    if facts.is_not_ocp:
-        return _fix_port(facts)
-    if facts.is_elsewhere:
-        return Fix("fix_elsewhere", (
-            f"look whether {facts.url} is right", "run `ocp doctor` on that machine"))
-    record = facts.service
-    if facts.other_url:
-        return _fix_version(facts)
-    if record:
-        return Fix("fix_service", (), tuple(service_lines(facts.env, record, "restart")))
-    installed = facts.readable_record
-    if installed and not installed.label:
-        # Installed where there is no service manager: to install it again would start nothing.
-        return Fix("start_server", (f"start it: {command_by_hand(facts.env)}",))
-    by_hand = f"or run it by hand: {command_by_hand(facts.env)}"
-    return Fix("fix_install", (by_hand,), _fix_install(facts).commands)
-
-
-def _fix_version(facts: Facts) -> Fix:
-    record = facts.service
-    if record is None:
-        again = f"end the server and start it again: {command_by_hand(facts.env)}"
-        return Fix("restart", (again,))
-    return Fix("restart", (), tuple(service_lines(facts.env, record, "restart")))
-
-
-def _fix_modes(facts: Facts) -> Fix:
-    commands = [shlex.join(["chmod", f"{mode:o}", path]) for path, mode in _loose_paths(facts)]
-    return Fix("fix_modes", (), tuple(commands))
-
-
-def _fix_unit(facts: Facts) -> Fix:
-    record = facts.service
-    if record is None or not os.path.exists(record.unit_path):
-        return _fix_install(facts)
-    return Fix("fix_unit", (), tuple(service_lines(facts.env, record, "enable")))
-
-
-def _complain(complaint: str) -> None:
-    """Raise Problem with the complaint of a command, if there is one."""
-    if complaint:
-        raise Problem(Exit.FAILED, complaint)
-
-
-def _mend_modes(facts: Facts) -> None:
-    for path, mode in _loose_paths(facts):
-        # A link may lead to a file of somebody else.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if os.fstat(descriptor).st_uid != facts.env.user_id:
-                raise Problem(Exit.DENIED, f"{path} belongs to another user")
-            os.fchmod(descriptor, mode)
-        finally:
-            os.close(descriptor)
-
-
-def _mend_unit(facts: Facts) -> None:
-    if facts.service:
-        _complain(run_service(facts.env, facts.service, "enable"))
-
-
-def _mend_service(facts: Facts) -> None:
-    if facts.health:
-        raise Problem(Exit.FAILED, "it is shutting down: wait until it has ended")
-    owner = None
-    with contextlib.suppress(OSError):
-        owner = port_owner(facts.env, port_of(facts.url))
-    if owner and owner.command and not owner.is_ocp:
-        raise Problem(Exit.FAILED, f"its port belongs to {owner.words}")
-    if facts.service:
-        since_s = facts.env.clock()
-        complaint = run_service(facts.env, facts.service, "restart")
-        wrong = wait_for_server(facts.env, facts.service.url, facts.version, since_s)
-        _complain(f"{wrong} {complaint}".rstrip() if wrong else "")
-
-
-def _mend_linger(facts: Facts) -> None:
-    done = facts.env.command("loginctl", "enable-linger")
-    _complain("" if done.code == 0 else done.complaint)
-
-
-_INSTALL_CLAUDE = ("npm install -g @anthropic-ai/claude-code@latest",)
-
 CHECKS = (
-    Check("python", "Python",
-          "The Python that runs this, and the one of the service", _check_python, _fix_install),
-    Check("install_dir", "Installation",
-          "The installer's record and the server that it names", _check_record, _fix_install),
-    Check("claude_found", "claude",
-          "Whether the server finds the claude program", _check_claude,
-          Fix("fix_claude", ("then log in: run `claude auth login`",), _INSTALL_CLAUDE)),
-    Check("claude_version", "Version of claude",
-          "Whether claude is new enough", _check_claude_version,
-          Fix("fix_claude", (), ("{claude} update",))),
-    Check("node", "Node",
-          "Whether Node is too old for npm to install a new claude", _check_node,
-          Fix("fix_claude", ("or install Node 22 or later",), _INSTALL_CLAUDE)),
-    Check("disk_space", "Disk",
-          "How much room is left for the server's files", _check_disk,
-          Fix("fix_disk", ("make room on the disk of {data_dir}",))),
+    Check("python", "Python", "The Python that runs this, and the one of the service",
+          _check_python),
+    Check("install_dir", "Installation", "The installer's record and the server that it names",
+          _check_record),
+    Check("claude_found", "claude", "Whether the server finds the claude program", _check_claude),
+    Check("claude_version", "Version of claude", "Whether claude is new enough",
+          _check_claude_version),
+    Check("node", "Node", "Whether Node is too old for npm to install a new claude", _check_node),
+    Check("disk_space", "Disk", "How much room is left for the server's files", _check_disk),
     Check("database", "Database",
           "Whether the server writes to its database, and whether that is in order",
-          _check_database, _fix_database),
+          _check_database),
     Check("file_modes", "Private files",
           "Whether others may read the database, the keys or the settings file",
-          _check_modes, _fix_modes, _mend_modes),
-    Check("port_owner", "Port",
-          "Which process owns the server's port", _check_port,
-          _fix_port),
+          _check_modes, _mend_modes),
+    Check("port_owner", "Port", "Which process owns the server's port", _check_port),
     Check("settings", "Settings",
-          "Whether the server accepts its settings, and which have no effect",
-          _check_settings, _fix_settings),
-    Check("service_unit", "Service",
-          "Whether the service is there and starts by itself",
-          _check_unit, _fix_unit, _mend_unit),
+          "Whether the server accepts its settings, and which have no effect", _check_settings),
+    Check("service_unit", "Service", "Whether the service is there and starts by itself",
+          _check_unit, _mend_unit),
     Check("stop_timeout", "Time to stop",
           "Whether the service gives running answers the time that OCP_DRAIN promises",
-          _check_stop_timeout, _fix_install),
-    Check("service_running", "Server",
-          "Whether an OCP server answers", _check_service, _fix_service, _mend_service),
-    Check("oauth_ok", "Login",
-          "What the last answer told about the login", _check_login, _fix_login),
+          _check_stop_timeout),
+    Check("service_running", "Server", "Whether an OCP server answers",
+          _check_service, _mend_service),
+    Check("oauth_ok", "Login", "What the last answer told about the login", _check_login),
     Check("extra_usage", "Extra usage",
-          "Whether answers are billed as extra usage, beyond the plan",
-          _check_extra_usage, _fix_extra_usage),
+          "Whether answers are billed as extra usage, beyond the plan", _check_extra_usage),
     Check("recent_failures", "Failed requests",
-          "Which requests failed in the last hour, and why", _check_failures, _fix_failures),
+          "Which requests failed in the last hour, and why", _check_failures),
     Check("service_version_matches_tree", "Running version",
-          "Whether the installed version is the one that runs",
-          _check_served_version, _fix_version),
+          "Whether the installed version is the one that runs", _check_served_version),
     Check("linger", "Running without you",
-          "Whether a service of a user outlives the login (systemd)", _check_linger,
-          Fix("fix_linger", (), ("loginctl enable-linger",)), _mend_linger),
+          "Whether a service of a user outlives the login (systemd)", _check_linger, _mend_linger),
     Check("certificate", "Certificate",
-          "Whether devices can take the server's certificate, and how long",
-          _check_certificate, _fix_certificate),
-    Check("clock", "Clock",
-          "Whether the server's clock and this one agree", _check_clock,
-          Fix("fix_clock", ("let both machines set their clocks from the network",))),
-    Check("openclaw_models", "OpenClaw",
-          "Whether OpenClaw, if it is here, knows the same models",
-          _check_openclaw, Fix("fix_openclaw", (), ("{ocp} sync",))),
-    Check("current_version", "Release",
-          "Whether there is a newer release", _check_latest,
-          Fix("update", (), ("{ocp} update --yes",))),
+          "Whether devices can take the server's certificate, and how long", _check_certificate),
+    Check("clock", "Clock", "Whether the server's clock and this one agree", _check_clock),
+    Check("openclaw_models", "OpenClaw", "Whether OpenClaw, if it is here, knows the same models",
+          _check_openclaw),
+    Check("current_version", "Release", "Whether there is a newer release", _check_latest),
 )
-
-#: What a check and its finding are, in the order of CHECKS.
-Findings = Sequence[tuple[Check, Finding]]
 
 
 def run_check(check: Check, facts: Facts) -> Finding:
@@ -4147,68 +3839,15 @@ def run_check(check: Check, facts: Facts) -> Finding:
     return Finding("INFO", f"could not check: {reason}".splitlines()[0], is_known=False)
 
 
-def fix_of(check: Check, facts: Facts) -> Fix:
-    """Return what to do about the finding of a check."""
-    if not isinstance(check.fix, Fix):
-        return check.fix(facts)
-    human, commands = (tuple(text.format_map(facts.names) for text in texts)
-                       for texts in (check.fix.human, check.fix.commands))
-    return Fix(check.fix.kind, human, commands)
-
-
-#: Fixes of checks that can be mended which are more than that, or a person's.
-_BY_HAND = ("fix_install", "fix_elsewhere", "fix_port", "start_server", "restart")
-
-
-def is_safe(check: Check, fix: Fix) -> bool:
-    """Return whether `ocp doctor --fix` carries this fix out."""
-    is_more = fix.kind in _BY_HAND or any(
-        each.startswith("sudo ") for each in fix.commands)
-    return check.mend is not None and not is_more
-
-
-def next_action(facts: Facts, findings: Findings) -> Json:
-    """Return what to do about the first failure, else about the first warning, else nothing."""
-    found = [check for level in ("FAIL", "WARN") for check, finding in findings
-             if finding.level == level]
-    fix = fix_of(found[0], facts) if found else Fix("noop")
-    return {"kind": fix.kind, "human_required": list(fix.human),
-            "ai_executable": list(fix.commands), "verify": facts.script("ocp.py", "doctor")}
-
-
-def _units(facts: Facts) -> list[Json] | None:
-    """Return the service for the report."""
-    record = facts.service
-    if record is None:
-        return None
-    return [{
-        "name": record.label, "scope": "system" if record.needs_root else "user",
-        "platform": record.platform, "port": record.port,
-        "workingTree": os.path.dirname(record.server_path), "bind": record.bind,
-        "user": None, "instanceName": facts.health.get("instanceName", ""),
-    }]
-
-
-def _check_row(check: Check, finding: Finding, facts: Facts) -> Json:
-    """Return a check and what it found as JSON, with its fix if it needs one."""
-    row = {"id": check.id, "title": check.title, "level": finding.level,
-           "message": clean(finding.message), "checked": finding.is_known}
-    if finding.level in ("FAIL", "WARN"):
-        fix = fix_of(check, facts)
-        row["fix"] = {"kind": fix.kind, "human_required": list(fix.human),
-                      "ai_executable": list(fix.commands), "safe": is_safe(check, fix)}
-    return row
-
-
-def doctor_report(facts: Facts, findings: Findings) -> Json:
-    """Return the whole examination as JSON."""
-    levels = [finding.level for _, finding in findings]
-    current = facts.version
+def doctor_report(facts: Facts, results: Sequence[Result]) -> Json:
+    levels = [each.finding.level for each in results]
+    current, record = facts.version, facts.service
     latest = max(facts.latest[0], f"v{current}", key=version_tuple)
-    try:
+    is_clean = False
+    with contextlib.suppress(Problem):
         is_clean = not local_changes(facts.env, git_tree(facts.env))
-    except Problem:
-        is_clean = False
+    first = next((each.finding.fix for level in ("FAIL", "WARN") for each in results
+                  if each.finding.level == level), Fix())
     return {
         "schema_version": "1", "timestamp": iso_time(facts.env.clock()),
         "ready_to_upgrade": "FAIL" not in levels and is_clean,
@@ -4216,66 +3855,63 @@ def doctor_report(facts: Facts, findings: Findings) -> Json:
         "install_dir_safe_to_replace": is_clean,
         "current_version": f"v{current}" if current else None,
         "latest_version": latest if current else None,
-        "from_version_supported": bool(current), "units": _units(facts),
+        "from_version_supported": bool(current),
+        "units": record and [{
+            "name": record.label, "scope": "system" if record.needs_root else "user",
+            "platform": record.platform, "port": record.port,
+            "workingTree": os.path.dirname(record.server_path), "bind": record.bind,
+            "user": None, "instanceName": facts.health.get("instanceName", ""),
+        }],
         "fail_count": levels.count("FAIL"), "warn_count": levels.count("WARN"),
-        "unknown_count": sum(not finding.is_known for _, finding in findings),
-        "checks": [_check_row(check, finding, facts) for check, finding in findings],
-        "next_action": next_action(facts, findings),
+        "unknown_count": sum(not each.finding.is_known for each in results),
+        "checks": [each.report() for each in results],
+        "next_action": first.report(verify=facts.script("ocp.py", "doctor")),
     }
 
 
 _LEVEL_COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "red", "INFO": "dim"}
 
 
-def _doctor_advice(answer: Json) -> Iterator[str]:
-    """Yield what to do next, in lines."""
-    unknown = answer["unknown_count"]
-    yield f"{answer['fail_count']} failed, {counted(answer['warn_count'], 'warning')}" + (
-        f", {unknown} could not be checked" if unknown else "")
-    safe = [row["title"] for row in answer["checks"] if row.get("fix", {}).get("safe")]
-    if safe:
-        yield f"`ocp doctor --fix` does what is safe: {', '.join(safe)}."
-    if answer["next_action"]["kind"] != "noop":
-        yield f"Failures first, from the top down. Then again: {answer['next_action']['verify']}"
-
-
 def show_doctor(answer: Json, style: Style) -> str:
-    """Return the examination for people, with the fix under each row that needs one."""
+    """Return the examination, with the fix under each row that needs one, and what to do next."""
     current, latest = answer["current_version"] or "unknown", answer["latest_version"] or "unknown"
     lines = [style.paint("bold", f"OCP {current}") + (
         "" if latest == current else f" -> {latest} is available")]
     for row in answer["checks"]:
-        word = row["level"] if row["checked"] else "SKIP"
-        level = style.paint(_LEVEL_COLOURS[row["level"]], f"[{word}]")
+        level = style.paint(
+            _LEVEL_COLOURS[row["level"]], f"[{row['level'] if row['checked'] else 'SKIP'}]")
         lines.append(f"  {level} {row['title']} ({row['id']}): {row['message']}")
         fix = row.get("fix", {"ai_executable": [], "human_required": []})
-        steps = [*fix["ai_executable"], *fix["human_required"]]
         lines += [f"         {'    ' if at else 'fix:'} {clean(step)}"
-                  for at, step in enumerate(steps)]
-    return "\n".join([*lines, "", *_doctor_advice(answer)])
+                  for at, step in enumerate([*fix["ai_executable"], *fix["human_required"]])]
+    unknown = answer["unknown_count"]
+    lines += ["", f"{answer['fail_count']} failed, {counted(answer['warn_count'], 'warning')}" + (
+        f", {unknown} could not be checked" if unknown else "")]
+    safe = [row["title"] for row in answer["checks"] if row.get("fix", {}).get("safe")]
+    if safe:
+        lines.append(f"`ocp doctor --fix` does what is safe: {', '.join(safe)}.")
+    if answer["next_action"]["kind"] != "noop":
+        lines.append("Failures first, from the top down. Then again: "
+                     + answer["next_action"]["verify"])
+    return "\n".join(lines)
 
 
-def mend(env: Env, facts: Facts, findings: Findings) -> list[Json]:
-    """Carry the safe fixes out, and say so. Returns what was done and what failed.
-
-    No terminal is given to what runs here, so nothing can ask.
-    """
+def mend(facts: Facts, results: Sequence[Result]) -> list[Json]:
+    """Carry the safe fixes out, and say so. Returns what was done and what failed. No terminal is
+    given to what runs here, so nothing can ask."""
     done = []
-    for check, finding in findings:
-        fix = fix_of(check, facts) if finding.level in ("FAIL", "WARN") else Fix("noop")
-        if check.mend is None or fix.kind == "noop" or not is_safe(check, fix):
-            continue
-        words = f"{check.title}: {clean(' && '.join(fix.commands))}"
+    for check, finding in (each for each in results if each.is_safe):
+        assert check.mend is not None
         try:
-            check.mend(facts)
-            failure = ""
+            failure = clean(check.mend(facts))
         except (Problem, OSError) as error:
             failure = clean(error)
-        env.note(f"{words}: {'failed: ' + failure if failure else 'done'}")
-        done.append({"id": check.id, "commands": list(fix.commands), "ok": not failure,
+        facts.env.note(f"{check.title}: {clean(' && '.join(finding.fix.commands))}: "
+                       + (f"failed: {failure}" if failure else "done"))
+        done.append({"id": check.id, "commands": list(finding.fix.commands), "ok": not failure,
                      "message": failure})
     if not done:
-        env.note("There is nothing that can be fixed safely without you.")
+        facts.env.note("There is nothing that can be fixed safely without you.")
     return done
 
 
@@ -4288,8 +3924,7 @@ _TELLING_FIELDS = frozenset((
     "storage", "version", "why"))
 #: Names of a user or a machine that tell nothing of their owner.
 _COMMON_NAMES = frozenset(("root", "ocp", "claude", "user", "localhost", "ubuntu", "debian", "pi"))
-_TOKEN = re.compile(
-    r"(?:sk-|ocp_|Bearer )[\w.-]{6,}|(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{24,}")
+_TOKEN = re.compile(r"(?:sk-|ocp_|Bearer )[\w.-]{6,}|(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z])[\w-]{24,}")
 
 
 #: Variables whose values are names.
@@ -4297,14 +3932,12 @@ _NAMING = ("USER", "LOGNAME", "OCP_INSTANCE_NAME", "OCP_ALLOWED_HOSTS")
 
 
 class Redactor:
-    """Takes out of a text what lets others in and what tells who the owner is.
-
-    Known secrets and names are found wherever they stand; unknown ones by their form.
-    """
+    """Takes out of a text what lets others in and what tells who the owner is. Known secrets and
+    names are found wherever they stand; unknown ones by their form."""
 
     def __init__(self, facts: Facts) -> None:
         env = facts.env
-        environ = {**env.environ, **service_environ(env, facts.readable_record)}
+        environ = {**env.environ, **service_environ(env)}
         self._secrets = [text for name, text in environ.items()
                          if re.search("KEY|TOKEN|SECRET|PASSW", name) and len(text) > 3]
         with contextlib.suppress(Problem):
@@ -4364,33 +3997,26 @@ class Redactor:
 
 def _key_names(facts: Facts) -> list[str]:
     """Return the names of all keys, from the server or its database, as far as they can be had."""
-    with contextlib.suppress(Problem, KeyError, TypeError):
-        keys = find_server(facts.env).ask("GET", "/api/keys", timeout_s=3.0).value["keys"]
-        return [str(key["name"]) for key in keys]
-    path = os.path.join(facts.data_dir, "ocp.db")
+    with contextlib.suppress(KeyError, TypeError):
+        return [str(key["name"]) for key in facts.ask("/api/keys")["keys"]]
+    path = os.path.join(facts.here.data_dir, "ocp.db")
     with contextlib.suppress(sqlite3.Error), contextlib.closing(open_database(path, "ro")) as base:
         return [str(name) for (name,) in base.execute("SELECT name FROM keys")]
     return []
 
 
-def _system_name() -> str:
-    """Return the operating system and the processor's kind, without the machine's name."""
-    name = platform.system()
-    with contextlib.suppress(OSError), open("/etc/os-release", encoding="utf-8") as file:
-        name = settings_of(file.read()).get("PRETTY_NAME", name)
-    return f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
-
-
 def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
-    health, record = facts.health, facts.readable_record
+    health = facts.health
     yield (f"installed {answer['current_version'] or 'unknown'}, "
            f"runs {health.get('version') or 'no server'}")
     with contextlib.suppress(Problem):
         yield f"commit {git(facts.env, git_tree(facts.env), 'rev-parse', '--short', 'HEAD')}"
     yield f"python {sys.version.split()[0]}, sqlite {sqlite3.sqlite_version}, {ssl.OPENSSL_VERSION}"
-    yield _system_name()
+    system = platform.system()
+    name = settings_of(text_of("/etc/os-release")).get("PRETTY_NAME", system)
+    yield f"{name}, {system} {platform.release()}, {platform.machine()}"
     yield f"claude {facts.claude_version or 'unknown'} at {facts.claude or 'unknown'}"
-    yield f"service {record.platform if record and record.label else 'none'}"
+    yield f"service {facts.here.platform if facts.here.label else 'none'}"
     for part in ("status", "authMode", "storage", "stats", "concurrency"):
         if part in health:
             yield f"{part} {json.dumps(health[part])}"
@@ -4398,44 +4024,37 @@ def _bundle_versions(facts: Facts, answer: Json) -> Iterator[str]:
 
 def _bundle_settings(facts: Facts) -> Iterator[str]:
     """Yield settings: numbers, switches and words of a choice; of all others, that they are set."""
-    for name, text in sorted(service_environ(facts.env, facts.readable_record).items()):
+    for name, text in sorted(service_environ(facts.env).items()):
         if name.startswith(("CLAUDE_", "OCP_", "PROXY_")) and text:
             yield f"{name}={text if re.fullmatch('[0-9.]{1,12}', text) else '(set)'}"
-    with contextlib.suppress(Problem):
-        for name, row in find_server(facts.env).ask("GET", "/settings").value.items():
-            value = row.get("value")
-            is_word = isinstance(value, str) and re.fullmatch("[a-z0-9]{0,8}", value)
-            shown = json.dumps(value) if is_word or not isinstance(value, str) else "(set)"
-            yield f"{name} = {shown}, from {row.get('source')}"
-
-
-def _bundle_errors(facts: Facts) -> Iterator[str]:
-    with contextlib.suppress(Problem):
-        for row in find_server(facts.env).ask("GET", "/api/errors").value.get("byKind") or []:
-            yield f"{row.get('kind')}: {row.get('count')}, last at {row.get('lastAt')}"
+    for name, row in facts.ask("/settings").items():
+        value = row.get("value")
+        is_word = isinstance(value, str) and re.fullmatch("[a-z0-9]{0,8}", value)
+        shown = json.dumps(value) if is_word or not isinstance(value, str) else "(set)"
+        yield f"{name} = {shown}, from {row.get('source')}"
 
 
 def _log_entries(facts: Facts) -> list[Json]:
     """Return the newest events of the log, from the server, or from its file if it is down."""
-    with contextlib.suppress(Problem):
-        answer = find_server(facts.env).ask("GET", f"/logs?n={_REPORT_LOG_LINES}&level=all")
-        return list(answer.value.get("entries") or [])
-    entries = []
+    told = facts.ask(f"/logs?n={_REPORT_LOG_LINES}&level=all").get("entries")
+    entries = list(told or [])
     path = log_path(facts.env)
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file.readlines()[-_REPORT_LOG_LINES:]:
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
+    if told is None:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            for line in file.readlines()[-_REPORT_LOG_LINES:]:
+                with contextlib.suppress(ValueError):
+                    entries.append(json.loads(line))
     return entries
 
 
 def bundle(facts: Facts, answer: Json) -> str:
-    """Return the text of a report for an issue: versions, checks, settings, errors, log."""
-    redactor = Redactor(facts)
-    checks = [f"[{row['level']}] {row['id']}: {row['message']}" for row in answer["checks"]]
+    redactor, kinds = Redactor(facts), facts.ask("/api/errors").get("byKind") or []
     parts = (
-        ("Versions", _bundle_versions(facts, answer)), ("Checks", checks),
-        ("Settings", _bundle_settings(facts)), ("Errors by kind", _bundle_errors(facts)),
+        ("Versions", _bundle_versions(facts, answer)),
+        ("Checks", (f"[{row['level']}] {row['id']}: {row['message']}" for row in answer["checks"])),
+        ("Settings", _bundle_settings(facts)),
+        ("Errors by kind", (f"{row.get('kind')}: {row.get('count')}, last at {row.get('lastAt')}"
+                            for row in kinds)),
     )
     lines = [f"OCP report of {answer['timestamp']}"]
     for title, rows in parts:
@@ -4452,27 +4071,26 @@ def write_bundle(facts: Facts, answer: Json) -> str:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         write_whole(path, bundle(facts, answer).encode("utf-8", "replace"))
     except OSError as error:
-        raise Problem(Exit.FAILED, f"{path} cannot be written: {error.strerror}.") from None
+        raise failed(f"{path} cannot be written: {error.strerror}.") from None
     return path
 
 
-def examine(env: Env) -> tuple[Facts, Findings]:
-    """Make all checks."""
+def examine(env: Env) -> tuple[Facts, list[Result]]:
     facts = Facts(env)
-    return facts, [(check, run_check(check, facts)) for check in CHECKS]
+    return facts, [Result(check, run_check(check, facts)) for check in CHECKS]
 
 
 def cmd_doctor(env: Env, args: argparse.Namespace) -> Exit:
     """Examine the installation, and mend it if told to. FAILED when a check fails."""
-    facts, findings = examine(env)
+    facts, results = examine(env)
     fixes: dict[str, Json] = {}
     if args.fix:
-        fixes = {"fixes": mend(env, facts, findings)}
-        facts, findings = examine(env)
-    answer = {**doctor_report(facts, findings), **fixes}
+        fixes = {"fixes": mend(facts, results)}
+        facts, results = examine(env)
+    answer = {**doctor_report(facts, results), **fixes}
     if args.report:
         path = write_bundle(facts, answer)
-        env.say(json.dumps({"report": path}) if args.json else path)
+        print_answer(env, args, {"report": path}, lambda value, style: path)
         env.note("Read it before you pass it on: keys, names and addresses are left out as far as "
                  "a program can know them.")
         return Exit.OK
@@ -4490,22 +4108,19 @@ NO_RELEASE = "the remote has no release yet: no tag such as v1.2.3"
 _RELEASE = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 
 
-def _git_environ(env: Env) -> dict[str, str]:
-    """Return the user's environment without what would lead git elsewhere, or make it ask."""
-    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
-    kept = {name: value for name, value in env.environ.items() if name not in elsewhere}
-    ssh = kept.get("GIT_SSH_COMMAND", "ssh") + " -oBatchMode=yes"
-    return {**kept, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": ssh}
-
-
 def git(env: Env, tree: str, *words: str, timeout_s: float = 60.0) -> str:
-    """Return what git prints. Raises Problem with its complaint."""
+    """Return what git prints. Raises Problem with its complaint. The environment has nothing that
+    would lead git elsewhere, or make it ask."""
     command = ["git", "-C", tree, "-c", "core.hooksPath=/dev/null", "-c",
                "advice.detachedHead=false", *words]
+    elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY")
+    environ = {name: value for name, value in env.environ.items() if name not in elsewhere}
+    ssh = environ.get("GIT_SSH_COMMAND", "ssh") + " -oBatchMode=yes"
+    environ.update(LC_ALL="C", GIT_TERMINAL_PROMPT="0", GIT_SSH_COMMAND=ssh)
     with progress(env, f"waiting for git {words[0]}"):
-        done = env.run(command, environ=_git_environ(env), timeout_s=timeout_s)
+        done = env.run(command, environ=environ, timeout_s=timeout_s)
     if done.code != 0:
-        raise Problem(Exit.FAILED, f"git {words[0]} in {tree} failed: {done.complaint}")
+        raise failed(f"git {words[0]} in {tree} failed: {done.complaint}")
     return done.output.strip()
 
 
@@ -4519,11 +4134,10 @@ def git_tree(env: Env) -> str:
         has_git = os.path.exists(os.path.join(tree, ".git"))
         top, reason = "", str(problem) if has_git else "there is no .git in it"
     if not top or os.path.realpath(top) != tree:
-        raise Problem(
-            Exit.FAILED, f"{tree} is not a git checkout of OCP ({reason}), so no release can be "
-            "looked for.\nUpdate it by hand: compare the new release with its SHA256SUMS, put its "
-            "files in the place of the old ones, then run\n"
-            f"  python3 {shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
+        raise failed(f"{tree} is not a git checkout of OCP ({reason}), so no release can be looked "
+                     "for.\nUpdate it by hand: compare the new release with its SHA256SUMS, put "
+                     "its files in the place of the old ones, then run\n  python3 "
+                     f"{shlex.quote(os.path.join(tree, 'ocp_server.py'))} --check && ocp restart")
     return tree
 
 
@@ -4540,14 +4154,11 @@ def is_at(env: Env, tree: str, commit: str) -> bool:
 
 
 def remote_tags(env: Env, tree: str) -> dict[str, str]:
-    """Return the releases that the remote offers: tag and commit. Raises Problem.
-
-    The remote is asked each time: a release that was withdrawn must not be offered.
-    """
+    """Return the releases that the remote offers: tag and commit. Raises Problem. The remote is
+    asked each time: a release that was withdrawn must not be offered."""
     if "origin" not in git(env, tree, "remote").splitlines():
-        raise Problem(
-            Exit.FAILED, f"{tree} has no remote named origin, so no release can be looked for. "
-            f"Name it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
+        raise failed(f"{tree} has no remote named origin, so no release can be looked for. Name "
+                     f"it: git -C {shlex.quote(tree)} remote add origin ADDRESS")
     listed = git(env, tree, "ls-remote", "--tags", "origin", timeout_s=15)
     found: dict[str, str] = {}
     for line in listed.splitlines():
@@ -4586,9 +4197,8 @@ def save_database(source: str, target: str) -> None:
             with contextlib.closing(open_database(target, "rw")) as copy:
                 opened.backup(copy)
     except sqlite3.Error as error:
-        raise Problem(
-            Exit.FAILED, f"{source} cannot be saved ({error}), so nothing was changed. "
-            "See `ocp doctor`.") from None
+        raise failed(f"{source} cannot be saved ({error}), so nothing was changed. See `ocp "
+                     "doctor`.") from None
 
 
 class Journal(NamedTuple):
@@ -4634,12 +4244,10 @@ class Snapshot(NamedTuple):
         return self._replace(journal=journal)
 
     def path(self, name: str) -> str:
-        """Return the path of a copy."""
         return os.path.join(self.folder, name)
 
 
 def snapshots_folder(env: Env) -> str:
-    """Return the folder of the snapshots."""
     return os.path.join(env.ocp_home, "snapshots")
 
 
@@ -4658,10 +4266,8 @@ def read_snapshots(env: Env) -> list[Snapshot]:
 
 
 def take_snapshot(env: Env, journal: Journal) -> Snapshot:
-    """Copy what an update could harm. Raises Problem, OSError.
-
-    An incomplete snapshot has another name, so that an interrupted one is never taken for whole.
-    """
+    """Copy what an update could harm. Raises Problem, OSError. An incomplete snapshot has another
+    name, so that an interrupted one is never taken for whole."""
     name = utc_time(env.clock()).strftime("%Y%m%dT%H%M%S.%fZ")
     folder = os.path.join(snapshots_folder(env), name)
     draft = Snapshot(folder + ".partial", journal)
@@ -4677,7 +4283,6 @@ def take_snapshot(env: Env, journal: Journal) -> Snapshot:
 
 
 def prune_snapshots(env: Env) -> None:
-    """Remove old snapshots, and incomplete ones."""
     closed = [each for each in read_snapshots(env) if each.journal.state in CLOSED_STATES]
     folders = [each.folder for each in closed[_SNAPSHOTS_KEPT:]]
     with contextlib.suppress(FileNotFoundError):
@@ -4723,7 +4328,7 @@ def update_lock(env: Env) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Problem(Exit.FAILED, "Another `ocp update` is running.") from None
+            raise failed("Another `ocp update` is running.") from None
         yield
 
 
@@ -4734,9 +4339,8 @@ def service_to_update(env: Env, tree: str) -> Record | None:
         return None
     folder = os.path.dirname(record.server_path)
     if os.path.realpath(folder) != tree:
-        raise Problem(
-            Exit.FAILED, f"The service runs {record.server_path}, which is not in {tree}.\nUpdate "
-            f"that one: {shlex.join(['python3', os.path.join(folder, 'ocp.py')])} update")
+        raise failed(f"The service runs {record.server_path}, which is not in {tree}.\nUpdate that "
+                     f"one: {shlex.join(['python3', os.path.join(folder, 'ocp.py')])} update")
     if record.needs_root and env.user_id != 0:
         words = ["sudo", f"OCP_HOME={env.ocp_home}", "python3", os.path.join(tree, "ocp.py")]
         raise Problem(
@@ -4744,51 +4348,51 @@ def service_to_update(env: Env, tree: str) -> Record | None:
     return record
 
 
-def _wanted_release(tags: Mapping[str, str], target: str | None, current: str) -> str:
-    """Return the tag to update to, empty if there is none. Raises Problem."""
-    if target is None:
-        return max(tags, key=version_tuple, default="")
+def _wanted_release(tags: Mapping[str, str], target: str, current: str) -> str:
+    """Return the tag that the user named. Raises Problem."""
     wanted = "v" + target.removeprefix("v")
     if not _RELEASE.fullmatch(wanted):
         raise Problem(Exit.USAGE, f"{clean(target)!r} is not a version such as v1.2.3.")
     if wanted not in tags:
-        raise Problem(Exit.FAILED, f"There is no release {wanted}: see `ocp update --check`.")
+        raise failed(f"There is no release {wanted}: see `ocp update --check`.")
     if version_tuple(wanted) < version_tuple(current):
-        raise Problem(
-            Exit.FAILED, f"{wanted} is older than {current}; `ocp update --rollback` goes back.")
+        raise failed(f"{wanted} is older than {current}; `ocp update --rollback` goes back.")
     return wanted
 
 
-def plan_update(env: Env, tree: str, target: str | None) -> Journal | None:
-    """Return what to update, None when there is nothing newer. Raises Problem."""
+def plan_update(env: Env, tree: str, target: str | None) -> Journal | str:
+    """Return what to update, or in words why there is nothing newer. Raises Problem."""
     tags = remote_tags(env, tree)
     current = version_of(os.path.join(tree, "ocp_server.py"))
     if not version_tuple(current):
-        raise Problem(Exit.FAILED, f"{tree} has no ocp_server.py with a version.")
-    wanted = _wanted_release(tags, target, current)
+        raise failed(f"{tree} has no ocp_server.py with a version.")
+    newest = max(tags, key=version_tuple, default="")
+    wanted = newest if target is None else _wanted_release(tags, target, current)
+    if not newest:
+        return f"v{current} is installed; {NO_RELEASE}"
     if version_tuple(wanted) <= version_tuple(current):
-        return None
+        return (f"v{current} is installed, and there is nothing newer: the newest release is "
+                f"{newest}")
     branch = git(env, tree, "rev-parse", "--abbrev-ref", "HEAD")
-    record = service_of(env)
     return Journal(
-        "prepared", tree, (record.data_dir if record else "") or env.ocp_home,
-        git(env, tree, "rev-parse", "HEAD"), "" if branch == "HEAD" else branch, current,
-        tags[wanted], wanted[1:], iso_time(env.clock()))
+        "prepared", tree, local_server(env).data_dir, git(env, tree, "rev-parse", "HEAD"),
+        "" if branch == "HEAD" else branch, current, tags[wanted], wanted[1:],
+        iso_time(env.clock()))
 
 
 def refuse_local_work(env: Env, plan: Journal) -> None:
     """Raise Problem when the checkout holds its owner's work, which an update would put aside."""
     changed, tree = local_changes(env, plan.tree), shlex.quote(plan.tree)
     if changed:
-        raise Problem(
-            Exit.FAILED, f"{plan.tree} has local changes: {clean(', '.join(changed[:5]))}.\n"
-            f"Nothing was changed. Save them with `git -C {tree} stash`, or commit them elsewhere.")
+        raise failed(f"{plan.tree} has local changes: {clean(', '.join(changed[:5]))}.\nNothing "
+                     f"was changed. Save them with `git -C {tree} stash`, or commit them "
+                     "elsewhere.")
     known = git(env, plan.tree, "for-each-ref", "--count=1", "--contains", plan.from_commit,
                 "refs/tags", "refs/remotes")
     if not known:
-        raise Problem(
-            Exit.FAILED, f"{plan.tree} has commits of its own, which no release contains. Nothing "
-            f"was changed.\nMerge the release yourself: git -C {tree} merge v{plan.to_version}")
+        raise failed(f"{plan.tree} has commits of its own, which no release contains. Nothing was "
+                     f"changed.\nMerge the release yourself: git -C {tree} merge "
+                     f"v{plan.to_version}")
 
 
 #: In a checkout: who may sign releases, in the form of ssh-keygen. The file of the version that is
@@ -4802,7 +4406,7 @@ def verify_tag(env: Env, plan: Journal) -> str:
     """Return in words whether the fetched tag is signed. Raises Problem if it must not be taken."""
     name, tree = f"v{plan.to_version}", plan.tree
     if git(env, tree, "rev-parse", f"refs/tags/{name}^{{commit}}") != plan.to_commit:
-        raise Problem(Exit.FAILED, f"{name} has changed while it was fetched: update once more.")
+        raise failed(f"{name} has changed while it was fetched: update once more.")
     if not os.path.exists(os.path.join(tree, SIGNERS)):
         return f"{name}: no signature to verify, because this version names no signers ({SIGNERS})"
     found = re.search(r"(\d+)\.(\d+)", git(env, tree, "version"))
@@ -4814,12 +4418,11 @@ def verify_tag(env: Env, plan: Journal) -> str:
             "-c", "gpg.program=false", "-c", "gpg.x509.program=false", "verify-tag",
             f"refs/tags/{name}")
     except Problem:
-        raise Problem(
-            Exit.FAILED, f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it "
-            "was not installed, and nothing was changed.") from None
+        raise failed(f"{name} is not signed by any key of {os.path.join(tree, SIGNERS)}, so it was "
+                     "not installed, and nothing was changed.") from None
     # A signed tag could be offered again under the name of another release.
     if f"\ntag {name}\n" not in git(env, tree, "cat-file", "tag", f"refs/tags/{name}"):
-        raise Problem(Exit.FAILED, f"What is offered as {name} was signed as another release.")
+        raise failed(f"What is offered as {name} was signed as another release.")
     return f"{name} is signed by a key of {SIGNERS}"
 
 
@@ -4831,7 +4434,7 @@ def compare_sums(env: Env, plan: Journal, folder: str) -> str:
     for wanted, name in re.findall(r"(?m)^([0-9a-f]{64})  ([\w.-]+)$", told):
         with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), "rb") as file:
             if hashlib.sha256(file.read()).hexdigest() != wanted:
-                raise Problem(Exit.FAILED, f"{name} does not have the sum that the tag names.")
+                raise failed(f"{name} does not have the sum that the tag names.")
             compared += 1
     if not compared:
         return f"v{plan.to_version} names no sums: its files are taken as git fetched them"
@@ -4839,7 +4442,6 @@ def compare_sums(env: Env, plan: Journal, folder: str) -> str:
 
 
 def show_update_plan(plan: Journal, record: Record | None) -> str:
-    """Return what an update is going to do."""
     restart = f"restart {record.label} and ask its version" if record else (
         "no service is installed: you restart the server yourself")
     return field_list([
@@ -4851,80 +4453,6 @@ def show_update_plan(plan: Journal, record: Record | None) -> str:
     ])
 
 
-def remove_worktree(env: Env, snapshot: Snapshot) -> None:
-    """Remove the folder in which a new version was tested, also what is left of one."""
-    shutil.rmtree(snapshot.path("tree"), ignore_errors=True)
-    git(env, snapshot.journal.tree, "worktree", "prune")
-
-
-def _checked(env: Env, server_path: str, record: Record | None) -> Completed:
-    """Ask a version whether it would start here."""
-    python = (record.python if record else "") or sys.executable
-    with progress(env, "testing the new version"):
-        return env.run([python, "-B", server_path, "--check"], timeout_s=60,
-                       environ=service_environ(env, record))
-
-
-def check_new_version(env: Env, snapshot: Snapshot, record: Record | None) -> None:
-    """Raise Problem unless the new version says that it would start here."""
-    plan, folder = snapshot.journal, snapshot.path("tree")
-    git(env, plan.tree, "-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach",
-        folder, plan.to_commit)
-    try:
-        env.say(compare_sums(env, plan, folder))
-        server = os.path.join(folder, "ocp_server.py")
-        found = version_of(server)
-        if found != plan.to_version:
-            raise Problem(Exit.FAILED, f"The release holds version {found or '?'} instead.")
-        done = _checked(env, server, record)
-        if done.code != 0:
-            present = _checked(env, os.path.join(plan.tree, "ocp_server.py"), record)
-            if present.code == 0:
-                raise Problem(Exit.FAILED, f"It would not start here: {done.complaint}")
-            # What is wrong already, such as a claude that is not there, is no reason against it.
-            env.note(f"Not all is well here, before and after the update: {done.complaint}")
-    finally:
-        remove_worktree(env, snapshot)
-
-
-def remove_stale_lock(env: Env, tree: str) -> None:
-    """Remove the lock of a git that a power cut ended; a young one may belong to a live git."""
-    path = os.path.join(tree, git(env, tree, "rev-parse", "--git-path", "index.lock"))
-    with contextlib.suppress(FileNotFoundError):
-        if env.clock() - os.stat(path).st_mtime > 10:
-            os.unlink(path)
-
-
-def switch_back(env: Env, journal: Journal) -> None:
-    """Check out what was checked out before. Raises Problem."""
-    words = ["checkout", "--quiet", *(["--force"] if journal.is_torn else [])]
-    tip = ""
-    if journal.from_branch:
-        with contextlib.suppress(Problem):
-            tip = git(env, journal.tree, "rev-parse", f"refs/heads/{journal.from_branch}")
-    if tip == journal.from_commit:
-        git(env, journal.tree, *words, journal.from_branch, "--")
-    else:
-        git(env, journal.tree, *words, "--detach", journal.from_commit, "--")
-
-
-def stop_for_database(env: Env, record: Record | None) -> None:
-    """Make sure that no server has the database open. Raises Problem."""
-    complaint = run_service(env, record, "stop") if record else ""
-    if health_of(record.url if record else server_url(env)) is not None:
-        raise Problem(
-            Exit.FAILED, "The database has to be put back, but a server is still running: stop it, "
-            f"then run `ocp update --rollback --yes`. {complaint}".rstrip())
-
-
-def restart_and_ask(env: Env, record: Record, version: str) -> str:
-    """Restart the service and wait for this version. Returns "", or what is wrong."""
-    since_s = env.clock()
-    complaint = run_service(env, record, "restart")
-    wrong = wait_for_server(env, record.url, version, since_s)
-    return f"{wrong} {complaint}".rstrip() if wrong else ""
-
-
 def _is_migrated(snapshot: Snapshot) -> bool:
     """Return whether the new version has changed the form of the database."""
     copy = snapshot.path("ocp.db")
@@ -4933,163 +4461,211 @@ def _is_migrated(snapshot: Snapshot) -> bool:
     return saved is not None and present is not None and present > saved
 
 
-def undo(env: Env, snapshot: Snapshot, record: Record | None) -> str:
-    """Bring the old version back. Returns "", or why its server does not answer.
+class Update:
+    """An update on its way. How far it has come is written down before each step."""
 
-    Every step may be done twice, so that an interrupted undo can be started again. Raises Problem.
-    """
-    journal = snapshot.journal
-    snapshot = snapshot.at(
-        "undoing", restore_database=journal.restore_database or _is_migrated(snapshot))
-    remove_stale_lock(env, journal.tree)
-    if snapshot.journal.restore_database:
-        stop_for_database(env, record)
-    switch_back(env, snapshot.journal)
-    if snapshot.journal.restore_database:
-        put_back_database(snapshot)
-        # From here on it is in use again, and must not be put back a second time.
-        snapshot = snapshot.at("undoing", restore_database=False)
-        env.note("The database is the saved one again; what came after the update is kept in "
-                 + snapshot.path("newer-ocp.db"))
-    wrong = restart_and_ask(env, record, journal.from_version) if record else ""
-    snapshot.at("undone")
-    return wrong
+    def __init__(self, env: Env, snapshot: Snapshot, record: Record | None) -> None:
+        self.env, self.snapshot, self.record = env, snapshot, record
 
+    @property
+    def plan(self) -> Journal:
+        return self.snapshot.journal
 
-def update_openclaw(env: Env, tree: str, record: Record | None) -> None:
-    """Give OpenClaw the models of the version that is checked out. Its failure undoes nothing."""
-    env = dataclasses.replace(env, tree=tree)
-    if not os.path.exists(env.beside("ocp_connect.py")):
-        return
-    try:
-        found = sync_openclaw(env, record.url if record else DEFAULT_URL)
-    except Problem as problem:
-        env.note(f"OpenClaw's list of models was not checked: {problem}")
-        return
-    if found["written"]:
-        env.say("OpenClaw has the models of this version now")
-    for failure in found["failures"]:
-        env.note(f"OpenClaw's list of models: {failure}. Try again with: ocp sync")
+    def at(self, state: str, **changes: Any) -> None:
+        self.snapshot = self.snapshot.at(state, **changes)
 
+    def git(self, *words: str) -> str:
+        return git(self.env, self.plan.tree, *words)
 
-def roll_back(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Undo, and say how that went. Raises Problem if the server does not answer after it."""
-    journal = snapshot.journal
-    wrong = undo(env, snapshot, record)
-    if wrong:
-        raise Problem(
-            Exit.FAILED, f"v{journal.from_version} is checked out again, but its server is not "
-            f"well: {wrong}.\nSee `ocp doctor`.")
-    env.say(f"rolled back to v{journal.from_version}")
-    update_openclaw(env, journal.tree, record)
-    return Exit.OK
-
-
-def finish(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Restart into the version that is checked out, or roll back if it does not answer."""
-    journal = snapshot.journal
-    if record:
-        env.say(f"restarting {record.label}")
-        wrong = restart_and_ask(env, record, journal.to_version)
-        if wrong:
-            env.note(f"v{journal.to_version} does not work here: {wrong}.\nRolling back.")
-            roll_back(env, snapshot, record)
+    def switch(self) -> Exit:
+        """Test and check out the new version, then finish; or leave everything unchanged."""
+        plan = self.plan
+        self.env.say(f"testing v{plan.to_version}")
+        try:
+            self._check_new_version()
+        except Problem as problem:
+            self.at("refused")
+            raise failed(f"v{plan.to_version} was not installed, and nothing was changed. "
+                         f"{problem}") from None
+        self.at("switching", is_torn=True)
+        try:
+            self.git("checkout", "--quiet", "--no-overwrite-ignore", "--detach", plan.to_commit,
+                     "--")
+        except Problem as problem:
+            if is_at(self.env, plan.tree, plan.from_commit):
+                self.at("refused", is_torn=False)
+                raise failed(f"{problem}\nNothing was changed.") from None
+            self.env.note(f"{problem} Rolling back.")
+            self.roll_back()
             return Exit.FAILED
-    snapshot.at("done")
-    prune_snapshots(env)
-    env.say(f"updated to v{journal.to_version}; `ocp update --rollback` goes back")
-    if record is None:
-        env.say("No service is installed: if a server is running, restart it yourself.")
-    update_openclaw(env, journal.tree, record)
-    return Exit.OK
+        self.at("switched", is_torn=False)
+        return self._finish()
 
+    def _check_new_version(self) -> None:
+        """Raise Problem unless the new version says that it would start here."""
+        plan, folder = self.plan, self.snapshot.path("tree")
+        self.git("-c", "core.autocrlf=false", "worktree", "add", "--quiet", "--detach", folder,
+                 plan.to_commit)
+        try:
+            self.env.say(compare_sums(self.env, plan, folder))
+            found = version_of(os.path.join(folder, "ocp_server.py"))
+            if found != plan.to_version:
+                raise failed(f"The release holds version {found or '?'} instead.")
+            fault = self._fault_of(folder)
+            if fault and not self._fault_of(plan.tree):
+                raise failed(f"It would not start here: {fault}")
+            if fault:
+                # What is wrong already, such as a missing claude, is no reason against it.
+                self.env.note(f"Not all is well here, before and after the update: {fault}")
+        finally:
+            self._remove_worktree()
 
-def switch(env: Env, snapshot: Snapshot, record: Record | None) -> Exit:
-    """Test and check out the new version, then finish; or leave everything unchanged."""
-    plan = snapshot.journal
-    env.say(f"testing v{plan.to_version}")
-    try:
-        check_new_version(env, snapshot, record)
-    except Problem as problem:
-        snapshot.at("refused")
-        raise Problem(
-            Exit.FAILED, f"v{plan.to_version} was not installed, and nothing was changed. {problem}"
-        ) from None
-    snapshot = snapshot.at("switching", is_torn=True)
-    try:
-        git(env, plan.tree, "checkout", "--quiet", "--no-overwrite-ignore", "--detach",
-            plan.to_commit, "--")
-    except Problem as problem:
-        if is_at(env, plan.tree, plan.from_commit):
-            snapshot.at("refused", is_torn=False)
-            raise Problem(Exit.FAILED, f"{problem}\nNothing was changed.") from None
-        env.note(f"{problem} Rolling back.")
-        roll_back(env, snapshot, record)
-        return Exit.FAILED
-    return finish(env, snapshot.at("switched", is_torn=False), record)
+    def _fault_of(self, tree: str) -> str:
+        """Return why the version in a folder would not start here, "" if it would."""
+        command = [local_server(self.env).python, "-B", os.path.join(tree, "ocp_server.py")]
+        with progress(self.env, "testing the new version"):
+            done = self.env.run([*command, "--check"], timeout_s=60,
+                                environ=service_environ(self.env))
+        return "" if done.code == 0 else done.complaint
 
+    def _remove_worktree(self) -> None:
+        """Remove the folder in which a new version was tested, also what is left of one."""
+        shutil.rmtree(self.snapshot.path("tree"), ignore_errors=True)
+        self.git("worktree", "prune")
 
-def recover(env: Env, snapshot: Snapshot, back: bool) -> Exit | None:
-    """Finish or undo what was interrupted; None when it had changed nothing."""
-    journal = snapshot.journal
-    env.note(f"The update to v{journal.to_version} was interrupted ({journal.state}).")
-    record = service_to_update(env, os.path.realpath(journal.tree))
-    if journal.state == "prepared":
-        remove_worktree(env, snapshot)
-        snapshot.at("refused")
-        env.note("It had changed nothing.")
-        return None
-    if journal.state == "switching" and is_at(env, journal.tree, journal.to_commit):
-        snapshot = snapshot.at("switched", is_torn=False)
-    if snapshot.journal.state == "switched" and not back:
-        env.note("Finishing it.")
-        return finish(env, snapshot, record)
-    env.note("Undoing it.")
-    code = roll_back(env, snapshot, record)
-    return code if back else Exit.FAILED
+    def _finish(self) -> Exit:
+        """Restart into the version that is checked out, or roll back if it does not answer."""
+        version = self.plan.to_version
+        if self.record:
+            self.env.say(f"restarting {self.record.label}")
+            wrong = restart_and_ask(self.env, self.record, version)
+            if wrong:
+                self.env.note(f"v{version} does not work here: {wrong}.\nRolling back.")
+                self.roll_back()
+                return Exit.FAILED
+        self.at("done")
+        prune_snapshots(self.env)
+        self.env.say(f"updated to v{version}; `ocp update --rollback` goes back")
+        if self.record is None:
+            self.env.say("No service is installed: if a server is running, restart it yourself.")
+        self._update_openclaw()
+        return Exit.OK
+
+    def roll_back(self) -> Exit:
+        """Undo, and say how that went. Raises Problem if the server does not answer after it."""
+        version, wrong = self.plan.from_version, self._undo()
+        if wrong:
+            raise failed(f"v{version} is checked out again, but its server is not well: "
+                         f"{wrong}.\nSee `ocp doctor`.")
+        self.env.say(f"rolled back to v{version}")
+        self._update_openclaw()
+        return Exit.OK
+
+    def _undo(self) -> str:
+        """Bring the old version back. Returns "", or why its server does not answer. Every step may
+        be done twice: an interrupted undo can be started again. Raises Problem."""
+        self.at("undoing",
+                restore_database=self.plan.restore_database or _is_migrated(self.snapshot))
+        self._remove_stale_lock()
+        if self.plan.restore_database:
+            self._stop_for_database()
+        self._switch_back()
+        if self.plan.restore_database:
+            put_back_database(self.snapshot)
+            # From here on it is in use again, and must not be put back a second time.
+            self.at("undoing", restore_database=False)
+            self.env.note("The database is the saved one again; what came after the update is "
+                          "kept in " + self.snapshot.path("newer-ocp.db"))
+        wrong = ""
+        if self.record:
+            wrong = restart_and_ask(self.env, self.record, self.plan.from_version)
+        self.at("undone")
+        return wrong
+
+    def _remove_stale_lock(self) -> None:
+        """Remove the lock of a git that a power cut ended; a young one may be a live git's."""
+        path = os.path.join(self.plan.tree, self.git("rev-parse", "--git-path", "index.lock"))
+        with contextlib.suppress(FileNotFoundError):
+            if self.env.clock() - os.stat(path).st_mtime > 10:
+                os.unlink(path)
+
+    def _stop_for_database(self) -> None:
+        """Make sure that no server has the database open. Raises Problem."""
+        complaint = run_service(self.env, self.record, "stop") if self.record else ""
+        if health_of(self.record.url if self.record else server_url(self.env)) is not None:
+            raise failed("The database has to be put back, but a server is still running: stop "
+                         f"it, then run `ocp update --rollback --yes`. {complaint}".rstrip())
+
+    def _switch_back(self) -> None:
+        plan, tip = self.plan, ""
+        if plan.from_branch:
+            with contextlib.suppress(Problem):
+                tip = self.git("rev-parse", f"refs/heads/{plan.from_branch}")
+        before = [plan.from_branch] if tip == plan.from_commit else ["--detach", plan.from_commit]
+        self.git("checkout", "--quiet", *(["--force"] * plan.is_torn), *before, "--")
+
+    def _update_openclaw(self) -> None:
+        """Give OpenClaw the models of the version in the checkout. Its failure undoes nothing."""
+        env = dataclasses.replace(self.env, tree=self.plan.tree)
+        if not os.path.exists(env.beside("ocp_connect.py")):
+            return
+        try:
+            found = sync_openclaw(env, self.record.url if self.record else DEFAULT_URL)
+        except Problem as problem:
+            env.note(f"OpenClaw's list of models was not checked: {problem}")
+            return
+        if found["written"]:
+            env.say("OpenClaw has the models of this version now")
+        for failure in found["failures"]:
+            env.note(f"OpenClaw's list of models: {failure}. Try again with: ocp sync")
+
+    def recover(self, back: bool) -> Exit | None:
+        """Finish or undo what was interrupted; None when it had changed nothing."""
+        plan, note = self.plan, self.env.note
+        if plan.state == "prepared":
+            self._remove_worktree()
+            self.at("refused")
+            note("It had changed nothing.")
+            return None
+        if plan.state == "switching" and is_at(self.env, plan.tree, plan.to_commit):
+            self.at("switched", is_torn=False)
+        if self.plan.state == "switched" and not back:
+            note("Finishing it.")
+            return self._finish()
+        note("Undoing it.")
+        code = self.roll_back()
+        return code if back else Exit.FAILED
 
 
 SNAPSHOT_COLUMNS = (
-    Column("Snapshot", lambda each, _: os.path.basename(each.folder)),
-    Column("From", lambda each, _: "v" + each.journal.from_version),
-    Column("To", lambda each, _: "v" + each.journal.to_version),
-    Column("State", lambda each, _: each.journal.state),
-    Column("Taken", lambda each, style: age(each.journal.started_at, style)),
+    Column("Snapshot", lambda each: os.path.basename(each.folder)),
+    Column("From", lambda each: "v" + each.journal.from_version),
+    Column("To", lambda each: "v" + each.journal.to_version),
+    Column("State", lambda each: each.journal.state),
+    Column("Taken", lambda each: each.journal.started_at, age),
 )
 
 
 def show_snapshots(snapshots: Sequence[Snapshot], style: Style) -> str:
-    """Return all snapshots, the newest first."""
-    return table(SNAPSHOT_COLUMNS, snapshots, style) if snapshots else "no snapshots"
+    return table(SNAPSHOT_COLUMNS, snapshots, style, empty="no snapshots")
 
 
 def _rollback(env: Env, args: argparse.Namespace) -> Exit:
-    """Return to the version before the last finished update."""
     done = next((each for each in read_snapshots(env) if each.journal.state == "done"), None)
     if done is None:
-        raise Problem(Exit.FAILED, "There is no finished update to roll back.")
+        raise failed("There is no finished update to roll back.")
     journal = done.journal
     record = service_to_update(env, os.path.realpath(journal.tree))
     if not is_at(env, journal.tree, journal.to_commit):
-        raise Problem(
-            Exit.FAILED, f"{journal.tree} is not as the update left it (v{journal.to_version}, "
-            "unchanged), so it is left alone. By hand: git checkout "
-            f"{journal.from_commit[:12]}, and a restart.")
+        raise failed(f"{journal.tree} is not as the update left it (v{journal.to_version}, "
+                     "unchanged), so it is left alone. By hand: git checkout "
+                     f"{journal.from_commit[:12]}, and a restart.")
     words = f"v{journal.to_version} -> v{journal.from_version} in {journal.tree}"
     if args.dry_run:
         env.say(f"would roll back {words}")
         return Exit.OK
     confirm(f"Roll back {words}?", args.yes, env.stdin, env.stdout)
-    return roll_back(env, done, record)
-
-
-def _nothing_newer(env: Env, tree: str) -> str:
-    """Return why there is no update: no release at all, or this is the newest. Raises Problem."""
-    newest = max(remote_tags(env, tree), key=version_tuple, default="")
-    version = version_of(os.path.join(tree, "ocp_server.py"))
-    if not newest:
-        return f"v{version} is installed; {NO_RELEASE}"
-    return f"v{version} is installed, and there is nothing newer: the newest release is {newest}"
+    return Update(env, done, record).roll_back()
 
 
 #: In the server's folder: the newest release that `ocp update --check` found. The server asks
@@ -5108,21 +4684,14 @@ def note_newest(env: Env, version: str) -> None:
             os.remove(path)
 
 
-def _check_for_update(env: Env, args: argparse.Namespace) -> Exit:
-    tree = git_tree(env)
-    plan = plan_update(env, tree, args.target)
-    if not args.target:
-        note_newest(env, plan.to_version if plan else "")
-    env.say(f"installed v{plan.from_version}, v{plan.to_version} is available" if plan
-            else _nothing_newer(env, tree))
-    return Exit.OK
-
-
 def _update(env: Env, args: argparse.Namespace) -> Exit:
     tree = git_tree(env)
     plan = plan_update(env, tree, args.target)
-    if plan is None:
-        env.say(_nothing_newer(env, tree))
+    if args.check and not args.target:
+        note_newest(env, "" if isinstance(plan, str) else plan.to_version)
+    if isinstance(plan, str) or args.check:
+        env.say(plan if isinstance(plan, str)
+                else f"installed v{plan.from_version}, v{plan.to_version} is available")
         return Exit.OK
     refuse_local_work(env, plan)
     record = service_to_update(env, tree)
@@ -5135,11 +4704,10 @@ def _update(env: Env, args: argparse.Namespace) -> Exit:
     env.say(verify_tag(env, plan))
     snapshot = take_snapshot(env, plan)
     env.say(f"saved {snapshot.folder}")
-    return switch(env, snapshot, record)
+    return Update(env, snapshot, record).switch()
 
 
 def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
-    """Update a git checkout to the newest release, or roll the last update back."""
     if args.list and not args.rollback:
         raise Problem(Exit.USAGE, "--list goes with --rollback.")
     if args.list:
@@ -5148,14 +4716,17 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
     if args.rollback and (args.check or args.target):
         raise Problem(Exit.USAGE, "--rollback goes back by one update: no --check and no --target.")
     if args.check:
-        return _check_for_update(env, args)
+        return _update(env, args)
     with update_lock(env):
         states = read_snapshots(env)
         interrupted = next((s for s in states if s.journal.state in OPEN_STATES), None)
         if interrupted and args.dry_run:
-            raise Problem(Exit.FAILED, "An update was interrupted: `ocp update` ends it.")
+            raise failed("An update was interrupted: `ocp update` ends it.")
         if interrupted:
-            code = recover(env, interrupted, args.rollback)
+            journal = interrupted.journal
+            env.note(f"The update to v{journal.to_version} was interrupted ({journal.state}).")
+            record = service_to_update(env, os.path.realpath(journal.tree))
+            code = Update(env, interrupted, record).recover(args.rollback)
             if code is not None or args.rollback:
                 return Exit.OK if code is None else code
         return _rollback(env, args) if args.rollback else _update(env, args)
@@ -5166,7 +4737,6 @@ def cmd_update(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the versions: installed, running, and claude's."""
     installed, nobody = version_of(env.beside("ocp_server.py")) or None, "no server answers"
     health: Json = {}
     try:
@@ -5175,16 +4745,13 @@ def cmd_version(env: Env, args: argparse.Namespace) -> Exit:
         nobody = "another program answers, no OCP server"
     found = {"installed": installed, "served": health.get("version"),
              "claude": health.get("claudeVersion")}
-    env.say(json.dumps(found) if args.json else field_list([
+    return print_answer(env, args, found, lambda found, style: field_list([
         ("installed", installed or "no ocp_server.py beside ocp.py"),
-        ("served", found["served"] or nobody),
-        ("claude", found["claude"] or "unknown"),
+        ("served", found["served"] or nobody), ("claude", found["claude"] or "unknown"),
     ]))
-    return Exit.OK
 
 
 def commands_text() -> str:
-    """Return the commands in groups, each with what it does."""
     named = {name for _, names in GROUPS for name in names}
     rest = tuple(command.name for command in COMMANDS if command.name not in named)
     width = max(len(command.name) for command in COMMANDS)
@@ -5197,7 +4764,6 @@ def commands_text() -> str:
 
 
 def help_text() -> str:
-    """Return the help of the whole."""
     first = (__doc__ or "").partition("\n")[0]
     options = field_list([
         (" ".join([", ".join(each.names), each.options.get("metavar", "")]), each.options["help"])
@@ -5222,7 +4788,6 @@ More: ocp COMMAND --help; ocp help environment for variables and exit codes"""
 
 
 def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
-    """Show the help of the whole, of one command, or of the environment."""
     if args.words == ["environment"]:
         env.say((__doc__ or "").partition("\n\n")[2].strip())
         return Exit.OK
@@ -5233,58 +4798,39 @@ def cmd_help(env: Env, args: argparse.Namespace) -> Exit:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are Problems, and whose help goes to a stream of the Env."""
-
-    stream: TextIO
-
-    def print_help(self, file: Any = None) -> None:
-        """Print the help where results go."""
-        self.stream.write(self.format_help())
+    """argparse whose errors are Problems."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the problem."""
         usage = self.format_usage().removeprefix("usage: ").strip()
         raise Problem(Exit.USAGE, f"{message}\nUsage: {usage}\nMore: {self.prog} --help")
 
 
-def _add_commands(
-    parent: argparse.ArgumentParser, commands: Iterable[Command], kind: type[Parser], prefix: str
-) -> None:
-    """Add the rows of a table; each is done by the function of its name."""
-    below = parent.add_subparsers(metavar="COMMAND", title="commands", parser_class=kind)
-    for command in commands:
-        examples = "".join(f"\n  ocp {example}" for example in command.examples)
-        added = below.add_parser(
-            command.name, help=command.help, description=f"{command.summary}.", allow_abbrev=False,
+class Whole(Parser):
+    """The parser of the whole command line, whose help is in groups."""
+
+    def format_help(self) -> str:
+        return help_text() + "\n"
+
+    def format_usage(self) -> str:
+        return "ocp COMMAND [ARGUMENTS]"
+
+
+def filled(parser: argparse.ArgumentParser, row: Command, name: str) -> argparse.ArgumentParser:
+    """Return the parser with the arguments and the actions of a row, which the function of this
+    name carries out."""
+    for each in (*row.arguments, *EVERYWHERE):
+        parser.add_argument(*each.names, **each.options)
+    parser.set_defaults(run=globals()[name] if row.name else None, parser=parser)
+    if row.actions:
+        below = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
+    for action in row.actions:
+        examples = "".join(f"\n  ocp {example}" for example in action.examples)
+        filled(below.add_parser(
+            action.name, help=action.help, description=f"{action.summary}.", allow_abbrev=False,
             formatter_class=functools.partial(
                 argparse.RawDescriptionHelpFormatter, max_help_position=28),
-            epilog=f"examples:{examples}" if examples else None)
-        for each in (*command.arguments, *EVERYWHERE):
-            added.add_argument(*each.names, **each.options)
-        added.set_defaults(run=globals()[prefix + command.name], parser=added)
-        if command.actions:
-            _add_commands(added, command.actions, kind, f"{prefix}{command.name}_")
-
-
-def parser(env: Env) -> argparse.ArgumentParser:
-    """Return the whole command line."""
-
-    class Here(Parser):
-        stream = env.stdout
-
-    class Whole(Here):
-        def format_help(self) -> str:
-            return help_text() + "\n"
-
-        def format_usage(self) -> str:
-            return "ocp COMMAND [ARGUMENTS]"
-
-    whole = Whole(prog="ocp", allow_abbrev=False)
-    for each in (*ROOT.arguments, *EVERYWHERE):
-        whole.add_argument(*each.names, **each.options)
-    whole.set_defaults(run=None, url=None, debug=False, parser=whole)
-    _add_commands(whole, COMMANDS, Here, "cmd_")
-    return whole
+            epilog=f"examples:{examples}" if examples else None), action, f"{name}_{action.name}")
+    return parser
 
 
 def behind_options(words: Sequence[str]) -> Sequence[str]:
@@ -5311,7 +4857,6 @@ _NO_ACTIONS = {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset"
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:
-    """Raise Problem for a command, or an action of one, that does not exist."""
     row, behind = find_command(words)
     if row.name == "settings" and behind[:1] and behind[0] in _NO_ACTIONS:
         line = " ".join(["ocp settings", *_NO_ACTIONS[behind[0]], *map(clean, behind[1:])])
@@ -5331,7 +4876,10 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     if command[:1] == ["connect"]:
         # The options behind it, --help too, are another program's.
         words = [*words[:len(words) - len(command)], "connect", "--", *command[1:]]
-    args, more = parser(env).parse_known_args(list(words))
+    whole = filled(Whole(prog="ocp", allow_abbrev=False), ROOT, "cmd")
+    whole.set_defaults(url=None, debug=False)
+    with contextlib.redirect_stdout(env.stdout):
+        args, more = whole.parse_known_args(list(words))
     row = find_command(command)[0]
     options = [name for each in (*row.arguments, *EVERYWHERE) for name in each.names
                if name.startswith("--")]
@@ -5341,8 +4889,7 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     elif more:
         hint = did_you_mean(more[0], options)
         args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}.{hint}")
-    takes_json = JSON.names[0] in options
-    if hasattr(args, "json") and args.run and not takes_json:
+    if hasattr(args, "json") and args.run and "--json" not in options:
         args.parser.error("there is no --json here")
     return argparse.Namespace(**{"json": False, **vars(args)})
 
@@ -5375,8 +4922,7 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
         yield from ((name, "") for name in connect_options(env))
         return
     arguments = (*command.arguments, *EVERYWHERE)
-    expecting = [each for each in arguments
-                 if last in each.names and "metavar" in each.options]
+    expecting = [each for each in arguments if last in each.names and "metavar" in each.options]
     for each in expecting or arguments:
         if each.names[0].startswith("-") and not expecting:
             yield from ((name, each.options["help"]) for name in each.names if name[:2] == "--")
@@ -5390,10 +4936,8 @@ def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterat
 
 
 def completions(env: Env, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield what the last of these words may become, each with its help.
-
-    Names with characters that a shell would have to quote are left out.
-    """
+    """Yield what the last of these words may become, each with its help. Names with characters that
+    a shell would have to quote are left out."""
     *before, current = words or [""]
     before = list(behind_options(before))
     row, behind = find_command(before[1:] if before[:1] == ["help"] else before)
@@ -5431,7 +4975,6 @@ complete -c ocp -f -a '(__ocp_complete)'""",
 
 
 def cmd_completion(env: Env, args: argparse.Namespace) -> Exit:
-    """Print a script that teaches a shell the commands."""
     env.say(COMPLETIONS[args.shell])
     return Exit.OK
 
@@ -5452,7 +4995,7 @@ def program(env: Env) -> Exit:
         env.say(f"ocp {VERSION}")
         return Exit.OK
     if args.run is None:
-        args.parser.print_help()
+        env.say(help_text())
         return Exit.OK
     if args.url is not None:
         url = parse_url(args.url, "--url")

@@ -1,6 +1,7 @@
 """`ocp start`, `stop`, `restart` through fake service managers, and `ocp doctor`."""
 from __future__ import annotations
 
+import ast
 import json
 import os
 import plistlib
@@ -694,6 +695,16 @@ def test_every_row_that_is_not_well_has_its_fix_and_every_check_a_title(healthy:
     assert "[SKIP] Clock (clock): could not check" in shown
 
 
+def test_no_finding_that_needs_a_fix_is_made_without_one() -> None:
+    calls = [node for node in ast.walk(ast.parse(Path(REPO, "ocp.py").read_text("utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"]
+    assert len(calls) > len(ocp.CHECKS)
+    for call in calls:
+        words = {each.value for each in ast.walk(call.args[0]) if isinstance(each, ast.Constant)}
+        may_need_one = not words or bool(words & {"WARN", "FAIL"})
+        assert len(call.args) == 3 or not may_need_one, ast.unparse(call)
+
+
 def test_a_strange_answer_spoils_only_its_own_check(healthy: Manager) -> None:
     healthy.server.answers["GET /health"] = (
         200, {**HEALTH, "version": VERSION, "auth": "ok", "uptime": None})
@@ -841,7 +852,7 @@ def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
                          'CLAUDE_BIN="/a b/claude"\nX=50%\n')
     write_record(tmp_path, "http://127.0.0.1:3999", env_file=str(variables))
     env = ocp_env(tmp_path, environ={"CLAUDE_TIMEOUT": "of the shell"})
-    found = ocp.service_environ(env, ocp.installation(env))
+    found = ocp.service_environ(env)
     assert found["CLAUDE_BIN"] == "/a b/claude" and found["X"] == "50%"
     assert found["PROXY_API_KEY"] == "se cret" and found["CLAUDE_PROXY_PORT"] == "4000"
     assert found["OCP_HOME"] == str(tmp_path / ".ocp") and "CLAUDE_TIMEOUT" not in found
