@@ -399,7 +399,7 @@ def test_a_variable_that_is_passed_to_claude_is_known() -> None:
 
 
 def test_the_settings_file_counts_less_than_the_environment(tmp_path: Path) -> None:
-    (tmp_path / "ocp.env").write_text("A=1\nB='two  words'\nC=3\nD=4\nnot a line\n")
+    (tmp_path / "ocp.env").write_text("A=1\nB='two  words'\nC=3\nD=4\n")
     environ = {"OCP_HOME": str(tmp_path), "A": "mine", "C": " ", "D": "4"}
 
     found = ocp.read_environment(environ, {"D": ("5", "--dee")})
