@@ -94,7 +94,7 @@ def versions(folder: Path) -> dict[str, str]:
 def dated(changelog: str, version: str, date: str) -> str:
     """Return the changelog with its unreleased part as this release. Raises Refused."""
     head, mark, rest = changelog.partition(f"\n{UNRELEASED}\n")
-    if not mark or not re.match(r"\s*- ", rest):
+    if not mark or not re.match(r"\s*(- |### )", rest):
         raise Refused(f"CHANGELOG.md has nothing under {UNRELEASED!r}.")
     return f"{head}\n## {version} - {date}\n{rest}"
 
