@@ -76,7 +76,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO, Union
 
 #: The version of this script, which may be copied alone: a test holds it to the server's.
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 
 #: A JSON value.
 Json = Any

@@ -84,7 +84,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 
 #: Python's name for a script that comes through a pipe, which has no folder.
 _PIPE = "<stdin>"

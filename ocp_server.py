@@ -141,7 +141,7 @@ from typing import (
     Union,
 )
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 
 #: A JSON object as it is sent or received.
 Json = dict[str, Any]

@@ -40,7 +40,7 @@ class Request(NamedTuple):
 #: A status and a body; JSON unless it is text. The status 0 hangs up without an answer.
 Answer = tuple[int, Union[Json, str]]
 HEALTH = {
-    "status": "ok", "version": "0.1.0", "demo": False,
+    "status": "ok", "version": "1.0.0", "demo": False,
     "instanceName": "", "uptime": 3_780_000, "uptimeHuman": "1h 3m", "authMode": "multi",
     "auth": {"ok": True, "okAt": "2026-11-20T14:00:00Z", "message": None},
     "claudeBinaryOk": True, "claudeVersion": "2.1.329", "fix": None,

@@ -68,7 +68,7 @@ API_USAGE: Json = {
     "daily": [{"day": "2026-11-19", **SMALL}, {"day": "2026-11-20", **COUNTS}],
 }
 STATUS: Json = {
-    "proxy": {"status": "ok", "version": "0.1.0", "uptime": "1h 3m", "auth": "logged in",
+    "proxy": {"status": "ok", "version": "1.0.0", "uptime": "1h 3m", "auth": "logged in",
               "fix": None},
     "requests": {"total": 19, "active": 1, "errors": 1, "timeouts": 0}, "plan": PLAN,
     "recentErrors": [
@@ -153,7 +153,7 @@ LAN: Json = {
 DOCTOR: Json = {
     "schema_version": "1", "timestamp": "2026-11-20T15:00:00Z", "ready_to_upgrade": False,
     "install_dir": "/home/u/ocp", "install_dir_source": "script",
-    "install_dir_safe_to_replace": True, "current_version": "v0.1.0", "latest_version": "v0.2.0",
+    "install_dir_safe_to_replace": True, "current_version": "v1.0.0", "latest_version": "v1.1.0",
     "from_version_supported": True, "units": None, "fail_count": 1, "warn_count": 1,
     "unknown_count": 1,
     "checks": [
@@ -169,7 +169,7 @@ DOCTOR: Json = {
         {"id": "clock", "title": "Clock", "level": "INFO",
          "message": "could not check: the server told no time", "checked": False},
         {"id": "current_version", "title": "Release", "level": "WARN",
-         "message": "v0.2.0 is available, 0.1.0 is installed", "checked": True,
+         "message": "v1.1.0 is available, 1.0.0 is installed", "checked": True,
          "fix": {"kind": "update", "human_required": [], "safe": False,
                  "ai_executable": ["python3 /home/u/ocp/ocp.py update --yes"]}}],
     "next_action": {

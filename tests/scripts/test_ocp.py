@@ -168,9 +168,9 @@ def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None
     shown = ocp.show_status(samples.STATUS, PLAIN)
     assert "up 1h 3m, logged in" in shown and "1 error | 0 timeouts" in shown
     proxy = {**samples.STATUS["proxy"], "demo": True}
-    assert shown.startswith("OCP 0.1.0: ")
+    assert shown.startswith("OCP 1.0.0: ")
     assert ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN).startswith(
-        "OCP 0.1.0 (demo): ")
+        "OCP 1.0.0 (demo): ")
     proxy = {**samples.STATUS["proxy"], "auth": "not known yet", "fix": "log in"}
     shown = ocp.show_status({**samples.STATUS, "proxy": proxy}, PLAIN)
     assert "login not known yet" in shown and "To do: log in" in shown
@@ -218,7 +218,7 @@ def test_watch_goes_on_through_a_restart(tmp_path: Path) -> None:
         env = ocp_env(tmp_path, "status", "--watch", environ={"OCP_URL": server.url}, sleep=sleep)
         found = run_env(env)
     assert found.code == ocp.Exit.INTERRUPTED
-    assert found.stdout.count("OCP 0.1.0: ok") == 2 and found.stdout.count("Cannot connect") == 1
+    assert found.stdout.count("OCP 1.0.0: ok") == 2 and found.stdout.count("Cannot connect") == 1
 
 
 @pytest.mark.parametrize("words, query", [
@@ -1021,7 +1021,7 @@ def test_version_names_all_three(tmp_path: Path) -> None:
         found = run(tmp_path, server.url, "version", "--json")
     installed = ocp.version_of(str(REPO / "ocp_server.py"))
     assert json.loads(found.stdout) == {
-        "installed": installed, "served": "0.1.0", "claude": "2.1.329"}
+        "installed": installed, "served": "1.0.0", "claude": "2.1.329"}
     assert "no server answers" in run(tmp_path, DEAD_URL, "version").stdout
     with stub_server({"GET /health": (200, "<html>")}) as server:
         assert "another program answers" in run(tmp_path, server.url, "version").stdout
@@ -1332,7 +1332,7 @@ SHOWN: dict[str, Callable[[], str]] = {
     "update --rollback --list": lambda: str(ocp.show_snapshots([SNAPSHOT], PLAIN)),
 }
 SNAPSHOT = ocp.Snapshot("/home/u/.ocp/snapshots/20261120T143000.000000Z", ocp.Journal(
-    "done", "/home/u/ocp", "/home/u/.ocp", "a" * 40, "main", "0.1.0", "b" * 40, "0.2.0",
+    "done", "/home/u/ocp", "/home/u/.ocp", "a" * 40, "main", "1.0.0", "b" * 40, "1.1.0",
     "2026-11-20T14:30:00Z"))
 
 
