@@ -15237,6 +15237,8 @@ _MIN_MEMORY_BYTES = 64 * 1024 * 1024
 #: The largest single read and write on a socket. A TLS record holds 16 KB.
 _MAX_READ_BYTES = 262_144
 _MAX_SENT_BYTES = 16_384
+#: How long a new connection may take to show its key before it counts as one without a key.
+_NEWCOMER_S = 2.0
 #: What a non-blocking socket raises when it is not ready.
 _WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -15352,8 +15354,9 @@ class Connection:
         self.is_busy = False
         #: Whether it has sent a request of a caller that may use the API.
         self.is_trusted = False
+        self.opened_s = time.monotonic()
         #: When bytes last came from the client or were last sent to it.
-        self.quiet_since_s = time.monotonic()
+        self.quiet_since_s = self.opened_s
         #: The config of its current request.
         self.config: Config | None = None
         self._socket = sock
@@ -15640,12 +15643,17 @@ class Connections:
             return any(each.has_unread for each in self._open)
 
     def _eviction_candidate(self) -> Connection | None:
-        """Return the idle connection to close first. Untrusted ones come first, then those of the
-        address with the most connections, then the longest quiet. The caller holds the lock."""
+        """Return the idle connection to close first. Untrusted ones come first, unless they are so
+        new that their request may be on its way; then those of the address with the most
+        connections, then the longest quiet. The caller holds the lock."""
         open_per_peer = collections.Counter(each.peer for each in self._open)
+        newcomers_s = time.monotonic() - _NEWCOMER_S
         return max(
             (each for each in self._open if not each.is_busy),
-            key=lambda each: (not each.is_trusted, open_per_peer[each.peer], -each.quiet_since_s),
+            key=lambda each: (
+                not each.is_trusted and each.opened_s <= newcomers_s,
+                open_per_peer[each.peer], -each.quiet_since_s,
+            ),
             default=None,
         )
 

@@ -237,9 +237,11 @@ class Visitor:
     """A connection as the table of connections sees it."""
 
     def __init__(
-        self, peer: str, quiet_since_s: float, *, is_trusted: bool = False, is_busy: bool = False
+        self, peer: str, quiet_since_s: float, *, is_trusted: bool = False, is_busy: bool = False,
+        is_new: bool = False,
     ) -> None:
         self.peer, self.quiet_since_s = peer, quiet_since_s
+        self.opened_s = float("inf") if is_new else 0.0
         self.is_trusted, self.is_busy = is_trusted, is_busy
         self.cuts = 0
 
@@ -254,6 +256,10 @@ class Visitor:
     ([Visitor("b", 1), Visitor("a", 2), Visitor("a", 3)], 1),
     # of those without a key,
     ([Visitor("a", 1, is_trusted=True), Visitor("a", 2, is_trusted=True), Visitor("b", 3)], 2),
+    # which do not count as such while they are new,
+    ([Visitor("a", 1, is_trusted=True), Visitor("a", 2, is_trusted=True),
+      Visitor("a", 3, is_new=True)], 0),
+    ([Visitor("a", 1, is_trusted=True), Visitor("a", 2), Visitor("a", 3, is_new=True)], 1),
     # and never one that is being answered.
     ([Visitor("a", 1, is_busy=True), Visitor("a", 2, is_busy=True),
       Visitor("b", 3, is_trusted=True)], 2),
