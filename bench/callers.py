@@ -45,7 +45,7 @@ WARM_ANSWERS = 12
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 
 
-class House(load.KeyedOcp):
+class House(common.KeyedOcp):
     """OCP over a real claude, in mode multi."""
 
     def __init__(
@@ -54,9 +54,8 @@ class House(load.KeyedOcp):
     ) -> None:
         """See common.Ocp; `url` is that of the API."""
         folder.mkdir()
-        common.Ocp.__init__(
-            self, folder, claude, model, common.clean_environment(folder, url), {
-                "CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": load.ADMIN_KEY, **settings}, tree)
+        environ = common.clean_environment(folder, url)
+        super().__init__(folder, claude, model, environ, settings, tree)
 
     def counts(self) -> dict[str, int]:
         """How many processes were started, and how answers got their conversations."""
