@@ -503,6 +503,7 @@ def test_a_damaged_database_is_not_a_locked_one(healthy: Manager) -> None:
     assert "could not check" in answer["messages"]["database"]
 
 
+@pytest.mark.slow
 def test_a_database_that_is_gone_while_the_server_uses_it(healthy: Manager) -> None:
     (healthy.home / ".ocp/ocp.db").unlink()
     assert examined(healthy)["levels"]["database"] == "INFO"
@@ -635,6 +636,7 @@ def test_fix_without_anything_to_fix_says_so(healthy: Manager) -> None:
     assert told.code == 0 and "nothing that can be fixed safely" in told.stderr
 
 
+@pytest.mark.slow
 def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> None:
     key = healthy.home / ".ocp" / "admin-key"
     key.chmod(0o644)
@@ -650,6 +652,7 @@ def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> 
     assert stat.S_IMODE(other.stat().st_mode) == 0o644
 
 
+@pytest.mark.slow
 def test_fix_restarts_no_server_that_answers_or_whose_port_is_taken(healthy: Manager) -> None:
     healthy.version = "0.0.9"
     done, levels = fixed(healthy)
@@ -672,6 +675,7 @@ def test_a_server_of_another_machine_is_not_mended_here(healthy: Manager) -> Non
     assert not [call for call in healthy.programs.calls() if "restart" in call]
 
 
+@pytest.mark.slow
 def test_fix_runs_nothing_with_sudo(healthy: Manager) -> None:
     healthy.record(platform="systemd-system")
     healthy.up.unlink()
@@ -858,6 +862,7 @@ def test_the_environment_of_the_service_is_read(tmp_path: Path) -> None:
     assert found["OCP_HOME"] == str(tmp_path / ".ocp") and "CLAUDE_TIMEOUT" not in found
 
 
+@pytest.mark.slow
 def test_doctor_on_a_real_server(tmp_path: Path) -> None:
     with running_server(tmp_path / "server", as_program=True) as server:
         environ = {"OCP_URL": server.url, "OCP_HOME": str(server.ocp_home)}

@@ -260,6 +260,7 @@ def test_a_history_that_is_still_being_told_is_ended_with_its_process(tmp_path: 
         check_ended(server, pid)
 
 
+@pytest.mark.slow
 def test_a_claude_that_says_nothing_more_is_ended_after_a_second(tmp_path: Path) -> None:
     player = ShellClaude(tmp_path)
     player.play([])

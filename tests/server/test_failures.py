@@ -696,6 +696,7 @@ def test_a_claude_that_is_too_old_is_503(tmp_path: Path) -> None:
         check_unavailable(server, "claude update")
 
 
+@pytest.mark.slow
 def test_a_claude_that_cannot_be_used_is_not_asked_all_the_time(tmp_path: Path) -> None:
     with running_server(tmp_path, {"version": "2.1.196"}) as server:
         for _ in range(3):
@@ -704,6 +705,7 @@ def test_a_claude_that_cannot_be_used_is_not_asked_all_the_time(tmp_path: Path) 
         assert stays(lambda: len(server.fake_log("start")), 1.2) == 1
 
 
+@pytest.mark.slow
 def test_a_claude_that_never_tells_its_version_does_not_hold_up_health(tmp_path: Path) -> None:
     program = tmp_path / "silent"
     program.write_text("#!/bin/sh\nexec sleep 30\n")

@@ -593,6 +593,7 @@ def test_a_server_that_stops_lets_everybody_have_a_shared_answer(tmp_path: Path)
     assert len(text_of(late)) == 16_000_000
 
 
+@pytest.mark.slow
 def test_flights_leak_no_descriptors_however_they_end(tmp_path: Path) -> None:
     ways: list[list[Json]] = [[{"say": "Hello."}], [FAILURE], [{"say": "Half "}, {"exit": 1}]]
 

@@ -828,6 +828,7 @@ def test_a_revoked_key_gives_no_grace_to_its_old_secret(house: Server) -> None:
     assert shown(house, made["id"])["oldSecret"] is None
 
 
+@pytest.mark.slow
 def test_the_time_of_an_old_secret_ends_also_over_a_restart(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
         short, long = (new_key(server, name=name) for name in ("short", "long"))

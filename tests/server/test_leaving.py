@@ -221,6 +221,7 @@ def test_a_grandchild_of_a_complete_answer_ends_too(common: Server) -> None:
     assert eventually(lambda: is_dead(grandchild), SOON_S)
 
 
+@pytest.mark.slow
 def test_a_process_that_heeds_no_signal_is_killed(common: Server) -> None:
     common.write_scenario([[{"say": "so far"}, {"hang": True, "stubborn": True}]])
     count = len(common.queries())
@@ -713,6 +714,7 @@ def test_a_process_serves_one_conversation(tmp_path: Path) -> None:
         assert [len(query["messages"]) for query in server.queries()] == [1] * 4
 
 
+@pytest.mark.slow
 def test_spares_that_die_young_are_not_started_over_and_over(tmp_path: Path) -> None:
     with running_server(tmp_path, {"startup": [{"exit": 1}]}) as server:
         # It was asked for its version before, and came to an end too.
@@ -754,6 +756,7 @@ def test_a_spare_that_died_a_moment_ago_is_not_used(tmp_path: Path) -> None:
         assert eventually(lambda: is_gone(spare))
 
 
+@pytest.mark.slow
 def test_a_claude_that_was_updated_replaces_the_spares(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
         old = ready_spare(server)
@@ -768,6 +771,7 @@ def test_a_claude_that_was_updated_replaces_the_spares(tmp_path: Path) -> None:
         assert len(server.log_entries("claude_found")) == 2
 
 
+@pytest.mark.slow
 def test_a_server_without_requests_does_nothing(tmp_path: Path) -> None:
     with running_server(tmp_path) as server:
         ready_spare(server)

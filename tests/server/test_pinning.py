@@ -143,6 +143,7 @@ def test_a_client_that_leaves_before_the_first_message_was_refused_ends_claude(
         assert len(server.queries()) == 1
 
 
+@pytest.mark.slow
 def test_a_first_message_that_is_never_refused_runs_into_the_time_limit(tmp_path: Path) -> None:
     scenario = {**UNLIMITED, "turns": [[{"hang": True}]]}
     with running_server(tmp_path, scenario, env={**NO_IDLE, "CLAUDE_TIMEOUT": "1500"}) as server:

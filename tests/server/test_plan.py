@@ -210,6 +210,7 @@ def test_a_claude_that_does_not_reply_holds_up_one_look_and_no_request(tmp_path:
         assert server.log_entries("plan_not_learned")
 
 
+@pytest.mark.slow
 def test_one_who_stops_waiting_for_the_plan_leaves_nothing(tmp_path: Path) -> None:
     silent = ShellClaude(tmp_path)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from chat import ask, content_of
 from server import Server, health, running_server
 from waiting import eventually
@@ -70,6 +72,7 @@ def test_an_output_schema_is_never_told_to_a_primed_claude(tmp_path: Path) -> No
         eventually(lambda: first in [each["pid"] for each in server.fake_log("exit")])
 
 
+@pytest.mark.slow
 def test_a_claude_that_would_ask_the_api_is_primed_once(tmp_path: Path) -> None:
     scenario = {"turns": [[{"say": "Hello"}, {"hang": True}]], "unlimited": True}
     with running_server(tmp_path, scenario, env=DEBUG) as server:
@@ -83,6 +86,7 @@ def test_a_claude_that_would_ask_the_api_is_primed_once(tmp_path: Path) -> None:
         assert len(server.queries()) == 2
 
 
+@pytest.mark.slow
 def test_one_that_cannot_forget_makes_room_for_one_that_is_not_primed(tmp_path: Path) -> None:
     scenario = {"turns": [], "unsupported": ["rewind_conversation"]}
     with running_server(tmp_path, scenario, env=DEBUG) as server:

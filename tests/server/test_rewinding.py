@@ -178,6 +178,7 @@ def test_a_claude_that_cannot_forget_costs_nobody_the_answer(tmp_path: Path) -> 
         assert server.call("GET", "/health").json()["stats"]["errors"] == 0
 
 
+@pytest.mark.slow
 def test_a_claude_that_does_not_say_whether_it_forgot_is_asked_once(tmp_path: Path) -> None:
     player = ShellClaude(tmp_path)
     player.play(lines_of_an_answer("Hello."))

@@ -614,6 +614,7 @@ def test_spares_are_kept_and_dropped_as_told(server: Server) -> None:
     assert eventually(lambda: spares(server) == {})
 
 
+@pytest.mark.slow
 def test_spares_are_dropped_when_they_have_waited_as_long_as_told(server: Server) -> None:
     set_to(server, warmTotal=2, warmProcesses=1)
     content_of(ask(server))

@@ -99,6 +99,7 @@ def storage(server: Server) -> tuple[str, str]:
     return state["storage"], state["status"]
 
 
+@pytest.mark.slow
 def test_what_is_taken_from_a_key_holds_at_once_and_is_written_later(
     trouble: Any, tmp_path: Path
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_killed_server_keeps_nobody_out_of_its_home(tmp_path: Path) -> None:
         assert health(server)["storage"] == "disk"
 
 
+@pytest.mark.slow
 def test_a_start_waits_for_a_server_that_is_finishing_its_answers(tmp_path: Path) -> None:
     go = tmp_path / "go"
     turns = [[{"say": "begun "}, {"wait_for": str(go)}, {"say": "done"}]]
