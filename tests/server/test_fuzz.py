@@ -22,7 +22,7 @@ from server import Server
 Json = Any
 
 SEED = 20_261_121
-REQUESTS = by_depth(200, 200, 5_000)
+REQUESTS = by_depth(200, 200, 12_000)
 
 
 @pytest.fixture(scope="module")
