@@ -15374,6 +15374,8 @@ class Connection:
         self._has_sender = False
         self._is_read_closed = False
         self._is_broken = False
+        #: Whether `cancel` ended it: no further request can be read.
+        self.is_cancelled = False
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -15403,7 +15405,7 @@ class Connection:
 
     def cancel(self) -> None:
         """Make `gone` return True from now on. Bytes sent to the client still arrive."""
-        self._is_read_closed = True
+        self.is_cancelled = self._is_read_closed = True
         with contextlib.suppress(OSError):
             # Not SSLSocket.shutdown, which would end the encryption too.
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
@@ -17667,7 +17669,7 @@ class Response:
 
     def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Make the head. It is sent with the first part of the body, in one system call."""
-        if self.has_unread_body or self.version == "HTTP/1.0":
+        if self.has_unread_body or self.version == "HTTP/1.0" or self._client.is_cancelled:
             self.must_close = True
         self.status = status
         every: dict[str, str] = {
