@@ -2246,6 +2246,12 @@ class Prices(NamedTuple):
     cache_write_1h: float
     cache_read: float
 
+    def nano_usd(self, *tokens: int) -> int:
+        """Return the exact price in nano-dollars of so many tokens of each kind, in the order of
+        the fields."""
+        # A dollar for a million tokens is 1,000 nano-dollars for each.
+        return sum(round(price * 1000) * count for price, count in zip(self, tokens))
+
 
 class Model(NamedTuple):
     """One model and what the API accepts for it."""
@@ -2272,8 +2278,7 @@ class Model(NamedTuple):
     efforts: tuple[str, ...]
     #: The level of effort without a wish; empty = it has none.
     default_effort: str
-    #: None = unknown.
-    prices: Prices | None
+    prices: Prices
     #: The prices of a request whose prompt has more tokens than this; None = the same ones.
     long_prompt_tokens: int = 0
     long_prompt_prices: Prices | None = None
@@ -2313,6 +2318,13 @@ class Model(NamedTuple):
         by_claude = self.thinking_off == "disabled" and self.cli_thinking_off is not False
         return self.thinking_off if self.can_stop_thinking and not by_claude else ""
 
+    def prices_for(self, prompt_tokens: int) -> Prices:
+        """Return the prices of a request whose prompt has so many tokens, cached ones included."""
+        long_prompt = self.long_prompt_prices
+        if long_prompt is None or prompt_tokens <= self.long_prompt_tokens:
+            return self.prices
+        return long_prompt
+
 
 _THINKING = ("adaptive", "budget")
 _THINKING_OFF = ("disabled", "between_tools", "never")
@@ -2347,6 +2359,8 @@ def _prices(row: Json) -> Prices:
     values = [row[name] for name in _PRICE_FIELDS]
     if not all(type(value) in (int, float) and value >= 0 for value in values):
         raise ValueError(f"prices are numbers from 0 up, not {values}")
+    if any(round(value * 1000, 6) % 1 for value in values):
+        raise ValueError(f"prices have at most 3 decimals, not {values}")
     return Prices(*values)
 
 
@@ -2755,7 +2769,7 @@ class Models:
         """Return a model that the file does not know, with the properties of the nearest one."""
         return self._nearest(*lineage_of(name))._replace(
             id=name, argument=name, display_name=name, known=False, listed=False, first_cli=(),
-            prices=None, long_prompt_tokens=0, long_prompt_prices=None, fast_mode=False,
+            fast_mode=False,
         )
 
     def _nearest(self, family: str, version: tuple[int, ...]) -> Model:
@@ -3293,11 +3307,23 @@ class Usage(NamedTuple):
     #: service tier, the speed.
     more: Mapping[str, Any] = MappingProxyType({})
     web_search_requests: int = 0
+    #: The parts of a message for which the API asked the model more than once; empty = once.
+    rounds: tuple[Usage, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
         """All tokens of the prompt, cached or not."""
         return self.input_tokens + self.cache_read_tokens + self.cache_write_tokens
+
+    def cache_write_1h_tokens(self, lifetime: str) -> int:
+        """Return how many tokens the API wrote to its cache for an hour. Where it does not say,
+        those of a request with this `Turn.cache_lifetime`: all of them by default, as claude asks
+        for an hour on a plan."""
+        split = self.more.get("cache_creation", {})
+        told = {each: split.get(f"ephemeral_{each}_input_tokens") for each in CACHE_LIFETIMES}
+        if not any(told.values()):
+            return 0 if lifetime == "5m" else self.cache_write_tokens
+        return min(told["1h"], self.cache_write_tokens) if isinstance(told["1h"], int) else 0
 
 
 NO_USAGE = Usage()
@@ -3768,6 +3794,36 @@ MIGRATIONS = (
         at_s INTEGER NOT NULL
     )
     """,
+    "ALTER TABLE usage ADD COLUMN list_price_usd REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE usage ADD COLUMN cache_write_1h_tokens INTEGER NOT NULL DEFAULT 0",
+    # What was written to the API's cache counts as kept for an hour, as a plan does by default.
+    """
+    UPDATE usage SET cache_write_1h_tokens = cache_write_tokens,
+        list_price_usd = web_search_requests * 0.01 + COALESCE((
+            SELECT (price_in * (input_tokens + 2 * cache_write_tokens)
+                + 5 * price_in * output_tokens + price_read * cache_read_tokens) / 1e9
+                * CASE WHEN id = 'claude-haiku-5-5' AND 100000
+                    < input_tokens + cache_read_tokens + cache_write_tokens THEN 5 ELSE 1 END
+            FROM (
+                SELECT 'claude-opus-5-5' AS id, 4000 AS price_in, 200 AS price_read
+                UNION ALL SELECT 'claude-sonnet-5-5', 2000, 100
+                UNION ALL SELECT 'claude-fable-5-2', 8000, 200
+                UNION ALL SELECT 'claude-haiku-5-5', 100, 10
+                UNION ALL SELECT 'claude-fable-5-1', 10000, 250
+                UNION ALL SELECT 'claude-opus-5', 5000, 500
+                UNION ALL SELECT 'claude-sonnet-5', 2000, 200
+                UNION ALL SELECT 'claude-fable-5', 10000, 1000
+                UNION ALL SELECT 'claude-opus-4-8', 5000, 500
+                UNION ALL SELECT 'claude-opus-4-7', 5000, 500
+                UNION ALL SELECT 'claude-sonnet-4-6', 3000, 300
+                UNION ALL SELECT 'claude-opus-4-6', 5000, 500
+                UNION ALL SELECT 'claude-haiku-4-5-20251001', 1000, 100
+                UNION ALL SELECT 'claude-opus-4-5-20251101', 5000, 500
+            ) WHERE id = model
+        ), 0)
+    """,
+    "ALTER TABLE keys ADD COLUMN soft_percent INTEGER",
+    "ALTER TABLE keys ADD COLUMN model_quotas TEXT NOT NULL DEFAULT '{}'",
 )
 
 
@@ -4146,7 +4202,7 @@ class Access(enum.Enum):
 
 
 class Quota(NamedTuple):
-    """A limit that a key can have. `unit` is "requests" or "tokens"."""
+    """A limit that a key can have. `unit` is "requests", "tokens" or "usd" (list price)."""
 
     name: str
     period: str
@@ -4161,7 +4217,14 @@ QUOTAS = (
     Quota("tokensDaily", "daily", "tokens"),
     Quota("tokensWeekly", "weekly", "tokens"),
     Quota("tokensMonthly", "monthly", "tokens"),
+    Quota("usdDaily", "daily", "usd"),
+    Quota("usdWeekly", "weekly", "usd"),
+    Quota("usdMonthly", "monthly", "usd"),
 )
+#: Limits by their names in QUOTAS; without an entry there is no limit.
+QuotaLimits = Mapping[str, float]
+_NO_LIMITS: QuotaLimits = MappingProxyType({})
+_NO_MODEL_LIMITS: Mapping[str, QuotaLimits] = MappingProxyType({})
 
 
 class Caller(NamedTuple):
@@ -4175,12 +4238,15 @@ class Caller(NamedTuple):
     models: tuple[str, ...] = ()
     #: How many answers may run at the same time; 0 = no limit of its own.
     max_concurrent: int = 0
-    #: Limits by their names in QUOTAS; without an entry there is no limit.
-    quota: Mapping[str, int] = MappingProxyType({})
+    quota: QuotaLimits = _NO_LIMITS
     #: The effort of its requests that ask for none; empty = the server's default.
     effort: str = ""
     #: Whether its requests may let the API search the web.
     web_search: bool = True
+    #: Further limits, by id or alias of the model that they are for.
+    model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
+    #: The share of a limit, in percent, from which on the caller is warned; None = never.
+    soft_percent: int | None = None
 
     @property
     def scope(self) -> str:
@@ -4204,10 +4270,13 @@ class Key(NamedTuple):
     models: tuple[str, ...]
     max_concurrent: int
     note: str
-    quota: Mapping[str, int]
+    quota: QuotaLimits
     #: The effort of its requests that ask for none; empty = the server's default.
     effort: str = ""
     web_search: bool = False
+    #: See Caller.
+    model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
+    soft_percent: int | None = None
 
     @property
     def caller(self) -> Caller:
@@ -4215,7 +4284,8 @@ class Key(NamedTuple):
         return Caller(
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota, effort=self.effort,
-            web_search=self.web_search,
+            web_search=self.web_search, model_quotas=self.model_quotas,
+            soft_percent=self.soft_percent,
         )
 
     def expired(self, now_s: float) -> bool:
@@ -4255,9 +4325,9 @@ def _folded(name: str) -> str:
 
 def _key(row: sqlite3.Row) -> Key:
     fields = {name: row[name] for name in Key._fields}
-    models, quota = json.loads(fields.pop("models")), json.loads(fields.pop("quota"))
-    web_search = bool(fields.pop("web_search"))
-    return Key(**fields, models=tuple(models), quota=quota, web_search=web_search)
+    stored = {name: json.loads(fields.pop(name)) for name in ("models", "quota", "model_quotas")}
+    stored["models"] = tuple(stored["models"])
+    return Key(**fields, **stored)._replace(web_search=bool(row["web_search"]))
 
 
 def _column_value(value: object) -> object:
@@ -4456,9 +4526,9 @@ class Keys:
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
         """Change columns of a key and return the key.
 
-        The columns are name, expiry_s, models, max_concurrent, note, quota, effort and
-        web_search. Raises BadRequest, Conflict, and StorageFailed if the change is in effect but
-        not written yet.
+        The columns are name, expiry_s, models, max_concurrent, note, quota, effort, web_search,
+        model_quotas and soft_percent. Raises BadRequest, Conflict, and StorageFailed if the change
+        is in effect but not written yet.
         """
         with self._lock:
             key = self._require_unrevoked(key)
@@ -4862,7 +4932,58 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
 # One row for each request, the sums of the rows, and the quotas of keys. A request makes a
 # reservation before it runs, and its row replaces the reservation, so that concurrent requests
 # cannot exceed a quota together. The usage of a period is summed from the rows once and then
-# updated in memory.
+# updated in memory. Money is what the API's list price would have been: nobody pays it on a plan.
+
+#: Amounts of money are whole numbers of nano-dollars, in which every price of a token and so every
+#: sum is exact.
+_NANO_USD = 10**9
+#: 10 USD for 1,000 searches (Anthropic's docs, "Web search tool"; claude 2.1.332 counts the same).
+_SEARCH_NANO_USD = 10_000_000
+#: Fast mode costs twice the price of a token, on each model that has it (Anthropic's docs, "Fast
+#: mode"; claude 2.1.332 counts the same).
+_FAST_FACTOR = 2
+
+
+def list_price(model: Model, usage: Usage, lifetime: str) -> int:
+    """Return the API's list price of one message, in nano-dollars.
+
+    `lifetime` is the `Turn.cache_lifetime` of its request. The length of a prompt, by which some
+    prices differ, is that of each round, if the rounds that the API reports are the whole message.
+    """
+    rounds = usage.rounds or (usage,)
+    if [sum(column) for column in zip(*(each[:4] for each in rounds))] != list(usage[:4]):
+        rounds = (usage,)
+    hour_tokens, price = usage.cache_write_1h_tokens(lifetime), 0
+    for each in rounds:
+        hour = min(hour_tokens, each.cache_write_tokens)
+        hour_tokens -= hour
+        price += model.prices_for(each.prompt_tokens).nano_usd(
+            each.input_tokens, each.output_tokens, each.cache_write_tokens - hour, hour,
+            each.cache_read_tokens,
+        )
+    factor = _FAST_FACTOR if usage.more.get("speed") == "fast" else 1
+    return factor * price + _SEARCH_NANO_USD * usage.web_search_requests
+
+
+def usd_text(nano_usd: int) -> str:
+    """Return an amount of nano-dollars in USD, with all its decimals: "0.001234"."""
+    whole, rest = divmod(nano_usd, _NANO_USD)
+    return f"{whole}.{rest:09}".rstrip("0").rstrip(".")
+
+
+class Amounts(NamedTuple):
+    """What requests take of quotas: an amount for each unit of `_UNITS`."""
+
+    requests: int = 0
+    tokens: int = 0
+    #: In nano-dollars.
+    usd: int = 0
+
+    def plus(self, other: Amounts) -> Amounts:
+        return Amounts(*map(sum, zip(self, other)))
+
+
+_NOTHING = Amounts()
 
 
 class UsageRow(NamedTuple):
@@ -4895,6 +5016,10 @@ class UsageRow(NamedTuple):
     first_token_ms: int | None
     total_ms: int
     web_search_requests: int = 0
+    #: What the API's list price would have been.
+    list_price_usd: float = 0.0
+    #: The part of `cache_write_tokens` that the API keeps for an hour.
+    cache_write_1h_tokens: int = 0
     #: Of a failed request only: what the client was told, its address, and its User-Agent.
     message: str | None = None
     peer: str | None = None
@@ -4906,10 +5031,17 @@ class UsageRow(NamedTuple):
         cached = self.cache_read_tokens + self.cache_write_tokens
         return self.input_tokens + self.output_tokens + cached
 
+    @property
+    def amounts(self) -> Amounts:
+        """What it takes of quotas."""
+        return Amounts(self.counted, self.tokens, round(self.list_price_usd * _NANO_USD))
+
 
 #: The tokens of a row's prompt, and UsageRow.tokens, in SQL.
 _PROMPT = "input_tokens + cache_read_tokens + cache_write_tokens"
 _TOKENS = f"{_PROMPT} + output_tokens"
+#: The list price of a row in nano-dollars, in SQL.
+_ROW_NANO_USD = "CAST(ROUND(list_price_usd * 1e9) AS INTEGER)"
 #: The condition for failed requests, in the words of the index usage_failed.
 _FAILED = "outcome NOT IN ('ok', 'abandoned')"
 #: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
@@ -4923,6 +5055,8 @@ _SUMS = (
     ("output_tokens", "SUM(output_tokens)"),
     ("cache_read_tokens", "SUM(cache_read_tokens)"),
     ("cache_write_tokens", "SUM(cache_write_tokens)"),
+    ("cache_write_1h_tokens", "SUM(cache_write_1h_tokens)"),
+    ("list_price_usd", f"SUM({_ROW_NANO_USD}) / 1e9"),
     ("cache_read_share", f"ROUND(TOTAL(cache_read_tokens) / NULLIF(TOTAL({_PROMPT}), 0), 4)"),
     ("web_search_requests", "SUM(web_search_requests)"),
     ("avg_elapsed_ms", "CAST(ROUND(AVG(total_ms)) AS INTEGER)"),
@@ -4977,130 +5111,262 @@ def period_bounds(period: str, now_s: float) -> tuple[float, float]:
     return begin.timestamp(), end.timestamp()
 
 
+class QuotaUnit(NamedTuple):
+    """What a quota counts; its name is a field of Amounts."""
+
+    #: The amount of a row, in SQL.
+    sql: str
+    #: How many of the amounts are one of its limits.
+    parts: int
+    #: How it is called in messages, and what they say of a request that is too large by itself.
+    words: str
+    too_large: str
+    #: Whether a running request takes what it reserves in any case.
+    is_certain: bool
+    #: Writes an amount for people.
+    text: Callable[[int], str] = str
+
+    def amount(self, limit: float) -> int:
+        return round(limit * self.parts)
+
+    def number(self, amount: int) -> float:
+        """Return an amount as limits are given."""
+        return amount if self.parts == 1 else amount / self.parts
+
+
+_UNITS = {
+    "requests": QuotaUnit(
+        "counted", 1, "requests", "This request asks for {} answers: ask for fewer. ",
+        is_certain=True,
+    ),
+    "tokens": QuotaUnit(
+        _TOKENS, 1, "tokens", "This request may use {}: reduce max_tokens. ", is_certain=False
+    ),
+    "usd": QuotaUnit(
+        _ROW_NANO_USD, _NANO_USD, "USD at list price",
+        "This request may use {} USD: reduce max_tokens. ", is_certain=False, text=usd_text,
+    ),
+}
+
+
+class QuotaLevel(NamedTuple):
+    """A key's usage that has passed its warning level ("soft") or a limit ("limit")."""
+
+    key_id: int
+    quota: str
+    #: The id of the model that the quota is for; empty = all.
+    model: str
+    level: str
+    used: float
+    limit: float
+    resets_s: float
+    key_name: str = ""
+
+
+def limits_of_model(
+    models: Models, model_quotas: Mapping[str, QuotaLimits], model_id: str
+) -> QuotaLimits:
+    """Return the limits that a key has for a model; of several names of it, the lowest ones."""
+    limits: dict[str, float] = {}
+    for name, quota in model_quotas.items():
+        if models.resolve([name]) == {model_id}:
+            limits.update({n: min(limit, limits.get(n, limit)) for n, limit in quota.items()})
+    return limits
+
+
 class Reservation:
     """The share of one running request in the quotas of its key.
 
-    `tokens` is the maximum that it can use if it is `bounded`, else an estimate. It counts as
-    `requests` requests.
+    `amounts` are the maximum that it can use if it is `bounded`, else an estimate; requests are
+    certain. `limits` are those that hold for it, of its key and, by the id of its model, of its key
+    for this model.
     """
 
     def __init__(
-        self, key_id: int | None, tokens: int, *, requests: int = 1, bounded: bool = False
+        self, caller: Caller | None, amounts: Amounts = _NOTHING, *, bounded: bool = False,
+        model: str = "", model_limits: QuotaLimits = _NO_LIMITS,
     ) -> None:
-        self.key_id = key_id
-        self.tokens = tokens
-        self.requests = requests
+        self.key_id = caller.key_id if caller else None
+        self.key_name = caller.name if caller else ""
+        self.soft_percent = caller.soft_percent if caller else None
+        self.amounts = amounts
         self.bounded = bounded
+        self.model = model
+        self.limits: dict[str, QuotaLimits] = {"": caller.quota if caller else _NO_LIMITS}
+        if model_limits:
+            self.limits[model] = model_limits
+        #: The quotas that had passed their warning level when it began, with the used share.
+        self.warnings: list[str] = []
 
 
 class PeriodUsage:
-    """The usage of a key in a period."""
+    """The usage of a key in a period, for one model or all."""
 
-    def __init__(self, begins_s: float, ends_s: float, requests: int, tokens: int) -> None:
+    def __init__(self, begins_s: float, ends_s: float, amounts: Amounts) -> None:
         self.begins_s = begins_s
         self.ends_s = ends_s
-        self.requests = requests
-        self.tokens = tokens
+        self.amounts = amounts
+        #: The limits of quotas whose end was told, by their names.
+        self.told: dict[str, int] = {}
+
+
+class QuotaState(NamedTuple):
+    """One quota of a key at one moment, in amounts."""
+
+    quota: Quota
+    model: str
+    limit: int
+    used: int
+    in_flight: int
+    resets_s: float
+
+    def has_reached(self, percent: int | None) -> bool:
+        """Return whether the usage has reached this share of the limit; None = there is none."""
+        return percent is not None and self.used * 100 >= self.limit * percent
 
 
 class Ledger:
     """The rows of usage, and the quotas that they count for."""
 
-    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+    def __init__(
+        self, store: Store, clock: Clock = time.time, log: Log | None = None
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._log = log
         # Guards the next two fields. Held for a whole decision, so that no usage is counted twice
         # or missed between a check and its reservation.
         self._lock = threading.RLock()
-        #: Usage by key id and period.
-        self._used: dict[tuple[int, str], PeriodUsage] = {}
+        #: Usage by key id, period and model; "" = all models.
+        self._used: dict[tuple[int, str, str], PeriodUsage] = {}
         #: Reservations of running requests by key id.
         self._in_flight: dict[int, list[Reservation]] = {}
+        #: Called once for each key, quota and period when the usage first reaches the key's
+        #: warning level or the limit; also when a request is refused before. Holds no lock.
+        self.on_level: Callable[[QuotaLevel], None] = lambda level: None
 
     # -- quotas -------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _deciding(self) -> Iterator[list[QuotaLevel]]:
+        """Hold the lock for a decision; tell the levels that it has passed when the lock is
+        free."""
+        levels: list[QuotaLevel] = []
+        try:
+            with self._lock:
+                yield levels
+        finally:
+            for level in levels:
+                if self._log is not None:
+                    self._log.event(
+                        "warn", "quota_level_passed", key=level.key_name, quota=level.quota,
+                        model=level.model or None, passed=level.level, used=level.used,
+                        limit=level.limit, resets_at=iso_time(level.resets_s),
+                    )
+                self.on_level(level)
+
     def check(self, caller: Caller) -> None:
         """Raise the error that `reserve` would raise for the smallest request, if any."""
-        with self._lock:
-            self.release(self.reserve(caller, 0))
+        if caller.key_id is not None:
+            with self._deciding() as levels:
+                self._check_all(Reservation(caller, Amounts(requests=1)), levels)
 
     def reserve(
-        self, caller: Caller, tokens: int, *, requests: int = 1, bounded: bool = False
+        self, caller: Caller, amounts: Amounts, *, bounded: bool = False, model: str = "",
+        model_limits: QuotaLimits = _NO_LIMITS,
     ) -> Reservation:
         """Return a reservation; end it with `record` or `release`. See Reservation.
 
-        Raises QuotaExceeded, and QueueFull if the running requests may use all remaining tokens.
+        Raises QuotaExceeded, and QueueFull if the running requests may use all that remains.
         """
-        reservation = Reservation(caller.key_id, tokens, requests=requests, bounded=bounded)
-        if caller.key_id is None:
-            return reservation
-        with self._lock:
-            now_s = self._clock()
-            in_flight = self._in_flight.setdefault(caller.key_id, [])
-            for quota in QUOTAS:
-                if quota.name in caller.quota:
-                    used = self._period_usage(caller.key_id, quota.period, now_s)
-                    check = self._check_requests if quota.unit == "requests" else self._check_tokens
-                    check(quota, caller.quota[quota.name], used, in_flight, reservation)
-            in_flight.append(reservation)
+        reservation = Reservation(
+            caller, amounts, bounded=bounded, model=model, model_limits=model_limits
+        )
+        if caller.key_id is not None:
+            with self._deciding() as levels:
+                self._check_all(reservation, levels)
+                self._in_flight.setdefault(caller.key_id, []).append(reservation)
         return reservation
 
-    def _check_requests(
-        self, quota: Quota, limit: int, used: PeriodUsage, in_flight: list[Reservation],
-        reservation: Reservation,
-    ) -> None:
-        count = used.requests + sum(r.requests for r in in_flight)
-        if count >= limit:
-            raise self._exceeded(quota, limit, count, "")
-        if count + reservation.requests > limit:
-            more = f"This request asks for {reservation.requests} answers: ask for fewer. "
-            raise self._exceeded(quota, limit, count, more)
+    def _check_all(self, reservation: Reservation, levels: list[QuotaLevel]) -> None:
+        """Raise the error of the first quota that the request would exceed. The caller holds the
+        lock."""
+        for model, limits in reservation.limits.items():
+            for quota in QUOTAS:
+                if quota.name in limits:
+                    state = self._state(reservation.key_id or 0, model, quota, limits)
+                    try:
+                        self._check(state, reservation)
+                    except QuotaExceeded:
+                        levels += self._limit_levels(reservation, state)
+                        raise
+                    if state.has_reached(reservation.soft_percent):
+                        percent = 100 * state.used // state.limit
+                        reservation.warnings.append(f"{model} {quota.name} {percent}%".strip())
 
-    def _check_tokens(
-        self, quota: Quota, limit: int, used: PeriodUsage, in_flight: list[Reservation],
-        reservation: Reservation,
-    ) -> None:
-        left = limit - used.tokens
+    def _check(self, state: QuotaState, reservation: Reservation) -> None:
+        unit = _UNITS[state.quota.unit]
+        wanted: int = getattr(reservation.amounts, state.quota.unit)
+        left = state.limit - state.used - (state.in_flight if unit.is_certain else 0)
         if left <= 0:
-            raise self._exceeded(quota, limit, used.tokens, "")
-        if reservation.bounded and reservation.tokens > left:
-            more = f"This request may use {reservation.tokens}: reduce max_tokens. "
-            raise self._exceeded(quota, limit, used.tokens, more)
-        if in_flight and sum(r.tokens for r in in_flight) + reservation.tokens > left:
+            raise self._exceeded(state, "")
+        if wanted > left and (unit.is_certain or reservation.bounded):
+            raise self._exceeded(state, unit.too_large.format(unit.text(wanted)))
+        if not unit.is_certain and state.in_flight and state.in_flight + wanted > left:
             raise QueueFull(
-                f"The running requests of this key may use its remaining {quota.period} tokens "
-                f"({left}); try again when they are done.",
+                f"The running requests of this key may use its remaining {state.quota.period} "
+                f"{unit.words} ({unit.text(left)}); try again when they are done.",
                 retry_after_s=5,
             )
 
-    def _exceeded(self, quota: Quota, limit: int, used: int, more: str) -> QuotaExceeded:
-        now_s = self._clock()
-        resets_s = period_bounds(quota.period, now_s)[1]
-        resets_in = format_span(resets_s - now_s)
+    def _exceeded(self, state: QuotaState, more: str) -> QuotaExceeded:
+        unit, quota = _UNITS[state.quota.unit], state.quota
+        used = state.used + (state.in_flight if unit.is_certain else 0)
+        resets_in_s = state.resets_s - self._clock()
+        period = f"{quota.period}, {state.model}" if state.model else quota.period
         error = QuotaExceeded(
-            f"This key has used {used} of its {limit} {quota.unit} ({quota.period}). {more}"
-            f"Resets in {resets_in}.",
-            retry_after_s=resets_s - now_s,
+            f"This key has used {unit.text(used)} of its {unit.text(state.limit)} {unit.words} "
+            f"({period}). {more}Resets in {format_span(resets_in_s)}.",
+            retry_after_s=resets_in_s,
         )
         error.details = {
             "quota": {
-                "period": quota.period, "unit": quota.unit, "limit": limit, "used": used,
-                "resetsIn": resets_in, "resetsAt": iso_time(resets_s),
+                "period": quota.period, "unit": quota.unit,
+                **({"model": state.model} if state.model else {}),
+                "limit": unit.number(state.limit), "used": unit.number(used),
+                "resetsIn": format_span(resets_in_s), "resetsAt": iso_time(state.resets_s),
             }
         }
         return error
 
-    def _period_usage(self, key_id: int, period: str, now_s: float) -> PeriodUsage:
+    def _state(
+        self, key_id: int, model: str, quota: Quota, limits: QuotaLimits
+    ) -> QuotaState:
+        """Return a quota as it is at the moment. The caller holds the lock."""
+        used = self._period_usage(key_id, quota.period, model)
+        in_flight = sum(
+            getattr(each.amounts, quota.unit) for each in self._in_flight.get(key_id, ())
+            if model in ("", each.model)
+        )
+        return QuotaState(
+            quota, model, _UNITS[quota.unit].amount(limits.get(quota.name, 0)),
+            getattr(used.amounts, quota.unit), in_flight, used.ends_s,
+        )
+
+    def _period_usage(self, key_id: int, period: str, model: str) -> PeriodUsage:
         """Return the usage of the key in the current period. The caller holds the lock."""
-        used = self._used.get((key_id, period))
+        now_s = self._clock()
+        used = self._used.get((key_id, period, model))
         if used is None or not used.begins_s <= now_s < used.ends_s:
             begins_s, ends_s = period_bounds(period, now_s)
+            sums = ", ".join(f"TOTAL({_UNITS[unit].sql})" for unit in Amounts._fields)
+            where, values = (" AND model = ?", [model]) if model else ("", [])
             row = self._store.rows(
-                f"SELECT TOTAL(counted), TOTAL({_TOKENS}) FROM usage "
-                "WHERE key_id = ? AND at_s >= ?", key_id, begins_s,
+                f"SELECT {sums} FROM usage WHERE key_id = ? AND at_s >= ?{where}",
+                key_id, begins_s, *values,
             )[0]
-            used = PeriodUsage(begins_s, ends_s, int(row[0]), int(row[1]))
-            self._used[key_id, period] = used
+            used = PeriodUsage(begins_s, ends_s, Amounts(*map(int, row)))
+            self._used[key_id, period, model] = used
         return used
 
     def release(self, reservation: Reservation) -> None:
@@ -5111,23 +5377,70 @@ class Ledger:
                 in_flight.remove(reservation)
 
     def quota_report(self, key: Key) -> Json:
-        """Return each quota of a key: limit (None = no limit), used, in flight, and reset."""
-        report: Json = {}
+        """Return each quota of a key: limit (None = no limit), used, in flight, and reset; `soft`
+        = the usage has reached the key's warning level."""
         with self._lock:
-            now_s = self._clock()
-            in_flight = self._in_flight.get(key.id, [])
-            for quota in QUOTAS:
-                used = self._period_usage(key.id, quota.period, now_s)
-                requests = quota.unit == "requests"
-                resets_s = period_bounds(quota.period, now_s)[1]
-                report[quota.name] = {
-                    "limit": key.quota.get(quota.name),
-                    "used": used.requests if requests else used.tokens,
-                    "inFlight": sum(r.requests if requests else r.tokens for r in in_flight),
-                    "resetsAt": iso_time(resets_s),
-                    "resetsIn": format_span(resets_s - now_s),
+            return {quota.name: self._report_of(key, "", quota, key.quota) for quota in QUOTAS}
+
+    def model_quota_report(self, key: Key, models: Models) -> Json:
+        """Return the quotas of a key for single models, as `quota_report` does, by the names under
+        which they were set."""
+        with self._lock:
+            return {
+                name: {
+                    quota.name: self._report_of(key, min(models.resolve([name])), quota, limits)
+                    for quota in QUOTAS if quota.name in limits
                 }
-        return report
+                for name, limits in key.model_quotas.items()
+            }
+
+    def _report_of(self, key: Key, model: str, quota: Quota, limits: QuotaLimits) -> Json:
+        state, unit = self._state(key.id, model, quota, limits), _UNITS[quota.unit]
+        is_soft = quota.name in limits and state.has_reached(key.soft_percent)
+        return {
+            "limit": limits.get(quota.name),
+            "used": unit.number(state.used),
+            "inFlight": unit.number(state.in_flight),
+            "resetsAt": iso_time(state.resets_s),
+            "resetsIn": format_span(state.resets_s - self._clock()),
+            **({"soft": True} if is_soft else {}),
+        }
+
+    # -- levels -------------------------------------------------------------------------------
+
+    def _limit_levels(self, reservation: Reservation, state: QuotaState) -> Iterator[QuotaLevel]:
+        """Give the level of a limit, unless it was told in this period."""
+        key_id, quota = reservation.key_id or 0, state.quota
+        told = self._period_usage(key_id, quota.period, state.model).told
+        # A limit of 0 blocks a key on purpose.
+        if state.limit and told.get(quota.name) != state.limit:
+            told[quota.name] = state.limit
+            yield self._level(reservation, state, "limit")
+
+    def _level(self, reservation: Reservation, state: QuotaState, level: str) -> QuotaLevel:
+        unit = _UNITS[state.quota.unit]
+        return QuotaLevel(
+            reservation.key_id or 0, state.quota.name, state.model, level,
+            unit.number(state.used), unit.number(state.limit), state.resets_s,
+            reservation.key_name,
+        )
+
+    def _levels_passed(
+        self, reservation: Reservation, model: str, period: str, before: Amounts
+    ) -> Iterator[QuotaLevel]:
+        """Give the highest level of each quota that the usage has reached since `before`."""
+        limits = reservation.limits.get(model, _NO_LIMITS)
+        for quota in QUOTAS:
+            if quota.period != period or quota.name not in limits:
+                continue
+            state = self._state(reservation.key_id or 0, model, quota, limits)
+            was = state._replace(used=getattr(before, quota.unit))
+            if state.has_reached(100) and not was.has_reached(100):
+                yield from self._limit_levels(reservation, state)
+            elif state.has_reached(reservation.soft_percent) and not was.has_reached(
+                reservation.soft_percent
+            ):
+                yield self._level(reservation, state, "soft")
 
     # -- rows ---------------------------------------------------------------------------------
 
@@ -5136,24 +5449,30 @@ class Ledger:
 
         Raises sqlite3.Error if the row is not written yet; quotas count it nevertheless.
         """
-        with self._lock:
-            self.release(reservation)
-            if row.key_id is not None:
-                self._count(row.key_id, row)
+        if row.key_id is not None:
+            with self._deciding() as levels:
+                self.release(reservation)
+                levels += self._count(row.key_id, row, reservation)
         marks = ", ".join("?" * len(row))
         statement = f"INSERT INTO usage ({', '.join(row._fields)}) VALUES ({marks})"
         self._store.write_or_queue(statement, *row, must=False)
 
-    def _count(self, key_id: int, row: UsageRow) -> None:
-        """Add a row to the usage of its key. Must be called before the row is written, because the
-        usage may be summed from the written rows here."""
-        for period in {quota.period for quota in QUOTAS}:
-            # If the database cannot be read, the row is counted when it is summed later.
-            with contextlib.suppress(sqlite3.Error):
-                used = self._period_usage(key_id, period, self._clock())
-                if used.begins_s <= row.at_s:
-                    used.requests += row.counted
-                    used.tokens += row.tokens
+    def _count(
+        self, key_id: int, row: UsageRow, reservation: Reservation
+    ) -> Iterator[QuotaLevel]:
+        """Add a row to the usage of its key, and give the levels that this passes. Must be called
+        before the row is written, because the usage may be summed from the written rows here."""
+        for period in {quota.period: None for quota in QUOTAS}:
+            for model in ("", row.model):
+                # Clients can name many models: only those with limits are kept in memory.
+                if model not in reservation.limits and (key_id, period, model) not in self._used:
+                    continue
+                # If the database cannot be read, the row is counted when it is summed later.
+                with contextlib.suppress(sqlite3.Error):
+                    used = self._period_usage(key_id, period, model)
+                    if used.begins_s <= row.at_s:
+                        before, used.amounts = used.amounts, used.amounts.plus(row.amounts)
+                        yield from self._levels_passed(reservation, model, period, before)
 
     def prune(self, days: int) -> int:
         """Delete rows older than `days`, except those that a quota still counts, and return their
@@ -11392,7 +11711,15 @@ def usage_of(found: object, before: Usage = NO_USAGE) -> Usage:
             _count(_object(found.get("server_tool_use")), "web_search_requests")
             or before.web_search_requests
         ),
+        rounds=_rounds(found.get("iterations")) or before.rounds,
     )
+
+
+def _rounds(found: object) -> tuple[Usage, ...]:
+    """Return the usage of each time that the API asked the model for one message, as when it has
+    searched the web between (claude 2.1.332 reads the same field for prices)."""
+    rows = found if isinstance(found, list) else []
+    return tuple(usage_of(row) for row in rows if _object(row).get("type") == "message")
 
 
 def _sum_more(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -11686,9 +12013,9 @@ class MessageReader:
         self._earlier_usages: list[Usage] = []
 
     @property
-    def spent(self) -> Usage:
-        """Return the usage of all messages, including abandoned ones."""
-        return sum_usage([*self._earlier_usages, self.usage])
+    def usages(self) -> list[Usage]:
+        """Return the usage of each message, including abandoned ones."""
+        return [*self._earlier_usages, self.usage]
 
     @property
     def is_mid_line(self) -> bool:
@@ -11905,9 +12232,10 @@ class TurnReader:
         self.retries = 0
 
     @property
-    def spent(self) -> Usage:
-        """Return the usage that the API has reported so far, including abandoned messages."""
-        return self._message.spent
+    def usages(self) -> list[Usage]:
+        """Return the usage that the API has reported so far of each message, including abandoned
+        ones."""
+        return self._message.usages
 
     @property
     def plan(self) -> PlanReport | None:
@@ -15085,12 +15413,14 @@ class PlanRecord:
 
 
 class Metric(NamedTuple):
-    """A metric; `kind` is its Prometheus type, `bounds` are a histogram's buckets in seconds."""
+    """A metric; `kind` is its Prometheus type, `bounds` are a histogram's buckets in seconds. A
+    counter is counted in whole numbers, of which `parts` are one."""
 
     name: str
     kind: str
     help: str
     bounds: tuple[float, ...] = ()
+    parts: int = 1
 
 
 _FIRST_TOKEN_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -15103,6 +15433,11 @@ METRICS = (
     Metric("ocp_requests_total", "counter", "Model requests finished, by outcome."),
     Metric("ocp_tokens_total", "counter", "Tokens charged to the plan, by kind."),
     Metric("ocp_web_searches_total", "counter", "Searches of the web by the API."),
+    Metric(
+        "ocp_list_price_usd_total", "counter",
+        "The API's list price of what was used, in USD, by model; nobody pays it on a plan.",
+        parts=10**9,
+    ),
     Metric(
         "ocp_first_token_seconds", "histogram", "Time to the first token.", _FIRST_TOKEN_BOUNDS_S
     ),
@@ -15200,7 +15535,10 @@ class Metrics:
         with self._lock:
             lines: list[str] = []
             for metric in METRICS:
-                values: dict[Labels, float] = {**self._counts.get(metric.name, {})}
+                values: dict[Labels, float] = {
+                    labels: count if metric.parts == 1 else count / metric.parts
+                    for labels, count in self._counts.get(metric.name, {}).items()
+                }
                 values.update(gauges.get(metric.name, {}))
                 samples = [
                     f"{metric.name}{_label_text(labels)} {_number(value)}"
@@ -15904,18 +16242,20 @@ class AnswerRecord:
         return begun._replace(output_tokens=round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN))
 
     @property
-    def spent(self) -> Usage:
-        """Return the usage of all attempts, failed ones included. What the API did not report is
-        estimated; what it refused counts as nothing."""
+    def spent(self) -> list[Usage]:
+        """Return the usage of each message of all attempts, failed ones included. What the API did
+        not report is estimated; what it refused counts as nothing."""
         if not self.readers or self.refused:
-            return NO_USAGE
-        spent = sum_usage(reader.spent for reader in self.readers)
-        if not spent.prompt_tokens and not self.is_unread:
-            spent = spent._replace(input_tokens=estimate_tokens(self.turn))
+            return []
+        usages = [usage for reader in self.readers for usage in reader.usages]
+        known, last = sum_usage(usages), usages[-1]
+        if not known.prompt_tokens and not self.is_unread:
+            last = last._replace(input_tokens=estimate_tokens(self.turn))
         if not self.readers[-1].finished:
             estimate = round(self.response_chars / ESTIMATE_CHARS_PER_TOKEN)
-            spent = spent._replace(output_tokens=max(spent.output_tokens, estimate))
-        return spent
+            missing = max(0, estimate - known.output_tokens)
+            last = last._replace(output_tokens=last.output_tokens + missing)
+        return [*usages[:-1], last]
 
     def fail(self, error: OcpError) -> None:
         """Record why there is no answer."""
@@ -15965,7 +16305,9 @@ class Job:
         self.user_agent = user_agent
         self.started_s = now_s
         self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
-        self.reservation = Reservation(None, 0)
+        self.reservation = Reservation(None)
+        #: The job that produces its answer, if another thread does.
+        self.producer: Job | None = None
         #: What the cache did for it: "hit", "miss", "shared" or "bypass".
         self.cache_status = "bypass"
         #: "cached" or "shared" for an answer that another request generated.
@@ -16006,6 +16348,19 @@ class Job:
         return 0 if self.path else len(asked)
 
     @property
+    def spent(self) -> list[Usage]:
+        """Return the usage of each message of its answers; none of those of another request."""
+        return [usage for record in self.records for usage in record.spent if not self.path]
+
+    @property
+    def list_price_nano_usd(self) -> int:
+        """Return the API's list price of its answers; 0 for those of another request."""
+        if self.producer is not None:
+            return self.producer.list_price_nano_usd
+        turn = self.turn
+        return sum(list_price(turn.model, usage, turn.cache_lifetime) for usage in self.spent)
+
+    @property
     def was_asked(self) -> bool:
         """Return whether any part of it was sent to claude."""
         return any(record.readers for record in self.records)
@@ -16017,7 +16372,8 @@ class Job:
     def row(self, word: str, status: int, at_s: float, now_s: float) -> UsageRow:
         """Return the row of usage for a request that ended like this."""
         first = self.records[0]
-        usages = [NO_USAGE if self.path else record.spent for record in self.records]
+        spent, lifetime = self.spent, self.turn.cache_lifetime
+        usage = sum_usage(spent)
         firsts = [
             record.first_token_s for record in self.records
             # A cached answer says nothing about how fast claude is.
@@ -16039,13 +16395,15 @@ class Job:
             path=self.path or first.path,
             prompt_chars=prompt_chars(self.turn),
             response_chars=sum(record.response_chars for record in self.records),
-            input_tokens=sum(usage.input_tokens for usage in usages),
-            output_tokens=sum(usage.output_tokens for usage in usages),
-            cache_read_tokens=sum(usage.cache_read_tokens for usage in usages),
-            cache_write_tokens=sum(usage.cache_write_tokens for usage in usages),
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
             first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
             total_ms=round((now_s - self.started_s) * 1000),
-            web_search_requests=sum(usage.web_search_requests for usage in usages),
+            web_search_requests=usage.web_search_requests,
+            list_price_usd=self.list_price_nano_usd / 1e9,
+            cache_write_1h_tokens=sum(each.cache_write_1h_tokens(lifetime) for each in spent),
         )
 
 
@@ -16613,15 +16971,20 @@ class Requests:
     def _admit(self, job: Job) -> None:
         """Reserve a place in the quotas of the job's key. Raises Draining, Unauthorized,
         QuotaExceeded, QueueFull, sqlite3.Error."""
-        app, turn = self._app, job.turn
+        app, turn, caller = self._app, job.turn, job.caller
         if app.draining:
             raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
         # Only now that it can be seen among those that run: a key that ends now ends it.
-        app.keys.current(job.caller)
+        app.keys.current(caller)
+        if caller.key_id is None:
+            return
         job.reservation = app.ledger.reserve(
-            job.caller, self._likely_tokens(job), requests=turn.choices,
-            bounded=turn.options.max_tokens is not None,
+            caller, self._likely_amounts(turn), bounded=turn.options.max_tokens is not None,
+            model=turn.model.id,
+            model_limits=limits_of_model(app.models, caller.model_quotas, turn.model.id),
         )
+        if job.reservation.warnings:
+            job.headers["X-OCP-Quota-Warning"] = header_list(job.reservation.warnings)
 
     def _choices(self, job: Job) -> contextlib.AbstractContextManager[Iterator[Choice]]:
         """Return what gives the events: from the cache if that may be used, or from claude."""
@@ -16660,15 +17023,24 @@ class Requests:
             jobs = list(self._jobs)
         return [job.glance(self._app.clock()) for job in jobs]
 
-    def _likely_tokens(self, job: Job) -> int:
-        """Return the tokens that the request is likely to take of its key's quotas."""
-        turn = job.turn
-        if job.caller.key_id is None:
-            return 0
-        maximum = min(turn.options.max_tokens or _LIKELY_ANSWER_TOKENS, turn.model.max_tokens)
-        prompts = (estimate_tokens(turn.choice(index)) for index in range(turn.choices))
-        # Of a longer prompt than the window the model reads nothing.
-        return sum(min(prompt, turn.model.context_window) + maximum for prompt in prompts)
+    def _likely_amounts(self, turn: Turn) -> Amounts:
+        """Return what the request is likely to take of its key's quotas, and can take at most if it
+        sets a limit. The whole prompt counts as written to the API's cache, which costs most."""
+        model, options = turn.model, turn.options
+        maximum = min(options.max_tokens or _LIKELY_ANSWER_TOKENS, model.max_tokens)
+        usages = [
+            Usage(
+                output_tokens=maximum,
+                # Of a longer prompt than the window the model reads nothing.
+                cache_write_tokens=min(estimate_tokens(turn.choice(index)), model.context_window),
+                more={"speed": "fast"} if options.fast_mode else {},
+            )
+            for index in range(turn.choices)
+        ]
+        return Amounts(
+            turn.choices, sum(usage.prompt_tokens + usage.output_tokens for usage in usages),
+            sum(list_price(model, usage, turn.cache_lifetime) for usage in usages),
+        )
 
     # -- cached and shared answers ----------------------------------------------------------------
 
@@ -16725,7 +17097,8 @@ class Requests:
             self._app.cache.settle(flight, (), config)
             flight.end(failure)
             raise failure from None
-        job.is_recorded, job.reservation = True, Reservation(None, 0)
+        job.is_recorded, job.reservation = True, Reservation(None)
+        job.producer = produced
 
     def _produce(self, job: Job, flight: Flight, config: Config) -> None:
         app = self._app
@@ -16847,6 +17220,8 @@ class Requests:
                 metrics.add("ocp_tokens_total", count, model=model, kind=kind)
         if row.web_search_requests:
             metrics.add("ocp_web_searches_total", row.web_search_requests, model=model)
+        if row.amounts.usd:
+            metrics.add("ocp_list_price_usd_total", row.amounts.usd, model=model)
         if row.path is not None:
             metrics.add("ocp_answers_total", path=row.path)
 
@@ -17097,7 +17472,7 @@ class App:
         self.keys = Keys(self.store)
         for key_id, why in self.keys.problems:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
-        self.ledger = Ledger(self.store)
+        self.ledger = Ledger(self.store, log=self.log)
         self.sessions = Sessions(self.store)
         self.thinking = ThinkingMemory(self.store)
         self.account = Account()
@@ -18492,6 +18867,7 @@ def answer(app: App, exchange: Exchange) -> None:
             response.keep_alive(with_headers(), config.whole_silence_ms / 1000)
             body = dialect.answer_body(turn, list(job.answers()))
             store(body)
+            response.headers["X-OCP-List-Price"] = usd_text(job.list_price_nano_usd)
             response.send_json(body)
 
 
@@ -18911,8 +19287,12 @@ def get_logs(app: App, exchange: Exchange) -> None:
 # -- keys -------------------------------------------------------------------------------------
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
-#: The highest limit of a quota, and the length of a note on a key.
+#: The highest limit of a quota of requests or tokens and of one in USD, the decimals of the latter,
+#: the most models with limits of their own, and the length of a note on a key.
 _MAX_QUOTA = 10**15
+_MAX_USD = 1_000_000
+_USD_DECIMALS = 6
+_MAX_MODEL_QUOTAS = 50
 _MAX_KEY_NOTE_CHARS = 500
 
 
@@ -18950,17 +19330,21 @@ def _expiry(fields: Fields) -> int | None:
     return int(at_s)
 
 
+def _plain_name(models: Models, name: str, place: str) -> str:
+    """Return the id of a model, or the alias if it is one, so that it means later what the alias
+    stands for then. Raises BadRequest, which names `place`."""
+    try:
+        found = models.find(name).id
+    except UnknownModel as problem:
+        raise BadRequest(problem.message, param=place) from None
+    plain = name.strip().lower()
+    return plain if models.is_alias(plain) else found
+
+
 def _allowed_models(app: App, fields: Fields) -> list[str]:
     """Return the aliases and ids of the models that a key may use; empty = all. An alias stays one,
     so that the key may use what it stands for later. Raises BadRequest."""
-    names, models = [], app.models
-    for name in fields.texts("models"):
-        try:
-            found = models.find(name).id
-        except UnknownModel as problem:
-            raise BadRequest(problem.message, param="models") from None
-        plain = name.strip().lower()
-        names.append(plain if models.is_alias(plain) else found)
+    names = (_plain_name(app.models, name, "models") for name in fields.texts("models"))
     return list(dict.fromkeys(names))
 
 
@@ -18978,11 +19362,60 @@ def _note(fields: Fields) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _quota_limits(fields: Fields) -> dict[str, int | None]:
-    """Return the quota limits in a body; None removes a limit."""
-    return {name: fields.integer(name, 0, _MAX_QUOTA) for name in fields.object}
+def _usd(fields: Fields, name: str) -> float | None:
+    """Return an amount of money. Raises BadRequest."""
+    value = fields.number(name, 0, _MAX_USD)
+    if value is not None and round(value, _USD_DECIMALS) != value:
+        raise fields.invalid(name, f"USD with at most {_USD_DECIMALS} decimals")
+    return value
 
 
+def _quota_limits(fields: Fields) -> dict[str, float | None]:
+    """Return the quota limits in a body; None removes a limit. Raises BadRequest."""
+    _with_known_fields(fields, _QUOTA_NAMES)
+    return {
+        quota.name: (
+            _usd(fields, quota.name) if quota.unit == "usd"
+            else fields.integer(quota.name, 0, _MAX_QUOTA)
+        )
+        for quota in QUOTAS if quota.name in fields.object
+    }
+
+
+def _set_limits(fields: Fields) -> dict[str, float]:
+    """Return the quota limits in a body that are not null. Raises BadRequest."""
+    limits = _quota_limits(fields)
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _model_quotas(app: App, fields: Fields) -> dict[str, dict[str, float]]:
+    """Return the limits of a key for single models, by id or alias. Raises BadRequest."""
+    found: dict[str, dict[str, float]] = {}
+    given = fields.child("modelQuotas")
+    if given is None:
+        return found
+    for name in given.object:
+        place = one_line(given.path_of(name), 80)
+        plain = _plain_name(app.models, name, place)
+        limits = given.child(name)
+        if plain in found or len(found) >= _MAX_MODEL_QUOTAS:
+            what = f"is {plain} once more" if plain in found else "is one model too many"
+            raise BadRequest(
+                f"{place}: {what}; name up to {_MAX_MODEL_QUOTAS} models, each once.", param=place
+            )
+        found[plain] = _set_limits(limits) if limits is not None else {}
+    return {name: limits for name, limits in found.items() if limits}
+
+
+_QUOTA_BODY: Json = {
+    "type": "object", "additionalProperties": False,
+    "properties": {
+        quota.name: {"type": ["number", "null"], "minimum": 0, "maximum": _MAX_USD}
+        if quota.unit == "usd" else
+        {"type": ["integer", "null"], "minimum": 0, "maximum": _MAX_QUOTA}
+        for quota in QUOTAS
+    },
+}
 #: The fields of a key that can be set: the name in JSON, the column, the parser, and the schema
 #: for /openapi.json.
 _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] = (
@@ -19017,6 +19450,17 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] 
     (
         "webSearch", "web_search", lambda app, fields: fields.flag("webSearch"),
         {"type": ["boolean", "null"]},
+    ),
+    (
+        "softPercent", "soft_percent", lambda app, fields: fields.integer("softPercent", 1, 100),
+        {"type": ["integer", "null"], "minimum": 1, "maximum": 100},
+    ),
+    (
+        "modelQuotas", "model_quotas", _model_quotas,
+        {
+            "type": ["object", "null"], "additionalProperties": _QUOTA_BODY,
+            "maxProperties": _MAX_MODEL_QUOTAS, "description": "limits by id or alias of a model",
+        },
     ),
 )
 _KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
@@ -19053,12 +19497,23 @@ def _key_entry(app: App, key: Key) -> Json:
         "note": key.note,
         "effort": key.effort or None,
         "webSearch": key.web_search,
+        "softPercent": key.soft_percent,
+        "modelQuotas": key.model_quotas,
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
         # The secret before the last rotation, while it is still valid.
         "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.valid_until_s)},
-        "quota": app.ledger.quota_report(key) if key.revoked_s is None else None,
+        **dict.fromkeys(("quota", "modelQuotaUse")),
+        **(_quota_use(app, key) if key.revoked_s is None else {}),
+    }
+
+
+def _quota_use(app: App, key: Key) -> Json:
+    """Return how much of its quotas a key has used, in total and of single models."""
+    return {
+        "quota": app.ledger.quota_report(key),
+        "modelQuotaUse": app.ledger.model_quota_report(key, app.models),
     }
 
 
@@ -19119,8 +19574,7 @@ def create_key(app: App, exchange: Exchange) -> None:
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
-        limits = _quota_limits(_with_known_fields(quota, _QUOTA_NAMES))
-        columns["quota"] = {name: limit for name, limit in limits.items() if limit is not None}
+        columns["quota"] = _set_limits(quota)
     key, secret = app.keys.create(str(columns.pop("name", "")), columns)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
     body = {"id": key.id, "key": secret, **_key_entry(app, key), **_connect_fields(app)}
@@ -19193,8 +19647,9 @@ def end_grace(app: App, exchange: Exchange, key: str) -> None:
 def get_quota(app: App, exchange: Exchange, key: str) -> None:
     """GET /api/keys/{key}/quota: return the limits, their use and their resets."""
     found = app.keys.find(key)
-    report = app.ledger.quota_report(found)
-    exchange.response.send_json({"keyId": found.id, "name": found.name, "quota": report})
+    exchange.response.send_json(
+        {"keyId": found.id, "name": found.name, **_quota_use(app, found)}
+    )
 
 
 def change_quota(app: App, exchange: Exchange, key: str) -> None:
@@ -19359,7 +19814,7 @@ _MODEL_NUMBERS = (
     ("avgPromptChars", "avg_prompt_chars"), ("maxPromptChars", "max_prompt_chars"),
     ("inputTokens", "input_tokens"), ("outputTokens", "output_tokens"),
     ("cacheReadTokens", "cache_read_tokens"), ("cacheWriteTokens", "cache_write_tokens"),
-    ("cacheReadShare", "cache_read_share"),
+    ("cacheReadShare", "cache_read_share"), ("listPriceUsd", "list_price_usd"),
 )
 
 
@@ -19631,9 +20086,6 @@ def _closed(properties: Mapping[str, Json]) -> Json:
 
 
 _KEY_PROPERTIES = {name: schema for name, _, _, schema in _KEY_FIELDS}
-_QUOTA_BODY = _closed(dict.fromkeys(_QUOTA_NAMES, {
-    "type": ["integer", "null"], "minimum": 0, "maximum": _MAX_QUOTA,
-}))
 
 #: Schemas of request bodies, by operation.
 _BODIES: dict[str, Json] = {

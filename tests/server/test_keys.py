@@ -217,7 +217,8 @@ def test_a_new_key_has_no_limits_and_no_past(house: Server) -> None:
 
     assert {name: made[name] for name in made if name.startswith("quota_")} == dict.fromkeys((
         "quota_daily", "quota_weekly", "quota_monthly", "quota_tokens_daily",
-        "quota_tokens_weekly", "quota_tokens_monthly"))
+        "quota_tokens_weekly", "quota_tokens_monthly", "quota_usd_daily", "quota_usd_weekly",
+        "quota_usd_monthly"))
     known = {name: made[name] for name in (
         "revoked", "expiry", "expired", "models", "maxConcurrent", "note", "lastUsed", "revokedAt")}
     assert known == {"revoked": 0, "expiry": None, "expired": False, "models": [],
@@ -312,6 +313,8 @@ WRONG_FIELDS: list[tuple[str, Json]] = [
     ("maxConcurrent", "2"), ("maxConcurrent", True), ("maxConcurrent", []),
     ("note", 5), ("note", ["a"]), ("note", True), ("models", 5), ("models", [5]),
     ("models", ["gpt-4"]), ("models", {"haiku": True}), ("models", ["haiku", ""]),
+    ("softPercent", 0), ("softPercent", 101), ("softPercent", 79.5), ("softPercent", "80"),
+    ("softPercent", True), ("modelQuotas", 5), ("modelQuotas", ["opus"]),
 ]
 
 
@@ -327,15 +330,20 @@ def test_a_field_of_a_wrong_value_is_named(house: Server, field: str, value: Jso
 
 
 def test_a_quota_may_be_set_at_the_birth_of_a_key(house: Server) -> None:
-    made = new_key(house, quota={"daily": 0, "tokensMonthly": 10**12, "weekly": None})
+    made = new_key(house, quota={"daily": 0, "tokensMonthly": 10**12, "weekly": None,
+                                  "usdDaily": 0.25})
 
     assert {name: made[name] for name in made if name.startswith("quota_") and
-            made[name] is not None} == {"quota_daily": 0, "quota_tokens_monthly": 10**12}
+            made[name] is not None} == {
+                "quota_daily": 0, "quota_tokens_monthly": 10**12, "quota_usd_daily": 0.25}
 
 
 @pytest.mark.parametrize(("quota_", "param"), [
     ({"daily": -1}, "quota.daily"), ({"hourly": 1}, "quota.hourly"),
     ({"tokensDaily": "5"}, "quota.tokensDaily"), (5, "quota"), ([], "quota"),
+    ({"usdDaily": -0.01}, "quota.usdDaily"), ({"usdWeekly": "2.5"}, "quota.usdWeekly"),
+    ({"usdDaily": True}, "quota.usdDaily"), ({"usdDaily": 1e-7}, "quota.usdDaily"),
+    ({"usdDaily": 0.1234567}, "quota.usdDaily"), ({"usdWeekly": 1_000_001}, "quota.usdWeekly"),
 ])
 def test_a_wrong_quota_at_birth_is_named_by_its_path(
     house: Server, quota_: Json, param: str

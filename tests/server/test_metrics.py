@@ -99,7 +99,10 @@ def _check_family(family: Family) -> None:
     assert len(set(keys)) == len(keys), f"{family.name} has a sample twice"
     if family.kind == "counter":
         assert family.name.endswith("_total")
-        assert all(value >= 0 and value == int(value) for _, _, value in family.samples)
+        # Counts, but for money.
+        is_money = "usd" in family.name
+        assert all(value >= 0 and (is_money or value == int(value))
+                   for _, _, value in family.samples)
     if family.kind == "histogram":
         _check_histogram(family)
 
@@ -270,6 +273,8 @@ def test_a_known_series_of_requests_gives_known_numbers(tmp_path: Path) -> None:
         # Of the two that were asked and said nothing, the prompts are estimated: 2 tokens each.
         "input": 21 + 10 + 2 + 2, "cache_read": 65 + 5, "cache_write": 87 + 3}
     assert value(found, "ocp_tokens_total", kind="output", model="claude-opus-5-5") == 86
+    opus = 2 * (21 * 4 + 43 * 20 + 65 * 0.2 + 87 * 8) / 1e6
+    assert value(found, "ocp_list_price_usd_total", model="claude-opus-5-5") == pytest.approx(opus)
     assert {path: value(found, "ocp_answers_total", path=path)
             for path in label_values(found, "path")} == {"fresh": 6, "cached": 3}
     assert {word: value(found, "ocp_cache_requests_total", result=word)

@@ -32,6 +32,8 @@ PERIODS = ("daily", "weekly", "monthly")
 
 #: What the fake claude says that an answer took.
 TOKENS_EACH = 25
+#: What Sonnet 5.5 would have cost: 10 tokens read, 7 written, 5 out of the cache, 3 into it.
+USD_EACH = (10 * 2 + 7 * 10 + 5 * 0.1 + 3 * 4) / 1e6
 NEW_YORK = {"TZ": ZONES["America/New_York"]}
 
 
@@ -388,16 +390,17 @@ def test_the_quota_of_a_key_is_told_whole(house: Server) -> None:
     told = as_admin(house, "GET", "/api/keys/Told/quota").json()
 
     assert (told["keyId"], told["name"], set(told)) == (
-        made["id"], "told", {"keyId", "name", "quota"})
+        made["id"], "told", {"keyId", "name", "quota", "modelQuotaUse"})
     assert list(told["quota"]) == [quota.name for quota in ocp.QUOTAS]
     found = {name: (each["limit"], each["used"], each["inFlight"])
              for name, each in told["quota"].items()}
-    tokens = (None, TOKENS_EACH, 0)
+    tokens, usd = (None, TOKENS_EACH, 0), (None, USD_EACH, 0)
     assert found == {
         "daily": (None, 1, 0), "weekly": (5, 1, 0), "monthly": (None, 1, 0),
-        "tokensDaily": tokens, "tokensWeekly": tokens, "tokensMonthly": tokens}
+        "tokensDaily": tokens, "tokensWeekly": tokens, "tokensMonthly": tokens,
+        "usdDaily": usd, "usdWeekly": usd, "usdMonthly": usd}
     for name, each in told["quota"].items():
-        period = name.replace("tokens", "").lower()
+        period = name.replace("tokens", "").replace("usd", "").lower()
         assert each["resetsAt"] == wanted_quota(period)["resetsAt"]
         assert set(each) == {"limit", "used", "inFlight", "resetsAt", "resetsIn"}
 
@@ -455,7 +458,8 @@ def test_limits_are_set_one_by_one_and_taken_away_with_null(house: Server) -> No
                            "quota": {"daily": None, "tokensDaily": 7}}
     limits = {name: each["limit"] for name, each in quota_of(house, made).items()}
     assert limits == {"daily": None, "weekly": 2, "monthly": None,
-                      "tokensDaily": 7, "tokensWeekly": None, "tokensMonthly": None}
+                      "tokensDaily": 7, "tokensWeekly": None, "tokensMonthly": None,
+                      "usdDaily": None, "usdWeekly": None, "usdMonthly": None}
 
 
 def test_a_limit_holds_from_the_next_request_on(house: Server) -> None:

@@ -567,7 +567,7 @@ def ledger_of(store: Any, rows: Iterable[Any], now_s: float = NOON_S) -> Any:
     """A ledger with these rows."""
     ledger = ocp.Ledger(store, FakeClock(now_s))
     for row in rows:
-        ledger.record(row, ocp.Reservation(None, 0))
+        ledger.record(row, ocp.Reservation(None))
     return ledger
 
 
@@ -763,7 +763,7 @@ def test_old_rows_are_deleted_and_younger_ones_are_not(store: Any) -> None:
 def test_a_row_that_grew_old_goes_with_the_time(store: Any) -> None:
     clock = FakeClock(NOON_S)
     ledger = ocp.Ledger(store, clock)
-    ledger.record(usage_row(NOON_S), ocp.Reservation(None, 0))
+    ledger.record(usage_row(NOON_S), ocp.Reservation(None))
 
     clock.advance(40 * DAY_S)
     before = ledger.prune(40)

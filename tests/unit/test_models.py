@@ -240,7 +240,7 @@ def test_an_unlisted_claude_behaves_as_the_nearest_of_its_family(name: str, like
 
     assert found == model._replace(
         id=spelled, display_name=spelled, argument=spelled, known=False, listed=False,
-        first_cli=(), prices=None, long_prompt_tokens=0, long_prompt_prices=None, fast_mode=False,
+        first_cli=(), fast_mode=False,
     )
 
 
@@ -490,7 +490,8 @@ def test_a_model_that_only_claude_knows_is_listed_first() -> None:
     assert models.offered()[0] == found == models.find("claude-opus-6-1")
     assert (found.id, found.display_name, found.known) == (
         "claude-opus-6-1", "Claude Opus 6.1", True)
-    assert (found.efforts, found.cli_thinking_off, found.prices) == (("low", "max"), True, None)
+    assert (found.efforts, found.cli_thinking_off) == (("low", "max"), True)
+    assert found.prices == models.find("claude-opus-5-5").prices
     assert found.context_window == MODELS.find("claude-opus-5-5").context_window
 
 
@@ -647,7 +648,8 @@ def test_a_file_that_cannot_be_used_stops_the_start(tmp_path: Path, text: str) -
      {"sampling": "no"}, {"id": 7}, {"contextWindow": 1.5}, {"reasoning": 1},
      {"thinkingOff": "sometimes"}, {"defaultEffort": "ultra"}, {"firstCli": "new"}, {"prices": {}},
      {"thinkingOffMaxEffort": "none"}, {"forcedTools": None},
-     {"prices": {**ocp.BUILTIN_MODELS["models"][0]["prices"], "input": "4"}}],
+     {"prices": {**ocp.BUILTIN_MODELS["models"][0]["prices"], "input": "4"}},
+     {"prices": {**ocp.BUILTIN_MODELS["models"][0]["prices"], "input": 4.0001}}],
     ids=str,
 )
 def test_a_model_of_the_file_with_a_wrong_value_stops_the_start(

@@ -175,7 +175,8 @@ class Book:
 
     def begin(self, tokens: int = 0, *, requests: int = 1, bounded: bool = False) -> Any:
         """A request that runs from now on. `bounded` = it takes so many tokens at most."""
-        return self.ledger.reserve(self.caller(), tokens, requests=requests, bounded=bounded)
+        return self.ledger.reserve(
+            self.caller(), ocp.Amounts(requests, tokens), bounded=bounded)
 
     def end(self, reservation: Any, tokens: int = 1, *, counted: int = 1) -> None:
         """The row of a request that is over."""
@@ -413,7 +414,7 @@ def test_what_was_used_is_known_after_a_restart(store: Any) -> None:
 
 def test_the_rows_of_others_do_not_count(store: Any) -> None:
     book = Book(store, daily=1)
-    nobody = ocp.Reservation(None, 0)
+    nobody = ocp.Reservation(None)
     for key_id in (KEY_ID + 1, None):
         book.ledger.record(row(book.clock(), 10, key_id=key_id), nobody)
 
@@ -425,7 +426,7 @@ def test_the_rows_of_others_do_not_count(store: Any) -> None:
 def test_whoever_has_no_key_of_the_database_has_no_quota(store: Any, name: str) -> None:
     ledger = ocp.Ledger(store, clock_at())
 
-    places = [ledger.reserve(ocp.Caller(name), 10**9) for _ in range(50)]
+    places = [ledger.reserve(ocp.Caller(name), ocp.Amounts(1, 10**9)) for _ in range(50)]
 
     assert {place.key_id for place in places} == {None}
 
@@ -456,7 +457,7 @@ def test_old_rows_are_forgotten_but_for_those_that_a_quota_counts(store: Any) ->
     book = Book(store, clock_at("2027-05-31T12:00:00Z"), monthly=10)
     for moment in ("2027-04-30T23:59:59Z", "2027-05-01T00:00:00Z", "2027-05-29T12:00:00Z"):
         at_s = ocp.parse_time(moment)
-        book.ledger.record(row(at_s, 1), ocp.Reservation(None, 0))
+        book.ledger.record(row(at_s, 1), ocp.Reservation(None))
 
     pruned = book.ledger.prune(days=1)
 
