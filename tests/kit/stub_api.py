@@ -86,6 +86,8 @@ class Reply(NamedTuple):
     thinking_tokens: Optional[int] = None
     #: How many searches the usage counts; 0 leaves `server_tool_use` out of it.
     web_search_requests: int = 0
+    #: Further fields of the usage object.
+    more_usage: Mapping[str, Json] = {}
     #: HTTP headers; they win over the rate-limit headers that every success carries.
     headers: Mapping[str, str] = {}
 
@@ -239,6 +241,7 @@ def _usage(reply: Reply, output_tokens: int) -> dict[str, Json]:
         "cache_creation_input_tokens": reply.cache_creation,
         "cache_read_input_tokens": reply.cache_read,
         "output_tokens": output_tokens,
+        **reply.more_usage,
     }
 
 

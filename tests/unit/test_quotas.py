@@ -155,6 +155,10 @@ def test_a_period_of_the_calendar(moment: str, period: str, first: str, after: s
 # ---------------------------------------------------------------------------
 
 KEY_ID = 7
+SONNET, OPUS = "claude-sonnet-5-5", "claude-opus-5-5"
+MODELS = ocp.Models(ocp.BUILTIN_MODELS)
+#: A thousandth of a dollar in the ledger's amounts.
+MILLI_USD = 10**6
 
 
 def clock_at(moment: str = "2027-05-12T09:30:00Z") -> FakeClock:
@@ -164,43 +168,67 @@ def clock_at(moment: str = "2027-05-12T09:30:00Z") -> FakeClock:
 class Book:
     """A ledger, its clock, and the requests of one key."""
 
-    def __init__(self, store: Any, clock: Optional[FakeClock] = None, **quota: int) -> None:
+    #: The key's limits for single models, its warning level, and what the ledger tells of levels.
+    model_quotas: dict[str, dict[str, float]] = {}
+    soft_percent: Optional[int] = None
+
+    def __init__(self, store: Any, clock: Optional[FakeClock] = None, **quota: float) -> None:
         self.store = store
         self.clock = clock or clock_at()
         self.ledger = ocp.Ledger(store, self.clock)
         self.quota = quota
+        self.told: list[Any] = []
+        self.ledger.on_level = self.told.append
 
-    def caller(self, **quota: int) -> Any:
-        return ocp.Caller("laptop", key_id=KEY_ID, quota=quota or self.quota)
+    def caller(self, **quota: float) -> Any:
+        return ocp.Caller(
+            "laptop", key_id=KEY_ID, quota=quota or self.quota, model_quotas=self.model_quotas,
+            soft_percent=self.soft_percent)
 
-    def begin(self, tokens: int = 0, *, requests: int = 1, bounded: bool = False) -> Any:
-        """A request that runs from now on. `bounded` = it takes so many tokens at most."""
+    def begin(
+        self, tokens: int = 0, *, requests: int = 1, bounded: bool = False, model: str = SONNET
+    ) -> Any:
+        """A request that runs from now on. `bounded` = it takes so many tokens, and as many
+        thousandths of a dollar, at most."""
         return self.ledger.reserve(
-            self.caller(), ocp.Amounts(requests, tokens), bounded=bounded)
+            self.caller(), ocp.Amounts(requests, tokens, tokens * MILLI_USD), bounded=bounded,
+            model=model, model_limits=ocp.limits_of_model(MODELS, self.model_quotas, model))
 
     def end(self, reservation: Any, tokens: int = 1, *, counted: int = 1) -> None:
         """The row of a request that is over."""
-        self.ledger.record(row(self.clock(), tokens, counted=counted), reservation)
+        self.ledger.record(
+            row(self.clock(), tokens, counted=counted)._replace(model=reservation.model),
+            reservation)
 
-    def use(self, times: int = 1, tokens: int = 1, *, counted: int = 1) -> None:
+    def use(
+        self, times: int = 1, tokens: int = 1, *, counted: int = 1, model: str = SONNET
+    ) -> None:
         """So many whole requests."""
         for _ in range(times):
-            self.end(self.begin(), tokens, counted=counted)
+            self.end(self.begin(model=model), tokens, counted=counted)
 
-    def refusal(self, tokens: int = 0) -> Any:
+    def refusal(self, tokens: int = 0, **more: Any) -> Any:
         """What a request is refused with that comes now."""
         with pytest.raises(ocp.OcpError) as caught:
-            self.begin(tokens)
+            self.begin(tokens, **more)
         return caught.value
 
+    @property
+    def key(self) -> Any:
+        return ocp.Key(
+            KEY_ID, "laptop", "", 0, None, None, None, (), 0, "", self.quota,
+            model_quotas=self.model_quotas, soft_percent=self.soft_percent)
+
     def report(self) -> Json:
-        limits = {name: self.quota.get(name) for name in self.quota}
-        return self.ledger.quota_report(
-            ocp.Key(KEY_ID, "laptop", "", 0, None, None, None, (), 0, "", limits))
+        return self.ledger.quota_report(self.key)
+
+    def model_report(self) -> Json:
+        return self.ledger.model_quota_report(self.key, MODELS)
 
 
 def row(at_s: float, tokens: int, *, counted: int = 1, key_id: int = KEY_ID) -> Any:
-    """The row of a request that took so many tokens, of all four kinds if there are enough."""
+    """The row of a request that took so many tokens, of all four kinds if there are enough, each
+    for a thousandth of a dollar."""
     parts = [tokens // 4] * 3
     return ocp.UsageRow(
         at_s=at_s, request_id="req_1", key_id=key_id, caller="laptop", model="claude-sonnet-5",
@@ -208,7 +236,7 @@ def row(at_s: float, tokens: int, *, counted: int = 1, key_id: int = KEY_ID) -> 
         status=200 if counted else 502, counted=counted, stop_reason="end_turn", stream=False,
         warm=True, path="fresh", prompt_chars=2, response_chars=3, input_tokens=parts[0],
         output_tokens=tokens - sum(parts), cache_read_tokens=parts[1], cache_write_tokens=parts[2],
-        first_token_ms=4, total_ms=5)
+        first_token_ms=4, total_ms=5, list_price_usd=tokens * MILLI_USD / 1e9)
 
 
 @pytest.mark.parametrize("period", PERIODS)
@@ -239,16 +267,16 @@ def test_tokens_of_every_kind_count(store: Any, name: str) -> None:
     assert told == {"unit": "tokens", "limit": 100, "used": 103}
 
 
-@pytest.mark.parametrize("unit", ["requests", "tokens"])
+@pytest.mark.parametrize("unit", ["requests", "tokens", "usd"])
 @pytest.mark.parametrize("period", PERIODS)
 @pytest.mark.parametrize("name", ["UTC", "America/New_York", "Asia/Beirut", "America/Havana"])
 def test_a_quota_is_used_up_until_the_last_moment_of_its_period(
     store: Any, name: str, period: str, unit: str
 ) -> None:
-    quota = period if unit == "requests" else f"tokens{period.title()}"
+    quota = period if unit == "requests" else f"{unit}{period.title()}"
     with zone(name):
         for change in clock_changes()[:2] or [FIRST_S]:
-            book = Book(store, **{quota: 2})
+            book = Book(store, **{quota: 0.002 if unit == "usd" else 2})
             ends_s = ocp.period_bounds(period, change - 1)[1]
             book.clock.now_s = ocp.period_bounds(period, change - 1)[0]
             book.use(2)
@@ -307,13 +335,14 @@ def test_a_refusal_for_a_quota_says_that_trying_again_is_of_no_use(store: Any) -
 
 @pytest.mark.usefixtures("utc")
 def test_of_several_quotas_the_first_one_is_told(store: Any) -> None:
-    names = ("daily", "weekly", "monthly", "tokensDaily", "tokensWeekly", "tokensMonthly")
+    names = tuple(quota.name for quota in ocp.QUOTAS)
     told = []
     for at in range(len(names)):
         quota = Book(store, **dict.fromkeys(names[at:], 0)).refusal().details["quota"]
         told.append((quota["unit"], quota["period"]))
 
-    assert told == [(unit, period) for unit in ("requests", "tokens") for period in PERIODS]
+    assert told == [(unit, period) for unit in ("requests", "tokens", "usd")
+                    for period in PERIODS]
 
 
 @pytest.mark.parametrize("name", [quota.name for quota in ocp.QUOTAS])
@@ -533,24 +562,34 @@ def rush(
 
 def watch(book: Book, seen: list[str], *, bounded: bool) -> None:
     """Whether anybody has more than there is. Only a request that sets itself no limit may go
-    over the tokens, and only while it is alone."""
-    report = book.report()
-    requests, tokens = report["daily"], report["tokensDaily"]
+    over the tokens or the money, and only while it is alone."""
+    report = {**book.report(), **book.model_report().get("sonnet", {})}
+    requests, amount = report["daily"], report[next(reversed(book.limits))]
     if requests["used"] + requests["inFlight"] > requests["limit"]:
         seen.append(f"requests {requests}")
-    over = tokens["used"] + tokens["inFlight"] > tokens["limit"]
+    # In money, a sum of two floats may be a little more than the limit that it is.
+    over = amount["used"] + amount["inFlight"] > amount["limit"] + 1e-9
     if over and (bounded or requests["inFlight"] > 1):
-        seen.append(f"tokens {tokens} of {requests['inFlight']}")
+        seen.append(f"{amount} of {requests['inFlight']}")
 
 
 @pytest.mark.parametrize("bounded", [True, False], ids=["bounded", "unbounded"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("for_model", [False, True], ids=["of the key", "of a model"])
+@pytest.mark.parametrize("name", ["tokensDaily", "usdDaily", "usdMonthly"])
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.usefixtures("utc")
 def test_nobody_overshoots_however_many_come_at_once(
-    store: Any, seed: int, bounded: bool
+    store: Any, seed: int, name: str, for_model: bool, bounded: bool
 ) -> None:
     dice = random.Random(seed)
-    book = Book(store, daily=dice.randint(1, 120), tokensDaily=dice.randint(100, 2500))
+    each = 0.001 if name.startswith("usd") else 1
+    book = Book(store, daily=dice.randint(1, 120))
+    limit = round(dice.randint(100, 2500) * each, 6)
+    book.limits = {**book.quota, name: limit}
+    if for_model:
+        book.model_quotas = {"sonnet": {name: limit}}
+    else:
+        book.quota = book.limits
     begun: list[int] = []
     seen: list[str] = []
     threads = [
@@ -563,15 +602,237 @@ def test_nobody_overshoots_however_many_come_at_once(
     for thread in threads:
         thread.join(120)
 
-    report = book.report()
+    report = {**book.report(), **book.model_report().get("sonnet", {})}
     assert seen == []
-    assert [report[name]["inFlight"] for name in book.quota] == [0, 0]
+    assert [report[quota]["inFlight"] for quota in book.limits] == [0, 0]
     assert report["daily"]["used"] == len(begun) <= book.quota["daily"]
-    spare = 0 if bounded else 40
-    assert report["tokensDaily"]["used"] == sum(begun) <= book.quota["tokensDaily"] + spare
+    spare = 0 if bounded else 40 * each
+    assert report[name]["used"] == pytest.approx(sum(begun) * each, abs=1e-9)
+    assert report[name]["used"] <= limit + spare
     # Who comes alone gets what is left.
     left = book.quota["daily"] - len(begun)
-    if sum(begun) < book.quota["tokensDaily"]:
+    if sum(begun) * each < limit - 1e-9:
         for _ in range(left):
             book.end(book.begin(1, bounded=bounded), tokens=0)
     assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+# -- money --------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["usdDaily", "usdWeekly", "usdMonthly"])
+@pytest.mark.usefixtures("utc")
+def test_a_budget_is_used_up_to_the_last_part_of_a_dollar(store: Any, name: str) -> None:
+    book = Book(store, **{name: 0.3})
+    # A sum of floats would be above 0.3 after three times 0.1.
+    book.use(3, tokens=100)
+
+    refused = book.refusal()
+
+    assert refused.details["quota"] == {
+        "period": name[3:].lower(), "unit": "usd", "limit": 0.3, "used": 0.3,
+        "resetsIn": refused.details["quota"]["resetsIn"],
+        "resetsAt": book.report()[name]["resetsAt"]}
+    assert "has used 0.3 of its 0.3 USD at list price" in refused.message
+    assert book.report()[name]["used"] == 0.3
+
+
+def test_money_of_requests_that_run_is_held_for_them(store: Any) -> None:
+    book = Book(store, usdDaily=0.1)
+    book.use(1, tokens=40)
+    running = book.begin(tokens=30)
+    book.begin(tokens=30)
+
+    refused = book.refusal(tokens=1)
+
+    assert isinstance(refused, ocp.QueueFull) and "USD at list price (0.06)" in refused.message
+    assert book.report()["usdDaily"]["inFlight"] == 0.06
+    book.end(running, tokens=29)
+    book.begin(tokens=1)
+
+
+def test_a_request_that_may_take_more_money_than_is_left_is_refused(store: Any) -> None:
+    book = Book(store, usdWeekly=0.05)
+
+    refused = book.refusal(tokens=51, bounded=True)
+
+    assert isinstance(refused, ocp.QuotaExceeded)
+    assert "This request may use 0.051 USD: reduce max_tokens." in refused.message
+    book.begin(tokens=50, bounded=True)
+
+
+def test_money_is_known_after_a_restart_to_the_last_part(store: Any) -> None:
+    Book(store).use(7, tokens=100)
+
+    book = Book(store, usdMonthly=0.7)
+
+    assert book.report()["usdMonthly"]["used"] == 0.7
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+# -- single models ------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["daily", "tokensWeekly", "usdMonthly"])
+@pytest.mark.parametrize("named", ["opus", OPUS, "best"])
+@pytest.mark.usefixtures("utc")
+def test_a_limit_for_a_model_holds_for_it_alone(store: Any, named: str, name: str) -> None:
+    book = Book(store)
+    book.model_quotas = {named: {name: 0.003 if name.startswith("usd") else 3}}
+    book.use(9)
+    book.use(3, model=OPUS)
+
+    refused = book.refusal(model=OPUS)
+
+    assert refused.details["quota"]["model"] == OPUS and OPUS in refused.message
+    assert book.model_report()[named][name]["used"] == refused.details["quota"]["used"]
+    book.use(9)
+
+
+def test_limits_of_the_key_hold_for_the_model_too(store: Any) -> None:
+    book = Book(store, daily=2)
+    book.model_quotas = {"opus": {"daily": 5}}
+    book.use(1, model=OPUS)
+    book.use(1)
+
+    assert "model" not in book.refusal(model=OPUS).details["quota"]
+
+
+def test_of_two_names_of_a_model_the_lower_limit_holds() -> None:
+    limits = ocp.limits_of_model(
+        MODELS, {"opus": {"daily": 5, "usdDaily": 1}, OPUS: {"daily": 3, "weekly": 9},
+                 "haiku": {"daily": 1}}, OPUS)
+
+    assert limits == {"daily": 3, "usdDaily": 1, "weekly": 9}
+
+
+def test_what_runs_on_a_model_is_held_for_it(store: Any) -> None:
+    book = Book(store)
+    book.model_quotas = {"opus": {"daily": 2, "tokensDaily": 100}}
+    book.begin(tokens=50, model=OPUS)
+    book.begin(tokens=500)
+
+    assert isinstance(book.refusal(51, model=OPUS), ocp.QueueFull)
+    book.begin(tokens=50, model=OPUS)
+    assert isinstance(book.refusal(model=OPUS), ocp.QuotaExceeded)
+    assert book.model_report()["opus"]["tokensDaily"]["inFlight"] == 100
+
+
+def test_what_a_model_used_is_known_after_a_restart(store: Any) -> None:
+    first = Book(store)
+    first.use(2, model=OPUS)
+    first.use(1)
+
+    book = Book(store)
+    book.model_quotas = {"opus": {"monthly": 3}}
+
+    assert book.model_report()["opus"]["monthly"]["used"] == 2
+    book.use(1, model=OPUS)
+    assert isinstance(book.refusal(model=OPUS), ocp.QuotaExceeded)
+
+
+def test_models_that_clients_make_up_take_no_memory(store: Any) -> None:
+    book = Book(store, daily=1_000)
+    for number in range(200):
+        book.use(1, model=f"claude-opus-{number}")
+
+    assert len(book.ledger._used) == len(PERIODS)
+
+
+# -- levels -------------------------------------------------------------------
+
+def levels(book: Book) -> list[tuple[str, str, str]]:
+    return [(level.quota, level.model, level.level) for level in book.told]
+
+
+@pytest.mark.usefixtures("utc")
+def test_the_warning_level_and_the_limit_are_told_once_for_each_period(store: Any) -> None:
+    book = Book(store, usdDaily=0.01)
+    book.soft_percent = 80
+    book.use(7)
+    assert levels(book) == []
+
+    book.use(1)
+    assert levels(book) == [("usdDaily", "", "soft")]
+    assert book.told[0] == ocp.QuotaLevel(
+        KEY_ID, "usdDaily", "", "soft", 0.008, 0.01, ocp.parse_time("2027-05-13T00:00Z"), "laptop")
+    book.use(2)
+    for _ in range(3):
+        book.refusal()
+
+    assert levels(book)[1:] == [("usdDaily", "", "limit")]
+    book.clock.now_s += 86_400
+    book.use(8)
+    assert levels(book)[2:] == [("usdDaily", "", "soft")]
+
+
+def test_a_leap_over_both_levels_tells_the_limit_only(store: Any) -> None:
+    book = Book(store, tokensDaily=10, tokensWeekly=100)
+    book.soft_percent = 50
+
+    book.use(1, tokens=60)
+
+    assert levels(book) == [("tokensDaily", "", "limit"), ("tokensWeekly", "", "soft")]
+
+
+def test_a_limit_is_told_when_a_request_is_refused_before_it_is_reached(store: Any) -> None:
+    book = Book(store, tokensDaily=100)
+    for _ in range(2):
+        book.refusal(tokens=101, bounded=True)
+
+    assert levels(book) == [("tokensDaily", "", "limit")]
+    book.quota = {"tokensDaily": 90}
+    book.refusal(tokens=101, bounded=True)
+    assert len(book.told) == 2
+
+
+def test_a_key_that_is_blocked_on_purpose_is_no_news(store: Any) -> None:
+    book = Book(store, daily=0)
+    book.soft_percent = 80
+    book.refusal()
+
+    assert book.told == []
+
+
+def test_levels_of_a_model_name_it(store: Any) -> None:
+    book = Book(store)
+    book.soft_percent, book.model_quotas = 50, {"opus": {"daily": 2}}
+
+    book.use(1, model=OPUS)
+    book.use(5)
+    book.use(1, model=OPUS)
+
+    assert levels(book) == [("daily", OPUS, "soft"), ("daily", OPUS, "limit")]
+
+
+def test_nobody_is_told_a_level_while_the_ledger_is_locked(store: Any) -> None:
+    book = Book(store, daily=2)
+    free: list[bool] = []
+
+    def ask_another_thread(level: Any) -> None:
+        other = threading.Thread(target=book.report)
+        other.start()
+        other.join(10)
+        free.append(not other.is_alive())
+
+    book.ledger.on_level = ask_another_thread
+    book.use(2)
+
+    assert free == [True]
+
+
+def test_a_report_says_what_is_over_the_warning_level(store: Any) -> None:
+    book = Book(store, daily=10, weekly=100)
+    book.soft_percent, book.model_quotas = 80, {"sonnet": {"daily": 9, "weekly": 11}}
+    book.use(8)
+
+    soft = {name for name, each in book.report().items() if each.get("soft") is True}
+    assert soft == {"daily"}
+    assert book.model_report()["sonnet"]["daily"]["soft"] is True
+    assert "soft" not in book.model_report()["sonnet"]["weekly"]
+    assert book.begin().warnings == ["daily 80%", f"{SONNET} daily 88%"]
+
+
+def test_without_a_warning_level_nothing_is_soft(store: Any) -> None:
+    book = Book(store, daily=10)
+    book.use(9)
+
+    assert "soft" not in book.report()["daily"] and book.begin().warnings == []
