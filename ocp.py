@@ -156,7 +156,8 @@ LOG_WORDS = ("all", "audit", "debug", "info", "warn", "error")
 QUOTAS = (
     ("daily", "daily"), ("weekly", "weekly"), ("monthly", "monthly"),
     ("tokens-daily", "tokensDaily"), ("tokens-weekly", "tokensWeekly"),
-    ("tokens-monthly", "tokensMonthly"),
+    ("tokens-monthly", "tokensMonthly"), ("usd-daily", "usdDaily"), ("usd-weekly", "usdWeekly"),
+    ("usd-monthly", "usdMonthly"),
 )
 
 # A subcommand must not overwrite the value that the command before it got, hence no default.
@@ -184,12 +185,15 @@ KEY_FIELDS = (
     argument("--web-search", metavar="ON|OFF", choices=("on", "off"),
              help="whether its requests may let the model search the web: on or off"),
     argument("--note", metavar="TEXT", help="a note for yourself"),
+    argument("--soft-percent", metavar="N", help="warn from so many percent of each quota on, 1 to "
+             "100; none = never"),
 )
+_UNIT_WORDS = {"": "requests", "tokens": "tokens", "usd": "USD at the API's list price"}
 _SPANS = {"daily": "day", "weekly": "week", "monthly": "month"}
 QUOTA_FIELDS = tuple(
-    argument(f"--{name}", metavar="N", help=f"{'tokens' if 'tokens' in name else 'requests'} "
-             f"a {_SPANS[name.rpartition('-')[2]]}; none = no limit")
-    for name, _ in QUOTAS
+    argument(f"--{name}", metavar="USD" if kind == "usd" else "N",
+             help=f"{_UNIT_WORDS[kind]} a {_SPANS[span]}; none = no limit")
+    for name, _ in QUOTAS for kind, _, span in (name.rpartition("-"),)
 )
 
 ALL_KEYS = flag("--all", help="the revoked ones too")
@@ -201,8 +205,12 @@ KEY_ACTIONS = (
              *KEY_FIELDS, *QUOTA_FIELDS, JSON),
             examples=("keys add laptop", "keys add phone --expiry 90d --daily 200")),
     Command("show", "show one key and its quotas", (KEY, JSON), examples=("keys show laptop",)),
-    Command("quota", "show or change the quotas of a key", (KEY, *QUOTA_FIELDS, JSON),
-            examples=("keys quota laptop", "keys quota laptop --daily 200 --tokens-weekly none")),
+    Command("quota", "show or change the quotas of a key", (
+        KEY, *QUOTA_FIELDS,
+        argument("--model", metavar="MODEL", help="change the quotas for this model only"), JSON,
+    ), examples=("keys quota laptop", "keys quota laptop --daily 200 --tokens-weekly none",
+                 "keys quota laptop --usd-monthly 20",
+                 "keys quota laptop --model opus --usd-daily 1.50")),
     Command("edit", "change what a key may do", (KEY, *KEY_FIELDS, JSON),
             examples=("keys edit laptop --expiry never --models sonnet,haiku",)),
     Command("rename", "give a key another name",
@@ -1322,6 +1330,13 @@ def short_number(value: Json) -> str:
     return f"{value:g}"
 
 
+def usd(value: Json) -> str:
+    """Return an amount of money for people: $12.30, $0.0047; a dash if it is unknown."""
+    if not is_number(value):
+        return "-"
+    return f"${value:,.2f}" if not value or value >= 1 else f"${value:.4f}"
+
+
 def number(
     head: str, field: Union[str, Callable[[Any], object]],
     write: Callable[[Any], object] = short_number,
@@ -1504,6 +1519,7 @@ TOKEN_COLUMNS = (
            lambda share, style: "-" if share is None else f"{share:.0%}", ">"),
     number("Tokens out", "output_tokens"),
 )
+LIST_PRICE = number("List price", "list_price_usd", usd)
 #: Within 80 columns.
 COUNT_COLUMNS = (number("Requests", "requests"), number("Err", "errors"))
 MODEL_COLUMNS = (
@@ -1516,6 +1532,7 @@ def show_usage(answer: Json, style: Style) -> str:
     """Return the plan, what each model did since the start, and one line about the server."""
     models, proxy = answer.get("models") or {}, answer.get("proxy") or {}
     total = short_number(sum(row.get("requests") or 0 for row in models.values()))
+    price = sum(row.get("listPriceUsd") or 0 for row in models.values())
     # The fields of a period's usage have their words divided by "_", these by capitals.
     rows = [{"name": name, **{re.sub("([A-Z])", r"_\1", field).lower(): value
                               for field, value in row.items()}} for name, row in models.items()]
@@ -1524,15 +1541,16 @@ def show_usage(answer: Json, style: Style) -> str:
     return "\n".join([show_plan(answer.get("plan"), style), "",
                       style.paint("bold", "Models since the server started"),
                       table(MODEL_COLUMNS, rows, style, ("Total", total), "  no requests yet"),
-                      "", _counts_line(lead, proxy)])
+                      f"  List price of the API: {usd(price)}", "",
+                      _counts_line(lead, proxy)])
 
 
 USAGE_COLUMNS = (
-    COUNT_COLUMNS[0], number("OK", "successes"), COUNT_COLUMNS[1], *TOKEN_COLUMNS,
+    COUNT_COLUMNS[0], number("OK", "successes"), COUNT_COLUMNS[1], *TOKEN_COLUMNS, LIST_PRICE,
     number("Searches", "web_search_requests"),
     number("Avg time", "avg_elapsed_ms", duration), Column("Last", "last_request", age, ">"),
 )
-DAY_COLUMNS = (Column("Day", "day"), *COUNT_COLUMNS, *TOKEN_COLUMNS)
+DAY_COLUMNS = (Column("Day", "day"), *COUNT_COLUMNS, *TOKEN_COLUMNS, LIST_PRICE)
 
 
 def _show_usage_by(answer: Json, style: Style, part: str, title: str, field: str) -> str:
@@ -1552,7 +1570,7 @@ def show_usage_days(answer: Json, style: Style) -> str:
     if not days:
         return _show_usage_by(answer, style, "daily", "Day", "day")
     most = max(day.get("requests") or 0 for day in days) or 1
-    marks = Column("", lambda day: "#" * round(20 * (day.get("requests") or 0) / most), as_it_is)
+    marks = Column("", lambda day: "#" * round(8 * (day.get("requests") or 0) / most), as_it_is)
     totals = {"day": "Total", **(answer.get("totals") or {})}
     total = [column.text(totals, style) for column in DAY_COLUMNS]
     parts = [table([*DAY_COLUMNS, *[marks] * style.bars], days, style, total)]
@@ -2057,11 +2075,21 @@ def _key_state(key: Json) -> str:
     return "revoked" if key.get("revoked") else "expired" if key.get("expired") else "active"
 
 
+def _quota_rows(key: Json) -> list[Json]:
+    """Return the quotas of a key, then those of single models, each with its `option`."""
+    of_models = (key.get("modelQuotaUse") or {}).items()
+    return [
+        {**row, "option": f"{model} {option}".strip()}
+        for model, quotas in (("", key.get("quota") or {}), *of_models)
+        for option, name in QUOTAS for row in (quotas.get(name) or {},) if row or not model
+    ]
+
+
 def _quota_words(key: Json) -> str:
-    rows = [(option, (key.get("quota") or {}).get(name) or {}) for option, name in QUOTAS]
     return ", ".join(
-        f"{option} {short_number(row.get('used') or 0)}/{short_number(row['limit'])}"
-        for option, row in rows if row.get("limit") is not None) or "-"
+        f"{row['option']} {short_number(row.get('used') or 0)}/{short_number(row['limit'])}"
+        f"{'!' * bool(row.get('soft'))}"
+        for row in _quota_rows(key) if row.get("limit") is not None) or "-"
 
 
 KEY_COLUMNS = (
@@ -2099,6 +2127,7 @@ def show_key(answer: Json, style: Style) -> str:
         ("effort", answer.get("effort") or None),
         ("web search", "on" if answer.get("webSearch") else None),
         ("note", answer.get("note") or None),
+        ("warned from", answer.get("softPercent") and f"{answer['softPercent']}% of a quota on"),
     ])
 
 
@@ -2115,13 +2144,16 @@ def show_key_and_quota(answer: Json, style: Style) -> str:
 
 
 def show_quota(answer: Json, style: Style) -> str:
-    quota = answer.get("quota") or {}
-    rows = [{**(quota.get(name) or {}), "option": option} for option, name in QUOTAS]
+    rows = _quota_rows(answer)
     # Colour would be counted as width by the table.
     plain = style._replace(color=False)
     bars = Column("", lambda row: "" if row.get("limit") is None else bar(
         (row.get("used") or 0) / row["limit"] if row["limit"] else 1.0, plain), as_it_is)
-    return table([*QUOTA_COLUMNS, *[bars] * style.bars], rows, style)
+    head, *lines = table([*QUOTA_COLUMNS, *[bars] * style.bars], rows, style).split("\n")
+    # The amber of a warning is for the whole line.
+    return "\n".join([head, *(
+        style.paint("yellow", line) if row.get("soft") else line for line, row in zip(lines, rows)
+    )])
 
 
 def _key_path(name: str) -> str:
@@ -2137,20 +2169,30 @@ def _key_fields(args: argparse.Namespace) -> dict[str, object]:
         ("maxConcurrent", args.max_concurrent, int),
         ("effort", args.effort, lambda text: None if text == "none" else text),
         ("webSearch", args.web_search, lambda text: text == "on"), ("note", args.note, str),
+        ("softPercent", args.soft_percent, _percent),
     ) if text is not None}
 
 
-def _quota_fields(args: argparse.Namespace) -> dict[str, int | None]:
+def _percent(text: str) -> int | None:
+    if text != "none" and not re.fullmatch("0*([1-9][0-9]?|100)", text):
+        message = f"--soft-percent takes a number from 1 to 100 or none, not {clean(text)!r}."
+        raise Problem(Exit.USAGE, message)
+    return None if text == "none" else int(text)
+
+
+def _quota_fields(args: argparse.Namespace) -> dict[str, float | None]:
     """Return the quotas that the user named; None removes one. Raises Problem."""
-    found: dict[str, int | None] = {}
+    found: dict[str, float | None] = {}
     for option, name in QUOTAS:
         text = getattr(args, option.replace("-", "_"))
         if text is None:
             continue
-        if text != "none" and not re.fullmatch(r"[0-9]{1,15}", text):
-            message = f"--{option} takes a whole number or none, not {clean(text)!r}."
-            raise Problem(Exit.USAGE, message)
-        found[name] = None if text == "none" else int(text)
+        pattern, read, what = (
+            (r"[0-9]{1,7}(\.[0-9]{1,6})?", float, "an amount such as 2.50")
+            if option.startswith("usd") else (r"[0-9]{1,15}", int, "a whole number"))
+        if text != "none" and not re.fullmatch(pattern, text):
+            raise Problem(Exit.USAGE, f"--{option} takes {what} or none, not {clean(text)!r}.")
+        found[name] = None if text == "none" else read(text)
     return found
 
 
@@ -2228,7 +2270,15 @@ def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
     path, quotas = _key_path(args.key) + "/quota", _quota_fields(args)
-    if quotas:
+    if args.model and quotas:
+        server, model = find_server(env), args.model.strip().lower()
+        limits = server.ask("GET", _key_path(args.key)).value.get("modelQuotas") or {}
+        limits[model] = {name: limit for name, limit in {
+            **(limits.get(model) or {}), **quotas}.items() if limit is not None}
+        server.ask("PATCH", _key_path(args.key), {"modelQuotas": limits})
+    elif args.model:
+        raise Problem(Exit.USAGE, "--model needs a quota, such as --usd-daily 1.50.")
+    elif quotas:
         find_server(env).ask("PATCH", path, quotas)
     return read(env, args, path, show_quota)
 

@@ -36,30 +36,30 @@ USAGE: Json = {
             "requests": 18, "successes": 17, "errors": 1, "timeouts": 0, "avgElapsed": 20_400,
             "maxElapsed": 45_000, "avgPromptChars": 36_000, "maxPromptChars": 56_200,
             "inputTokens": 9_100, "outputTokens": 6_400, "cacheReadTokens": 410_000,
-            "cacheWriteTokens": 21_000, "cacheReadShare": 0.9316},
+            "cacheWriteTokens": 21_000, "cacheReadShare": 0.9316, "listPriceUsd": 0.2072},
         "claude-haiku-4-5-20251001": {
             "requests": 1, "successes": 1, "errors": 0, "timeouts": 0, "avgElapsed": 840,
             "maxElapsed": 840, "avgPromptChars": 12, "maxPromptChars": 12,
             "inputTokens": 9, "outputTokens": 14, "cacheReadTokens": 0,
-            "cacheWriteTokens": 0, "cacheReadShare": 0.0}},
+            "cacheWriteTokens": 0, "cacheReadShare": 0.0, "listPriceUsd": 0.000079}},
 }
 COUNTS: Json = {
     "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,
     "output_tokens": 3_400, "cache_read_tokens": 45_000, "cache_write_tokens": 800, "cached": 0,
     "cache_read_share": 0.9574,
     "web_search_requests": 4,
-    "avg_elapsed_ms": 4_200, "last_request": "2026-11-20T14:55:00Z",
+    "list_price_usd": 0.0441, "avg_elapsed_ms": 4_200, "last_request": "2026-11-20T14:55:00Z",
 }
 SMALL: Json = {
     **COUNTS, "requests": 3, "successes": 3, "errors": 0, "input_tokens": 90,
     "output_tokens": 310, "cache_read_tokens": 0, "cache_read_share": 0.0,
-    "avg_elapsed_ms": 840, "web_search_requests": 0,
+    "avg_elapsed_ms": 840, "web_search_requests": 0, "list_price_usd": 0.00164,
     "last_request": "2026-11-18T15:00:00Z",
 }
 API_USAGE: Json = {
     "since": "2026-11-19T15:00:00Z", "until": "2026-11-20T15:00:00Z",
     "scope": {"self": None, "all": True},
-    "totals": {**COUNTS, "requests": 15, "output_tokens": 3_710},
+    "totals": {**COUNTS, "requests": 15, "output_tokens": 3_710, "list_price_usd": 0.04574},
     "byKey": [{"key_name": "laptop", **COUNTS}, {"key_name": "phone", **SMALL}],
     "byModel": [{"model": "claude-sonnet-5-5", **COUNTS},
                 {"model": "claude-haiku-4-5-20251001", **SMALL}],
@@ -128,14 +128,21 @@ QUOTA: Json = {"keyId": 2, "name": "laptop", "quota": {
     "monthly": {"limit": None, "used": 80, "inFlight": 0, "resetsIn": "10d 9h"},
     "tokensDaily": {"limit": 1_000_000, "used": 50_400, "inFlight": 0, "resetsIn": "9h 57m"},
     "tokensWeekly": {"limit": None, "used": 150_000, "inFlight": 0, "resetsIn": "2d 9h"},
-    "tokensMonthly": {"limit": None, "used": 400_000, "inFlight": 0, "resetsIn": "10d 9h"}}}
+    "tokensMonthly": {"limit": None, "used": 400_000, "inFlight": 0, "resetsIn": "10d 9h"},
+    "usdDaily": {"limit": None, "used": 0.0441, "inFlight": 0, "resetsIn": "9h 57m"},
+    "usdWeekly": {"limit": None, "used": 1.3127, "inFlight": 0, "resetsIn": "2d 9h"},
+    "usdMonthly": {"limit": 20, "used": 16.8243, "inFlight": 0, "resetsIn": "10d 9h",
+                   "soft": True}},
+    "modelQuotaUse": {"opus": {
+        "usdDaily": {"limit": 1.5, "used": 0.21, "inFlight": 0, "resetsIn": "9h 57m"}}}}
 KEY: Json = {
     "id": 2, "keyPreview": "ocp_ygp2...1eD_", "name": "laptop",
     "created_at": "2026-11-18 15:00:00", "createdAt": "2026-11-18T15:00:00Z", "revoked": 0,
     "expiry": "2026-12-20T15:00:00Z", "expired": False, "models": ["claude-sonnet-5-5"],
     "maxConcurrent": 2, "note": "", "effort": "low", "webSearch": True,
     "lastUsed": "2026-11-20T14:55:00Z", "revokedAt": None,
-    "quota": QUOTA["quota"],
+    "softPercent": 80, "modelQuotas": {"opus": {"usdDaily": 1.5}},
+    "quota": QUOTA["quota"], "modelQuotaUse": QUOTA["modelQuotaUse"],
 }
 KEYS: Json = {"keys": [KEY, {
     "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",

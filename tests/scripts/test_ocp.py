@@ -460,6 +460,15 @@ def test_a_new_key_is_not_lost_in_an_answer_that_is_not_understood(tmp_path: Pat
      ("DELETE", "/api/keys/K%C3%BCche/grace", None)),
     (["revoke", "lap top", "-y"], ("DELETE", "/api/keys/lap%20top", None)),
     (["quota", "1", "--daily", "0"], ("PATCH", "/api/keys/1/quota", {"daily": 0})),
+    (["quota", "1", "--usd-daily", "2.50", "--usd-monthly", "none"],
+     ("PATCH", "/api/keys/1/quota", {"usdDaily": 2.5, "usdMonthly": None})),
+    (["quota", "1", "--model", "haiku", "--usd-daily", "2", "--daily", "5"],
+     ("PATCH", "/api/keys/1", {"modelQuotas": {
+         "opus": {"usdDaily": 1.5}, "haiku": {"daily": 5, "usdDaily": 2}}})),
+    (["quota", "1", "--model", "Opus", "--usd-daily", "none", "--weekly", "9"],
+     ("PATCH", "/api/keys/1", {"modelQuotas": {"opus": {"weekly": 9}}})),
+    (["edit", "1", "--soft-percent", "80"], ("PATCH", "/api/keys/1", {"softPercent": 80})),
+    (["edit", "1", "--soft-percent", "none"], ("PATCH", "/api/keys/1", {"softPercent": None})),
 ])
 def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Json) -> None:
     answers = {
@@ -467,7 +476,7 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
         "POST /api/keys/1/rotate": (200, {"id": 1, "name": "x", "key": "ocp_new"}),
         "DELETE /api/keys/lap%20top": (200, {"revoked": True, "idOrName": "lap top"}),
         "DELETE /api/keys/K%C3%BCche/grace": (200, {"ended": True, "name": "K\u00fcche"}),
-        "PATCH /api/keys/1/quota": (200, {"ok": True}),
+        "PATCH /api/keys/1/quota": (200, {"ok": True}), "GET /api/keys/1": (200, samples.KEY),
         "GET /api/keys/1/quota": (200, samples.QUOTA)}
     with stub_server(answers) as server:
         found = run(tmp_path, server.url, "keys", *words)
@@ -488,6 +497,21 @@ def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
     assert rotated.stdout == "ocp_n\n"
     assert "The old secret ocp_aaaa...zzzz works until 2027-01-" in rotated.stderr
     assert "ocp_aaaa...zzzz, works until 2027-01-" in shown.stdout
+
+
+def test_a_quota_over_the_warning_level_is_amber() -> None:
+    lines = ocp.show_quota(samples.QUOTA, TERMINAL).split("\n")
+
+    amber = [line for line in lines if line.startswith("\x1b[33m")]
+    assert len(amber) == 1 and "usd-monthly" in amber[0]
+    assert "usd-monthly 16.8243/20!, opus usd-daily 0.21/1.5" in ocp.show_keys(samples.KEYS, PLAIN)
+
+
+@pytest.mark.parametrize(("amount", "text"), [
+    (None, "-"), (0, "$0.00"), (0.0047, "$0.0047"), (0.5, "$0.5000"), (1, "$1.00"),
+    (1234.5, "$1,234.50")])
+def test_an_amount_of_money_for_people(amount: float | None, text: str) -> None:
+    assert ocp.usd(amount) == text
 
 
 def test_revoking_nothing_is_a_failure(tmp_path: Path) -> None:
@@ -855,7 +879,10 @@ def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
     ["keys", "add"], ["usage", "--days", "0"],
     ["usage", "--days", "many"], ["logs", "loud"], ["logs", "0"], ["ask"], ["ask", "  "],
     ["completion", "tcsh"], ["restart", "everything"], ["keys", "edit", "1"],
-    ["keys", "quota", "1", "--daily", "-1"], ["update", "--list"], ["health", "extra"],
+    ["keys", "quota", "1", "--daily", "-1"], ["keys", "quota", "1", "--usd-daily", "-1"],
+    ["keys", "quota", "1", "--usd-daily", "1.2345678"], ["keys", "quota", "1", "--model", "opus"],
+    ["keys", "quota", "1", "--usd-daily", "nan"], ["keys", "edit", "1", "--soft-percent", "0"],
+    ["keys", "edit", "1", "--soft-percent", "101"], ["update", "--list"], ["health", "extra"],
     ["update", "--rollback", "--target", "v1.0.0"], ["health", "--js"], ["connect"],
     ["help", "nonsense"],
 ])
