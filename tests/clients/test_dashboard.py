@@ -1133,3 +1133,30 @@ def test_a_failed_request_opens_and_says_what_to_do(
             # Opening the page itself is none of them.
             refused = made.admin("GET", "/api/errors")["refusals"]
             assert [each["kind"] for each in refused] == ["invalid_api_key"]
+
+
+@needs_browser
+def test_a_budget_is_set_in_dollars_and_shows_amber_from_the_warning_level(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    with running_server(tmp_path, {"turns": ANSWER}, env=MULTI) as server:
+        busy = BusyServer(server)
+        busy.key("saver", softPercent=50, quota={"daily": 2}, modelQuotas={"opus": {
+            "usdWeekly": 1.5}})
+        assert busy.chat("saver", "one").status == 200
+        with opened(chrome, server, "keys") as page:
+            page.sees("1 of 2", "#keys strong.warn")
+            page.sees("opus: USD a week", "#keys")
+            page.sees("$0.00 of $1.50", "#keys")
+            page.click("[aria-label='Quotas saver']")
+            page.evaluate("document.querySelector('#field-usdMonthly').value = '20.25'")
+            page.click("#asking-submit")
+            page.sees("USD a month", "#keys")
+            assert busy.admin("GET", "/api/keys/saver")["quota"]["usdMonthly"]["limit"] == 20.25
+            page.click("[aria-label='Edit saver']")
+            page.evaluate("document.querySelector('#field-softPercent').value = ''")
+            page.click("#asking-submit")
+            page.until("!document.querySelector('#keys strong.warn')")
+            page.evaluate("location.hash = 'overview'")
+            page.sees("List price", "#totals")
+            page.sees("List price", "#shares")
