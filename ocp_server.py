@@ -20344,7 +20344,7 @@ class DemoDevice(NamedTuple):
     prompt_tokens: int
     answer_tokens: int
     peer: str
-    quota: Mapping[str, int] = MappingProxyType({})
+    quota: QuotaLimits = MappingProxyType({})
 
 
 _DEMO_DEVICES = (
@@ -20353,7 +20353,7 @@ _DEMO_DEVICES = (
     DemoDevice("desktop", "Claude Code", MESSAGES, ("opus", "sonnet", "haiku"), 26, range(9, 23),
                38_000, 900, "192.168.1.21"),
     DemoDevice("kitchen tablet", "chat in a browser", CHAT, ("haiku", "sonnet"), 9, range(7, 22),
-               900, 350, "192.168.1.34", {"daily": 40}),
+               900, 350, "192.168.1.34", {"daily": 40, "usdMonthly": 5}),
     DemoDevice("night jobs", "summaries of news", CHAT, ("haiku",), 12, range(2, 5), 6_000, 450,
                "127.0.0.1", {"tokensDaily": 400_000}),
 )
@@ -20379,19 +20379,21 @@ def _demo_row(
     (path,) = chance.choices(list(_DEMO_PATHS), list(_DEMO_PATHS.values()))
     # The first model is asked for twice as often as the second one, and so on.
     weights = [2.0 ** -rank for rank in range(len(device.models))]
-    model = models.find(chance.choices(device.models, weights)[0]).id
+    model = models.find(chance.choices(device.models, weights)[0])
     prompt = round(device.prompt_tokens * chance.lognormvariate(0, 0.6))
     answer = round(device.answer_tokens * chance.lognormvariate(0, 0.6)) if status == 200 else 0
     is_asked = status in (200, 499) and path != "cached"
     cached = round(prompt * 0.85) if path == "continued" else 0
     first_ms = 40 if path == "cached" else round(700 * chance.lognormvariate(0, 0.4))
+    usage = Usage(prompt - cached, answer, cached) if is_asked else NO_USAGE
     return UsageRow(
-        at_s, new_id("req_"), key.id, key.name, model, device.dialect.name, outcome, status,
+        at_s, new_id("req_"), key.id, key.name, model.id, device.dialect.name, outcome, status,
         counted=int(is_asked), stop_reason="end_turn" if status == 200 else None, stream=True,
         warm=path != "rebuilt", path=path if status in (200, 499) else None,
         prompt_chars=prompt * 4, response_chars=answer * 4,
-        input_tokens=prompt - cached if is_asked else 0, output_tokens=answer if is_asked else 0,
-        cache_read_tokens=cached if is_asked else 0, cache_write_tokens=0,
+        input_tokens=usage.input_tokens, output_tokens=usage.output_tokens,
+        cache_read_tokens=usage.cache_read_tokens, cache_write_tokens=0,
+        list_price_usd=list_price(model, usage, "") / 1e9,
         first_token_ms=first_ms if status == 200 and path != "cached" else None,
         total_ms=first_ms if path == "cached" else first_ms + answer * 12, message=message,
         peer=device.peer,
