@@ -4951,7 +4951,7 @@ def list_price(model: Model, usage: Usage, lifetime: str) -> int:
     prices differ, is that of each round, if the rounds that the API reports are the whole message.
     """
     rounds = usage.rounds or (usage,)
-    if [sum(column) for column in zip(*(each[:4] for each in rounds))] != list(usage[:4]):
+    if usage.rounds and tuple(map(sum, zip(*(each[:4] for each in rounds)))) != usage[:4]:
         rounds = (usage,)
     hour_tokens, price = usage.cache_write_1h_tokens(lifetime), 0
     for each in rounds:
@@ -5291,18 +5291,24 @@ class Ledger:
     def _check_all(self, reservation: Reservation, levels: list[QuotaLevel]) -> None:
         """Raise the error of the first quota that the request would exceed. The caller holds the
         lock."""
+        for state in self._states(reservation):
+            try:
+                self._check(state, reservation)
+            except QuotaExceeded:
+                # A request that no limit of this kind would let in says nothing about the usage.
+                if getattr(reservation.amounts, state.quota.unit) <= state.limit:
+                    levels += self._limit_level(reservation, state)
+                raise
+            if state.has_reached(reservation.soft_percent):
+                percent = 100 * state.used // state.limit
+                reservation.warnings.append(f"{state.model} {state.quota.name} {percent}%".strip())
+
+    def _states(self, reservation: Reservation) -> Iterator[QuotaState]:
+        """Give the state of each quota that holds for a request. The caller holds the lock."""
         for model, limits in reservation.limits.items():
             for quota in QUOTAS:
                 if quota.name in limits:
-                    state = self._state(reservation.key_id or 0, model, quota, limits)
-                    try:
-                        self._check(state, reservation)
-                    except QuotaExceeded:
-                        levels += self._limit_levels(reservation, state)
-                        raise
-                    if state.has_reached(reservation.soft_percent):
-                        percent = 100 * state.used // state.limit
-                        reservation.warnings.append(f"{model} {quota.name} {percent}%".strip())
+                    yield self._state(reservation.key_id or 0, model, quota, limits)
 
     def _check(self, state: QuotaState, reservation: Reservation) -> None:
         unit = _UNITS[state.quota.unit]
@@ -5388,10 +5394,10 @@ class Ledger:
         with self._lock:
             return {
                 name: {
-                    quota.name: self._report_of(key, min(models.resolve([name])), quota, limits)
+                    quota.name: self._report_of(key, model, quota, limits)
                     for quota in QUOTAS if quota.name in limits
                 }
-                for name, limits in key.model_quotas.items()
+                for name, limits in key.model_quotas.items() for model in models.resolve([name])
             }
 
     def _report_of(self, key: Key, model: str, quota: Quota, limits: QuotaLimits) -> Json:
@@ -5408,14 +5414,15 @@ class Ledger:
 
     # -- levels -------------------------------------------------------------------------------
 
-    def _limit_levels(self, reservation: Reservation, state: QuotaState) -> Iterator[QuotaLevel]:
-        """Give the level of a limit, unless it was told in this period."""
+    def _limit_level(self, reservation: Reservation, state: QuotaState) -> list[QuotaLevel]:
+        """Return the level of a limit, unless it was told in this period."""
         key_id, quota = reservation.key_id or 0, state.quota
         told = self._period_usage(key_id, quota.period, state.model).told
         # A limit of 0 blocks a key on purpose.
-        if state.limit and told.get(quota.name) != state.limit:
-            told[quota.name] = state.limit
-            yield self._level(reservation, state, "limit")
+        if not state.limit or told.get(quota.name) == state.limit:
+            return []
+        told[quota.name] = state.limit
+        return [self._level(reservation, state, "limit")]
 
     def _level(self, reservation: Reservation, state: QuotaState, level: str) -> QuotaLevel:
         unit = _UNITS[state.quota.unit]
@@ -5426,21 +5433,15 @@ class Ledger:
         )
 
     def _levels_passed(
-        self, reservation: Reservation, model: str, period: str, before: Amounts
-    ) -> Iterator[QuotaLevel]:
-        """Give the highest level of each quota that the usage has reached since `before`."""
-        limits = reservation.limits.get(model, _NO_LIMITS)
-        for quota in QUOTAS:
-            if quota.period != period or quota.name not in limits:
-                continue
-            state = self._state(reservation.key_id or 0, model, quota, limits)
-            was = state._replace(used=getattr(before, quota.unit))
-            if state.has_reached(100) and not was.has_reached(100):
-                yield from self._limit_levels(reservation, state)
-            elif state.has_reached(reservation.soft_percent) and not was.has_reached(
-                reservation.soft_percent
-            ):
-                yield self._level(reservation, state, "soft")
+        self, reservation: Reservation, state: QuotaState, before: Amounts
+    ) -> list[QuotaLevel]:
+        """Return the highest level that a quota has reached since `before`."""
+        was = state._replace(used=getattr(before, state.quota.unit))
+        if state.has_reached(100) and not was.has_reached(100):
+            return self._limit_level(reservation, state)
+        soft_percent = reservation.soft_percent
+        is_new = state.has_reached(soft_percent) and not was.has_reached(soft_percent)
+        return [self._level(reservation, state, "soft")] if is_new else []
 
     # -- rows ---------------------------------------------------------------------------------
 
@@ -5459,9 +5460,10 @@ class Ledger:
 
     def _count(
         self, key_id: int, row: UsageRow, reservation: Reservation
-    ) -> Iterator[QuotaLevel]:
-        """Add a row to the usage of its key, and give the levels that this passes. Must be called
+    ) -> list[QuotaLevel]:
+        """Add a row to the usage of its key, and return the levels that this passes. Must be called
         before the row is written, because the usage may be summed from the written rows here."""
+        before: dict[tuple[str, str], Amounts] = {}
         for period in {quota.period: None for quota in QUOTAS}:
             for model in ("", row.model):
                 # Clients can name many models: only those with limits are kept in memory.
@@ -5471,8 +5473,15 @@ class Ledger:
                 with contextlib.suppress(sqlite3.Error):
                     used = self._period_usage(key_id, period, model)
                     if used.begins_s <= row.at_s:
-                        before, used.amounts = used.amounts, used.amounts.plus(row.amounts)
-                        yield from self._levels_passed(reservation, model, period, before)
+                        before[model, period] = used.amounts
+                        used.amounts = used.amounts.plus(row.amounts)
+        return [
+            level for state in self._states(reservation)
+            if (state.model, state.quota.period) in before
+            for level in self._levels_passed(
+                reservation, state, before[state.model, state.quota.period]
+            )
+        ]
 
     def prune(self, days: int) -> int:
         """Delete rows older than `days`, except those that a quota still counts, and return their

@@ -775,13 +775,21 @@ def test_a_leap_over_both_levels_tells_the_limit_only(store: Any) -> None:
 
 def test_a_limit_is_told_when_a_request_is_refused_before_it_is_reached(store: Any) -> None:
     book = Book(store, tokensDaily=100)
+    book.use(1, tokens=60)
     for _ in range(2):
-        book.refusal(tokens=101, bounded=True)
+        book.refusal(tokens=41, bounded=True)
 
     assert levels(book) == [("tokensDaily", "", "limit")]
     book.quota = {"tokensDaily": 90}
-    book.refusal(tokens=101, bounded=True)
+    book.refusal(tokens=41, bounded=True)
     assert len(book.told) == 2
+
+
+def test_a_request_that_is_larger_than_the_limit_says_nothing_about_the_usage(store: Any) -> None:
+    book = Book(store, tokensDaily=100, usdDaily=0.2)
+    book.refusal(tokens=101, bounded=True)
+
+    assert book.told == []
 
 
 def test_a_key_that_is_blocked_on_purpose_is_no_news(store: Any) -> None:

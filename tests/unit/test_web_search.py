@@ -429,7 +429,8 @@ def test_what_claude_prints_of_a_search_is_events() -> None:
         ocp.BlockStopped(0), ocp.BlockStarted(1, result()), ocp.BlockStopped(1),
         ocp.BlockStarted(2, {"type": "text", "text": ""}), ocp.Citation(2, CITED),
         ocp.Delta(2, "text", "It rains."), ocp.BlockStopped(2)]
-    assert events[-1].usage.web_search_requests == reader.spent.web_search_requests == 2
+    spent = ocp.sum_usage(reader.usages)
+    assert events[-1].usage.web_search_requests == spent.web_search_requests == 2
 
 
 def test_a_client_s_tool_of_the_name_is_not_taken_for_the_api_s() -> None:
