@@ -4928,11 +4928,9 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
     )
 
 
-# ==== 9. Usage and quotas ====================================================
-# One row for each request, the sums of the rows, and the quotas of keys. A request makes a
-# reservation before it runs, and its row replaces the reservation, so that concurrent requests
-# cannot exceed a quota together. The usage of a period is summed from the rows once and then
-# updated in memory. Money is what the API's list price would have been: nobody pays it on a plan.
+# ==== 9. Amounts =============================================================
+# What requests take of quotas, and the quotas of keys: requests, tokens, and money. Money is what
+# the API's list price would have been; nobody pays it on a plan.
 
 #: Amounts of money are whole numbers of nano-dollars, in which every price of a token and so every
 #: sum is exact.
@@ -4985,130 +4983,11 @@ class Amounts(NamedTuple):
 
 _NOTHING = Amounts()
 
-
-class UsageRow(NamedTuple):
-    """One request and its cost: a row of the table `usage`, in the order of its columns."""
-
-    at_s: float
-    request_id: str
-    key_id: int | None
-    caller: str
-    model: str
-    dialect: str
-    #: "ok", "abandoned" if the client disconnected, else the kind of the error.
-    outcome: str
-    status: int
-    #: How many requests it counts as for quotas: one for each answer that was requested from
-    #: claude and not rejected by the API. Tokens always count.
-    counted: int
-    stop_reason: str | None
-    stream: bool
-    warm: bool | None
-    #: "fresh", "rebuilt", "rewound" or "continued"; "cached" or "shared" if it cost no tokens. None
-    #: for a request that reached no process.
-    path: str | None
-    prompt_chars: int
-    response_chars: int
-    input_tokens: int
-    output_tokens: int
-    cache_read_tokens: int
-    cache_write_tokens: int
-    first_token_ms: int | None
-    total_ms: int
-    web_search_requests: int = 0
-    #: What the API's list price would have been.
-    list_price_usd: float = 0.0
-    #: The part of `cache_write_tokens` that the API keeps for an hour.
-    cache_write_1h_tokens: int = 0
-    #: Of a failed request only: what the client was told, its address, and its User-Agent.
-    message: str | None = None
-    peer: str | None = None
-    user_agent: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens that counts for quotas."""
-        cached = self.cache_read_tokens + self.cache_write_tokens
-        return self.input_tokens + self.output_tokens + cached
-
-    @property
-    def amounts(self) -> Amounts:
-        """What it takes of quotas."""
-        return Amounts(self.counted, self.tokens, round(self.list_price_usd * _NANO_USD))
-
-
 #: The tokens of a row's prompt, and UsageRow.tokens, in SQL.
 _PROMPT = "input_tokens + cache_read_tokens + cache_write_tokens"
 _TOKENS = f"{_PROMPT} + output_tokens"
 #: The list price of a row in nano-dollars, in SQL.
 _ROW_NANO_USD = "CAST(ROUND(list_price_usd * 1e9) AS INTEGER)"
-#: The condition for failed requests, in the words of the index usage_failed.
-_FAILED = "outcome NOT IN ('ok', 'abandoned')"
-#: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
-_SUMS = (
-    ("requests", "COUNT(*)"),
-    ("successes", "SUM(outcome = 'ok')"),
-    ("abandoned", "SUM(outcome = 'abandoned')"),
-    ("errors", f"SUM({_FAILED})"),
-    ("cached", "SUM(path IN ('cached', 'shared'))"),
-    ("input_tokens", "SUM(input_tokens)"),
-    ("output_tokens", "SUM(output_tokens)"),
-    ("cache_read_tokens", "SUM(cache_read_tokens)"),
-    ("cache_write_tokens", "SUM(cache_write_tokens)"),
-    ("cache_write_1h_tokens", "SUM(cache_write_1h_tokens)"),
-    ("list_price_usd", f"SUM({_ROW_NANO_USD}) / 1e9"),
-    ("cache_read_share", f"ROUND(TOTAL(cache_read_tokens) / NULLIF(TOTAL({_PROMPT}), 0), 4)"),
-    ("web_search_requests", "SUM(web_search_requests)"),
-    ("avg_elapsed_ms", "CAST(ROUND(AVG(total_ms)) AS INTEGER)"),
-    ("avg_first_token_ms", "CAST(ROUND(AVG(first_token_ms)) AS INTEGER)"),
-)
-_TIMELINE_SUMS = (
-    *_SUMS, ("prompt_chars", "SUM(prompt_chars)"), ("response_chars", "SUM(response_chars)"),
-)
-_GROUP_SUMS = (
-    *_SUMS, ("total_prompt_chars", "SUM(prompt_chars)"),
-    ("total_response_chars", "SUM(response_chars)"), ("total_elapsed_ms", "SUM(total_ms)"),
-    ("max_elapsed_ms", "MAX(total_ms)"), ("max_prompt_chars", "MAX(prompt_chars)"),
-    ("avg_prompt_chars", "CAST(ROUND(AVG(prompt_chars)) AS INTEGER)"),
-    ("first_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MIN(at_s), 'unixepoch')"),
-    ("last_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MAX(at_s), 'unixepoch')"),
-)
-_Columns = tuple[tuple[str, str], ...]
-#: The current name of a row's key, or else the name of its caller.
-_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
-#: The hour or the day of a row in UTC, for the timeline.
-_STEPS = {
-    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
-    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
-}
-#: The day of a row in the machine's time zone.
-_DAY = "date(at_s, 'unixepoch', 'localtime')"
-#: The longest span with a timeline by hour; beyond it, by day.
-_MAX_HOURLY_S = 32 * 86_400.0
-#: The percentiles of a report.
-_PERCENTILES = (50, 90, 99)
-#: The maximum number of entries in the series of a report.
-_MAX_SERIES = 10_000
-
-
-def period_bounds(period: str, now_s: float) -> tuple[float, float]:
-    """Return the begin and end, in epoch seconds, of the period that contains `now_s`.
-
-    `period` is "daily", "weekly" (from Monday) or "monthly", in the machine's time zone.
-    """
-    today = datetime.datetime.fromtimestamp(now_s).replace(
-        hour=0, minute=0, second=0, microsecond=0, fold=0
-    )
-    day = datetime.timedelta(days=1)
-    if period == "daily":
-        begin, end = today, today + day
-    elif period == "weekly":
-        begin = today - today.weekday() * day
-        end = begin + 7 * day
-    else:
-        begin = today.replace(day=1)
-        end = (begin + 32 * day).replace(day=1)
-    return begin.timestamp(), end.timestamp()
 
 
 class QuotaUnit(NamedTuple):
@@ -5127,6 +5006,7 @@ class QuotaUnit(NamedTuple):
     text: Callable[[int], str] = str
 
     def amount(self, limit: float) -> int:
+        """Return a limit as an amount."""
         return round(limit * self.parts)
 
     def number(self, amount: int) -> float:
@@ -5199,17 +5079,6 @@ class Reservation:
         self.warnings: list[str] = []
 
 
-class PeriodUsage:
-    """The usage of a key in a period, for one model or all."""
-
-    def __init__(self, begins_s: float, ends_s: float, amounts: Amounts) -> None:
-        self.begins_s = begins_s
-        self.ends_s = ends_s
-        self.amounts = amounts
-        #: The limits of quotas whose end was told, by their names.
-        self.told: dict[str, int] = {}
-
-
 class QuotaState(NamedTuple):
     """One quota of a key at one moment, in amounts."""
 
@@ -5223,6 +5092,144 @@ class QuotaState(NamedTuple):
     def has_reached(self, percent: int | None) -> bool:
         """Return whether the usage has reached this share of the limit; None = there is none."""
         return percent is not None and self.used * 100 >= self.limit * percent
+
+
+def period_bounds(period: str, now_s: float) -> tuple[float, float]:
+    """Return the begin and end, in epoch seconds, of the period that contains `now_s`.
+
+    `period` is "daily", "weekly" (from Monday) or "monthly", in the machine's time zone.
+    """
+    today = datetime.datetime.fromtimestamp(now_s).replace(
+        hour=0, minute=0, second=0, microsecond=0, fold=0
+    )
+    day = datetime.timedelta(days=1)
+    if period == "daily":
+        begin, end = today, today + day
+    elif period == "weekly":
+        begin = today - today.weekday() * day
+        end = begin + 7 * day
+    else:
+        begin = today.replace(day=1)
+        end = (begin + 32 * day).replace(day=1)
+    return begin.timestamp(), end.timestamp()
+
+
+# ==== 9. Usage and quotas ====================================================
+# One row for each request, the sums of the rows, and the quotas of keys. A request makes a
+# reservation before it runs, and its row replaces the reservation, so that concurrent requests
+# cannot exceed a quota together. The usage of a period is summed from the rows once and then
+# updated in memory.
+
+
+class UsageRow(NamedTuple):
+    """One request and its cost: a row of the table `usage`, in the order of its columns."""
+
+    at_s: float
+    request_id: str
+    key_id: int | None
+    caller: str
+    model: str
+    dialect: str
+    #: "ok", "abandoned" if the client disconnected, else the kind of the error.
+    outcome: str
+    status: int
+    #: How many requests it counts as for quotas: one for each answer that was requested from
+    #: claude and not rejected by the API. Tokens always count.
+    counted: int
+    stop_reason: str | None
+    stream: bool
+    warm: bool | None
+    #: "fresh", "rebuilt", "rewound" or "continued"; "cached" or "shared" if it cost no tokens. None
+    #: for a request that reached no process.
+    path: str | None
+    prompt_chars: int
+    response_chars: int
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+    cache_write_tokens: int
+    first_token_ms: int | None
+    total_ms: int
+    web_search_requests: int = 0
+    #: What the API's list price would have been.
+    list_price_usd: float = 0.0
+    #: The part of `cache_write_tokens` that the API keeps for an hour.
+    cache_write_1h_tokens: int = 0
+    #: Of a failed request only: what the client was told, its address, and its User-Agent.
+    message: str | None = None
+    peer: str | None = None
+    user_agent: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that counts for quotas."""
+        cached = self.cache_read_tokens + self.cache_write_tokens
+        return self.input_tokens + self.output_tokens + cached
+
+    @property
+    def amounts(self) -> Amounts:
+        """What it takes of quotas."""
+        return Amounts(self.counted, self.tokens, round(self.list_price_usd * _NANO_USD))
+
+
+#: The condition for failed requests, in the words of the index usage_failed.
+_FAILED = "outcome NOT IN ('ok', 'abandoned')"
+#: Columns that aggregate rows: (name, SQL). Names with total_ are those of the original OCP.
+_SUMS = (
+    ("requests", "COUNT(*)"),
+    ("successes", "SUM(outcome = 'ok')"),
+    ("abandoned", "SUM(outcome = 'abandoned')"),
+    ("errors", f"SUM({_FAILED})"),
+    ("cached", "SUM(path IN ('cached', 'shared'))"),
+    ("input_tokens", "SUM(input_tokens)"),
+    ("output_tokens", "SUM(output_tokens)"),
+    ("cache_read_tokens", "SUM(cache_read_tokens)"),
+    ("cache_write_tokens", "SUM(cache_write_tokens)"),
+    ("cache_write_1h_tokens", "SUM(cache_write_1h_tokens)"),
+    ("list_price_usd", f"SUM({_ROW_NANO_USD}) / 1e9"),
+    ("cache_read_share", f"ROUND(TOTAL(cache_read_tokens) / NULLIF(TOTAL({_PROMPT}), 0), 4)"),
+    ("web_search_requests", "SUM(web_search_requests)"),
+    ("avg_elapsed_ms", "CAST(ROUND(AVG(total_ms)) AS INTEGER)"),
+    ("avg_first_token_ms", "CAST(ROUND(AVG(first_token_ms)) AS INTEGER)"),
+)
+_TIMELINE_SUMS = (
+    *_SUMS, ("prompt_chars", "SUM(prompt_chars)"), ("response_chars", "SUM(response_chars)"),
+)
+_GROUP_SUMS = (
+    *_SUMS, ("total_prompt_chars", "SUM(prompt_chars)"),
+    ("total_response_chars", "SUM(response_chars)"), ("total_elapsed_ms", "SUM(total_ms)"),
+    ("max_elapsed_ms", "MAX(total_ms)"), ("max_prompt_chars", "MAX(prompt_chars)"),
+    ("avg_prompt_chars", "CAST(ROUND(AVG(prompt_chars)) AS INTEGER)"),
+    ("first_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MIN(at_s), 'unixepoch')"),
+    ("last_request", "strftime('%Y-%m-%dT%H:%M:%fZ', MAX(at_s), 'unixepoch')"),
+)
+_Columns = tuple[tuple[str, str], ...]
+#: The current name of a row's key, or else the name of its caller.
+_CURRENT_NAME = "COALESCE((SELECT name FROM keys WHERE keys.id = usage.key_id), caller)"
+#: The hour or the day of a row in UTC, for the timeline.
+_STEPS = {
+    "hour": "strftime('%Y-%m-%dT%H:00:00', at_s, 'unixepoch')",
+    "day": "strftime('%Y-%m-%dT00:00:00', at_s, 'unixepoch')",
+}
+#: The day of a row in the machine's time zone.
+_DAY = "date(at_s, 'unixepoch', 'localtime')"
+#: The longest span with a timeline by hour; beyond it, by day.
+_MAX_HOURLY_S = 32 * 86_400.0
+#: The percentiles of a report.
+_PERCENTILES = (50, 90, 99)
+#: The maximum number of entries in the series of a report.
+_MAX_SERIES = 10_000
+
+
+class PeriodUsage:
+    """The usage of a key in a period, for one model or all."""
+
+    def __init__(self, begins_s: float, ends_s: float, amounts: Amounts) -> None:
+        self.begins_s = begins_s
+        self.ends_s = ends_s
+        self.amounts = amounts
+        #: The limits of quotas whose end was told, by their names.
+        self.told: dict[str, int] = {}
 
 
 class Ledger:
