@@ -1144,7 +1144,7 @@ def test_a_budget_is_set_in_dollars_and_shows_amber_from_the_warning_level(
         busy.key("saver", softPercent=50, quota={"daily": 2}, modelQuotas={"opus": {
             "usdWeekly": 1.5}})
         assert busy.chat("saver", "one").status == 200
-        with opened(chrome, server, "keys") as page:
+        with opened(chrome, server, "keys", expected=("401", "400")) as page:
             page.sees("1 of 2", "#keys strong.warn")
             page.sees("opus: USD a week", "#keys")
             page.sees("$0.00 of $1.50", "#keys")
@@ -1155,7 +1155,18 @@ def test_a_budget_is_set_in_dollars_and_shows_amber_from_the_warning_level(
             assert busy.admin("GET", "/api/keys/saver")["quota"]["usdMonthly"]["limit"] == 20.25
             page.click("[aria-label='Edit saver']")
             page.evaluate("document.querySelector('#field-softPercent').value = ''")
+            assert page.evaluate("document.querySelector('#field-modelQuotas').value") == (
+                "opus usdWeekly 1.5")
+            page.evaluate("document.querySelector('#field-modelQuotas').value = "
+                          "'opus usdWeekly 2 daily; haiku daily 9'")
             page.click("#asking-submit")
+            page.sees("modelQuotas.opus.daily", "#asking-error")
+            page.evaluate("document.querySelector('#field-modelQuotas').value = "
+                          "'opus usdWeekly 2.5 daily 7;  haiku daily 9;'")
+            page.click("#asking-submit")
+            page.sees("haiku: requests a day", "#keys")
+            assert busy.admin("GET", "/api/keys/saver")["modelQuotas"] == {
+                "opus": {"usdWeekly": 2.5, "daily": 7}, "haiku": {"daily": 9}}
             page.until("!document.querySelector('#keys strong.warn')")
             page.evaluate("location.hash = 'overview'")
             page.sees("List price", "#totals")
