@@ -241,8 +241,10 @@ COMPLETIONS_FULL = {
     "stream_options": {"include_usage": True}, "seed": 1, "user": "u",
 }
 QUOTA = {"daily": 100_000, "weekly": None, "monthly": 100_000,
-         "tokensDaily": None, "tokensWeekly": 10**9, "tokensMonthly": None}
-KEY = {"name": "phone", "expiry": "30d", "models": ["sonnet"], "maxConcurrent": 2, "note": "mine"}
+         "tokensDaily": None, "tokensWeekly": 10**9, "tokensMonthly": None,
+         "usdDaily": 900.25, "usdWeekly": None, "usdMonthly": 1e5}
+KEY = {"name": "phone", "expiry": "30d", "models": ["sonnet"], "maxConcurrent": 2, "note": "mine",
+       "softPercent": 80, "modelQuotas": {"opus": QUOTA, "claude-haiku-5-5": {"usdDaily": 1.5}}}
 #: Settings that leave the server as quick as it is.
 LIVE = {"cacheTTL": 600_000, "cacheMaxBytes": 262_144, "maxQueue": 64, "heartbeatInterval": 15_000,
         "cacheSampled": True, "sessionId": False, "usageDays": 400, "writeTimeout": 60_000}
