@@ -920,6 +920,7 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
 #: The JSON names of the types of settings.
 _JSON_TYPES = {int: "integer", bool: "boolean", str: "string"}
 
+# --- shared: removed_settings
 #: Settings of the original that do not exist here: (name, or prefix with a star, why).
 REMOVED_SETTINGS = (
     ("CLAUDE_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
@@ -933,6 +934,7 @@ REMOVED_SETTINGS = (
     ("CLAUDE_AUTH_CHECK_INTERVAL_MS", "the login is known from real answers, not from probes"),
     ("CLAUDE_AUTH_CHECK_TIMEOUT_MS", "the login is known from real answers, not from probes"),
 )
+# --- end shared
 
 _TRUE_WORDS = ("1", "true", "yes", "on")
 _FALSE_WORDS = ("0", "false", "no", "off")

@@ -93,6 +93,7 @@ SHARED = {
     "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
     "env_file": ["ocp.py", "ocp_server.py", "setup.py_install.py"],
     "wrong_lines": ["ocp_server.py", "setup.py_install.py"],
+    "removed_settings": ["ocp_server.py", "setup.py_install.py"],
     "shown_path": ["setup.py_install.py", "uninstall.py"],
     "http_json": ["ocp.py", "setup.py_install.py"],
     "any_certificate": ["ocp.py", "setup.py_install.py"],

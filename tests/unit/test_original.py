@@ -234,7 +234,8 @@ def test_numbers_that_are_none_spoil_no_sum(value: object, home: OriginalHome) -
 
 def test_a_caller_that_is_no_text_is_no_obstacle(home: OriginalHome) -> None:
     as_text = "CAST(? AS TEXT)"
-    home.execute(f"INSERT INTO usage_log (key_name, model) VALUES ({as_text}, {as_text})", b"\xff\x1b[31m" + b"x" * 999, b"\xfe")
+    home.execute(f"INSERT INTO usage_log (key_name, model) VALUES ({as_text}, {as_text})",
+                 b"\xff\x1b[31m" + b"x" * 999, b"\xfe")
     home.usage(1, 77, "gone", model=None)
     with opened(home) as here:
         rows = here.ledger.report(0, time.time() + 9, 5, None)["recent"]
