@@ -15672,10 +15672,10 @@ class Connections:
 
 
 # ==== 36. The original OCP ===================================================
-# The database of the original OCP, a Node program of the version 3, is also ~/.ocp/ocp.db. The
-# first start on it takes over the keys, hashed, and the usage: once, in one transaction, after the
-# whole file was copied. The original's own tables stay as they are, with every key in plain text:
-# they are the way back. --forget-original removes them.
+# The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
+# start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
+# the whole file. The original's own tables stay as they are, with every key in plain text: they
+# are the way back. --forget-original removes them.
 
 _AS_NUMBER = "CAST({0} AS INTEGER)"
 #: Bytes, because text that is not UTF-8 cannot be read as text.
@@ -15975,9 +15975,10 @@ def forget_original(home: str) -> list[str]:
             # What was deleted stays in the file until it is written anew.
             connection.execute("VACUUM")
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + _ORIGINAL_COPY)
-            gone.append("ocp.db" + _ORIGINAL_COPY)
+        for name in (_ORIGINAL_COPY, _ORIGINAL_COPY + ".new"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + name)
+                gone.append("ocp.db" + name)
     finally:
         lock.close()
     return gone

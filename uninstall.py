@@ -570,7 +570,9 @@ def show(job: Job, options: argparse.Namespace) -> None:
     for service in job.services:
         print(f"  remove the service {service.label} ({shown_path(service.path, home)})")
     for folder in job.data:
-        print(f"  remove {shown_path(folder, home)} WITH ALL KEYS, USAGE, SETTINGS AND LOGS")
+        has_original = os.path.exists(os.path.join(folder, "ocp.db.original"))
+        more = ", THOSE OF THE ORIGINAL OCP TOO" * has_original
+        print(f"  remove {shown_path(folder, home)} WITH ALL KEYS, USAGE, SETTINGS AND LOGS{more}")
     for folder in job.kept:
         print(f"  keep {folder}")
     for service in job.legacy:

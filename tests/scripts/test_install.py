@@ -31,6 +31,7 @@ from depth import rest
 from fake_services import FakeServices
 from http_client import http_call
 from ocp_command import Stream
+from original_home import OriginalHome
 from project import REPO, clean_env, free_port, load_script, run_compiled
 from server import FAKE_CLAUDE, running_server
 from tls_files import CERT, KEY, write_tls_files
@@ -616,6 +617,22 @@ def test_the_original_s_service_gives_way_and_its_settings_are_taken_over(
     assert not old.with_name(f"{name}.ocp-backup").exists()
 
 
+def test_both_generations_of_the_original_give_way_and_the_newer_one_has_the_settings(
+    quick: InstallMachine
+) -> None:
+    units = [original_unit(quick, f"Environment=OCP_INSTANCE_NAME={name}", name=name)
+             for name in setup.LEGACY_UNITS]
+    for kind in ("enabled", "active"):
+        quick.services.set(kind, "\n".join(setup.LEGACY_UNITS))
+    before = [unit.read_bytes() for unit in units]
+    assert quick.install("--no-start").returncode == 0
+    assert quick.settings()["OCP_INSTANCE_NAME"] == "ocp-proxy.service"
+    assert quick.services.get("enabled") == {"ocp.service"}
+    assert quick.uninstall().returncode == 0
+    assert [unit.read_bytes() for unit in units] == before
+    assert quick.services.get("enabled") == quick.services.get("active") == set(setup.LEGACY_UNITS)
+
+
 def test_an_original_that_did_not_run_is_not_started_by_the_way_back(quick: InstallMachine) -> None:
     old = original_unit(quick)
     quick.services.set("active", "")
@@ -671,6 +688,40 @@ def test_what_was_added_to_a_unit_of_the_original_is_taken_over_too(quick: Insta
     (added / "override.conf").write_text("[Service]\nEnvironment=CLAUDE_TIMEOUT=9000\n")
     assert quick.run("setup.py_install.py", "--yes", "--no-start").returncode == 0
     assert quick.settings()["CLAUDE_TIMEOUT"] == "9000"
+
+
+@pytest.mark.slow
+def test_the_way_from_the_original_and_back_is_that_of_the_page(linux: InstallMachine) -> None:
+    page = (REPO / "docs" / "migration.md").read_text("utf-8")
+    for command in ("setup.py_install.py --dry-run", "setup.py_install.py", "uninstall.py",
+                    "ocp_server.py --forget-original"):
+        assert f"python3 {command}\n" in page
+    linux.services.set("run")
+    home = OriginalHome(linux.ocp)
+    laptop, phone = home.key("laptop"), home.key("phone", quota_daily=0)
+    home.usage(2, 1, "laptop")
+    tables = home.tables()
+    unit = original_unit(linux, "Environment=CLAUDE_AUTH_MODE=multi",
+                         "Environment=OCP_ADMIN_KEY=of-the-original")
+    before = linux.files()[str(unit.relative_to(linux.home))]
+
+    shown = linux.run("setup.py_install.py", "--dry-run")
+    assert shown.returncode == 0 and "every client needs a key" in shown.stdout
+    done = linux.run("setup.py_install.py", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def status(key: str, method: str = "POST", path: str = "/v1/chat/completions") -> int:
+        body = {"messages": [{"role": "user", "content": "hi"}]} if method == "POST" else None
+        return http_call(
+            linux.port, method, path, body, {"Authorization": f"Bearer {key}"}).status
+
+    assert [status(key) for key in (laptop, phone, "ocp_another")] == [200, 429, 401]
+    assert status("of-the-original", "GET", "/api/keys") == 200
+    assert "ORIGINAL" in linux.run("uninstall.py", "--dry-run", "--purge").stdout
+    assert linux.uninstall().returncode == 0
+    assert linux.files()[str(unit.relative_to(linux.home))] == before
+    assert linux.services.get("enabled") == linux.services.get("active") == {unit.name}
+    assert home.tables() == tables
 
 
 #: What a service of the original has, what becomes of it, and a word of the sentence about it.
