@@ -20693,10 +20693,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     except ConfigError as problem:
         hint = f"\nSettings were read from {environment.file} too." if environment.file else ""
         return _fail_start(f"{problem}{hint}")
-    if options.check:
-        return check(config, environment, demo_command)
-    if options.forget_original:
-        return forget(config)
+    if options.check or options.forget_original:
+        return check(config, environment, demo_command) if options.check else forget(config)
     log = Log(sys.stderr, config.log_level)
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)
