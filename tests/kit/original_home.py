@@ -101,6 +101,18 @@ class OriginalHome:
         with closing(sqlite3.connect(self.database)) as connection, connection:
             connection.executemany(statement, [tuple(row.values())] * count)
 
+    def loosen(self) -> None:
+        """Let the tables take anything, as those of a damaged or foreign database."""
+        columns = {
+            "api_keys": "id, key, name, created_at, revoked, quota_daily, quota_weekly, "
+                        "quota_monthly",
+            "usage_log": "id, key_id, key_name, model, prompt_chars, response_chars, elapsed_ms, "
+                         "success, created_at"}
+        with closing(sqlite3.connect(self.database)) as connection:
+            for table, names in columns.items():
+                connection.execute(f"DROP TABLE {table}")
+                connection.execute(f"CREATE TABLE {table} ({names})")
+
     def tables(self) -> dict[str, Sequence[tuple[Json, ...]]]:
         """Everything in its own tables, and how they are defined."""
         return original_content(self.database)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sqlite3
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from depth import by_depth
 from original_home import OriginalHome, original_content, original_key, original_time
 from project import load_script
 
@@ -290,6 +292,63 @@ def test_damaged_usage_costs_no_key(home: OriginalHome) -> None:
         assert here.keys.verify(secret).name == "laptop"
         assert here.report["leftOut"]["damaged table usage_log"] == 1
         assert here.report["usageRows"] == 0
+
+
+#: What stands in columns of a database that nobody has looked after.
+JUNK: list[object] = [
+    None, "", " ", 0, 1, -1, 7, 2**63 - 1, 0.5, 1e300, float("inf"), b"", b"\xff\xfe", "x" * 5000,
+    "caf\u00e9", "cafe\u0301", "\u202e", "a\x00b", "admin", "123", "..", "a/b", "now",
+    "2026-11-30 10:00:00", "2026-13-45", "0",
+]
+
+
+@pytest.mark.parametrize("seed", range(by_depth(4, 8, 100)))
+def test_whatever_stands_in_the_tables_each_row_is_taken_or_counted(
+    seed: int, home: OriginalHome
+) -> None:
+    chance = random.Random(seed)
+    home.loosen()
+    good = [original_key(f"{seed}-{at}") for at in range(10)]
+    for at in range(40):
+        secret = good[at // 4] if at % 4 == 0 else chance.choice(JUNK)
+        home.insert(
+            "api_keys", id=at, key=secret, name=chance.choice(JUNK),
+            **{name: chance.choice(JUNK) for name in (
+                "created_at", "quota_daily", "quota_weekly", "quota_monthly")},
+            revoked=0 if at % 4 == 0 else chance.choice(JUNK))
+        home.insert("usage_log", id=at, key_id=chance.choice([*JUNK, at]), **{
+            name: chance.choice(JUNK) for name in (
+                "key_name", "model", "prompt_chars", "response_chars", "elapsed_ms", "success",
+                "created_at")})
+    before = home.tables()
+    with opened(home) as here:
+        left = here.report["leftOut"]
+        assert here.report["keys"] + left.get("keys without a usable secret", 0) + left.get(
+            "keys that are here already", 0) == 40
+        assert here.report["usageRows"] + left.get("rows of usage without a usable time", 0) == 40
+        assert not here.keys.problems
+        names = [here.keys.verify(secret).name for secret in good]
+        assert len({name.casefold() for name in names}) == len(good)
+        assert all(ocp.key_name(key.name) == key.name for key in here.keys.all())
+        report = here.ledger.report(0, time.time() + 90_000, 500, None)
+        assert json.loads(json.dumps(report))["totals"]["requests"] == here.report["usageRows"]
+        for key in here.keys.all():
+            here.ledger.quota_report(key)
+            ocp.iso_time(key.created_s)
+    assert home.tables() == before
+
+
+def test_a_table_of_somebody_else_with_a_name_of_ours_stays_as_it_is(home: OriginalHome) -> None:
+    home.key("laptop")
+    home.execute("CREATE TABLE keys (mine TEXT)")
+    home.execute("INSERT INTO keys VALUES ('precious')")
+    before = home.tables()
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError):
+            ocp.open_with_original(str(home.database))
+    with closing(sqlite3.connect(home.database)) as connection:
+        assert connection.execute("SELECT * FROM keys").fetchall() == [("precious",)]
+    assert home.tables() == before
 
 
 def test_a_home_without_an_original_gets_no_copy_and_no_report(tmp_path: Path) -> None:
