@@ -57,17 +57,18 @@ Sections (search for "==== 8" to jump to the eighth):
     33. Account                 the state of login and plan, learned from answers
     34. Metrics                 counters and histograms since the start
     35. Connections             client sockets, and limits on their number and memory
-    36. State folder            the database, the modes of files, the admin key
-    37. Answering               one request: quota, cache, claude, row of usage
-    38. App                     owns every long-lived object; the housekeeper
-    39. Routes                  the choice of a route for a path and a method
-    40. HTTP server             sockets, bodies, one thread for each connection
-    41. Dashboard               the operator's page, and its content security policy
-    42. API endpoints           answers, stored responses, sessions, models
-    43. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    44. Table of routes         path, access, dialect and endpoint of each route
-    45. Demo claude             the stand-in for claude behind --demo
-    46. Command line            arguments, signals, main
+    36. The original OCP        keys and usage taken over from the database of the original
+    37. State folder            the database, the modes of files, the admin key
+    38. Answering               one request: quota, cache, claude, row of usage
+    39. App                     owns every long-lived object; the housekeeper
+    40. Routes                  the choice of a route for a path and a method
+    41. HTTP server             sockets, bodies, one thread for each connection
+    42. Dashboard               the operator's page, and its content security policy
+    43. API endpoints           answers, stored responses, sessions, models
+    44. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    45. Table of routes         path, access, dialect and endpoint of each route
+    46. Demo claude             the stand-in for claude behind --demo
+    47. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -15984,7 +15985,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 36. State folder =======================================================
+# ==== 37. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -16181,7 +16182,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 37. Answering ==========================================================
+# ==== 38. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -17194,7 +17195,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 38. App ================================================================
+# ==== 39. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -17641,7 +17642,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 39. Routes =============================================================
+# ==== 40. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -17730,7 +17731,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 40. HTTP server ========================================================
+# ==== 41. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -18609,7 +18610,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 41. Dashboard ==========================================================
+# ==== 42. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -18677,7 +18678,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 42. API endpoints ======================================================
+# ==== 43. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -19037,7 +19038,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 43. Management endpoints ===============================================
+# ==== 44. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20102,7 +20103,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 44. Table of routes ====================================================
+# ==== 45. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -20153,7 +20154,7 @@ ROUTES = (
 )
 
 
-# ==== 45. Demo claude ========================================================
+# ==== 46. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -20354,7 +20355,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 46. Command line =======================================================
+# ==== 47. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
