@@ -3524,10 +3524,48 @@ def _check_database(facts: Facts) -> Finding:
     return Finding("PASS", f"{path} is in order, {file_size(os.path.getsize(path))}")
 
 
+def _check_original(facts: Facts) -> Finding:
+    path = os.path.join(facts.here.data_dir, "ocp.db")
+    if not os.path.exists(path):
+        return Finding("INFO", "does not apply: there is no database yet")
+    with contextlib.closing(open_database(path, "ro")) as connection:
+        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+        known = {"original"} & tables
+        rows = connection.execute("SELECT at_s, report FROM original").fetchall() if known else []
+    is_left = bool({"api_keys", "usage_log"} & tables) or os.path.exists(path + ".original")
+    if not rows:
+        start = Fix("start_server", (f"start the server: {_start_line(facts)}",))
+        return Finding("WARN", f"the original's keys in {path} are not taken over yet", start) if (
+            is_left) else Finding("INFO", "does not apply: the original was not here")
+    at_s, report = rows[0]
+    told = _taken_over_words(at_s, json.loads(report))
+    if not is_left:
+        return Finding("PASS", f"{told}; nothing of it is left")
+    sudo = ["sudo"] if facts.here.needs_root else []
+    forget = shlex.join([*sudo, "env", f"OCP_HOME={facts.here.data_dir}", facts.here.python,
+                         facts.here.server_path, "--forget-original"])
+    return Finding("WARN", f"{told}; its tables still hold every key in plain text", Fix(
+        "forget_original", (
+            "keep them while you may want to go back; once you are sure, stop the server (`ocp "
+            f"stop`), run `{forget}`, and start it (`ocp start`)",)))
+
+
+def _taken_over_words(at_s: float, report: Json) -> str:
+    """Return what the server took over of the original, and what became of the rest."""
+    renamed = len(report["renamed"])
+    left = [f"{count} {what}" for what, count in report["leftOut"].items()]
+    return (f"on {iso_time(at_s)[:10]} the server took over {counted(report['keys'], 'key')} and "
+            f"{counted(report['usageRows'], 'row')} of usage"
+            + (f"; {counted(renamed, 'key')} renamed, see original_taken_over in the log"
+               if renamed else "")
+            + (f"; left out: {', '.join(left)}" if left else ""))
+
+
 def _private_paths(facts: Facts) -> list[tuple[str, int]]:
     """Return everything that nobody else may read, with its right mode."""
     folder = facts.here.data_dir
-    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem")
+    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem",
+             "ocp.db.original")
     files = [*(os.path.join(folder, name) for name in names), facts.here.env_file]
     return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
             if os.path.exists(path)]
@@ -3846,6 +3884,9 @@ CHECKS = (
     Check("database", "Database",
           "Whether the server writes to its database, and whether that is in order",
           _check_database),
+    Check("original", "The original OCP",
+          "What was taken over from the original, and whether its keys are left in plain text",
+          _check_original),
     Check("file_modes", "Private files",
           "Whether others may read the database, the keys or the settings file",
           _check_modes, _mend_modes),

@@ -58,17 +58,18 @@ Sections (search for "==== 8" to jump to the eighth):
     34. Account                 the state of login and plan, learned from answers
     35. Metrics                 counters and histograms since the start
     36. Connections             client sockets, and limits on their number and memory
-    37. State folder            the database, the modes of files, the admin key
-    38. Answering               one request: quota, cache, claude, row of usage
-    39. App                     owns every long-lived object; the housekeeper
-    40. Routes                  the choice of a route for a path and a method
-    41. HTTP server             sockets, bodies, one thread for each connection
-    42. Dashboard               the operator's page, and its content security policy
-    43. API endpoints           answers, stored responses, sessions, models
-    44. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    45. Table of routes         path, access, dialect and endpoint of each route
-    46. Demo claude             the stand-in for claude behind --demo
-    47. Command line            arguments, signals, main
+    37. The original OCP        keys and usage taken over from the database of the original
+    38. State folder            the database, the modes of files, the admin key
+    39. Answering               one request: quota, cache, claude, row of usage
+    40. App                     owns every long-lived object; the housekeeper
+    41. Routes                  the choice of a route for a path and a method
+    42. HTTP server             sockets, bodies, one thread for each connection
+    43. Dashboard               the operator's page, and its content security policy
+    44. API endpoints           answers, stored responses, sessions, models
+    45. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    46. Table of routes         path, access, dialect and endpoint of each route
+    47. Demo claude             the stand-in for claude behind --demo
+    48. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -921,6 +922,7 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
 #: The JSON names of the types of settings.
 _JSON_TYPES = {int: "integer", bool: "boolean", str: "string"}
 
+# --- shared: removed_settings
 #: Settings of the original that do not exist here: (name, or prefix with a star, why).
 REMOVED_SETTINGS = (
     ("CLAUDE_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
@@ -934,6 +936,7 @@ REMOVED_SETTINGS = (
     ("CLAUDE_AUTH_CHECK_INTERVAL_MS", "the login is known from real answers, not from probes"),
     ("CLAUDE_AUTH_CHECK_TIMEOUT_MS", "the login is known from real answers, not from probes"),
 )
+# --- end shared
 
 _TRUE_WORDS = ("1", "true", "yes", "on")
 _FALSE_WORDS = ("0", "false", "no", "off")
@@ -3825,6 +3828,13 @@ MIGRATIONS = (
     """,
     "ALTER TABLE keys ADD COLUMN soft_percent INTEGER",
     "ALTER TABLE keys ADD COLUMN model_quotas TEXT NOT NULL DEFAULT '{}'",
+    """
+    CREATE TABLE original (
+        id INTEGER PRIMARY KEY CHECK (id = 1),
+        at_s INTEGER NOT NULL,
+        report TEXT NOT NULL
+    )
+    """,
 )
 
 
@@ -4324,6 +4334,12 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+def hash_of_key(secret: str) -> str:
+    """Return what is stored of a key."""
+    # A secret has 192 random bits, so neither salt nor a slow hash is needed.
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
 def _key(row: sqlite3.Row) -> Key:
     fields = {name: row[name] for name in Key._fields}
     stored = {name: json.loads(fields.pop(name)) for name in ("models", "quota", "model_quotas")}
@@ -4477,11 +4493,7 @@ class Keys:
         """Return a new secret, and the columns that are derived from it."""
         secret = "ocp_" + secrets.token_urlsafe(24)
         preview = f"{secret[:8]}...{secret[-4:]}"
-        return secret, {"hash": self._hash(secret), "preview": preview}
-
-    def _hash(self, secret: str) -> str:
-        # The secret has 192 random bits, so neither salt nor a slow hash is needed.
-        return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+        return secret, {"hash": hash_of_key(secret), "preview": preview}
 
     def _check_free(self, name: str, key_id: int | None) -> None:
         """Raise Conflict if another key that is not revoked has this name."""
@@ -4642,7 +4654,7 @@ class Keys:
 
     def verify(self, secret: str) -> Caller:
         """Return the caller with this secret. Raises Unauthorized."""
-        hashed = self._hash(secret)
+        hashed = hash_of_key(secret)
         key = self._keys.get(self._ids.get(hashed) or self._id_in_grace(hashed))
         if key is None:
             raise self._not_a_key(secret, self._replaced.get(hashed))
@@ -16015,7 +16027,320 @@ class Connections:
         )
 
 
-# ==== 37. State folder =======================================================
+# ==== 37. The original OCP ===================================================
+# The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
+# start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
+# the whole file. The original's own tables stay as they are, with every key in plain text: they
+# are the way back. --forget-original removes them.
+
+_AS_NUMBER = "CAST({0} AS INTEGER)"
+#: Bytes, because text that is not UTF-8 cannot be read as text.
+_AS_BYTES = "CAST({0} AS BLOB)"
+_AS_TIME = "CAST(strftime('%s', {0}) AS INTEGER)"
+#: -1 is something that is no number.
+_AS_LIMIT = (
+    "CASE WHEN typeof({0}) IN ('integer', 'real') THEN MAX(CAST({0} AS INTEGER), 0) "
+    "WHEN {0} IS NOT NULL THEN -1 END"
+)
+#: The columns of the original that are taken over: name, how it is read, and in SQL the value
+#: where an older version lacks the column.
+_ORIGINAL_KEYS = (
+    ("id", _AS_NUMBER, "rowid"), ("key", _AS_BYTES, "NULL"), ("name", _AS_BYTES, "NULL"),
+    ("created_at", _AS_TIME, "NULL"), ("revoked", "({0} IS NOT 0)", "0"),
+    ("quota_daily", _AS_LIMIT, "NULL"), ("quota_weekly", _AS_LIMIT, "NULL"),
+    ("quota_monthly", _AS_LIMIT, "NULL"),
+)
+_ORIGINAL_USAGE = (
+    ("id", _AS_NUMBER, "rowid"), ("key_id", _AS_NUMBER, "NULL"), ("key_name", _AS_BYTES, "NULL"),
+    ("model", _AS_BYTES, "NULL"), ("prompt_chars", _AS_NUMBER, "0"),
+    ("response_chars", _AS_NUMBER, "0"), ("elapsed_ms", _AS_NUMBER, "0"),
+    ("success", "({0} IS 1)", "1"), ("created_at", _AS_TIME, "NULL"),
+)
+#: The original's tables, in an order in which they can be dropped.
+_ORIGINAL_TABLES = ("response_cache", "usage_log", "api_keys")
+#: Added to the path of the database for the copy of it.
+_ORIGINAL_COPY = ".original"
+#: The original is younger than this, 2020-01-01: an earlier time is a damaged one.
+_ORIGINAL_SINCE_S = 1_577_836_800
+#: Larger numbers in one row are damaged ones, and would overflow a sum.
+_MAX_ORIGINAL_NUMBER = 10**12
+_MAX_ORIGINAL_NAME_CHARS = 100
+FORGET_ORIGINAL = (
+    "the tables of the original OCP in ocp.db, and the copy ocp.db.original, have its keys in "
+    "plain text; once you are sure that you will not go back, stop the server and run "
+    "`python3 ocp_server.py --forget-original`"
+)
+
+
+def original_tables(connection: sqlite3.Connection) -> list[str]:
+    """Return which tables of the original a database has. Raises sqlite3.Error."""
+    names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master")]
+    return [name for name in _ORIGINAL_TABLES if name in names]
+
+
+def _is_to_be_taken_over(connection: sqlite3.Connection) -> bool:
+    """Return whether there are tables of the original that were not taken over."""
+    if not {"api_keys", "usage_log"} & set(original_tables(connection)):
+        return False
+    is_known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'original'").fetchone()
+    return not (is_known and connection.execute("SELECT 1 FROM original").fetchone())
+
+
+def copy_original(path: str) -> None:
+    """Copy a database of the original that is about to be taken over. Raises OSError,
+    sqlite3.Error."""
+    if not os.path.exists(path):
+        return
+    copy, draft = path + _ORIGINAL_COPY, path + _ORIGINAL_COPY + ".new"
+    address = f"file:{urllib.parse.quote(path)}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as source:
+        version = source.execute("PRAGMA user_version").fetchone()[0]
+        # An interrupted start has made the copy, and then begun to change the database.
+        if not _is_to_be_taken_over(source) or (version and os.path.exists(copy)):
+            return
+        for leftover in (draft, draft + "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with contextlib.closing(sqlite3.connect(draft)) as target:
+            source.backup(target)
+    os.replace(draft, copy)
+
+
+def _original_text(value: bytes | None) -> str:
+    return (value or b"").decode("utf-8", "replace")
+
+
+def _is_key_name(name: str) -> bool:
+    try:
+        return key_name(name) == name
+    except BadRequest:
+        return False
+
+
+class Takeover:
+    """Takes over the rows of the original, within a transaction."""
+
+    def __init__(self, connection: sqlite3.Connection, now_s: int) -> None:
+        self._connection = connection
+        self._now_s = now_s
+        #: How many rows were taken over, and of keys the names that could not stay: (there, here).
+        self._keys = 0
+        self._usage_rows = 0
+        self._renamed: list[tuple[str, str]] = []
+        #: What was left out, and how often.
+        self._left_out: collections.Counter[str] = collections.Counter()
+        #: Ids of keys here by those there.
+        self._key_ids: dict[int, int] = {}
+        #: The names of keys that are not revoked, as they are compared.
+        self._names = {
+            _folded(row["name"]) for row in connection.execute(
+                "SELECT name FROM keys WHERE revoked_s IS NULL")
+        }
+
+    def report(self) -> Json:
+        """Return what was taken over, as it is stored and logged."""
+        return {
+            "keys": self._keys, "usageRows": self._usage_rows, "renamed": self._renamed,
+            "leftOut": dict(self._left_out),
+        }
+
+    def _rows(self, table: str, columns: tuple[tuple[str, str, str], ...]) -> sqlite3.Cursor:
+        """Return the rows of a table of the original; none if it does not have this table."""
+        found = self._connection.execute(f"PRAGMA table_info({table})")
+        present = {row["name"] for row in found}
+        if not present:
+            return self._connection.execute("SELECT 1 WHERE 0")
+        inner = ", ".join(
+            name if name in present else f"{default} AS {name}" for name, _, default in columns)
+        outer = ", ".join(f"{sql.format(name)} AS {name}" for name, sql, _ in columns)
+        return self._connection.execute(f"SELECT {outer} FROM (SELECT {inner} FROM {table}) "
+                                        "ORDER BY id")
+
+    def _time_s(self, found_s: int | None) -> int | None:
+        """Return a time of the original, None if it is damaged."""
+        is_good = found_s is not None and _ORIGINAL_SINCE_S <= found_s <= self._now_s + 86_400
+        return found_s if is_good else None
+
+    # -- keys ---------------------------------------------------------------------------------
+
+    def take_keys(self) -> None:
+        """Take over the keys, with their names, limits and revocations."""
+        for row in self._rows("api_keys", _ORIGINAL_KEYS).fetchall():
+            secret = _original_text(row["key"]).strip()
+            if not secret or "\ufffd" in secret:
+                self._left_out["keys without a usable secret"] += 1
+                continue
+            hashed = hash_of_key(secret)
+            known = self._connection.execute(
+                "SELECT id FROM keys WHERE hash = ?", (hashed,)).fetchone()
+            if known is None:
+                self._key_ids[row["id"]] = self._insert_key(row, secret, hashed)
+                self._keys += 1
+            else:
+                self._key_ids[row["id"]] = known["id"]
+                self._left_out["keys that are here already"] += 1
+
+    def _insert_key(self, row: sqlite3.Row, secret: str, hashed: str) -> int:
+        """Write a key and return its id."""
+        there = printable(_original_text(row["name"]))[:_MAX_ORIGINAL_NAME_CHARS]
+        name = self._name_here(_original_text(row["name"]), row["id"], bool(row["revoked"]))
+        if name != there:
+            self._renamed.append((there, name))
+        columns = {
+            "name": name, "hash": hashed, "preview": key_preview(secret),
+            "created_s": self._time_s(row["created_at"]) or self._now_s,
+            # The original does not keep the time.
+            "revoked_s": self._now_s if row["revoked"] else None, "models": (),
+            "max_concurrent": 0, "quota": self._limits(row),
+            "note": "" if name == there else f"called {there} in the original OCP",
+        }
+        statement = (f"INSERT INTO keys ({', '.join(columns)}) "
+                     f"VALUES ({', '.join('?' * len(columns))})")
+        values = tuple(map(_column_value, columns.values()))
+        return self._connection.execute(statement, values).lastrowid or 0
+
+    def _limits(self, row: sqlite3.Row) -> dict[str, int]:
+        limits = {}
+        for period in ("daily", "weekly", "monthly"):
+            limit = row[f"quota_{period}"]
+            if limit == -1:
+                self._left_out["limits that are no numbers"] += 1
+            elif limit is not None:
+                limits[period] = min(limit, _MAX_ORIGINAL_NUMBER)
+        return limits
+
+    def _name_here(self, there: str, key_id: int, is_revoked: bool) -> str:
+        """Return the name of a key: the same, or the most similar one that is valid and free."""
+        visible = "".join(each for each in there if each.isprintable()).replace("\ufffd", "")
+        plain = re.sub(r"[/\\]", "-", visible).strip()[:_MAX_KEY_NAME_CHARS].strip()
+        similar = (plain, f"key-{plain}") if plain else ()
+        name = next(filter(_is_key_name, similar), f"key-{key_id}")
+        free, number = name, 1
+        while not is_revoked and _folded(free) in self._names:
+            number += 1
+            free = f"{name[:_MAX_KEY_NAME_CHARS - 8].rstrip()}-{number}"
+        if not is_revoked:
+            self._names.add(_folded(free))
+        return free
+
+    # -- usage --------------------------------------------------------------------------------
+
+    def take_usage(self) -> None:
+        """Take over the rows of usage, which count for the limits of their keys."""
+        names = ", ".join(UsageRow._fields)
+        marks = ", ".join("?" * len(UsageRow._fields))
+        rows = filter(None, map(self._usage_row, self._rows("usage_log", _ORIGINAL_USAGE)))
+        self._connection.executemany(f"INSERT INTO usage ({names}) VALUES ({marks})", rows)
+        self._connection.executemany(
+            "UPDATE keys SET used_s = (SELECT MAX(at_s) FROM usage WHERE key_id = keys.id) "
+            "WHERE id = ? AND used_s IS NULL", [(each,) for each in self._key_ids.values()],
+        )
+
+    def leave_usage(self) -> None:
+        """Count the usage as left out."""
+        self._left_out["damaged table usage_log"] += 1
+
+    def _usage_row(self, row: sqlite3.Row) -> UsageRow | None:
+        at_s = self._time_s(row["created_at"])
+        if at_s is None:
+            self._left_out["rows of usage without a usable time"] += 1
+            return None
+        self._usage_rows += 1
+        is_ok = bool(row["success"])
+        prompt_chars, response_chars, total_ms = (
+            min(max(row[name] or 0, 0), _MAX_ORIGINAL_NUMBER)
+            for name in ("prompt_chars", "response_chars", "elapsed_ms")
+        )
+        caller, model = (
+            printable(_original_text(row[name]))[:_MAX_ORIGINAL_NAME_CHARS]
+            for name in ("key_name", "model")
+        )
+        return UsageRow(
+            at_s, f"original-{row['id']}", self._key_ids.get(row["key_id"]), caller or "anonymous",
+            model or "unknown", "chat", "ok" if is_ok else UpstreamFailed.code,
+            200 if is_ok else 500, int(is_ok), None, False, None, None, prompt_chars,
+            response_chars, 0, 0, 0, 0, None, total_ms,
+            message=None if is_ok else "It failed in the original OCP, which keeps no reason.",
+        )
+
+
+def take_over(store: Store, now_s: float) -> Json:
+    """Take over keys and usage from the tables of the original, in one transaction. Return what was
+    taken; {} if there is nothing to take or it was taken already. Raises sqlite3.Error."""
+    try:
+        return _taken_over(store, int(now_s), Takeover.take_usage)
+    except sqlite3.DatabaseError as problem:
+        # It itself, and none of its subclasses, says that the file is damaged. Keys come first.
+        if type(problem) is not sqlite3.DatabaseError:
+            raise
+    return _taken_over(store, int(now_s), Takeover.leave_usage)
+
+
+def _taken_over(store: Store, now_s: int, usage: Callable[[Takeover], None]) -> Json:
+    with store.transaction() as connection:
+        if not _is_to_be_taken_over(connection):
+            return {}
+        takeover = Takeover(connection, now_s)
+        takeover.take_keys()
+        usage(takeover)
+        report = takeover.report()
+        values = (1, now_s, json.dumps(report))
+        connection.execute("INSERT INTO original VALUES (?, ?, ?)", values)
+    return report
+
+
+def takeover_words(report: Json) -> str:
+    """Return what was taken over in words, for people."""
+    renamed = ", ".join(f"{there!r} to {here!r}" for there, here in report["renamed"])
+    left_out = ", ".join(f"{count} {what}" for what, count in report["leftOut"].items())
+    return (
+        f"{report['keys']} keys and {report['usageRows']} rows of usage from the original OCP"
+        + (f"; renamed: {renamed}" if renamed else "")
+        + (f"; left out: {left_out}" if left_out else "")
+    )
+
+
+def open_with_original(path: str) -> tuple[Store, Json]:
+    """Open the database; return what was taken over too, see `take_over`. Raises OSError,
+    sqlite3.Error."""
+    copy_original(path)
+    store = Store(path)
+    try:
+        return store, take_over(store, time.time())
+    except BaseException:
+        store.close()
+        raise
+
+
+def forget_original(home: str) -> list[str]:
+    """Remove the original's tables and the copy of its database from a home that no server uses;
+    return what is gone. Raises HomeInUse, OSError, sqlite3.Error, and ValueError for a database
+    that was not taken over."""
+    path = os.path.join(home, "ocp.db")
+    lock = HomeLock(home, 0)
+    try:
+        address = f"file:{urllib.parse.quote(path)}?mode=rw"
+        connection = sqlite3.connect(address, uri=True, isolation_level=None)
+        with contextlib.closing(connection):
+            if _is_to_be_taken_over(connection):
+                raise ValueError("the original's keys were not taken over: start the server once")
+            gone = original_tables(connection)
+            for table in gone:
+                connection.execute(f"DROP TABLE {table}")
+            # What was deleted stays in the file until it is written anew.
+            connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        for name in (_ORIGINAL_COPY, _ORIGINAL_COPY + ".new"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + name)
+                gone.append("ocp.db" + name)
+    finally:
+        lock.close()
+    return gone
+
+
+# ==== 38. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -16052,7 +16377,10 @@ class StateFolder:
         self.has_admin_key_file = False
         #: Whether the database is not where it was.
         self._is_lost = False
+        #: What this start has taken over from the original; empty = nothing.
+        self.taken_over: Json = {}
         self.store = self._open_store(config, is_demo)
+        self._log_original()
         self._logged_state = self.status[0]
         self._look_at_s = clock()
 
@@ -16147,7 +16475,10 @@ class StateFolder:
             logs = self.path_of("logs")
             self._log.to_file(os.path.join(logs, "ocp.log"))
             self._make_private(self._path, *_entries(self._path), *_entries(logs))
-            return Store(":memory:" if is_demo else path)
+            if is_demo:
+                return Store(":memory:")
+            store, self.taken_over = open_with_original(path)
+            return store
         except HomeInUse:
             if not is_demo:
                 raise
@@ -16159,8 +16490,21 @@ class StateFolder:
                 # none of its subclasses says that the file is damaged.
                 if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
+                    self.taken_over = take_over(store, time.time())
             self._log_unusable(problem)
             return store
+
+    @property
+    def has_original(self) -> bool:
+        """Whether the database has tables of the original, with keys in plain text."""
+        return bool(self.store.rows("SELECT 1 FROM sqlite_master WHERE name = 'api_keys'"))
+
+    def _log_original(self) -> None:
+        """Log what was taken over from the original, and that its keys are still there."""
+        if self.taken_over:
+            self._log.audit("original_taken_over", what=takeover_words(self.taken_over))
+        if self.has_original:
+            self._log.event("warn", "original_keys_in_plain_text", help=FORGET_ORIGINAL)
 
     def _log_unusable(self, problem: Exception) -> None:
         """Log why everything is kept in memory, and what to do about it."""
@@ -16193,7 +16537,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 38. Answering ==========================================================
+# ==== 39. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -17243,7 +17587,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 39. App ================================================================
+# ==== 40. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -17690,7 +18034,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 40. Routes =============================================================
+# ==== 41. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -17779,7 +18123,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 41. HTTP server ========================================================
+# ==== 42. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -18658,7 +19002,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 42. Dashboard ==========================================================
+# ==== 43. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -18726,7 +19070,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 43. API endpoints ======================================================
+# ==== 44. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -19087,7 +19431,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 44. Management endpoints ===============================================
+# ==== 45. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20228,7 +20572,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 45. Table of routes ====================================================
+# ==== 46. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -20279,7 +20623,7 @@ ROUTES = (
 )
 
 
-# ==== 46. Demo claude ========================================================
+# ==== 47. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -20482,7 +20826,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 47. Command line =======================================================
+# ==== 48. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
@@ -20511,6 +20855,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-settings", action="store_true",
         help="print the settings table as Markdown, and which settings are in use",
+    )
+    parser.add_argument(
+        "--forget-original", action="store_true",
+        help="remove the tables of the original OCP, with its keys in plain text, from OCP_HOME",
     )
     for option, (name, placeholder, text) in _OPTIONS.items():
         parser.add_argument(
@@ -20711,6 +21059,10 @@ def _banner(server: Server) -> str:
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
+    if app.state_folder.taken_over:
+        lines.append(f"TAKEN OVER: {takeover_words(app.state_folder.taken_over)}")
+    if app.state_folder.has_original:
+        lines.append(f"ATTENTION: {FORGET_ORIGINAL}")
     advice = app.state_folder.status[1]
     if advice and not app.demo:
         lines.append(f"ATTENTION: {advice}")
@@ -20793,6 +21145,21 @@ def _models_of(config: Config, folder: str) -> Models:
     return models
 
 
+def forget(config: Config) -> int:
+    """Remove what is left of the original OCP, and say so; return the exit code."""
+    home = config.home_path
+    try:
+        gone = forget_original(home)
+    except (HomeInUse, OSError, sqlite3.Error, ValueError) as problem:
+        print(f"ocp: nothing was removed: {problem}", file=sys.stderr)
+        return 1
+    print("Removed: " + ", ".join(gone) if gone else "There is nothing of the original OCP here.")
+    for folder in _entries(home):
+        if os.path.basename(folder).startswith("upgrade-snapshot-"):
+            print(f"ATTENTION: {folder} of the original may have its keys in plain text too.")
+    return 0
+
+
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run the program; return the exit code: 0 = success, 1 = the port or the state folder is in
     use, 2 = wrong settings."""
@@ -20817,8 +21184,8 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     except ConfigError as problem:
         hint = f"\nSettings were read from {environment.file} too." if environment.file else ""
         return _fail_start(f"{problem}{hint}")
-    if options.check:
-        return check(config, environment, demo_command)
+    if options.check or options.forget_original:
+        return check(config, environment, demo_command) if options.check else forget(config)
     log = Log(sys.stderr, config.log_level)
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)

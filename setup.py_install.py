@@ -40,7 +40,9 @@ if os.name != "posix":
 import argparse
 import contextlib
 import enum
+import fnmatch
 import functools
+import glob
 import hashlib
 import http.client
 import ipaddress
@@ -256,6 +258,23 @@ def wrong_lines(path: str, text: str) -> str:
     return "\n".join(
         f"{path}, line {number}: write NAME=VALUE, without `export` and without a space before the "
         "=." for number in wrong)
+# --- end shared
+
+
+# --- shared: removed_settings
+#: Settings of the original that do not exist here: (name, or prefix with a star, why).
+REMOVED_SETTINGS = (
+    ("CLAUDE_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
+    ("OCP_TUI_*", "there is no terminal mode: warm processes answer faster than it did"),
+    ("CLAUDE_BREAKER_*", "there is no circuit breaker: it blocked healthy clients"),
+    ("OCP_LOCAL_TOOLS", "CLAUDE_ALLOWED_TOOLS switches agent mode on"),
+    ("OCP_SESSION_HEADER", "OCP_SESSION_ID takes the header, and the field session_id too"),
+    ("OCP_SPAWN_REAL_HOME", "claude always runs with its own login and none of its settings"),
+    ("CLAUDE_NO_CONTEXT", "CLAUDE.md and memory are never loaded"),
+    ("OCP_STRUCTURED_MAX_ATTEMPTS", "claude validates structured output itself"),
+    ("CLAUDE_AUTH_CHECK_INTERVAL_MS", "the login is known from real answers, not from probes"),
+    ("CLAUDE_AUTH_CHECK_TIMEOUT_MS", "the login is known from real answers, not from probes"),
+)
 # --- end shared
 
 
@@ -550,6 +569,57 @@ def merged_settings(
     }
 
 
+class Change(NamedTuple):
+    """What becomes of settings of the original that have another effect here."""
+
+    #: Names, or prefixes with a star.
+    names: tuple[str, ...]
+    why: str
+    #: Whether that is so with its settings and in its mode.
+    applies: Callable[[Mapping[str, str], str], bool] = lambda values, mode: True
+
+
+_AGENT_MODE = ("CLAUDE_ALLOWED_TOOLS", "CLAUDE_SKIP_PERMISSIONS", "CLAUDE_MCP_CONFIG")
+#: Settings in a service of the original that are not taken over. All others have the same name and
+#: the same meaning here.
+ORIGINAL_CHANGES = (
+    *(Change((name,), why) for name, why in REMOVED_SETTINGS),
+    Change(("OCP_DIR", "OCP_NO_SIBLING_EXEC", "OCP_SKIP_AUTH_TEST", "OCP_PROXY_URL"),
+           "it was for the original's own scripts"),
+    Change((API_KEY,), "the original ignored it in its mode of access",
+           lambda values, mode: mode != "shared"),
+    Change(("PROXY_ANONYMOUS_KEY", "PROXY_ADVERTISE_ANON_KEY"),
+           "the original ignored it in its mode of access", lambda values, mode: mode != "multi"),
+    Change(("CLAUDE_SKIP_PERMISSIONS",), "to the original only the word true meant yes",
+           lambda values, mode: values["CLAUDE_SKIP_PERMISSIONS"] != "true"),
+    Change(_AGENT_MODE, "in mode multi the original gave claude no tools; here every key could "
+           "use them on this machine", lambda values, mode: mode == "multi"),
+    Change(_AGENT_MODE, "whoever can connect could use tools on this machine",
+           lambda values, mode: mode == "none" and not is_loopback(values.get(BIND, "127.0.0.1"))),
+)
+
+
+def settings_of_original(values: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the settings of a service of the original as they have to be here, and a sentence for
+    each one that changes."""
+    mode = values.get(AUTH_MODE) or ("shared" if values.get(API_KEY) else "none")
+    kept, notes = dict(values), []
+    for change in ORIGINAL_CHANGES:
+        for name in sorted(kept):
+            is_meant = any(fnmatch.fnmatchcase(name, pattern) for pattern in change.names)
+            if is_meant and change.applies(values, mode):
+                del kept[name]
+                notes.append(f"{name} of the original is not taken over: {change.why}.")
+    if kept.get("PROXY_ANONYMOUS_KEY") and kept.get("PROXY_ADVERTISE_ANON_KEY") != "1":
+        kept["PROXY_ADVERTISE_ANON_KEY"] = "0"
+        notes.append("PROXY_ADVERTISE_ANON_KEY=0, as in the original by default: its anonymous key "
+                     "is shown to nobody.")
+    if mode != "none":
+        notes.append(f"In mode {mode} every client needs a key here, those on this machine too: "
+                     "`ocp connect` sets tools up.")
+    return kept, notes
+
+
 def is_loopback(address: str) -> bool:
     """Return whether only this machine can reach a server that listens there."""
     try:
@@ -731,7 +801,13 @@ def legacy_services(host: Host, platform_name: str) -> list[Service]:
 
 
 def unit_settings(path: str) -> dict[str, str]:
-    """Return the environment that a unit or an agent gives its service. Raises OSError."""
+    """Return the environment that a unit, with what was added to it, or an agent gives its service.
+    Raises OSError."""
+    added = sorted(glob.glob(os.path.join(glob.escape(path + ".d"), "*.conf")))
+    return {name: value for each in (path, *added) for name, value in _settings_in(each).items()}
+
+
+def _settings_in(path: str) -> dict[str, str]:
     content = read_bytes(path) or b""
     if path.endswith(".plist"):
         try:
@@ -961,6 +1037,15 @@ class WriteFile(NamedTuple):
     is_data: bool = False
 
 
+class MoveAway(NamedTuple):
+    """A file that has to be elsewhere, until OCP is removed."""
+
+    path: str
+    what: str
+    #: Has to run after the file was moved, and after it was put back.
+    then: Command = ()
+
+
 class Run(NamedTuple):
     """A command, and the one that undoes it."""
 
@@ -975,7 +1060,7 @@ class Run(NamedTuple):
     advice: str = ""
 
 
-Action = Union[MakeDir, WriteFile, Run]
+Action = Union[MakeDir, WriteFile, MoveAway, Run]
 
 
 def is_done(action: Action) -> bool:
@@ -984,6 +1069,8 @@ def is_done(action: Action) -> bool:
         return os.path.isdir(action.path)
     if isinstance(action, Run):
         return not action.needed
+    if isinstance(action, MoveAway):
+        return not os.path.lexists(action.path)
     is_foreign_link = os.path.islink(action.path) and not action.is_data
     if is_foreign_link or read_bytes(action.path) != action.content:
         return False
@@ -996,6 +1083,8 @@ def describe(action: Action, home: str) -> str:
         return f"make the folder {shown_path(action.path, home)}"
     if isinstance(action, WriteFile):
         return f"write {shown_path(action.path, home)} ({action.what}, mode {action.mode:04o})"
+    if isinstance(action, MoveAway):
+        return f"move {shown_path(action.path, home)} away, and keep it ({action.what})"
     return f"run {shlex.join(action.command)} ({action.what})"
 
 
@@ -1017,6 +1106,11 @@ def entry_for(action: Action, earlier: Optional[Json]) -> Json:
             "kind": "run", "path": None, "backup": None,
             "command": list(action.command), "undo": list(action.undo),
         }
+    if isinstance(action, MoveAway):
+        # Of several that were there one after the other, the last one comes back.
+        backup = earlier["backup"] if earlier else _free_backup_path(action.path)
+        return {"kind": "move_file", "path": action.path, "backup": backup,
+                "then": list(action.then)}
     old = earlier or {"sha256": [], "backup": None}
     new_sum = checksum(action.content)
     backup = old["backup"]
@@ -1043,10 +1137,13 @@ def _write(host: Host, action: WriteFile, entry: Json) -> None:
     # The user may keep data elsewhere, with a link here.
     path = os.path.realpath(action.path) if action.is_data else action.path
     write_whole(path, action.content, action.mode)
-    if action.then:
-        done = host.run(action.then)
-        if done.code != 0:
-            raise StepFailed(f"{shlex.join(action.then)}: {done.complaint}")
+    _run_after(host, action.then)
+
+
+def _run_after(host: Host, command: Command) -> None:
+    done = host.run(command) if command else None
+    if done is not None and done.code != 0:
+        raise StepFailed(f"{shlex.join(command)}: {done.complaint}")
 
 
 def _run(host: Host, action: Run) -> str:
@@ -1073,6 +1170,10 @@ def perform(host: Host, action: Action, entry: Json) -> str:
     if isinstance(action, WriteFile):
         _write(host, action, entry)
         return ""
+    if isinstance(action, MoveAway):
+        os.replace(action.path, entry["backup"])
+        _run_after(host, action.then)
+        return ""
     return _run(host, action)
 
 
@@ -1088,6 +1189,8 @@ class Found(NamedTuple):
     settings_text: str
     #: The environment in the unit that is there now, ours or the original's.
     unit_settings: dict[str, str]
+    #: A sentence for each setting in a unit of the original that changes.
+    changes: list[str]
     legacy: list[Service]
     is_active: bool
     is_enabled: bool
@@ -1112,11 +1215,17 @@ def inspect(host: Host, service: Service, env_file: str, record_path: str) -> Fo
     except ValueError as error:
         raise refused(str(error)) from None
     legacy = legacy_services(host, service.platform)
-    units = [each.unit_path for each in (service, *legacy) if os.path.exists(each.unit_path)]
+    values: dict[str, str] = {}
+    changes: list[str] = []
+    if os.path.exists(service.unit_path):
+        values = unit_settings(service.unit_path)
+    elif legacy:
+        values, changes = settings_of_original(unit_settings(legacy[0].unit_path))
     return Found(
         record=record,
         settings_text=read_text(env_file),
-        unit_settings=unit_settings(units[0]) if units else {},
+        unit_settings=values,
+        changes=changes,
         legacy=legacy,
         is_active=bool(service.is_active) and host.succeeds(service.is_active),
         is_enabled=bool(service.is_enabled) and host.succeeds(service.is_enabled),
@@ -1339,12 +1448,34 @@ def accepted_values(
     """
     verdict = check_settings(host, install, values)
     if verdict.problem:
-        raise refused("The server would not start with these settings:\n" + verdict.problem)
+        raise refused(
+            f"The server would not start with these settings:\n{verdict.problem}\n"
+            f"A line in {install.env_file} comes before the settings of this shell and of a "
+            "service that is there.")
     moved = {**values, "PATH": path_for(host, install, values)}
     if verdict.claude_problem and moved != values:
         if not check_settings(host, install, moved).claude_problem:
             return moved, ""
     return values, verdict.claude_problem
+
+
+#: Of these none is left out: the service would be open to others, or not where they look for it.
+_NEVER_LEFT_OUT = (PORT, BIND, AUTH_MODE, *SECRETS)
+
+
+def without_refused(
+    host: Host, install: Installation, values: dict[str, str], found: Found
+) -> tuple[dict[str, str], list[str]]:
+    """Return the settings without those of the original's service whose values the server refuses,
+    and a sentence for each of these."""
+    theirs = [name for name, value in found.unit_settings.items() if found.legacy
+              and values.get(name) == value and name not in _NEVER_LEFT_OUT]
+    problem = check_settings(host, install, values).problem if theirs else ""
+    refused_lines = {line.partition(": ")[0]: line for line in problem.splitlines()}
+    notes = [f"{line}; of the original, it is not taken over."
+             for name, line in refused_lines.items() if name in theirs]
+    return {name: value for name, value in values.items()
+            if name not in theirs or name not in refused_lines}, notes
 
 
 class Situation(NamedTuple):
@@ -1420,7 +1551,7 @@ def plan_launcher(situation: Situation) -> Iterator[Action]:
 
 
 def plan_legacy(situation: Situation) -> Iterator[Action]:
-    """Stop services of the original that use the same port. Their files stay."""
+    """Stop services of the original that use the same port, and move their files away."""
     host, values = situation.host, situation.values
     for old in situation.found.legacy:
         if legacy_port(old) != values[PORT]:
@@ -1436,6 +1567,7 @@ def plan_legacy(situation: Situation) -> Iterator[Action]:
             needed = is_active or host.succeeds(old.is_enabled)
             undo = (*old.enable[:-1], *(("--now",) if is_active else ()), old.label)
             yield Run(old.disable, what, needed, undo)
+        yield MoveAway(old.unit_path, "uninstall.py puts it back", old.reload)
 
 
 def plan_enable(situation: Situation) -> Iterator[Action]:
@@ -1553,11 +1685,12 @@ def check_platform(service: Service, found: Found, note: str) -> None:
 # before it is performed, so that whatever an interruption leaves behind is known.
 
 
-def written_entry(entries: Iterable[Json], action: Action) -> Optional[Json]:
+def file_entry(entries: Iterable[Json], action: Action) -> Optional[Json]:
     """Return the entry of an action's file, None if there is none."""
+    kinds = {WriteFile: "write_file", MoveAway: "move_file"}
     for entry in entries:
-        if isinstance(action, WriteFile) and entry.get("kind") == "write_file" \
-                and entry.get("path") == action.path:
+        if isinstance(action, (WriteFile, MoveAway)) and entry.get("path") == action.path \
+                and entry.get("kind") == kinds[type(action)]:
             return entry
     return None
 
@@ -1596,7 +1729,7 @@ class Record:
 
     def entry_of(self, action: Action) -> Json:
         """Return the entry that an action would get now. Raises OSError."""
-        return entry_for(action, written_entry(self._entries, action))
+        return entry_for(action, file_entry(self._entries, action))
 
     def note(self, action: Action) -> Json:
         """Enter an action, in the place of an entry about the same thing."""
@@ -1863,6 +1996,7 @@ def _prepared(host: Host, options: argparse.Namespace) -> Job:
         raise refused(wrong)
     version = installed_version(install.server_path)
     values = planned_values(host, options, install, found)
+    values, left_out = without_refused(host, install, values, found)
     # The settings are checked before the port is: a wrong port is not a port in use.
     values, claude_problem = accepted_values(host, install, values)
     install = with_address(install, values)
@@ -1870,7 +2004,7 @@ def _prepared(host: Host, options: argparse.Namespace) -> Job:
     is_outdated = found.is_active and served_version(install.url) != version
     situation = Situation(host, install, found, values, should_start, is_outdated)
     check_port(situation)
-    notes = [each for each in (note, *notes_about(situation)) if each]
+    notes = [each for each in (note, *notes_about(situation), *left_out) if each]
     openclaw = OpenClaw() if options.no_openclaw else find_openclaw(host)
     return Job(situation, plan(situation), version, claude_problem, notes, openclaw)
 
@@ -1889,7 +2023,9 @@ def notes_about(situation: Situation) -> Iterator[str]:
         yield "It is unknown whether the service keeps running when you log out."
     for old in found.legacy:
         yield (f"The original's {old.label} is installed; its settings are taken over where "
-               "nothing else says otherwise. uninstall.py --legacy removes it.")
+               "nothing else says otherwise, its keys and its usage by the first start. See "
+               "docs/migration.md.")
+    yield from found.changes
     problem = "" if situation.should_start or found.is_active else (
         busy_problem(install.bind, install.port))
     if problem:

@@ -325,6 +325,19 @@ def undo_write_file(entry: Json, session: Session) -> str:
     return outcome
 
 
+def undo_move_file(entry: Json, session: Session) -> str:
+    """Put a file back where it was."""
+    path, backup = str(entry["path"]), str(entry["backup"])
+    if not os.path.lexists(backup):
+        return "it was never moved" if os.path.lexists(path) else "already gone"
+    if os.path.lexists(path):
+        return f"kept: there is another one since; {backup} is what was there"
+    os.replace(backup, path)
+    if entry.get("then"):
+        run(entry["then"], session.environ)
+    return "put back as it was before"
+
+
 def clear_drafts(entries: Iterable[Json]) -> None:
     """Remove incomplete files of an interrupted installation."""
     for entry in entries:
@@ -337,6 +350,7 @@ KINDS: dict[str, Callable[[Json, Session], str]] = {
     "run": undo_run,
     "make_dir": undo_make_dir,
     "write_file": undo_write_file,
+    "move_file": undo_move_file,
 }
 
 
@@ -344,7 +358,8 @@ def describe(entry: Json, home: str) -> str:
     """Return one line for people; empty if there is nothing to undo."""
     if entry["kind"] == "run":
         return f"run {shlex.join(entry['undo'])}" if entry.get("undo") else ""
-    return f"remove {shown_path(entry['path'], home)}"
+    verb = "put back" if entry["kind"] == "move_file" else "remove"
+    return f"{verb} {shown_path(entry['path'], home)}"
 
 
 def undo(entry: Json, session: Session) -> str:
@@ -399,9 +414,19 @@ def _possible_services(session: Session, system: str) -> Iterator[KnownService]:
         yield KnownService(label, path, is_legacy, stop, ())
 
 
-def known_services(session: Session, system: str) -> list[KnownService]:
-    """Return the services that are there, recognized by the names of their files."""
-    return [each for each in _possible_services(session, system) if os.path.lexists(each.path)]
+def known_services(
+    session: Session, system: str, entries: Iterable[Json]
+) -> list[KnownService]:
+    """Return the services that are there, or come back when these entries are undone, recognized by
+    the names of their files; without those whose files are removed with the entries."""
+    paths: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    for entry in entries:
+        paths[entry["kind"]].add(entry["path"])
+    return [
+        each for each in _possible_services(session, system)
+        if (os.path.lexists(each.path) or each.path in paths["move_file"])
+        and each.path not in paths["write_file"]
+    ]
 
 
 def remove_service(service: KnownService, session: Session) -> str:
@@ -525,8 +550,7 @@ def prepare(session: Session, options: argparse.Namespace, system: str) -> Job:
     for entry in reversed((record or {"actions": []})["actions"]):
         if session.purges or not entry.get("data"):
             entries.append(entry)
-    recorded = {entry["path"] for entry in entries}
-    known = [each for each in known_services(session, system) if each.path not in recorded]
+    known = known_services(session, system, entries)
     reasons = {each: why_kept(each, session.home) for each in data_folders(record, session)}
     return Job(
         session, record, entries,
@@ -546,7 +570,9 @@ def show(job: Job, options: argparse.Namespace) -> None:
     for service in job.services:
         print(f"  remove the service {service.label} ({shown_path(service.path, home)})")
     for folder in job.data:
-        print(f"  remove {shown_path(folder, home)} WITH ALL KEYS, USAGE, SETTINGS AND LOGS")
+        has_original = os.path.exists(os.path.join(folder, "ocp.db.original"))
+        more = ", THOSE OF THE ORIGINAL OCP TOO" * has_original
+        print(f"  remove {shown_path(folder, home)} WITH ALL KEYS, USAGE, SETTINGS AND LOGS{more}")
     for folder in job.kept:
         print(f"  keep {folder}")
     for service in job.legacy:

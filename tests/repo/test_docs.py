@@ -226,8 +226,8 @@ def code_of(page: str) -> str:
 
 #: Pages that tell people and programs what to type.
 PAGES_TO_FOLLOW = ("README.md", *(f"docs/{name}.md" for name in (
-    "ask-your-ai", "clients", "errors", "install", "operating", "settings", "troubleshooting",
-    "upgrading")))
+    "ask-your-ai", "clients", "errors", "install", "migration", "operating", "settings",
+    "troubleshooting", "upgrading")))
 
 
 @pytest.mark.parametrize("page", PAGES_TO_FOLLOW)

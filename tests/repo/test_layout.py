@@ -40,10 +40,10 @@ SECTION_LINES = {
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
-    "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "State folder": 160,
-    "Answering": 850, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
-    "API endpoints": 320, "Management endpoints": 920, "Table of routes": 50, "Demo claude": 190,
-    "Command line": 290,
+    "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "The original OCP": 290,
+    "State folder": 175, "Answering": 850, "App": 360, "Routes": 80, "HTTP server": 780,
+    "Dashboard": 70, "API endpoints": 320, "Management endpoints": 920, "Table of routes": 50,
+    "Demo claude": 190, "Command line": 310,
 }
 SECTION_OVERRUN = 0.25
 
@@ -93,6 +93,7 @@ SHARED = {
     "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
     "env_file": ["ocp.py", "ocp_server.py", "setup.py_install.py"],
     "wrong_lines": ["ocp_server.py", "setup.py_install.py"],
+    "removed_settings": ["ocp_server.py", "setup.py_install.py"],
     "shown_path": ["setup.py_install.py", "uninstall.py"],
     "http_json": ["ocp.py", "setup.py_install.py"],
     "any_certificate": ["ocp.py", "setup.py_install.py"],

@@ -31,6 +31,7 @@ from depth import rest
 from fake_services import FakeServices
 from http_client import http_call
 from ocp_command import Stream
+from original_home import OriginalHome
 from project import REPO, clean_env, free_port, load_script, run_compiled
 from server import FAKE_CLAUDE, running_server
 from tls_files import CERT, KEY, write_tls_files
@@ -574,27 +575,213 @@ def test_a_changed_setting_restarts_the_service(linux: InstallMachine) -> None:
     assert "It answered" not in done.stdout
 
 
+def original_unit(machine: InstallMachine, *lines: str, name: str = "ocp-proxy.service") -> Path:
+    """A service of the original on the port of this machine, with more lines in its unit; it is
+    enabled and runs."""
+    machine.unit.parent.mkdir(parents=True, exist_ok=True)
+    unit = machine.unit.with_name(name)
+    unit.write_text("\n".join([
+        "[Service]", "ExecStart=node server.mjs", "Environment=NODE_ENV=production",
+        f"Environment=CLAUDE_PROXY_PORT={machine.port}", *lines, ""]))
+    unit.chmod(0o600)
+    machine.services.set("enabled", name)
+    machine.services.set("active", name)
+    return unit
+
+
+@pytest.mark.parametrize("name", setup.LEGACY_UNITS)
 def test_the_original_s_service_gives_way_and_its_settings_are_taken_over(
-    quick: InstallMachine
+    name: str, quick: InstallMachine
 ) -> None:
-    quick.unit.parent.mkdir(parents=True)
-    old = quick.unit.with_name("ocp-proxy.service")
-    old.write_text(
-        "[Service]\nExecStart=node server.mjs\nEnvironment=NODE_ENV=production\n"
-        f"Environment=CLAUDE_PROXY_PORT={quick.port}\nEnvironment=OCP_ADMIN_KEY=old-admin%%key\n"
-        'Environment="CLAUDE_SYSTEM_PROMPT=be brief"\n')
-    quick.services.set("enabled", old.name)
-    quick.services.set("active", old.name)
+    old = original_unit(
+        quick, "Environment=OCP_ADMIN_KEY=old-admin%%key",
+        'Environment="CLAUDE_SYSTEM_PROMPT=be brief"', name=name)
+    before = quick.files()
+    shown = quick.run("setup.py_install.py", "--dry-run", "--no-start").stdout
+    assert f"disable --now {name}" in shown and f"{name} away, and keep it" in shown
+    assert "old-admin" not in shown and quick.files() == before
     done = quick.run("setup.py_install.py", "--yes", "--no-start")
     assert done.returncode == 0, done.stderr
     settings = quick.settings()
     assert settings["CLAUDE_PROXY_PORT"] == str(quick.port)
     assert settings["OCP_ADMIN_KEY"] == "old-admin%key"
     assert settings["CLAUDE_SYSTEM_PROMPT"] == "be brief" and "NODE_ENV" not in settings
-    assert old.exists() and quick.services.get("enabled") == {"ocp.service"}
+    assert not old.exists() and quick.services.get("enabled") == {"ocp.service"}
+    assert {"kind": "move_file", "path": str(old), "backup": f"{old}.ocp-backup",
+            "then": ["systemctl", "--user", "daemon-reload"]} in quick.record()["actions"]
     assert "nothing to change" in quick.run("setup.py_install.py", "--yes", "--no-start").stdout
     assert quick.uninstall().returncode == 0
-    assert quick.services.get("enabled") == quick.services.get("active") == {old.name}
+    assert quick.services.get("enabled") == quick.services.get("active") == {name}
+    place = str(old.relative_to(quick.home))
+    assert quick.files()[place] == before[place]
+    assert not old.with_name(f"{name}.ocp-backup").exists()
+
+
+def test_both_generations_of_the_original_give_way_and_the_newer_one_has_the_settings(
+    quick: InstallMachine
+) -> None:
+    units = [original_unit(quick, f"Environment=OCP_INSTANCE_NAME={name}", name=name)
+             for name in setup.LEGACY_UNITS]
+    for kind in ("enabled", "active"):
+        quick.services.set(kind, "\n".join(setup.LEGACY_UNITS))
+    before = [unit.read_bytes() for unit in units]
+    assert quick.install("--no-start").returncode == 0
+    assert quick.settings()["OCP_INSTANCE_NAME"] == "ocp-proxy.service"
+    assert quick.services.get("enabled") == {"ocp.service"}
+    assert quick.uninstall().returncode == 0
+    assert [unit.read_bytes() for unit in units] == before
+    assert quick.services.get("enabled") == quick.services.get("active") == set(setup.LEGACY_UNITS)
+
+
+def test_an_original_that_did_not_run_is_not_started_by_the_way_back(quick: InstallMachine) -> None:
+    old = original_unit(quick)
+    quick.services.set("active", "")
+    assert quick.install("--no-start").returncode == 0 and not old.exists()
+    assert quick.uninstall().returncode == 0
+    assert quick.services.get("enabled") == {old.name} and not quick.services.get("active")
+    assert old.exists()
+
+
+def test_an_original_that_was_installed_again_gives_way_again_and_comes_back_as_it_is_then(
+    quick: InstallMachine
+) -> None:
+    old = original_unit(quick)
+    assert quick.install("--no-start").returncode == 0
+    newer = original_unit(quick, "# newer").read_bytes()
+    assert quick.install("--no-start").returncode == 0
+    assert not old.exists() and quick.services.get("active") == set()
+    assert quick.uninstall().returncode == 0
+    assert old.read_bytes() == newer and quick.services.get("enabled") == {old.name}
+    assert [path.name for path in old.parent.iterdir()] == [old.name]
+
+
+def test_an_installation_over_the_original_interrupted_anywhere_gives_it_back(
+    quick: InstallMachine
+) -> None:
+    old = original_unit(quick)
+    before = contents(quick)
+    for after in (False, True):
+        at = 1
+        while install_files(quick, at, after=after):
+            assert uninstall.main(["--yes", "--purge"], quick.env(), "Linux") == 0
+            assert contents(quick) == before, at
+            assert quick.services.get("enabled") == quick.services.get("active") == {old.name}
+            at += 1
+        assert at > 7
+        assert uninstall.main(["--yes", "--purge"], quick.env(), "Linux") == 0
+        assert contents(quick) == before
+        assert quick.services.get("enabled") == quick.services.get("active") == {old.name}
+
+
+def test_who_wants_the_original_gone_too_says_so(quick: InstallMachine) -> None:
+    old = original_unit(quick)
+    assert quick.install("--no-start").returncode == 0
+    assert "ocp-proxy.service" in quick.run("uninstall.py", "--dry-run", "--legacy").stdout
+    assert quick.uninstall("--legacy").returncode == 0
+    assert not old.exists() and not list(old.parent.iterdir())
+    assert not quick.services.get("enabled") | quick.services.get("active")
+
+
+def test_what_was_added_to_a_unit_of_the_original_is_taken_over_too(quick: InstallMachine) -> None:
+    added = original_unit(quick, "Environment=CLAUDE_TIMEOUT=7000").with_name("ocp-proxy.service.d")
+    added.mkdir()
+    (added / "override.conf").write_text("[Service]\nEnvironment=CLAUDE_TIMEOUT=9000\n")
+    assert quick.run("setup.py_install.py", "--yes", "--no-start").returncode == 0
+    assert quick.settings()["CLAUDE_TIMEOUT"] == "9000"
+
+
+@pytest.mark.slow
+def test_the_way_from_the_original_and_back_is_that_of_the_page(linux: InstallMachine) -> None:
+    page = (REPO / "docs" / "migration.md").read_text("utf-8")
+    for command in ("setup.py_install.py --dry-run", "setup.py_install.py", "uninstall.py",
+                    "ocp_server.py --forget-original"):
+        assert f"python3 {command}\n" in page
+    linux.services.set("run")
+    home = OriginalHome(linux.ocp)
+    laptop, phone = home.key("laptop"), home.key("phone", quota_daily=0)
+    home.usage(2, 1, "laptop")
+    tables = home.tables()
+    unit = original_unit(linux, "Environment=CLAUDE_AUTH_MODE=multi",
+                         "Environment=OCP_ADMIN_KEY=of-the-original")
+    before = linux.files()[str(unit.relative_to(linux.home))]
+
+    shown = linux.run("setup.py_install.py", "--dry-run")
+    assert shown.returncode == 0 and "every client needs a key" in shown.stdout
+    done = linux.run("setup.py_install.py", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def status(key: str, method: str = "POST", path: str = "/v1/chat/completions") -> int:
+        body = {"messages": [{"role": "user", "content": "hi"}]} if method == "POST" else None
+        return http_call(
+            linux.port, method, path, body, {"Authorization": f"Bearer {key}"}).status
+
+    assert [status(key) for key in (laptop, phone, "ocp_another")] == [200, 429, 401]
+    assert status("of-the-original", "GET", "/api/keys") == 200
+    assert "ORIGINAL" in linux.run("uninstall.py", "--dry-run", "--purge").stdout
+    assert linux.uninstall().returncode == 0
+    assert linux.files()[str(unit.relative_to(linux.home))] == before
+    assert linux.services.get("enabled") == linux.services.get("active") == {unit.name}
+    assert home.tables() == tables
+
+
+#: What a service of the original has, what becomes of it, and a word of the sentence about it.
+CHANGED_SETTINGS = (
+    ({"CLAUDE_TUI_MODE": "true"}, {}, "warm processes"),
+    ({"CLAUDE_BREAKER_WINDOW": "1"}, {}, "circuit breaker"),
+    ({"OCP_LOCAL_TOOLS": "1"}, {}, "agent mode"),
+    ({"OCP_SKIP_AUTH_TEST": "1"}, {}, "own scripts"),
+    ({"CLAUDE_AUTH_MODE": "none", "PROXY_API_KEY": "k"}, {"CLAUDE_AUTH_MODE": "none"}, "ignored"),
+    ({"CLAUDE_AUTH_MODE": "multi", "PROXY_API_KEY": "k"}, {"CLAUDE_AUTH_MODE": "multi"}, "ignored"),
+    ({"PROXY_API_KEY": "k"}, {"PROXY_API_KEY": "k"}, "every client needs a key"),
+    ({"PROXY_ANONYMOUS_KEY": "a"}, {}, "ignored"),
+    ({"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a"},
+     {"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a", "PROXY_ADVERTISE_ANON_KEY": "0"},
+     "shown to nobody"),
+    ({"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a", "PROXY_ADVERTISE_ANON_KEY": "1"},
+     {"CLAUDE_AUTH_MODE": "multi", "PROXY_ANONYMOUS_KEY": "a", "PROXY_ADVERTISE_ANON_KEY": "1"},
+     "those on this machine too"),
+    ({"CLAUDE_AUTH_MODE": "multi", "CLAUDE_ALLOWED_TOOLS": "Bash"}, {"CLAUDE_AUTH_MODE": "multi"},
+     "gave claude no tools"),
+    ({"CLAUDE_BIND": "0.0.0.0", "CLAUDE_MCP_CONFIG": "/m"}, {"CLAUDE_BIND": "0.0.0.0"},
+     "whoever can connect"),
+    ({"CLAUDE_SKIP_PERMISSIONS": "1"}, {}, "only the word true"),
+    ({"CLAUDE_SKIP_PERMISSIONS": "true"}, {"CLAUDE_SKIP_PERMISSIONS": "true"}, ""),
+    ({"CLAUDE_ALLOWED_TOOLS": "Read", "CLAUDE_TIMEOUT": "9000", "OCP_INSTANCE_NAME": "attic"},
+     {"CLAUDE_ALLOWED_TOOLS": "Read", "CLAUDE_TIMEOUT": "9000", "OCP_INSTANCE_NAME": "attic"}, ""),
+)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "why"), CHANGED_SETTINGS)
+def test_a_setting_of_the_original_with_another_effect_here_is_told(
+    theirs: dict[str, str], ours: dict[str, str], why: str
+) -> None:
+    values, notes = setup.settings_of_original(theirs)
+    assert values == ours
+    assert why in " ".join(notes) and bool(notes) is bool(why)
+
+
+@pytest.mark.slow
+def test_settings_of_the_original_that_the_server_refuses_are_left_out_and_told(
+    linux: InstallMachine
+) -> None:
+    original_unit(
+        linux, "Environment=CLAUDE_TIMEOUT=7200000", "Environment=CLAUDE_MAX_QUEUE=many",
+        "Environment=CLAUDE_CACHE_TTL=5000", "Environment=CLAUDE_TUI_MODE=true")
+    done = linux.run("setup.py_install.py", "--yes", "--no-start")
+    assert done.returncode == 0, done.stderr
+    for name in ("CLAUDE_TIMEOUT", "CLAUDE_MAX_QUEUE", "CLAUDE_TUI_MODE"):
+        assert name not in linux.settings() and name in done.stdout
+    assert linux.settings()["CLAUDE_CACHE_TTL"] == "5000"
+
+
+@pytest.mark.slow
+def test_a_mode_of_the_original_that_does_not_exist_is_no_open_door(linux: InstallMachine) -> None:
+    original_unit(linux, "Environment=CLAUDE_AUTH_MODE=everybody")
+    refused = linux.run("setup.py_install.py", "--yes", "--no-start")
+    assert refused.returncode == 2 and "CLAUDE_AUTH_MODE" in refused.stderr
+    assert "ocp.env comes before" in refused.stderr
+    done = linux.run("setup.py_install.py", "--yes", "--no-start", "--auth-mode", "none")
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_original_on_another_port_is_left_alone(quick: InstallMachine) -> None:
@@ -956,9 +1143,10 @@ def test_an_agent_of_the_original_gives_way_and_comes_back(
     mac.services.set("active", "dev.ocp.proxy")
     assert setup.main(["--yes", "--no-start"], mac.host("Darwin")) == 0
     assert variables.items() <= mac.settings().items()
-    assert not mac.services.get("active")
+    assert not mac.services.get("active") and not (agents / "dev.ocp.proxy.plist").exists()
     assert mac.uninstall().returncode == 0
     assert mac.services.get("active") == {"dev.ocp.proxy"}
+    assert (agents / "dev.ocp.proxy.plist").read_bytes() == plistlib.dumps(old)
 
 
 def test_a_service_of_the_machine_has_its_settings_and_state_outside_of_any_home(

@@ -28,8 +28,9 @@ from ocp_command import (
     stub_server,
     write_record,
 )
+from original_home import OriginalHome
 from processes import Ran
-from project import REPO
+from project import REPO, load_script
 from server import running_server
 
 Json = Any
@@ -515,6 +516,38 @@ def test_a_database_that_is_gone_while_the_server_uses_it(healthy: Manager) -> N
     assert "a start makes a new one" in json.dumps(check["fix"])
     healthy.server.answers["GET /health"] = (200, {**health, "demo": True})
     assert examined(healthy)["levels"]["database"] == "INFO"
+
+
+def test_what_was_taken_over_of_the_original_is_told_until_nothing_of_it_is_left(
+    healthy: Manager
+) -> None:
+    folder = healthy.home / ".ocp"
+    assert examined(healthy)["levels"]["original"] == "INFO"
+    (folder / "ocp.db").unlink()
+    home = OriginalHome(folder)
+    home.key("laptop")
+    home.key("Laptop", "ocp_another")
+    home.database.chmod(0o600)
+    waiting = examined(healthy)
+    assert waiting["levels"]["original"] == "WARN"
+    assert "not taken over yet" in waiting["messages"]["original"]
+    load_script("ocp_server.py").open_with_original(str(home.database))[0].close()
+
+    answer = examined(healthy)
+    assert answer["levels"]["original"] == "WARN"
+    told = answer["messages"]["original"]
+    assert "took over 2 keys and 0 rows of usage; 1 key renamed" in told
+    # The message goes into reports: it names nobody's devices.
+    assert "every key in plain text" in told and "aptop" not in told
+    check = next(each for each in answer["checks"] if each["id"] == "original")
+    assert f"OCP_HOME={folder}" in json.dumps(check["fix"])
+    assert "--forget-original" in json.dumps(check["fix"])
+
+    load_script("ocp_server.py").forget_original(str(folder))
+    assert examined(healthy)["levels"]["original"] == "PASS"
+    (folder / "ocp.db.original").write_text("a copy")
+    answer = examined(healthy)
+    assert (answer["levels"]["original"], answer["levels"]["file_modes"]) == ("WARN", "FAIL")
 
 
 def test_where_nothing_starts_the_server_doctor_says_how_to(healthy: Manager) -> None:

@@ -282,6 +282,27 @@ def test_agents_of_the_original_are_known_too(machine: UninstallMachine) -> None
     assert machine.names() == set() and not machine.services.get("active")
 
 
+@pytest.mark.parametrize(("has_path", "has_backup", "left", "words"), [
+    (False, True, {"unit": "theirs"}, "put back as it was before"),
+    (True, False, {"unit": "another"}, "never moved"),
+    (False, False, {}, "already gone"),
+    (True, True, {"unit": "another", "unit.ocp-backup": "theirs"}, "is what was there"),
+])
+def test_a_file_that_was_moved_away_comes_back(
+    machine: UninstallMachine, has_path: bool, has_backup: bool, left: dict[str, str], words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, backup = machine.home / "unit", machine.home / "unit.ocp-backup"
+    if has_path:
+        path.write_text("another")
+    if has_backup:
+        backup.write_text("theirs")
+    machine.record({"kind": "move_file", "path": str(path), "backup": str(backup), "then": []})
+    assert machine.run("--yes") == 0
+    assert {name: (machine.home / name).read_text() for name in machine.names()} == left
+    assert words in capsys.readouterr().out
+
+
 def test_a_service_of_the_machine_is_looked_for_only_when_that_is_said(
     machine: UninstallMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
