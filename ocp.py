@@ -2215,6 +2215,8 @@ def key_advice(answer: Answer, secret: str) -> Iterator[str]:
     else:
         yield "For one tool on this machine:"
     yield f"  export OPENAI_API_KEY={clean(secret)} OPENAI_BASE_URL={url or answer.url}/v1"
+    if url:
+        yield f"For its holder, what is used and what is left:\n  {url}/me"
 
 
 def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:

@@ -64,7 +64,7 @@ Sections (search for "==== 8" to jump to the eighth):
     40. App                     owns every long-lived object; the housekeeper
     41. Routes                  the choice of a route for a path and a method
     42. HTTP server             sockets, bodies, one thread for each connection
-    43. Dashboard               the operator's page, and its content security policy
+    43. Dashboard               the pages for browsers, and their content security policy
     44. API endpoints           answers, stored responses, sessions, models
     45. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
     46. Table of routes         path, access, dialect and endpoint of each route
@@ -380,6 +380,15 @@ def format_span(seconds: float) -> str:
     if minutes > 24 * 60:
         return f"{minutes // 1440}d {minutes % 1440 // 60}h"
     return f"{minutes // 60}h {minutes % 60}m" if minutes >= 60 else f"{minutes}m"
+
+
+def format_reset(seconds: float) -> str:
+    """Return a time to a reset, rounded up to seconds, as OpenAI's headers have it: "6m0s",
+    "26h0m59s", "1s" (OpenAI's docs, "Rate limits in headers")."""
+    whole_s = max(0, math.ceil(seconds))
+    hours, minutes = whole_s // 3600, whole_s // 60 % 60
+    shown = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
+    return f"{shown}{whole_s % 60}s"
 
 
 #: The milliseconds of the units of durations, the longest first.
@@ -4664,6 +4673,10 @@ class Keys:
             self._used_s[key.id] = self._unwritten[key.id] = now_s
         return key.caller
 
+    def of_caller(self, caller: Caller) -> Key | None:
+        """Return the key of a caller; None if it has none in the database."""
+        return None if caller.key_id is None else self._keys[caller.key_id]
+
     def current(self, caller: Caller) -> Caller:
         """Return the caller with the current limits of its key. Raises Unauthorized if the key is
         not valid any more."""
@@ -5102,6 +5115,11 @@ class QuotaState(NamedTuple):
     in_flight: int
     resets_s: float
 
+    @property
+    def left(self) -> int:
+        """What neither the requests so far nor the running ones take."""
+        return max(0, self.limit - self.used - self.in_flight)
+
     def has_reached(self, percent: int | None) -> bool:
         """Return whether the usage has reached this share of the limit; None = there is none."""
         return percent is not None and self.used * 100 >= self.limit * percent
@@ -5432,6 +5450,25 @@ class Ledger:
             **({"soft": True} if is_soft else {}),
         }
 
+    def least_left(
+        self, caller: Caller, model: str = "", model_limits: QuotaLimits = _NO_LIMITS
+    ) -> dict[str, QuotaState]:
+        """Return, for each unit in which a caller has limits, the quota with the least left; of
+        equal ones the one that resets last. `model_limits` are those for `model`. Raises
+        sqlite3.Error."""
+        least: dict[str, QuotaState] = {}
+        if caller.key_id is None:
+            return least
+        with self._lock:
+            for name, limits in (("", caller.quota), (model, model_limits)):
+                for quota in (each for each in QUOTAS if each.name in limits):
+                    state = self._state(caller.key_id, name, quota, limits)
+                    least[quota.unit] = min(
+                        state, least.get(quota.unit, state),
+                        key=lambda each: (each.left, -each.resets_s),
+                    )
+        return least
+
     # -- levels -------------------------------------------------------------------------------
 
     def _limit_level(self, reservation: Reservation, state: QuotaState) -> list[QuotaLevel]:
@@ -5520,12 +5557,7 @@ class Ledger:
 
         `limit` is the number of recent rows. Raises QueueFull, sqlite3.Error.
         """
-        where = "at_s >= ? AND at_s < ?"
-        values: list[object] = [since_s, until_s]
-        if caller is not None and caller.key_id is not None:
-            where, values = where + " AND key_id = ?", [*values, caller.key_id]
-        elif caller is not None:
-            where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
+        where, values = _condition(since_s, until_s, caller)
         with self._store.read_transaction() as connection:
             rows = Rows(connection, where, values)
             unit = "hour" if rows.span_s() <= _MAX_HOURLY_S else "day"
@@ -5547,6 +5579,15 @@ class Ledger:
                 "firstToken": rows.first_tokens(),
                 "recent": rows.recent(limit),
             }
+
+    def list_prices(self, caller: Caller, begins_s: Sequence[float]) -> list[float]:
+        """Return the list price, in USD, of a caller's rows since each of these times. Raises as
+        `report` does."""
+        where, values = _condition(min(begins_s), math.inf, caller)
+        sums = f", TOTAL(CASE WHEN at_s >= ? THEN {_ROW_NANO_USD} END) / 1e9" * len(begins_s)
+        query = f"SELECT {sums[2:]} FROM usage WHERE {where}"
+        with self._store.read_transaction() as connection:
+            return list(connection.execute(query, (*begins_s, *values)).fetchone())
 
     def by_model(self, since_s: float) -> list[Json]:
         """Return the sums for each model since then, with timeouts. Raises as `report` does."""
@@ -5571,6 +5612,20 @@ class Ledger:
                 values,
             ).fetchall()
         return [dict(row) for row in newest], [dict(row) for row in kinds]
+
+
+def _condition(
+    since_s: float, until_s: float, caller: Caller | None
+) -> tuple[str, list[object]]:
+    """Return the condition in SQL for the rows of a span of time, of one caller or all (None), and
+    its values."""
+    where = "at_s >= ? AND at_s < ?"
+    values: list[object] = [since_s, until_s]
+    if caller is None:
+        return where, values
+    if caller.key_id is not None:
+        return where + " AND key_id = ?", [*values, caller.key_id]
+    return where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
 
 
 class FailureFilter(NamedTuple):
@@ -8903,6 +8958,17 @@ class Dialect:
             }
         }
 
+    def quota_headers(self, state: QuotaState, now_s: float) -> dict[str, str]:
+        """Return the headers that tell what is left of a quota of requests or tokens. Those here
+        are OpenAI's (https://platform.openai.com/docs/guides/rate-limits, "Rate limits in
+        headers")."""
+        unit = state.quota.unit
+        return {
+            f"x-ratelimit-limit-{unit}": str(state.limit),
+            f"x-ratelimit-remaining-{unit}": str(state.left),
+            f"x-ratelimit-reset-{unit}": format_reset(state.resets_s - now_s),
+        }
+
 
 class Renderer:
     """The rendering of one streamed answer, event by event. Methods return the bytes to send.
@@ -9665,6 +9731,15 @@ class MessagesDialect(Dialect):
     def error_body(self, error: OcpError, request_id: str) -> Json:
         body = {"type": error.anthropic_type, "message": error.message, **error.details}
         return {"type": "error", "error": body, "request_id": request_id}
+
+    def quota_headers(self, state: QuotaState, now_s: float) -> dict[str, str]:
+        """Return the headers as the Messages API has them, with the time of the reset in RFC 3339
+        (https://docs.anthropic.com/en/api/rate-limits, "Response headers")."""
+        head = f"anthropic-ratelimit-{state.quota.unit}"
+        return {
+            f"{head}-limit": str(state.limit), f"{head}-remaining": str(state.left),
+            f"{head}-reset": iso_time(state.resets_s).replace(".000", ""),
+        }
 
 
 #: The type and the text field of a content_block_delta, for each kind of Delta.
@@ -19003,22 +19078,22 @@ class Server(ThreadingHTTPServer):
 
 
 # ==== 43. Dashboard ==========================================================
-# One static page, dashboard.html beside this file. The server writes no values into it: the page
-# fetches JSON and sets text. Its content security policy allows only its own style and script, by
-# their hashes.
+# Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
+# The server writes no values into them: a page fetches JSON and sets text. Its content security
+# policy allows only its own style and script, by their hashes.
 
-DASHBOARD_FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "dashboard.html")
+_PAGES_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
-#: The page for a server whose ocp_server.py was copied without dashboard.html.
-_PAGE_WITHOUT_DASHBOARD = """<!DOCTYPE html>
+#: The page for a server whose ocp_server.py was copied without the file of a page.
+_PAGE_WITHOUT_FILE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>OCP</title>
 <style>body { font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto; }</style>
 </head>
 <body>
 <h1>OCP</h1>
-<p>There is no dashboard.html beside this server's ocp_server.py. Copy it there from the same
-version of OCP and reload this page, or use <code>ocp status</code>.</p>
+<p>There is no FILE beside this server's ocp_server.py. Its operator can copy it there from the same
+version of OCP; then reload this page. On the server <code>ocp status</code> tells the same.</p>
 <p id="state">Loading /health ...</p>
 <script>
 const state = document.getElementById("state");
@@ -19046,7 +19121,7 @@ def _csp_hash(tag: str, html: str) -> str:
     return f"'sha256-{digest.decode('ascii')}'"
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _page_with_headers(html: str) -> Page:
     policy = (
         "default-src 'none'", f"style-src {_csp_hash('style', html)}",
@@ -19061,13 +19136,13 @@ def _page_with_headers(html: str) -> Page:
     })
 
 
-def dashboard_page() -> Page:
-    """Return the dashboard, or a page that says where to put dashboard.html."""
+def page_of(name: str) -> Page:
+    """Return the page in the file with this name, or one that says where to put the file."""
     try:
-        with open(DASHBOARD_FILE, encoding="utf-8", newline="") as file:
+        with open(os.path.join(_PAGES_FOLDER, name), encoding="utf-8", newline="") as file:
             return _page_with_headers(file.read())
     except (OSError, UnicodeDecodeError):
-        return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
+        return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
 # ==== 44. API endpoints ======================================================
@@ -19201,9 +19276,31 @@ def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
         exchange.response.headers["X-OCP-Adjusted"] = header_list(counts)
 
 
+#: The units of quotas for which the APIs have headers.
+_HEADER_UNITS = ("requests", "tokens")
+
+
+def _set_quota_headers(app: App, exchange: Exchange, model: Model | None = None) -> None:
+    """Tell a caller with quotas in the response's headers what is left of them, those for `model`
+    included. Each call replaces what an earlier one has set, until the head is sent."""
+    caller = exchange.caller
+    if not caller.quota and not caller.model_quotas:
+        return
+    model_id = model.id if model is not None else ""
+    # An answer that is there does not fail for its headers.
+    with contextlib.suppress(sqlite3.Error):
+        limits = limits_of_model(app.models, caller.model_quotas, model_id)
+        for unit, state in app.ledger.least_left(caller, model_id, limits).items():
+            if unit in _HEADER_UNITS:
+                exchange.response.headers.update(exchange.dialect.quota_headers(state, time.time()))
+
+
 def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
+    # Before something can refuse the request, for the headers of an error.
+    _set_quota_headers(app, exchange)
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
+    _set_quota_headers(app, exchange, turn.model)
     job = Job(
         turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock(),
         peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
@@ -19222,6 +19319,8 @@ def answer(app: App, exchange: Exchange) -> None:
         config, response = app.config, exchange.response
         response.headers["X-OCP-Cache"] = job.cache_status
         if turn.stream:
+            # With what this request has reserved. A whole answer tells what it has used.
+            _set_quota_headers(app, exchange, turn.model)
             heartbeat_s = config.heartbeat_ms / 1000
             response.send_stream(dialect.renderer(turn), with_headers(), heartbeat_s, store)
         else:
@@ -19229,6 +19328,7 @@ def answer(app: App, exchange: Exchange) -> None:
             body = dialect.answer_body(turn, list(job.answers()))
             store(body)
             response.headers["X-OCP-List-Price"] = usd_text(job.list_price_nano_usd)
+            _set_quota_headers(app, exchange, turn.model)
             response.send_json(body)
 
 
@@ -20059,6 +20159,69 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     )
 
 
+_PERIODS = ("daily", "weekly", "monthly")
+
+
+def get_own_key(app: App, exchange: Exchange) -> None:
+    """GET /v1/key: return what the caller has used and may use, as OpenRouter tells it of a key, in
+    USD at list price; `ocp` has the quotas of the key. Without a key of its own, a caller has no
+    limits and the usage of its name, such as `local`."""
+    # https://openrouter.ai/docs/api/api-reference/api-keys/get-current-key
+    caller = exchange.caller
+    key = app.keys.of_caller(caller)
+    budget = app.ledger.least_left(caller).get("usd")
+    exchange.response.send_json({"data": {
+        "label": caller.name,
+        "limit": budget and budget.limit / _NANO_USD,
+        "limit_remaining": budget and budget.left / _NANO_USD,
+        "limit_reset": budget and budget.quota.period,
+        **_own_list_price(app, caller),
+        "include_byok_in_limit": False,
+        "is_free_tier": False,
+        "is_management_key": caller.is_admin,
+        "is_provisioning_key": caller.is_admin,
+        "creator_user_id": None,
+        "expires_at": None if key is None or key.expiry_s is None else iso_time(key.expiry_s),
+        # As OpenRouter sends it to clients that still read it.
+        "rate_limit": {"requests": -1, "interval": "10s", "note": "Deprecated: see ocp.quota."},
+        "ocp": _own_key(app, caller, key),
+    }})
+
+
+def _own_list_price(app: App, caller: Caller) -> dict[str, float]:
+    """Return OpenRouter's fields of usage, in USD at list price: of all kept rows, and of the
+    current periods. `byok` is what other keys paid for: nothing. Raises as `Ledger.report` does."""
+    now_s = time.time()
+    begins_s = [0.0, *(period_bounds(period, now_s)[0] for period in _PERIODS)]
+    names = ["usage", *(f"usage_{period}" for period in _PERIODS)]
+    used = dict(zip(names, app.ledger.list_prices(caller, begins_s)))
+    return {**used, **{f"byok_{name}": 0.0 for name in names}}
+
+
+def get_own_key_again(app: App, exchange: Exchange) -> None:
+    """GET /v1/auth/key: the same as /v1/key, at OpenRouter's older path."""
+    get_own_key(app, exchange)
+
+
+#: What the holder of a key gets of the operator's entry of it.
+_OWN_FIELDS = (
+    "keyPreview", "expiry", "models", "maxConcurrent", "effort", "webSearch", "softPercent",
+    "quota", "modelQuotas", "modelQuotaUse",
+)
+
+
+def _own_key(app: App, caller: Caller, key: Key | None) -> Json:
+    """Return what the holder of a key is told of it; of a caller without one, null and no quotas.
+    The operator's note stays with the operator."""
+    entry = {} if key is None else _key_entry(app, key)
+    return {
+        "name": caller.name,
+        "isKey": key is not None,
+        **{name: entry.get(name) for name in _OWN_FIELDS},
+        "models": list(caller.models),
+    }
+
+
 # -- failures ---------------------------------------------------------------------------------
 
 
@@ -20338,7 +20501,7 @@ def get_root(app: App, exchange: Exchange) -> None:
     exchange.response.headers["Vary"] = "Accept"
     exchange.response.send_text(
         "OCP: a Claude plan as an API, for OpenAI clients at /v1, for Anthropic clients here.\n"
-        "State: /health. Every path: /openapi.json. For a browser: /dashboard.\n"
+        "State: /health. Every path: /openapi.json. For a browser: /dashboard, and /me for a key.\n"
         "To set up this machine's tools: GET /connect returns a script for python3.\n",
         "text/plain; charset=utf-8",
     )
@@ -20346,7 +20509,17 @@ def get_root(app: App, exchange: Exchange) -> None:
 
 def get_dashboard(app: App, exchange: Exchange) -> None:
     """GET /dashboard: return the operator's page, which fetches its data with the admin key."""
-    page = dashboard_page()
+    _send_page(exchange, "dashboard.html")
+
+
+def get_me(app: App, exchange: Exchange) -> None:
+    """GET /me: return the page for the holder of a key, which fetches its data with that key."""
+    _send_page(exchange, "me.html")
+
+
+def _send_page(exchange: Exchange, name: str) -> None:
+    """Send the page in this file, or 304 if the browser has it."""
+    page = page_of(name)
     exchange.response.headers.update(page.headers)
     if exchange.headers.get("If-None-Match") == page.headers["ETag"]:
         exchange.response.send_nothing(304)
@@ -20502,7 +20675,7 @@ _STATUSES = {
 #: Media types of responses, by operation; otherwise JSON.
 _MEDIA_TYPES = {
     "get_metrics": "text/plain", "get_events": "text/event-stream", "get_dashboard": "text/html",
-    "get_connect": "text/plain", "get_root": "text/plain",
+    "get_me": "text/html", "get_connect": "text/plain", "get_root": "text/plain",
 }
 
 
@@ -20591,6 +20764,8 @@ ROUTES = (
     Route("POST",   "/v1/embeddings",            Access.CALLER, CHAT,        no_embeddings),
     Route("GET",    "/v1/models",                Access.CALLER, None,        get_models),
     Route("GET",    "/v1/models/{model}",        Access.CALLER, None,        get_model),
+    Route("GET",    "/v1/key",                   Access.CALLER, CHAT,        get_own_key),
+    Route("GET",    "/v1/auth/key",              Access.CALLER, CHAT,        get_own_key_again),
     Route("GET",    "/sessions",                 Access.ADMIN,  CHAT,        get_sessions),
     Route("DELETE", "/sessions",                 Access.ADMIN,  CHAT,        clear_sessions),
     Route("DELETE", "/sessions/{id}",            Access.ADMIN,  CHAT,        clear_session),
@@ -20618,6 +20793,7 @@ ROUTES = (
     Route("GET",    "/health",                   Access.PUBLIC, CHAT,        get_health),
     Route("GET",    "/ready",                    Access.PUBLIC, CHAT,        get_ready),
     Route("GET",    "/dashboard",                Access.PUBLIC, CHAT,        get_dashboard),
+    Route("GET",    "/me",                       Access.PUBLIC, CHAT,        get_me),
     Route("GET",    "/connect",                  Access.PUBLIC, CHAT,        get_connect),
     Route("GET",    "/openapi.json",             Access.PUBLIC, CHAT,        get_openapi),
 )

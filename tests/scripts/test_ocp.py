@@ -1168,6 +1168,7 @@ def test_what_the_server_knows_of_its_address_is_told_with_a_new_key(
         assert len(server.requests) == 1
     assert (f"curl -fsSL {url}/connect" in found.stderr) is bool(url)
     assert f"OPENAI_BASE_URL={url or server.url}/v1" in found.stderr
+    assert (f"\n  {url}/me\n" in found.stderr) is bool(url)
     assert (f"ATTENTION: {note}" in found.stderr) is bool(note)
 
 

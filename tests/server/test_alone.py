@@ -256,11 +256,14 @@ def test_the_client_set_up_is_not_there_and_says_where_it_belongs(demo: Serving)
     assert "beside this server's ocp_server.py" in message and "python3 ocp_connect.py" in message
 
 
-def test_the_dashboard_is_not_there_and_says_where_it_belongs(demo: Serving) -> None:
-    reply = http_call(demo.port, "GET", "/dashboard")
+@pytest.mark.parametrize("path, file", [("/dashboard", "dashboard.html"), ("/me", "me.html")])
+def test_a_page_is_not_there_and_says_where_it_belongs(
+    demo: Serving, path: str, file: str
+) -> None:
+    reply = http_call(demo.port, "GET", path)
 
     assert reply.status == 200
-    assert "There is no dashboard.html beside this server's ocp_server.py" in reply.text
+    assert f"There is no {file} beside this server's ocp_server.py" in reply.text
     assert 'fetch("health")' in reply.text
     script = reply.text.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -225,6 +225,11 @@ class Book:
     def model_report(self) -> Json:
         return self.ledger.model_quota_report(self.key, MODELS)
 
+    def least_left(self, *model: Any) -> list[tuple[str, int, int]]:
+        """The quotas with the least left: name, limit, and what is left, in amounts."""
+        states = self.ledger.least_left(self.caller(), *model).values()
+        return [(state.quota.name, state.limit, state.left) for state in states]
+
 
 def row(at_s: float, tokens: int, *, counted: int = 1, key_id: int = KEY_ID) -> Any:
     """The row of a request that took so many tokens, of all four kinds if there are enough, each
@@ -313,6 +318,13 @@ def test_the_reset_that_is_told_is_when_the_next_request_is_let_in(
 ])
 def test_the_time_to_a_reset_in_words(seconds: float, words: str) -> None:
     assert ocp.format_span(seconds) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (-5, "0s"), (0, "0s"), (0.2, "1s"), (59.1, "1m0s"), (360, "6m0s"), (3600, "1h0m0s"),
+    (3661, "1h1m1s"), (30 * 86_400, "720h0m0s")])
+def test_the_time_to_a_reset_in_a_header(seconds: float, words: str) -> None:
+    assert ocp.format_reset(seconds) == words
 
 
 @pytest.mark.parametrize(("seconds", "words"), [
@@ -505,6 +517,54 @@ def test_a_row_that_cannot_be_written_counts_all_the_same(store: Any) -> None:
         book.use(1)
 
     assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+# -- what is left -------------------------------------------------------------
+
+@pytest.mark.usefixtures("utc")
+def test_of_several_periods_the_one_with_the_least_left_is_told(store: Any) -> None:
+    book = Book(store, daily=5, monthly=9, tokensWeekly=100, tokensMonthly=1000)
+    book.use(2, tokens=10)
+    assert book.least_left() == [("daily", 5, 3), ("tokensWeekly", 100, 80)]
+
+    book.quota = {"daily": 5, "monthly": 4}
+    assert book.least_left() == [("monthly", 4, 2)]
+
+
+@pytest.mark.usefixtures("utc")
+def test_of_quotas_with_as_much_left_the_one_that_resets_last_is_told(store: Any) -> None:
+    book = Book(store, daily=2, weekly=2, monthly=2)
+    book.use(2)
+
+    (state,) = book.ledger.least_left(book.caller()).values()
+
+    assert (state.quota.name, state.left) == ("monthly", 0)
+    assert ocp.iso_time(state.resets_s) == "2027-06-01T00:00:00.000Z"
+
+
+@pytest.mark.usefixtures("utc")
+def test_what_runs_is_not_left_and_nothing_is_less_than_nothing(store: Any) -> None:
+    book = Book(store, daily=5, tokensDaily=100)
+    running = book.begin(tokens=70)
+    assert book.least_left() == [("daily", 5, 4), ("tokensDaily", 100, 30)]
+
+    # An estimate may have been too low.
+    book.end(running, tokens=130)
+
+    assert book.least_left() == [("daily", 5, 4), ("tokensDaily", 100, 0)]
+
+
+@pytest.mark.usefixtures("utc")
+def test_limits_of_the_model_that_is_asked_count_too(store: Any) -> None:
+    book = Book(store, daily=5, usdDaily=2)
+    book.use(2)
+    both = [("daily", 5, 3), ("usdDaily", 2000 * MILLI_USD, 1998 * MILLI_USD)]
+    assert book.least_left(OPUS, {"daily": 4}) == both
+    assert book.least_left(SONNET, {"weekly": 2}) == [("weekly", 2, 0), both[1]]
+
+
+def test_a_key_without_limits_has_nothing_to_tell(store: Any) -> None:
+    assert Book(store).least_left() == []
 
 
 # -- tokens of requests at the same time --------------------------------------
