@@ -1330,6 +1330,11 @@ class EmptyAnswer(BadRequest):
     code = "empty_answer"
 
 
+class RequestStopped(BadRequest):
+    """Somebody stopped the request while it ran. 400, as for EmptyAnswer."""
+    code = "request_stopped"
+
+
 class Unauthorized(OcpError):
     """The key is none that this server ever gave out."""
     status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
@@ -1577,6 +1582,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
         "Begin a new conversation, or choose a model with a longer window: `ocp models`."
     ),
     "empty_answer": "Ask in another way, or raise the client's max_tokens.",
+    "request_stopped": "Nothing, or send it again: the operator or its own client stopped it.",
     "content_filter": "Ask in another way: the model declined.",
     "missing_api_key": (
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
@@ -8543,6 +8549,11 @@ class Dialect:
         """Return the system messages and the input items to store with an answer."""
         return [], []
 
+    def answer_id(self, turn: Turn) -> str:
+        """Return the id by which the client knows the answer while it runs; empty if it has
+        none."""
+        return ""
+
     def error_body(self, error: OcpError, request_id: str) -> Json:
         """Return the body of a failed request."""
         return {
@@ -9858,6 +9869,7 @@ class ResponsesDialect(Dialect):
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
+            "background": sent.get("background") is True,
             "model": context.model.id,
             "instructions": sent.get("instructions"),
             "max_output_tokens": sent.get("max_output_tokens"),
@@ -9978,6 +9990,9 @@ class ResponsesDialect(Dialect):
     def stored_input(self, turn: Turn) -> tuple[list[Message], list[Json]]:
         # `instructions` are for one response only.
         return turn.reply_format.opening, [stored_item(item) for item in turn.reply_format.items]
+
+    def answer_id(self, turn: Turn) -> str:
+        return str(turn.reply_format.echo["id"])
 
 
 #: Error codes, besides invalid_prompt, after which Codex does not retry.
@@ -15952,10 +15967,10 @@ class Job:
 
     def __init__(
         self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
-        now_s: float, *, peer: str = "", user_agent: str = "",
+        now_s: float, *, peer: str = "", user_agent: str = "", answer_id: str = "",
     ) -> None:
         """`dialect` is the name of the dialect; `peer` and `user_agent` tell the operator who
-        sent a request that fails."""
+        sent a request that fails; `answer_id` is what Dialect.answer_id returns."""
         self.turn = turn
         self.caller = caller
         self.client = client
@@ -15963,7 +15978,9 @@ class Job:
         self.dialect = dialect
         self.peer = peer
         self.user_agent = user_agent
+        self.answer_id = answer_id
         self.started_s = now_s
+        self.started_at_s = time.time()
         self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
         self.reservation = Reservation(None, 0)
         #: What the cache did for it: "hit", "miss", "shared" or "bypass".
@@ -15974,6 +15991,8 @@ class Job:
         self.headers: dict[str, str] = {}
         #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
+        #: The job that this one produces a shared answer for.
+        self.asked_by: Job | None = None
         #: Whether the row of usage is written, or is left to another job.
         self.is_recorded = False
 
@@ -15982,20 +16001,31 @@ class Job:
         """Return whether all answers are complete."""
         return all(record.finished is not None for record in self.records)
 
+    @property
+    def why_ended(self) -> OcpError | None:
+        """Why it, or the job that it produces an answer for, was cancelled; None if it was not."""
+        asked_by = self.asked_by
+        return self.ended_by if asked_by is None else asked_by.ended_by
+
     def glance(self, now_s: float) -> Json:
-        """Return what the operator sees of a running request."""
+        """Return what the operator sees of a running request. `output_tokens` is an estimate."""
         first = self.records[0]
         first_s = first.first_token_s
+        usages = [record.usage for record in self.records]
+        has_begun = first.path or self.path or first_s is not None
         return {
             "request_id": self.request_id,
             "key_name": self.caller.name,
             "model": self.turn.model.id,
             "dialect": self.dialect,
             "stream": self.turn.stream,
-            "state": "running" if first.path or self.path or first_s is not None else "queued",
+            "state": "stopping" if self.ended_by else "running" if has_begun else "queued",
             "path": self.path or first.path,
+            "since": iso_time(self.started_at_s),
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
             "elapsed_ms": round((now_s - self.started_s) * 1000),
+            "prompt_tokens": sum(usage.prompt_tokens for usage in usages) or None,
+            "output_tokens": sum(usage.output_tokens for usage in usages),
             "response_chars": sum(record.response_chars for record in self.records),
         }
 
@@ -16316,7 +16346,11 @@ class TurnRunner:
                 with contextlib.closing(self._events(stack)) as events:
                     yield self._logged(events)
         except ClientGone:
-            self._log("info", "answer_abandoned", process_kept=self._is_process_kept)
+            why = self._job.why_ended
+            self._log(
+                "info", "answer_abandoned", process_kept=self._is_process_kept,
+                ended_by=why and why.kind,
+            )
             raise
         except OcpError as error:
             record.fail(error)
@@ -16563,7 +16597,8 @@ class TurnRunner:
         not got its whole history holds no conversation; after an answer that has stopped, claude
         may be asking the API once more."""
         app, record = self._app, self._record
-        is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
+        has_key = not isinstance(self._job.why_ended, Unauthorized)
+        is_wanted = has_key and not app.draining and self._can_park(process)
         is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
         if not (is_wanted and is_new_enough) or self._config.is_agent:
             return False
@@ -16641,6 +16676,24 @@ class Requests:
                 job.ended_by = job.ended_by or ended
                 job.client.cancel()
 
+    def stop(
+        self, caller: Caller, is_meant: Callable[[Job], bool], message: str
+    ) -> Job | None:
+        """End the request that is meant, and tell its client with RequestStopped. An operator may
+        end every request, others those of their key. Return it; None if no such request runs."""
+        # Under the lock: once a job has left the list, its connection may serve another one.
+        with self._lock:
+            for job in self._jobs:
+                is_own = caller.is_admin or job.caller.scope == caller.scope
+                if is_own and is_meant(job) and not job.finished:
+                    if job.ended_by is None:
+                        job.ended_by = RequestStopped(message)
+                        # As the end of the turn.
+                        job.ended_by.logged = True
+                        job.client.cancel()
+                    return job
+        return None
+
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
         QuotaExceeded, QueueFull, sqlite3.Error."""
@@ -16714,7 +16767,7 @@ class Requests:
             job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s,
             peer=job.peer, user_agent=job.user_agent,
         )
-        produced.reservation = job.reservation
+        produced.reservation, produced.asked_by = job.reservation, job
         thread = threading.Thread(
             target=self._produce, args=(produced, flight, config), daemon=True
         )
@@ -16778,9 +16831,12 @@ class Requests:
         try:
             yield
         except ClientGone as left:
-            failure = job.ended_by or left
-            if job.ended_by is not None:
-                raise job.ended_by from None
+            why = job.why_ended
+            failure = why or left
+            if why is not None:
+                # A job that produces a shared answer has the row of the one that asked for it.
+                why.has_row = why.has_row or job.is_recorded
+                raise why from None
             raise
         except Exception as error:
             broke = OcpError(f"OCP failed: {redact_paths(repr(error))}")
@@ -17887,7 +17943,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
                 method=exchange.method, status=exchange.response.status,
                 total_ms=round((time.monotonic() - started_s) * 1000),
             )
-        return not exchange.response.must_close
+        return not (exchange.response.must_close or self._client.is_cancelled)
 
     # -- head -------------------------------------------------------------------------------------
 
@@ -18471,6 +18527,7 @@ def answer(app: App, exchange: Exchange) -> None:
     job = Job(
         turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock(),
         peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
+        answer_id=dialect.answer_id(turn),
     )
     with app.requests.answering(job) as events:
         def store(body: Json) -> None:
@@ -18495,6 +18552,14 @@ def answer(app: App, exchange: Exchange) -> None:
             response.send_json(body)
 
 
+def _store_response(
+    app: App, scope: str, turn: Turn, messages: list[Message], body: Json
+) -> None:
+    """Store a response and its conversation under its id."""
+    system, items = RESPONSES.stored_input(turn)
+    app.responses.put(scope, body, [*system, *messages], items, app.config)
+
+
 def _store_conversation(
     app: App, exchange: Exchange, turn: Turn, answer: Answer, body: Json
 ) -> None:
@@ -18502,8 +18567,7 @@ def _store_conversation(
     answered = Message("assistant", blocks_to_store(answer.blocks))
     messages = [*map(without_thinking, turn.messages), answered]
     if exchange.dialect.stores(turn) and body:
-        system, items = exchange.dialect.stored_input(turn)
-        app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
+        _store_response(app, exchange.caller.scope, turn, messages, body)
     if not turn.session_id:
         return
     try:
@@ -18566,12 +18630,23 @@ def get_response(app: App, exchange: Exchange, id: str) -> None:
 
 
 def cancel_response(app: App, exchange: Exchange, id: str) -> None:
-    """POST /v1/responses/{id}/cancel: refuse, because no response runs in the background."""
-    app.responses.get(exchange.caller.scope, id)
-    raise BadRequest(
-        "This response is complete and cannot be cancelled. To stop one that is running, close "
-        "its connection."
+    """POST /v1/responses/{id}/cancel: end a response that runs, and return it; one that was
+    requested with `background`, or was cancelled before, is returned as it is."""
+    job = app.requests.stop(
+        exchange.caller, lambda job: job.answer_id == id, "This response was cancelled."
     )
+    if job is not None:
+        turn = job.turn
+        body = RESPONSES.body(turn, "cancelled", [])
+        if RESPONSES.stores(turn):
+            messages = [*map(without_thinking, turn.messages)]
+            _store_response(app, job.caller.scope, turn, messages, body)
+        exchange.response.send_json(body)
+        return
+    body = app.responses.get(exchange.caller.scope, id).body
+    if body["status"] != "cancelled" and not body["background"]:
+        raise BadRequest("This response is complete and cannot be cancelled.")
+    exchange.response.send_json(body)
 
 
 #: How many input items a page has by default, and at most.
@@ -19211,6 +19286,32 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     exchange.response.send_json(_with_storage_warning(app, body))
 
 
+# -- running requests -------------------------------------------------------------------------
+
+
+def get_requests(app: App, exchange: Exchange) -> None:
+    """GET /api/requests: list the requests that run or wait, oldest first."""
+    exchange.response.send_json({"requests": app.requests.running()})
+
+
+def stop_request(app: App, exchange: Exchange, id: str) -> None:
+    """DELETE /api/requests/{id}: end a request that runs or waits; its client gets the error
+    request_stopped. An operator may end every request, the holder of a key those of the key."""
+    who = "operator" if exchange.caller.is_admin else "caller"
+    job = app.requests.stop(
+        exchange.caller, lambda job: id in (job.request_id, job.answer_id),
+        f"The {who} stopped this request while it ran.",
+    )
+    if job is None:
+        raise NotFound(
+            f"No request {one_line(id, 80)!r} runs: it has ended, or never was here. "
+            "`ocp requests` lists what runs, `ocp errors ID` tells why one failed.",
+            param="id",
+        )
+    _audit(app, exchange, "request_stopped", request_id=job.request_id, key=job.caller.name)
+    exchange.response.send_json({"id": job.request_id, "stopped": True})
+
+
 # -- usage ------------------------------------------------------------------------------------
 
 _MAX_RECENT = 500
@@ -19790,6 +19891,8 @@ ROUTES = (
     Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
+    Route("GET",    "/api/requests",             Access.ADMIN,  CHAT,        get_requests),
+    Route("DELETE", "/api/requests/{id}",        Access.CALLER, CHAT,        stop_request),
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
     Route("GET",    "/api/errors",               Access.ADMIN,  CHAT,        get_errors),
     Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
