@@ -84,6 +84,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import csv
 import dataclasses
 import datetime
 import difflib
@@ -808,6 +809,13 @@ class Config:
         400, "OCP_USAGE_DAYS", "how long the rows of /api/usage are kept",
         unit="days", minimum=1, maximum=3650, live="usageDays",
     )
+    tag_from: str = setting(
+        "", "OCP_TAG_FROM",
+        "what tags a request with the person behind its key: the name of a header, such as "
+        "X-OpenWebUI-User-Name, or `body` = the fields `user`, `safety_identifier` and "
+        "`metadata.user_id`; comma separated, the first that a request has counts; empty = no tags",
+        live="tagFrom",
+    )
     log_level: str = setting(
         "info", "OCP_LOG_LEVEL", "minimum level that is logged",
         choices=("debug", "info", "warn", "error"),
@@ -865,6 +873,10 @@ _PUBLIC_URL = re.compile(r"(none|https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5
 _MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
 _MODEL_ALIAS_HELP = "OCP_MODEL_ALIASES takes entries such as gpt-4o=sonnet, separated by commas"
 
+#: A value of OCP_TAG_FROM, and headers that it may not name.
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
+_SECRET_HEADERS = ("authorization", "cookie", "proxy-authorization", "x-api-key")
+
 #: Rules across settings: (test that is true if the rule is broken, error message).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -909,6 +921,14 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda config: not all(map(_MODEL_ALIAS.fullmatch, split_list(config.model_aliases))),
         _MODEL_ALIAS_HELP,
+    ),
+    (
+        lambda config: not all(
+            _HEADER_NAME.fullmatch(name) and name.lower() not in _SECRET_HEADERS
+            for name in split_list(config.tag_from)
+        ),
+        "OCP_TAG_FROM takes body, or names of headers such as X-OpenWebUI-User-Name, separated by "
+        "commas, but no header with a key or a cookie",
     ),
     (
         lambda config: not _PUBLIC_URL.fullmatch(config.public_url),
@@ -3774,6 +3794,7 @@ MIGRATIONS = (
         at_s INTEGER NOT NULL
     )
     """,
+    "ALTER TABLE usage ADD COLUMN tag TEXT",
 )
 
 
@@ -4717,10 +4738,10 @@ def presented_keys(headers: Headers) -> list[str]:
     """
     scheme, _, bearer = headers.get("Authorization", "").strip().partition(" ")
     values = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    return [_as_utf8(key).strip() for key in values if key.strip()] or [""]
+    return [as_utf8(key).strip() for key in values if key.strip()] or [""]
 
 
-def _as_utf8(text: str) -> str:
+def as_utf8(text: str) -> str:
     """Decode a header as UTF-8 if possible; the parser decodes it as Latin-1."""
     with contextlib.suppress(UnicodeError):
         return text.encode("latin-1").decode("utf-8")
@@ -4905,6 +4926,8 @@ class UsageRow(NamedTuple):
     message: str | None = None
     peer: str | None = None
     user_agent: str | None = None
+    #: Who is behind the key, as the request says; see request_tag.
+    tag: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -4955,6 +4978,23 @@ _STEPS = {
 }
 #: The day of a row in the machine's time zone.
 _DAY = "date(at_s, 'unixepoch', 'localtime')"
+#: The sums of a report by their names in its CSV: their columns, and by what they are grouped.
+_TABLES: dict[str, tuple[_Columns, tuple[str, str]]] = {
+    "daily": (_TIMELINE_SUMS, ("day", _DAY)),
+    "key": (_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
+    "model": (_GROUP_SUMS, ("model", "model")),
+    "path": (_GROUP_SUMS, ("path", "COALESCE(path, 'none')")),
+    "tag": (_GROUP_SUMS, ("tag", "COALESCE(tag, '(none)')")),
+}
+#: The tables that can be had as CSV: single requests, and the sums.
+USAGE_TABLES = ("rows", *_TABLES)
+#: Columns of a row that no report shows as they are.
+_HIDDEN_COLUMNS = ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent")
+#: The number of rows that are read at a time for a CSV.
+_CSV_PAGE_ROWS = 1_000
+#: How many different tags a caller may use in a day, and the tag of requests with others.
+_MAX_DAILY_TAGS = 1_000
+OTHER_TAG = "(other)"
 #: The longest span with a timeline by hour; beyond it, by day.
 _MAX_HOURLY_S = 32 * 86_400.0
 #: The percentiles of a report.
@@ -5178,12 +5218,7 @@ class Ledger:
 
         `limit` is the number of recent rows. Raises QueueFull, sqlite3.Error.
         """
-        where = "at_s >= ? AND at_s < ?"
-        values: list[object] = [since_s, until_s]
-        if caller is not None and caller.key_id is not None:
-            where, values = where + " AND key_id = ?", [*values, caller.key_id]
-        elif caller is not None:
-            where, values = where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
+        where, values = _span_condition(since_s, until_s, caller)
         with self._store.read_transaction() as connection:
             rows = Rows(connection, where, values)
             unit = "hour" if rows.span_s() <= _MAX_HOURLY_S else "day"
@@ -5194,24 +5229,50 @@ class Ledger:
             )
             return {
                 "totals": rows.sums(_GROUP_SUMS)[0],
-                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
-                "byModel": rows.sums(_GROUP_SUMS, ("model", "model")),
-                "byPath": rows.sums(_GROUP_SUMS, ("path", "COALESCE(path, 'none')")),
+                "byKey": rows.table("key"),
+                "byModel": rows.table("model"),
+                "byPath": rows.table("path"),
+                "byTag": rows.by_tag(),
                 "timeline": rows.sums(_TIMELINE_SUMS, step),
                 "timelineUnit": unit,
-                "daily": rows.sums(_TIMELINE_SUMS, ("day", _DAY)),
+                "daily": rows.table("daily"),
                 "series": series[-_MAX_SERIES:],
                 "seriesComplete": len(series) <= _MAX_SERIES,
                 "firstToken": rows.first_tokens(),
                 "recent": rows.recent(limit),
             }
 
+    def csv(
+        self, table: str, since_s: float, until_s: float, caller: Caller | None
+    ) -> Iterator[bytes]:
+        """Yield one of USAGE_TABLES as CSV (RFC 4180, UTF-8) in parts of some hundred KB, the
+        oldest row first. Each part is a query of its own, so that no report waits for a client
+        that reads slowly. Raises as `report` does."""
+        where, values = _span_condition(since_s, until_s, caller)
+        if table in _TABLES:
+            with self._store.read_transaction() as connection:
+                entries = Rows(connection, where, values).table(table)
+            columns, group = _TABLES[table]
+            names = [group[0], *(name for name, _ in columns)]
+            yield csv_text([names, *([entry[name] for name in names] for entry in entries)])
+            return
+        last: tuple[float, int] | None = None
+        count = _CSV_PAGE_ROWS
+        while count == _CSV_PAGE_ROWS:
+            more, ends = (where, values) if last is None else (
+                f"{where} AND (at_s, id) > (?, ?)", [*values, *last])
+            with self._store.read_transaction() as connection:
+                names, found = Rows(connection, more, ends).select("at_s, id", _CSV_PAGE_ROWS)
+            page = [[entry[name] for name in names] for entry in map(_row_entry, found)]
+            yield csv_text(page if last else [names, *page])
+            count = len(found)
+            last = (found[-1]["at_s"], found[-1]["id"]) if found else None
+
     def by_model(self, since_s: float) -> list[Json]:
         """Return the sums for each model since then, with timeouts. Raises as `report` does."""
         columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
         with self._store.read_transaction() as connection:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
-
 
     def failures(self, wanted: FailureFilter, limit: int) -> tuple[list[Json], list[Json]]:
         """Return the newest `limit` failed requests, newest first, and for each kind of failure
@@ -5229,6 +5290,45 @@ class Ledger:
                 values,
             ).fetchall()
         return [dict(row) for row in newest], [dict(row) for row in kinds]
+
+
+class Tags:
+    """The tags of the requests of a day. Their number is bounded, so that a client cannot fill the
+    reports with names that it makes up."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        self._day_s = (0.0, 0.0)
+        #: The tags of each key, by its id, and of each other caller, by its name.
+        self._seen: dict[object, set[str]] = {}
+
+    def bounded(self, caller: Caller, tag: str) -> str:
+        """Return the tag for a row; OTHER_TAG if the caller has used too many others today."""
+        with self._lock:
+            now_s = self._clock()
+            if not self._day_s[0] <= now_s < self._day_s[1]:
+                self._day_s = period_bounds("daily", now_s)
+                self._seen = self._written()
+            seen = self._seen.setdefault(caller.key_id or caller.name, set())
+            if tag not in seen and len(seen) >= _MAX_DAILY_TAGS:
+                return OTHER_TAG
+            seen.add(tag)
+            return tag
+
+    def _written(self) -> dict[object, set[str]]:
+        """Return the tags in today's rows. The caller holds the lock."""
+        seen: dict[object, set[str]] = {}
+        # If the database cannot be read, the count begins anew.
+        with contextlib.suppress(sqlite3.Error):
+            for row in self._store.rows(
+                "SELECT DISTINCT COALESCE(key_id, caller) AS who, tag FROM usage "
+                "WHERE at_s >= ? AND tag IS NOT NULL", self._day_s[0],
+            ):
+                seen.setdefault(row["who"], set()).add(row["tag"])
+        return seen
 
 
 class FailureFilter(NamedTuple):
@@ -5272,6 +5372,40 @@ def percentiles(sorted_values: Sequence[int]) -> Json:
     return found
 
 
+def _span_condition(
+    since_s: float, until_s: float, caller: Caller | None
+) -> tuple[str, list[object]]:
+    """Return the condition in SQL for the rows of a span, of one caller or all (None), and its
+    values."""
+    where, values = "at_s >= ? AND at_s < ?", [since_s, until_s]
+    if caller is None:
+        return where, [*values]
+    if caller.key_id is None:
+        return f"{where} AND key_id IS NULL AND caller = ?", [*values, caller.name]
+    return f"{where} AND key_id = ?", [*values, caller.key_id]
+
+
+def _row_entry(row: sqlite3.Row) -> Json:
+    """Return what reports show of a row that `Rows.select` has read."""
+    shown = {name: each for name, each in dict(row).items() if name not in _HIDDEN_COLUMNS}
+    return {"at": iso_time(row["at_s"]), **shown}
+
+
+#: How a text begins that a spreadsheet takes for a formula.
+_FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. A text that a spreadsheet
+    would run as a formula gets an apostrophe in front, because clients choose some of them."""
+    text = io.StringIO()
+    csv.writer(text).writerows(
+        [f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_BEGINS) else value
+         for value in row] for row in rows
+    )
+    return text.getvalue().encode("utf-8", "replace")
+
+
 def _percentiles_by(name: str, groups: Mapping[str, Sequence[int]]) -> list[Json]:
     entries = [{name: group, **percentiles(values)} for group, values in groups.items()]
     return sorted(entries, key=lambda entry: (-entry["answers"], entry[name]))
@@ -5312,6 +5446,27 @@ class Rows:
         results = self._connection.execute(query, (*self._values, maximum)).fetchall()
         return [dict(row) for row in reversed(results)]
 
+    def table(self, name: str, *, maximum: int = -1) -> list[Json]:
+        """Return one of _TABLES; at most the last `maximum` entries, -1 = all."""
+        columns, group = _TABLES[name]
+        return self.sums(columns, group, maximum=maximum)
+
+    def by_tag(self) -> list[Json]:
+        """Return the sums for each tag; none if no request has one."""
+        sums = self.table("tag", maximum=_MAX_SERIES)
+        return sums if any(entry["tag"] != "(none)" for entry in sums) else []
+
+    def select(self, order: str, limit: int) -> tuple[list[str], list[sqlite3.Row]]:
+        """Return the names in the entries of rows, and up to `limit` rows in this order; _row_entry
+        makes an entry of one."""
+        results = self._connection.execute(
+            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
+            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
+            f"FROM usage WHERE {self._where} ORDER BY {order} LIMIT ?", (*self._values, limit),
+        )
+        shown = (each[0] for each in results.description if each[0] not in _HIDDEN_COLUMNS)
+        return ["at", *shown], results.fetchall()
+
     def first_tokens(self) -> Json:
         """Return the percentiles of the time to the first token: of all rows, of each model and of
         each dialect, most answers first. Cached answers have no such time and do not count."""
@@ -5335,16 +5490,7 @@ class Rows:
         }
 
     def recent(self, limit: int) -> list[Json]:
-        results = self._connection.execute(
-            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
-            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
-            f"FROM usage WHERE {self._where} ORDER BY id DESC LIMIT ?", (*self._values, limit),
-        )
-        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in results]
-        for entry in entries:
-            for name in ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent"):
-                del entry[name]
-        return entries
+        return [*map(_row_entry, self.select("id DESC", limit)[1])]
 
 
 # ==== 10. Patterns ===========================================================
@@ -6940,6 +7086,68 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
         return True
     return any(True for _ in cache_controls(body))
+
+
+#: The fields of a body with its user, in the order in which they count; the fields of OpenAI's
+#: API, and Anthropic's.
+TAG_FIELDS = ("user", "safety_identifier", "metadata.user_id")
+#: The longest tag, and how much of a longer text is looked at.
+_MAX_TAG_CHARS = 64
+_MAX_TAG_SOURCE_CHARS = 2_000
+#: The user_id of Claude Code before 2.1.78; since then it is JSON with the same three ids.
+_OLD_CLAUDE_CODE_USER = re.compile(r"user_([0-9a-f]{12})[0-9a-f]*_account_.*_session_.*")
+
+
+def _tag_text(text: str) -> str:
+    """Return a text as a tag: on one line, without invisible characters, of at most
+    _MAX_TAG_CHARS; empty if nothing is left."""
+    text = unicodedata.normalize("NFC", text[:_MAX_TAG_SOURCE_CHARS])
+    visible = (c if c.isprintable() else " " if c.isspace() else "" for c in text)
+    return one_line("".join(visible), _MAX_TAG_CHARS)
+
+
+def _user_tag(user: str) -> str:
+    """Return the tag for what a body says of its user. Claude Code sends the ids of its
+    installation, of the account and of the session: the first digits of the installation's id are
+    the tag, and nothing else of them is kept."""
+    user = user[:_MAX_TAG_SOURCE_CHARS]
+    old = _OLD_CLAUDE_CODE_USER.fullmatch(user)
+    if old is not None:
+        return f"device-{old[1]}"
+    if not user.lstrip().startswith("{"):
+        return _tag_text(user)
+    with contextlib.suppress(ValueError):
+        ids = from_json(user)
+        device = ids.get("device_id") if isinstance(ids, dict) else None
+        if isinstance(device, str) and device:
+            return _tag_text(f"device-{device[:12]}")
+    return ""
+
+
+def _users(body: object) -> Iterator[object]:
+    """Yield the values of TAG_FIELDS in a body."""
+    for path in TAG_FIELDS:
+        value = body
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        yield value
+
+
+def request_tag(tag_from: str, headers: Headers, body: object) -> str | None:
+    """Return who is behind the key of a request, as its client says; None if nothing does.
+
+    `tag_from` is Config.tag_from. Names in headers may be UTF-8 or percent-encoded: Open WebUI
+    encodes all characters outside ASCII.
+    """
+    for source in split_list(tag_from):
+        if source.lower() == "body":
+            tags = [_user_tag(user) for user in _users(body) if isinstance(user, str)]
+        else:
+            text = as_utf8(headers.get(source, ""))
+            tags = [_tag_text(urllib.parse.unquote(text[:_MAX_TAG_SOURCE_CHARS]))]
+        if any(tags):
+            return next(filter(None, tags))
+    return None
 
 
 # ==== 14. Attachments ========================================================
@@ -15968,9 +16176,11 @@ class Job:
     def __init__(
         self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
         now_s: float, *, peer: str = "", user_agent: str = "", answer_id: str = "",
+        tag: str | None = None,
     ) -> None:
         """`dialect` is the name of the dialect; `peer` and `user_agent` tell the operator who
-        sent a request that fails; `answer_id` is what Dialect.answer_id returns."""
+        sent a request that fails; `answer_id` is what Dialect.answer_id returns; `tag` is that of
+        the row."""
         self.turn = turn
         self.caller = caller
         self.client = client
@@ -15979,6 +16189,7 @@ class Job:
         self.peer = peer
         self.user_agent = user_agent
         self.answer_id = answer_id
+        self.tag = tag
         self.started_s = now_s
         self.started_at_s = time.time()
         self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
@@ -16016,6 +16227,7 @@ class Job:
         return {
             "request_id": self.request_id,
             "key_name": self.caller.name,
+            "tag": self.tag,
             "model": self.turn.model.id,
             "dialect": self.dialect,
             "stream": self.turn.stream,
@@ -16076,6 +16288,7 @@ class Job:
             first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
             total_ms=round((now_s - self.started_s) * 1000),
             web_search_requests=sum(usage.web_search_requests for usage in usages),
+            tag=self.tag,
         )
 
 
@@ -16765,7 +16978,7 @@ class Requests:
         request first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
             job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s,
-            peer=job.peer, user_agent=job.user_agent,
+            peer=job.peer, user_agent=job.user_agent, tag=job.tag,
         )
         produced.reservation, produced.asked_by = job.reservation, job
         thread = threading.Thread(
@@ -17154,6 +17367,7 @@ class App:
         for key_id, why in self.keys.problems:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store)
+        self.tags = Tags(self.store)
         self.sessions = Sessions(self.store)
         self.thinking = ThinkingMemory(self.store)
         self.account = Account()
@@ -17616,6 +17830,18 @@ class Response:
             self._send(frame)
         self._end_parts(b"")
 
+    def send_download(self, parts: Iterable[bytes], headers: Mapping[str, str]) -> None:
+        """Send a body of unknown length, each part when the client has taken those before."""
+        self._begin_parts(headers)
+        if self.is_head:
+            self._write(b"")
+            self._is_complete = True
+            return
+        for part in parts:
+            self._send(part)
+            self._client.flush()
+        self._end_parts(b"")
+
     def send_stream(
         self, renderer: Renderer, events: Iterator[Choice], heartbeat_s: float,
         finished: Callable[[Json], None],
@@ -17856,6 +18082,8 @@ class Exchange:
         #: The format of errors.
         self.dialect: Dialect = CHAT
         self.caller = Caller("public")
+        #: Who is behind the caller's key, if the request says it and the operator wants to know.
+        self.tag: str | None = None
         self._bodies = bodies
         #: The length of the body; None = chunked.
         self._length: int | None = 0
@@ -18487,6 +18715,10 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
         body.setdefault(SESSION_FIELD, session_id)
     parsing = _parse_environment(app, exchange, models, counted=counted)
     turn = exchange.dialect.parse(body, parsing)
+    if config.tag_from:
+        exchange.tag = request_tag(config.tag_from, exchange.headers, body)
+    if "body" in split_list(config.tag_from.lower()):
+        turn = turn._replace(ignored=tuple(n for n in turn.ignored if n not in TAG_FIELDS))
     _check_model_allowed(models, exchange.caller, turn.model)
     models.check_runs(turn.model)
     if not counted:
@@ -18524,10 +18756,11 @@ def _set_turn_headers(exchange: Exchange, turn: Turn) -> None:
 def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
+    tag = exchange.tag and app.tags.bounded(exchange.caller, exchange.tag)
     job = Job(
         turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock(),
         peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
-        answer_id=dialect.answer_id(turn),
+        answer_id=dialect.answer_id(turn), tag=tag,
     )
     with app.requests.answering(job) as events:
         def store(body: Json) -> None:
@@ -19320,10 +19553,36 @@ _USAGE_AUDIT_INTERVAL_S = 60.0
 _MAX_HOURS = 24 * 400
 
 
+def _csv_table(query: Mapping[str, str]) -> str:
+    """Return the table that the query wants as CSV; empty = it wants JSON. Raises BadRequest."""
+    fields = Fields(dict(query))
+    table = fields.one_of("table", USAGE_TABLES)
+    if fields.one_of("format", ("json", "csv")) == "csv":
+        return table or USAGE_TABLES[0]
+    if table:
+        raise BadRequest("table: is for format=csv; JSON has all tables at once.", param="table")
+    return ""
+
+
+def _send_csv(
+    exchange: Exchange, table: str, parts: Iterator[bytes], since_s: float, until_s: float
+) -> None:
+    """Send a table as a file that a browser saves."""
+    # Before the head: a failure of the first query has a status of its own.
+    first = next(parts)
+    days = "-to-".join(iso_time(each_s)[:10] for each_s in (since_s, until_s))
+    exchange.response.send_download(itertools.chain([first], parts), {
+        "Content-Type": "text/csv; charset=utf-8",
+        "Content-Disposition": f'attachment; filename="ocp-usage-{table}-{days}.csv"',
+    })
+
+
 def get_api_usage(app: App, exchange: Exchange) -> None:
-    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
-    with `all` that of all callers, for the operator only."""
+    """GET /api/usage?since=&until=&hours=24&limit=50&all=true&format=&table=: return the caller's
+    own usage, or with `all` that of all callers, for the operator only; with format=csv one table
+    of it, all requests (`rows`) or the sums by day, key, model, path or tag."""
     query, caller = exchange.query, exchange.caller
+    table = _csv_table(query)
     limit = query_integer(query, "limit", 50, _MAX_RECENT)
     hours = query_integer(query, "hours", 24, _MAX_HOURS)
     until_s = _query_time(query, "until", time.time() + 1)
@@ -19333,7 +19592,11 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     audit_id = f"usage {caller.name} {exchange.peer}"
     if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
-    report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
+    whose = None if all_callers else caller
+    if table:
+        _send_csv(exchange, table, app.ledger.csv(table, since_s, until_s, whose), since_s, until_s)
+        return
+    report = app.ledger.report(since_s, until_s, limit, whose)
     exchange.response.send_json(
         {
             "since": iso_time(since_s),
@@ -19781,6 +20044,7 @@ _QUERIES: dict[str, dict[str, Json]] = {
         "since": {"type": "string", "format": "date-time"},
         "until": {"type": "string", "format": "date-time"},
         "hours": _up_to(_MAX_HOURS), "limit": _up_to(_MAX_RECENT), "all": {"type": "boolean"},
+        "format": {"enum": ["json", "csv"]}, "table": {"enum": [*USAGE_TABLES]},
     },
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
@@ -19810,6 +20074,8 @@ def _operation(route: Route) -> Json:
     success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
     if "stream" in _BODIES.get(name, {}).get("properties", {}):
         success["content"]["text/event-stream"] = {"schema": {}}
+    if "format" in _QUERIES.get(name, {}):
+        success["content"]["text/csv"] = {"schema": {}}
     failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation: Json = {
         "operationId": name,
