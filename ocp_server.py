@@ -5391,19 +5391,19 @@ def _row_entry(row: sqlite3.Row) -> Json:
     return {"at": iso_time(row["at_s"]), **shown}
 
 
-#: How a text begins that a spreadsheet takes for a formula.
-_FORMULA_BEGINS = ("=", "+", "-", "@", "\t", "\r")
-
-
 def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. A text that a spreadsheet
-    would run as a formula gets an apostrophe in front, because clients choose some of them."""
-    text = io.StringIO()
-    csv.writer(text).writerows(
-        [f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_BEGINS) else value
-         for value in row] for row in rows
-    )
-    return text.getvalue().encode("utf-8", "replace")
+    """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. Clients choose some of the
+    texts: one that a spreadsheet would run as a formula gets an apostrophe in front, and control
+    characters are escaped."""
+    def field(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+    file = io.StringIO()
+    csv.writer(file).writerows(map(field, row) for row in rows)
+    return file.getvalue().encode("utf-8")
 
 
 def _percentiles_by(name: str, groups: Mapping[str, Sequence[int]]) -> list[Json]:
