@@ -4992,9 +4992,6 @@ USAGE_TABLES = ("rows", *_TABLES)
 _HIDDEN_COLUMNS = ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent")
 #: The number of rows that are read at a time for a CSV.
 _CSV_PAGE_ROWS = 1_000
-#: How many different tags a caller may use in a day, and the tag of requests with others.
-_MAX_DAILY_TAGS = 1_000
-OTHER_TAG = "(other)"
 #: The longest span with a timeline by hour; beyond it, by day.
 _MAX_HOURLY_S = 32 * 86_400.0
 #: The percentiles of a report.
@@ -5292,45 +5289,6 @@ class Ledger:
         return [dict(row) for row in newest], [dict(row) for row in kinds]
 
 
-class Tags:
-    """The tags of the requests of a day. Their number is bounded, so that a client cannot fill the
-    reports with names that it makes up."""
-
-    def __init__(self, store: Store, clock: Clock = time.time) -> None:
-        self._store = store
-        self._clock = clock
-        # Guards the fields below.
-        self._lock = threading.Lock()
-        self._day_s = (0.0, 0.0)
-        #: The tags of each key, by its id, and of each other caller, by its name.
-        self._seen: dict[object, set[str]] = {}
-
-    def bounded(self, caller: Caller, tag: str) -> str:
-        """Return the tag for a row; OTHER_TAG if the caller has used too many others today."""
-        with self._lock:
-            now_s = self._clock()
-            if not self._day_s[0] <= now_s < self._day_s[1]:
-                self._day_s = period_bounds("daily", now_s)
-                self._seen = self._written()
-            seen = self._seen.setdefault(caller.key_id or caller.name, set())
-            if tag not in seen and len(seen) >= _MAX_DAILY_TAGS:
-                return OTHER_TAG
-            seen.add(tag)
-            return tag
-
-    def _written(self) -> dict[object, set[str]]:
-        """Return the tags in today's rows. The caller holds the lock."""
-        seen: dict[object, set[str]] = {}
-        # If the database cannot be read, the count begins anew.
-        with contextlib.suppress(sqlite3.Error):
-            for row in self._store.rows(
-                "SELECT DISTINCT COALESCE(key_id, caller) AS who, tag FROM usage "
-                "WHERE at_s >= ? AND tag IS NOT NULL", self._day_s[0],
-            ):
-                seen.setdefault(row["who"], set()).add(row["tag"])
-        return seen
-
-
 class FailureFilter(NamedTuple):
     """Which failures are asked for. Empty = any."""
 
@@ -5491,6 +5449,116 @@ class Rows:
 
     def recent(self, limit: int) -> list[Json]:
         return [*map(_row_entry, self.select("id DESC", limit)[1])]
+
+
+# ==== 9a. Tags ===============================================================
+# Who is behind the key of a request, as its client says. A tag is for the reports of usage only:
+# it gives no rights, and no part of an answer depends on it.
+
+#: The fields of a body with its user, in the order in which they count; the fields of OpenAI's
+#: API, and Anthropic's.
+TAG_FIELDS = ("user", "safety_identifier", "metadata.user_id")
+#: The longest tag, and how much of a longer text is looked at.
+_MAX_TAG_CHARS = 64
+_MAX_TAG_SOURCE_CHARS = 2_000
+#: The user_id of Claude Code before 2.1.78; since then it is JSON with the same three ids.
+_OLD_CLAUDE_CODE_USER = re.compile(r"user_([0-9a-f]{12})[0-9a-f]*_account_.*_session_.*")
+
+
+def _tag_text(text: str) -> str:
+    """Return a text as a tag: on one line, without keys and invisible characters, of at most
+    _MAX_TAG_CHARS; empty if nothing is left."""
+    text = unicodedata.normalize("NFC", redact(text[:_MAX_TAG_SOURCE_CHARS]))
+    visible = (c if c.isprintable() else " " if c.isspace() else "" for c in text)
+    return one_line("".join(visible), _MAX_TAG_CHARS)
+
+
+def _user_tag(user: str) -> str:
+    """Return the tag for what a body says of its user. Claude Code sends the ids of its
+    installation, of the account and of the session: the first digits of the installation's id are
+    the tag, and nothing else of them is kept."""
+    user = user[:_MAX_TAG_SOURCE_CHARS]
+    old = _OLD_CLAUDE_CODE_USER.fullmatch(user)
+    if old is not None:
+        return f"device-{old[1]}"
+    if not user.lstrip().startswith("{"):
+        return _tag_text(user)
+    with contextlib.suppress(ValueError):
+        ids = from_json(user)
+        device = ids.get("device_id") if isinstance(ids, dict) else None
+        if isinstance(device, str) and device:
+            return _tag_text(f"device-{device[:12]}")
+    return ""
+
+
+def _users(body: object) -> Iterator[object]:
+    """Yield the values of TAG_FIELDS in a body."""
+    for path in TAG_FIELDS:
+        value = body
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        yield value
+
+
+def request_tag(tag_from: str, headers: Headers, body: object) -> str | None:
+    """Return who is behind the key of a request, as its client says; None if nothing does.
+
+    `tag_from` is Config.tag_from. Names in headers may be UTF-8 or percent-encoded: Open WebUI
+    encodes all characters outside ASCII.
+    """
+    for source in split_list(tag_from):
+        if source.lower() == "body":
+            tags = [_user_tag(user) for user in _users(body) if isinstance(user, str)]
+        else:
+            text = as_utf8(headers.get(source, ""))
+            tags = [_tag_text(urllib.parse.unquote(text[:_MAX_TAG_SOURCE_CHARS]))]
+        if any(tags):
+            return next(filter(None, tags))
+    return None
+
+
+#: How many different tags a caller may use in a day, and the tag of requests with others.
+_MAX_DAILY_TAGS = 1_000
+OTHER_TAG = "(other)"
+
+
+class Tags:
+    """The tags of the requests of a day. Their number is bounded, so that a client cannot fill the
+    reports with names that it makes up."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        self._day_s = (0.0, 0.0)
+        #: The tags of each key, by its id, and of each other caller, by its name.
+        self._seen: dict[object, set[str]] = {}
+
+    def bounded(self, caller: Caller, tag: str) -> str:
+        """Return the tag for a row; OTHER_TAG if the caller has used too many others today."""
+        with self._lock:
+            now_s = self._clock()
+            if not self._day_s[0] <= now_s < self._day_s[1]:
+                self._day_s = period_bounds("daily", now_s)
+                self._seen = self._written()
+            seen = self._seen.setdefault(caller.key_id or caller.name, set())
+            if tag not in seen and len(seen) >= _MAX_DAILY_TAGS:
+                return OTHER_TAG
+            seen.add(tag)
+            return tag
+
+    def _written(self) -> dict[object, set[str]]:
+        """Return the tags in today's rows. The caller holds the lock."""
+        seen: dict[object, set[str]] = {}
+        # If the database cannot be read, the count begins anew.
+        with contextlib.suppress(sqlite3.Error):
+            for row in self._store.rows(
+                "SELECT DISTINCT COALESCE(key_id, caller) AS who, tag FROM usage "
+                "WHERE at_s >= ? AND tag IS NOT NULL", self._day_s[0],
+            ):
+                seen.setdefault(row["who"], set()).add(row["tag"])
+        return seen
 
 
 # ==== 10. Patterns ===========================================================
@@ -7086,68 +7154,6 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     if not sampled_too and isinstance(temperature, (int, float)) and temperature > 0:
         return True
     return any(True for _ in cache_controls(body))
-
-
-#: The fields of a body with its user, in the order in which they count; the fields of OpenAI's
-#: API, and Anthropic's.
-TAG_FIELDS = ("user", "safety_identifier", "metadata.user_id")
-#: The longest tag, and how much of a longer text is looked at.
-_MAX_TAG_CHARS = 64
-_MAX_TAG_SOURCE_CHARS = 2_000
-#: The user_id of Claude Code before 2.1.78; since then it is JSON with the same three ids.
-_OLD_CLAUDE_CODE_USER = re.compile(r"user_([0-9a-f]{12})[0-9a-f]*_account_.*_session_.*")
-
-
-def _tag_text(text: str) -> str:
-    """Return a text as a tag: on one line, without invisible characters, of at most
-    _MAX_TAG_CHARS; empty if nothing is left."""
-    text = unicodedata.normalize("NFC", text[:_MAX_TAG_SOURCE_CHARS])
-    visible = (c if c.isprintable() else " " if c.isspace() else "" for c in text)
-    return one_line("".join(visible), _MAX_TAG_CHARS)
-
-
-def _user_tag(user: str) -> str:
-    """Return the tag for what a body says of its user. Claude Code sends the ids of its
-    installation, of the account and of the session: the first digits of the installation's id are
-    the tag, and nothing else of them is kept."""
-    user = user[:_MAX_TAG_SOURCE_CHARS]
-    old = _OLD_CLAUDE_CODE_USER.fullmatch(user)
-    if old is not None:
-        return f"device-{old[1]}"
-    if not user.lstrip().startswith("{"):
-        return _tag_text(user)
-    with contextlib.suppress(ValueError):
-        ids = from_json(user)
-        device = ids.get("device_id") if isinstance(ids, dict) else None
-        if isinstance(device, str) and device:
-            return _tag_text(f"device-{device[:12]}")
-    return ""
-
-
-def _users(body: object) -> Iterator[object]:
-    """Yield the values of TAG_FIELDS in a body."""
-    for path in TAG_FIELDS:
-        value = body
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        yield value
-
-
-def request_tag(tag_from: str, headers: Headers, body: object) -> str | None:
-    """Return who is behind the key of a request, as its client says; None if nothing does.
-
-    `tag_from` is Config.tag_from. Names in headers may be UTF-8 or percent-encoded: Open WebUI
-    encodes all characters outside ASCII.
-    """
-    for source in split_list(tag_from):
-        if source.lower() == "body":
-            tags = [_user_tag(user) for user in _users(body) if isinstance(user, str)]
-        else:
-            text = as_utf8(headers.get(source, ""))
-            tags = [_tag_text(urllib.parse.unquote(text[:_MAX_TAG_SOURCE_CHARS]))]
-        if any(tags):
-            return next(filter(None, tags))
-    return None
 
 
 # ==== 14. Attachments ========================================================

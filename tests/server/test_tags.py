@@ -215,7 +215,7 @@ def tag_of(user: object, tag_from: str = "body") -> Json:
     ("anna", "anna"), ("  an\tna\n\n", "an na"), ("e\u0301va", "\u00e9va"), ("\u200b\ufeff", None),
     ("a\u202eb\u200dc", "abc"), ("\ud800x", "x"), ("x" * 64, "x" * 64),
     ("x" * 65, "x" * 61 + "..."), ("a\x00b\x1b[31m", "ab[31m"), ("\U0001f600", "\U0001f600"),
-    ("x" * 10**6, "x" * 61 + "..."),
+    ("x" * 10**6, "x" * 61 + "..."), ("ocp_" + "k" * 32, "ocp_[redacted]"),
 ])
 def test_a_tag_is_one_short_line_of_visible_characters(user: str, tag: str) -> None:
     assert tag_of(user) == tag
