@@ -1355,6 +1355,11 @@ class RequestStopped(BadRequest):
     code = "request_stopped"
 
 
+class RepeatStopped(RequestStopped):
+    """The request repeats one that the operator has just stopped."""
+    rejected_before_work = True
+
+
 class Unauthorized(OcpError):
     """The key is none that this server ever gave out."""
     status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
@@ -16219,6 +16224,11 @@ class Job:
         return all(record.finished is not None for record in self.records)
 
     @property
+    def question(self) -> str:
+        """A digest of what is asked, in whatever form and dialect."""
+        return digest([self.caller.scope, *(message.digest for message in self.turn.messages)])
+
+    @property
     def why_ended(self) -> OcpError | None:
         """Why it, or the job that it produces an answer for, was cancelled; None if it was not."""
         asked_by = self.asked_by
@@ -16829,6 +16839,9 @@ class TurnRunner:
 
 #: Stop reasons of answers that are cached for the same request.
 _CACHEABLE = ("end_turn", "stop_sequence")
+#: How long the same question is refused after the operator has stopped it. Claude Code asks again
+#: without a stream, within a second, when a stream ends with an error.
+STOP_LASTS_S = 30.0
 #: The tokens that quotas reserve for the answer of a client that sets no limit.
 _LIKELY_ANSWER_TOKENS = 4_096
 
@@ -16839,9 +16852,11 @@ class Requests:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        # Guards the list.
+        # Guards the fields below.
         self._lock = threading.Lock()
         self._jobs: list[Job] = []
+        #: The questions that the operator has stopped, and until when they are refused.
+        self._stopped: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -16866,12 +16881,13 @@ class Requests:
 
     def _admit(self, job: Job) -> None:
         """Reserve a place in the quotas of the job's key. Raises Draining, Unauthorized,
-        QuotaExceeded, QueueFull, sqlite3.Error."""
+        RepeatStopped, QuotaExceeded, QueueFull, sqlite3.Error."""
         app, turn = self._app, job.turn
         if app.draining:
             raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
         # Only now that it can be seen among those that run: a key that ends now ends it.
         app.keys.current(job.caller)
+        self._check_not_stopped(job)
         job.reservation = app.ledger.reserve(
             job.caller, self._likely_tokens(job), requests=turn.choices,
             bounded=turn.options.max_tokens is not None,
@@ -16896,22 +16912,37 @@ class Requests:
                 job.client.cancel()
 
     def stop(
-        self, caller: Caller, is_meant: Callable[[Job], bool], message: str
+        self, caller: Caller, is_meant: Callable[[Job], bool], message: str, *, lasts_s: float = 0.0
     ) -> Job | None:
         """End the request that is meant, and tell its client with RequestStopped. An operator may
-        end every request, others those of their key. Return it; None if no such request runs."""
+        end every request, others those of their key. Return it; None if no such request runs.
+
+        For `lasts_s` the same question of the same caller is refused."""
         # Under the lock: once a job has left the list, its connection may serve another one.
         with self._lock:
             for job in self._jobs:
                 is_own = caller.is_admin or job.caller.scope == caller.scope
                 if is_own and is_meant(job) and not job.finished:
                     if job.ended_by is None:
+                        self._stopped[job.question] = self._app.clock() + lasts_s
                         job.ended_by = RequestStopped(message)
                         # As the end of the turn.
                         job.ended_by.logged = True
                         job.client.cancel()
                     return job
         return None
+
+    def _check_not_stopped(self, job: Job) -> None:
+        """Raise RepeatStopped if the operator has just stopped the same question."""
+        with self._lock:
+            now_s = self._app.clock()
+            self._stopped = {each: end_s for each, end_s in self._stopped.items() if end_s > now_s}
+            end_s = self._stopped.get(job.question) if self._stopped else None
+        if end_s is not None:
+            raise RepeatStopped(
+                "The operator stopped this request; it is not answered again for "
+                f"{math.ceil(end_s - now_s)} s."
+            )
 
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
@@ -19540,6 +19571,7 @@ def stop_request(app: App, exchange: Exchange, id: str) -> None:
     job = app.requests.stop(
         exchange.caller, lambda job: id in (job.request_id, job.answer_id),
         f"The {who} stopped this request while it ran.",
+        lasts_s=STOP_LASTS_S if exchange.caller.is_admin else 0.0,
     )
     if job is None:
         raise NotFound(

@@ -16,7 +16,7 @@ from cached import HOUR
 from chat import HANG, NO_IDLE, ask, both_ways, content_of, encoded, error_of, question
 from dialects import CHAT, DIALECTS, MESSAGES, RESPONSES, Dialect, dialect_name
 from http_client import Reply
-from keys import ADMIN_KEY, MULTI, as_admin, bearer, new_key
+from keys import ADMIN_KEY, MULTI, as_admin, ask_as, bearer, new_key
 from processes import is_gone
 from raw_http import RawConnection, post
 from server import Server, asked_process, at_rest, last_entry, running_server
@@ -283,6 +283,36 @@ def test_a_key_stops_its_own_requests_and_no_others(tmp_path: Path) -> None:
 
             error = error_of(wire.reply())
             assert error["message"] == "The caller stopped this request while it ran."
+
+
+@pytest.mark.parametrize("by_operator", [True, False], ids=["operator", "caller"])
+def test_only_what_the_operator_has_stopped_is_refused_when_it_is_asked_again(
+    tmp_path: Path, by_operator: bool
+) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        mine, other = (new_key(server, name=name)["key"] for name in ("mine", "other"))
+        server.write_scenario([HANGS_IN_THE_TEXT])
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(ask_as, server, mine, "Hello", stream=True)
+            (entry,) = eventually(lambda: says(server) and listed(server))
+            stop(server, entry["request_id"], ADMIN_KEY if by_operator else mine)
+            asked.result()
+        server.write_scenario([])
+        before = len(server.queries())
+
+        # Claude Code asks again like this, also in another dialect or with other options.
+        again = [ask_as(server, mine, "Hello"), ask_as(server, mine, "Hello", max_tokens=9)]
+        others = [ask_as(server, mine, "Hello?"), ask_as(server, other, "Hello")]
+
+        assert [reply.status for reply in others] == [200, 200]
+        assert [reply.status for reply in again] == ([400, 400] if by_operator else [200, 200])
+        if by_operator:
+            error = error_of(again[0])
+            assert error["code"] == "request_stopped" and "30 s" in error["message"]
+            assert again[0].headers["x-should-retry"] == "false"
+            assert len(server.queries()) == before + 2
+            # Refusals cannot fill the disk.
+            assert len(rows(server)) == 3
 
 
 # ---------------------------------------------------------------------------
