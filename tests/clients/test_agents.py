@@ -574,6 +574,17 @@ def test_claude_code_shows_a_plan_limit_without_asking_again(desk: AgentDesk) ->
     assert len(desk.served()) == 1
 
 
+def test_the_ids_of_claude_code_become_a_short_tag(desk: AgentDesk) -> None:
+    server = desk.rig.server
+    assert server.call("PATCH", "/settings", {"tagFrom": "body"}).status == 200
+
+    run_claude_code(desk)
+
+    rows = server.call("GET", "/api/usage?limit=1").json()["recent"]
+    assert server.call("PATCH", "/settings", {"tagFrom": None}).status == 200
+    assert re.fullmatch("device-[0-9a-f]{12}", rows[0]["tag"])
+
+
 def stop_what_runs(desk: AgentDesk) -> None:
     """Stop the first request that has an answer begun."""
     def begun() -> list[Json]:
@@ -585,6 +596,7 @@ def stop_what_runs(desk: AgentDesk) -> None:
     assert desk.rig.server.call("DELETE", path).status == 200
 
 
+# Last, because the server refuses for a while what was stopped, and others ask the same.
 @pytest.mark.parametrize("run_agent", [run_claude_code, *rest(run_codex)])
 def test_an_agent_whose_request_is_stopped_gets_nothing_by_asking_again(
     desk: AgentDesk, run_agent: Callable[[AgentDesk], Ran]
@@ -597,14 +609,3 @@ def test_an_agent_whose_request_is_stopped_gets_nothing_by_asking_again(
 
     assert ran.code == 1 and "operator stopped this request" in ran.stdout + ran.stderr, ran
     assert len(desk.rig.bodies()) == 1
-
-
-def test_the_ids_of_claude_code_become_a_short_tag(desk: AgentDesk) -> None:
-    server = desk.rig.server
-    assert server.call("PATCH", "/settings", {"tagFrom": "body"}).status == 200
-
-    run_claude_code(desk)
-
-    rows = server.call("GET", "/api/usage?limit=1").json()["recent"]
-    assert server.call("PATCH", "/settings", {"tagFrom": None}).status == 200
-    assert re.fullmatch("device-[0-9a-f]{12}", rows[0]["tag"])
