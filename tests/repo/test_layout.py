@@ -40,7 +40,7 @@ SECTION_LINES = {
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
     "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "State folder": 160,
-    "Answering": 860, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
+    "Answering": 880, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
     "API endpoints": 320, "Management endpoints": 910, "Table of routes": 50, "Demo claude": 190,
     "Command line": 290,
 }
