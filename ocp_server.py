@@ -31,43 +31,44 @@ Sections (search for "==== 8" to jump to the eighth):
      7. Store                   the SQLite database, and the settings changed at run time
      8. Keys and callers        authentication, access to routes, and the keys of devices
      9. Usage and quotas        one row for each request, and the limits of keys
-    10. Patterns                regular expressions of clients, for JavaScript and for Python
-    11. JSON Schema             schemas of clients, parsed into plain 2020-12
-    12. Model schemas           schemas rewritten so that claude and the API accept them, and back
-    13. Request fields          typed access to JSON; thinking and sampling
-    14. Attachments             images and files of requests, and their limits
-    15. Content                 parts and blocks of messages in the formats of all APIs
-    16. Tools                   tools, the choice among them, their calls, output schemas
-    17. Dialects                messages become a prompt; what every wire format does
-    18. Chat completions        /v1/chat/completions and /v1/completions
-    19. Messages                /v1/messages
-    20. Response items          input items into messages, blocks into output items
-    21. Responses               /v1/responses and /v1/responses/compact
-    22. Claude protocol         control requests and replies, the client's tools; no I/O
-    23. Claude input            messages, options and histories as lines for claude
-    24. Plan and failures       reports of claude about the plan; its failures as errors
-    25. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    26. Claude program          the program on disk, how it is started, and its folders
-    27. Claude process          one child process and its pipes
-    28. Gate                    admission of requests
-    29. Conversations           the identity of conversations; what an idle process can do with them
-    30. Process pool            spare, parked and stopping processes
-    31. Sessions and responses  what is remembered of conversations: messages, and thinking
-    32. Cache                   stored answers, and answers shared while they are generated
-    33. Account                 the state of login and plan, learned from answers
-    34. Metrics                 counters and histograms since the start
-    35. Connections             client sockets, and limits on their number and memory
-    36. State folder            the database, the modes of files, the admin key
-    37. Answering               one request: quota, cache, claude, row of usage
-    38. App                     owns every long-lived object; the housekeeper
-    39. Routes                  the choice of a route for a path and a method
-    40. HTTP server             sockets, bodies, one thread for each connection
-    41. Dashboard               the operator's page, and its content security policy
-    42. API endpoints           answers, stored responses, sessions, models
-    43. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    44. Table of routes         path, access, dialect and endpoint of each route
-    45. Demo claude             the stand-in for claude behind --demo
-    46. Command line            arguments, signals, main
+    10. Tags                    who is behind the key of a request
+    11. Patterns                regular expressions of clients, for JavaScript and for Python
+    12. JSON Schema             schemas of clients, parsed into plain 2020-12
+    13. Model schemas           schemas rewritten so that claude and the API accept them, and back
+    14. Request fields          typed access to JSON; thinking and sampling
+    15. Attachments             images and files of requests, and their limits
+    16. Content                 parts and blocks of messages in the formats of all APIs
+    17. Tools                   tools, the choice among them, their calls, output schemas
+    18. Dialects                messages become a prompt; what every wire format does
+    19. Chat completions        /v1/chat/completions and /v1/completions
+    20. Messages                /v1/messages
+    21. Response items          input items into messages, blocks into output items
+    22. Responses               /v1/responses and /v1/responses/compact
+    23. Claude protocol         control requests and replies, the client's tools; no I/O
+    24. Claude input            messages, options and histories as lines for claude
+    25. Plan and failures       reports of claude about the plan; its failures as errors
+    26. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    27. Claude program          the program on disk, how it is started, and its folders
+    28. Claude process          one child process and its pipes
+    29. Gate                    admission of requests
+    30. Conversations           the identity of conversations; what an idle process can do with them
+    31. Process pool            spare, parked and stopping processes
+    32. Sessions and responses  what is remembered of conversations: messages, and thinking
+    33. Cache                   stored answers, and answers shared while they are generated
+    34. Account                 the state of login and plan, learned from answers
+    35. Metrics                 counters and histograms since the start
+    36. Connections             client sockets, and limits on their number and memory
+    37. State folder            the database, the modes of files, the admin key
+    38. Answering               one request: quota, cache, claude, row of usage
+    39. App                     owns every long-lived object; the housekeeper
+    40. Routes                  the choice of a route for a path and a method
+    41. HTTP server             sockets, bodies, one thread for each connection
+    42. Dashboard               the operator's page, and its content security policy
+    43. API endpoints           answers, stored responses, sessions, models
+    44. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    45. Table of routes         path, access, dialect and endpoint of each route
+    46. Demo claude             the stand-in for claude behind --demo
+    47. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -5456,7 +5457,7 @@ class Rows:
         return [*map(_row_entry, self.select("id DESC", limit)[1])]
 
 
-# ==== 9a. Tags ===============================================================
+# ==== 10. Tags ===============================================================
 # Who is behind the key of a request, as its client says. A tag is for the reports of usage only:
 # it gives no rights, and no part of an answer depends on it.
 
@@ -5566,7 +5567,7 @@ class Tags:
         return seen
 
 
-# ==== 10. Patterns ===========================================================
+# ==== 11. Patterns ===========================================================
 # Regular expressions in schemas. Clients write those of their own language; claude's validator is
 # JavaScript and rejects a whole schema because of one invalid pattern.
 
@@ -5668,7 +5669,7 @@ def strict_pattern(text: str) -> Pattern | None:
     return Pattern(javascript, None if is_slow else compiled)
 
 
-# ==== 11. JSON Schema ========================================================
+# ==== 12. JSON Schema ========================================================
 # The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
 # schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
 # because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
@@ -6248,7 +6249,7 @@ def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# ==== 12. Model schemas ======================================================
+# ==== 13. Model schemas ======================================================
 # A parsed schema is reduced to the keywords that claude and the API accept. The rest becomes part
 # of descriptions, and is checked here. The JSON that the model writes is converted back into the
 # client's form, also while it streams.
@@ -6688,7 +6689,7 @@ class ClientJsonConverter:
         return piece if self._in_value else ""
 
 
-# ==== 13. Request fields =====================================================
+# ==== 14. Request fields =====================================================
 # Fields reads the JSON of a request with types and names the field that is invalid. The functions
 # after it read the options, thinking and sampling, and adapt them to the model.
 
@@ -7161,7 +7162,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return any(True for _ in cache_controls(body))
 
 
-# ==== 14. Attachments ========================================================
+# ==== 15. Attachments ========================================================
 # Images and files of requests become blocks that the API accepts. Their data decides about their
 # type. ParseContext holds what one request needs while it is parsed.
 
@@ -7548,7 +7549,7 @@ class ParseContext:
         self.adjusted[repair] += 1
 
 
-# ==== 15. Content ============================================================
+# ==== 16. Content ============================================================
 # The content of messages and of tool results in the formats of all APIs becomes blocks that the
 # Messages API accepts.
 
@@ -7927,7 +7928,7 @@ class MessagesContent(ContentReader):
         return [block] if place == "assistant" else text_blocks(server_block_text(block))
 
 
-# ==== 16. Tools ==============================================================
+# ==== 17. Tools ==============================================================
 # The tools, the choice among them and the output schema of a request, in the form that the model's
 # API accepts. In a history, each call gets exactly one result.
 
@@ -8487,7 +8488,7 @@ def with_paired_results(
     )
 
 
-# ==== 17. Dialects ===========================================================
+# ==== 18. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and does not depend on claude. The first functions, shared by all dialects, turn the
 # messages of clients into a prompt that the API accepts.
@@ -8933,7 +8934,7 @@ def text_annotations(blocks: Iterable[Block]) -> list[Json]:
     return annotations
 
 
-# ==== 18. Chat completions ===================================================
+# ==== 19. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
 _NO_LOG_PROBABILITIES = "log probabilities are not supported"
@@ -9382,7 +9383,7 @@ class CompletionsRenderer(ChatRenderer):
 COMPLETIONS = CompletionsDialect()
 
 
-# ==== 19. Messages ===========================================================
+# ==== 20. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
 
@@ -9658,7 +9659,7 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-# ==== 20. Response items =====================================================
+# ==== 21. Response items =====================================================
 # The items of a response: the input items as messages of a Turn, and the blocks of an answer as
 # output items.
 
@@ -10017,7 +10018,7 @@ def output_items(
             yield from ({**new_item(forms, block), **sealed_thinking(block)} for block in found)
 
 
-# ==== 21. Responses ==========================================================
+# ==== 22. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
 #: Values in responses of unfinished streams, in place of the request's, which may be long.
@@ -10505,7 +10506,7 @@ class CompactionDialect(ResponsesDialect):
 COMPACTION = CompactionDialect()
 
 
-# ==== 22. Claude protocol ====================================================
+# ==== 23. Claude protocol ====================================================
 # Control requests and their replies, and the tools of the client, which claude calls by such
 # requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
@@ -10724,7 +10725,7 @@ class ToolServer:
         return lines
 
 
-# ==== 23. Claude input =======================================================
+# ==== 24. Claude input =======================================================
 # What a request becomes on claude's standard input: messages, options, a history in steps; and how
 # claude drops a question again.
 
@@ -11184,7 +11185,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 24. Plan and failures ==================================================
+# ==== 25. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -11523,7 +11524,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 25. Claude answers =====================================================
+# ==== 26. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -12262,7 +12263,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 26. Claude program =====================================================
+# ==== 27. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -12922,7 +12923,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 27. Claude process =====================================================
+# ==== 28. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -13623,7 +13624,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 28. Gate ===============================================================
+# ==== 29. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -13784,7 +13785,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 29. Conversations ======================================================
+# ==== 30. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -13949,7 +13950,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 30. Process pool =======================================================
+# ==== 31. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a model that was used lately, and holds no conversation. After a
@@ -14418,7 +14419,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 31. Sessions and responses =============================================
+# ==== 32. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -14725,7 +14726,7 @@ class ThinkingMemory:
             )
 
 
-# ==== 32. Cache ==============================================================
+# ==== 33. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -14976,7 +14977,7 @@ class Cache:
             }
 
 
-# ==== 33. Account ============================================================
+# ==== 34. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -15313,7 +15314,7 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 34. Metrics ============================================================
+# ==== 35. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -15454,7 +15455,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 35. Connections ========================================================
+# ==== 36. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -15894,7 +15895,7 @@ class Connections:
         )
 
 
-# ==== 36. State folder =======================================================
+# ==== 37. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -16072,7 +16073,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 37. Answering ==========================================================
+# ==== 38. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -17157,7 +17158,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 38. App ================================================================
+# ==== 39. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -17605,7 +17606,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 39. Routes =============================================================
+# ==== 40. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -17694,7 +17695,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 40. HTTP server ========================================================
+# ==== 41. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -18587,7 +18588,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 41. Dashboard ==========================================================
+# ==== 42. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -18655,7 +18656,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 42. API endpoints ======================================================
+# ==== 43. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -19039,7 +19040,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 43. Management endpoints ===============================================
+# ==== 44. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20164,7 +20165,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 44. Table of routes ====================================================
+# ==== 45. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -20217,7 +20218,7 @@ ROUTES = (
 )
 
 
-# ==== 45. Demo claude ========================================================
+# ==== 46. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -20418,7 +20419,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 46. Command line =======================================================
+# ==== 47. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
