@@ -43,6 +43,7 @@ if sys.platform == "win32":
 
 import argparse
 import base64
+import codecs
 import contextlib
 import dataclasses
 import datetime
@@ -223,18 +224,27 @@ KEY_ACTIONS = (
             examples=("keys rotate laptop", "keys rotate laptop --grace 24h")),
     Command("revoke", "end a key", (KEY, YES, JSON), examples=("keys revoke laptop",)),
 )
+STOP_ACTION = Command("stop", "end requests that run; their clients get an error", (
+    argument("requests", nargs="*", metavar="REQUEST", help="an id, or the beginning of one"),
+    flag("--all", help="all that run and wait"), YES, JSON,
+), examples=("requests stop req_4f2a", "requests stop --all"))
 SESSION = argument("session", nargs="?", metavar="SESSION", help="a session's id; none = all")
 
 COMMANDS = (
-    Command("usage", "show plan limits and requests; usage by key, model or day", (
-        argument("--by", choices=("key", "model", "day"), metavar="WHAT",
-                 help="the usage of each key, model or day"),
+    Command("usage", "show plan limits and requests; usage by key, model, tag or day", (
+        argument("--by", choices=("key", "model", "tag", "day"), metavar="WHAT",
+                 help="the usage of each key, model, tag or day"),
         argument("--since", metavar="PERIOD", type=period,
                  help="how far back, such as 12h or 7d; by default 1d, by day 7d"),
         flag("--by-key", help="the same as --by key"),
         argument("--days", metavar="N", type=day_count, help="the same as --by day --since Nd"),
+        flag("--csv", help="as CSV: the sums of --by, else each request"),
+        argument("-o", "--output", metavar="FILE", help="write the CSV to this new file"),
         JSON,
-    ), examples=("usage", "usage --by key --since 7d", "usage --by day")),
+    ), examples=("usage", "usage --by key --since 7d", "usage --by day",
+                 "usage --csv --since 30d -o usage.csv")),
+    Command("requests", "list the requests that run or wait, or stop them", (JSON,),
+            (STOP_ACTION,), examples=("requests", *STOP_ACTION.examples)),
     Command("status", "show the server, its requests and the plan on one screen",
             (flag("--watch", help="repeat every 2 s, until Ctrl-C"), JSON),
             examples=("status", "status --watch")),
@@ -341,7 +351,8 @@ ROOT = Command("", "", (
 
 #: How the help groups the commands; what is named in none comes last.
 GROUPS = (
-    ("Everyday", ("status", "usage", "ask", "dashboard", "models", "logs", "errors")),
+    ("Everyday", ("status", "usage", "ask", "dashboard", "models", "requests", "logs",
+                  "errors")),
     ("Devices", ("keys", "lan", "connect", "sync", "tls")),
     ("Server", ("start", "stop", "restart", "health", "settings", "sessions", "clear", "cache")),
     ("Care", ("doctor", "update", "version", "completion", "help")),
@@ -1564,6 +1575,13 @@ show_usage_by_model = functools.partial(
     _show_usage_by, part="byModel", title="Model", field="model")
 
 
+def show_usage_by_tag(answer: Json, style: Style) -> str:
+    """Return the usage of each tag, and how to have some."""
+    shown = _show_usage_by(answer, style, "byTag", "Tag", "tag")
+    return shown if answer.get("byTag") else (
+        f"{shown}\nNo request has a tag: `ocp settings tagFrom` says what tags them.")
+
+
 def show_usage_days(answer: Json, style: Style) -> str:
     """Return what each day, each model and each way to a process used in the period."""
     days = answer.get("daily")
@@ -1582,22 +1600,120 @@ def show_usage_days(answer: Json, style: Style) -> str:
 
 #: What `usage --by` takes: what shows it, and how many days it goes back by default.
 USAGE_BY: dict[str, tuple[Show, int]] = {
-    "key": (show_usage_by_key, 1), "model": (show_usage_by_model, 1), "day": (show_usage_days, 7)}
+    "key": (show_usage_by_key, 1), "model": (show_usage_by_model, 1),
+    "tag": (show_usage_by_tag, 1), "day": (show_usage_days, 7)}
+
+
+def _new_file(path: str) -> TextIO:
+    """Return a new file with mode 0600. Raises Problem; a file that is there is not replaced."""
+    try:
+        return open(path, "x", encoding="utf-8", newline="",
+                    opener=lambda name, flags: os.open(name, flags, 0o600))
+    except OSError as error:
+        what = "is there already: name another one, or remove it" if isinstance(
+            error, FileExistsError) else f"cannot be written: {error.strerror}"
+        raise failed(f"The file {clean(path)} {what}.") from None
+
+
+def _save_csv(env: Env, args: argparse.Namespace, path: str) -> Exit:
+    """Print the CSV that the server answers with, or write it to a new file, piece by piece."""
+    if args.json:
+        raise Problem(Exit.USAGE, "--csv and --json exclude each other: say one of them.")
+    with find_server(env).open("GET", path, None, 60.0) as answer:
+        if answer.headers.get_content_type() != "text/csv":
+            raise failed("The server is too old for CSV: `ocp update` on its machine helps.")
+        with contextlib.ExitStack() as files:
+            file = files.enter_context(_new_file(args.output)) if args.output else env.stdout
+            try:
+                with reading():
+                    shutil.copyfileobj(codecs.getreader("utf-8")(answer), file)
+                file.flush()
+            except (HttpProblem, OSError) as problem:
+                if args.output:
+                    os.unlink(args.output)
+                raise failed(f"The CSV is not complete: {clean(problem)}.") from None
+    if args.output:
+        env.say(f"written to {clean(args.output)}")
+    return Exit.OK
 
 
 def cmd_usage(env: Env, args: argparse.Namespace) -> Exit:
-    by = args.by or ("key" if args.by_key else "day" if args.days or args.since else "")
-    if not by:
+    is_csv = args.csv or args.output is not None
+    is_by_day = args.days or (args.since and not is_csv)
+    by = args.by or ("key" if args.by_key else "day" if is_by_day else "")
+    if not by and not is_csv:
         return read(env, args, "/usage", show_usage)
-    show, days = USAGE_BY[by]
+    show, days = USAGE_BY[by or "key"]
     back_s = args.since or 86_400 * (args.days or days)
     since_s = env.clock() - back_s
     if by == "day":
         # Whole days: the first one begins at a midnight.
         first = datetime.timedelta(days=max(1, round(back_s / 86_400)) - 1)
         since_s = time.mktime((datetime.date.fromtimestamp(env.clock()) - first).timetuple())
+    if is_csv:
+        table = {"day": "daily", "": "rows"}.get(by, by)
+        return _save_csv(env, args, query(
+            "/api/usage", since=iso_time(since_s), all="true", format="csv", table=table))
     path = query("/api/usage", since=iso_time(since_s), all="true")
     return read(env, args, path, show)
+
+
+REQUEST_COLUMNS = (
+    Column("Request", "request_id"), Column("Key", "key_name"), Column("Tag", "tag"),
+    Column("Model", "model"), Column("State", "state"), number("Since", "elapsed_ms", duration),
+    number("Tokens out", "output_tokens"),
+)
+
+
+def show_requests(answer: Json, style: Style) -> str:
+    rows = answer.get("requests") or []
+    columns = [column for column in REQUEST_COLUMNS
+               if column.head != "Tag" or any(row.get("tag") for row in rows)]
+    return table(columns, rows, style, empty="nothing runs")
+
+
+cmd_requests = reader("/api/requests", show_requests)
+
+
+def _requests_to_stop(args: argparse.Namespace, running: Sequence[str]) -> list[str]:
+    """Return the ids of the running requests that are meant. Raises Problem."""
+    if bool(args.requests) == args.all:
+        raise Problem(Exit.USAGE, "Say which request, or --all: `ocp requests` lists them.")
+    if args.all:
+        return list(running)
+    wanted = []
+    for word in args.requests:
+        found = [each for each in running if word in (each, each.partition("_")[2])] or [
+            each for each in running if each.startswith((word, f"req_{word}"))]
+        if len(found) != 1:
+            raise failed(
+                f"{len(found)} running requests begin with {clean(word)}: say more of the id."
+                if found else
+                f"No running request begins with {clean(word)}: `ocp requests` lists them, and "
+                "`ocp errors ID` shows one that failed.")
+        wanted += found
+    return list(dict.fromkeys(wanted))
+
+
+def cmd_requests_stop(env: Env, args: argparse.Namespace) -> Exit:
+    server = find_server(env)
+    rows = server.ask("GET", "/api/requests").value.get("requests") or []
+    wanted = _requests_to_stop(args, [str(row.get("request_id")) for row in rows])
+    if args.all and wanted:
+        ask_first(env, args, f"Stop {counted(len(wanted), 'request')} on {server.url}?")
+    stopped = []
+    for request_id in wanted:
+        path = "/api/requests/" + urllib.parse.quote(request_id, "")
+        try:
+            server.ask("DELETE", path)
+            stopped.append(request_id)
+        except Problem as problem:
+            # It has ended meanwhile.
+            code = ((problem.body or {}).get("error") or {}).get("code")
+            if code != "not_found":
+                raise
+    return print_answer(env, args, {"stopped": stopped}, lambda answer, style: (
+        "stopped " + ", ".join(answer["stopped"]) if answer["stopped"] else "nothing runs"))
 
 
 def _state_word(state: object, style: Style) -> str:
@@ -4991,7 +5107,8 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
 #: Without a list, the names are those of the answer's own fields.
 VALUES = {
     "KEY": ("/api/keys", "keys", "name"), "MODEL": ("/v1/models", "data", "id"),
-    "SESSION": ("/sessions", "sessions", "id"), "SETTING": ("/settings", "", ""),
+    "SESSION": ("/sessions", "sessions", "id"),
+    "REQUEST": ("/api/requests", "requests", "request_id"), "SETTING": ("/settings", "", ""),
 }
 
 

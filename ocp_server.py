@@ -32,44 +32,45 @@ Sections (search for "==== 8" to jump to the eighth):
      8. Keys and callers        authentication, access to routes, and the keys of devices
      9. Amounts                 list prices, and what quotas count
     10. Usage and quotas        one row for each request, and the limits of keys
-    11. Patterns                regular expressions of clients, for JavaScript and for Python
-    12. JSON Schema             schemas of clients, parsed into plain 2020-12
-    13. Model schemas           schemas rewritten so that claude and the API accept them, and back
-    14. Request fields          typed access to JSON; thinking and sampling
-    15. Attachments             images and files of requests, and their limits
-    16. Content                 parts and blocks of messages in the formats of all APIs
-    17. Tools                   tools, the choice among them, their calls, output schemas
-    18. Dialects                messages become a prompt; what every wire format does
-    19. Chat completions        /v1/chat/completions and /v1/completions
-    20. Messages                /v1/messages
-    21. Response items          input items into messages, blocks into output items
-    22. Responses               /v1/responses and /v1/responses/compact
-    23. Claude protocol         control requests and replies, the client's tools; no I/O
-    24. Claude input            messages, options and histories as lines for claude
-    25. Plan and failures       reports of claude about the plan; its failures as errors
-    26. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    27. Claude program          the program on disk, how it is started, and its folders
-    28. Claude process          one child process and its pipes
-    29. Gate                    admission of requests
-    30. Conversations           the identity of conversations; what an idle process can do with them
-    31. Process pool            spare, parked and stopping processes
-    32. Sessions and responses  what is remembered of conversations: messages, and thinking
-    33. Cache                   stored answers, and answers shared while they are generated
-    34. Account                 the state of login and plan, learned from answers
-    35. Metrics                 counters and histograms since the start
-    36. Connections             client sockets, and limits on their number and memory
-    37. The original OCP        keys and usage taken over from the database of the original
-    38. State folder            the database, the modes of files, the admin key
-    39. Answering               one request: quota, cache, claude, row of usage
-    40. App                     owns every long-lived object; the housekeeper
-    41. Routes                  the choice of a route for a path and a method
-    42. HTTP server             sockets, bodies, one thread for each connection
-    43. Dashboard               the pages for browsers, and their content security policy
-    44. API endpoints           answers, stored responses, sessions, models
-    45. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    46. Table of routes         path, access, dialect and endpoint of each route
-    47. Demo claude             the stand-in for claude behind --demo
-    48. Command line            arguments, signals, main
+    11. Tags                    who is behind the key of a request
+    12. Patterns                regular expressions of clients, for JavaScript and for Python
+    13. JSON Schema             schemas of clients, parsed into plain 2020-12
+    14. Model schemas           schemas rewritten so that claude and the API accept them, and back
+    15. Request fields          typed access to JSON; thinking and sampling
+    16. Attachments             images and files of requests, and their limits
+    17. Content                 parts and blocks of messages in the formats of all APIs
+    18. Tools                   tools, the choice among them, their calls, output schemas
+    19. Dialects                messages become a prompt; what every wire format does
+    20. Chat completions        /v1/chat/completions and /v1/completions
+    21. Messages                /v1/messages
+    22. Response items          input items into messages, blocks into output items
+    23. Responses               /v1/responses and /v1/responses/compact
+    24. Claude protocol         control requests and replies, the client's tools; no I/O
+    25. Claude input            messages, options and histories as lines for claude
+    26. Plan and failures       reports of claude about the plan; its failures as errors
+    27. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    28. Claude program          the program on disk, how it is started, and its folders
+    29. Claude process          one child process and its pipes
+    30. Gate                    admission of requests
+    31. Conversations           the identity of conversations; what an idle process can do with them
+    32. Process pool            spare, parked and stopping processes
+    33. Sessions and responses  what is remembered of conversations: messages, and thinking
+    34. Cache                   stored answers, and answers shared while they are generated
+    35. Account                 the state of login and plan, learned from answers
+    36. Metrics                 counters and histograms since the start
+    37. Connections             client sockets, and limits on their number and memory
+    38. The original OCP        keys and usage taken over from the database of the original
+    39. State folder            the database, the modes of files, the admin key
+    40. Answering               one request: quota, cache, claude, row of usage
+    41. App                     owns every long-lived object; the housekeeper
+    42. Routes                  the choice of a route for a path and a method
+    43. HTTP server             sockets, bodies, one thread for each connection
+    44. Dashboard               the operator's page, and its content security policy
+    45. API endpoints           answers, stored responses, sessions, models
+    46. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    47. Table of routes         path, access, dialect and endpoint of each route
+    48. Demo claude             the stand-in for claude behind --demo
+    49. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -86,6 +87,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import csv
 import dataclasses
 import datetime
 import difflib
@@ -819,6 +821,13 @@ class Config:
         400, "OCP_USAGE_DAYS", "how long the rows of /api/usage are kept",
         unit="days", minimum=1, maximum=3650, live="usageDays",
     )
+    tag_from: str = setting(
+        "", "OCP_TAG_FROM",
+        "what tags a request with the person behind its key: the name of a header, such as "
+        "X-OpenWebUI-User-Name, or `body` = the fields `user`, `safety_identifier` and "
+        "`metadata.user_id`; comma separated, the first that a request has counts; empty = no tags",
+        live="tagFrom",
+    )
     log_level: str = setting(
         "info", "OCP_LOG_LEVEL", "minimum level that is logged",
         choices=("debug", "info", "warn", "error"),
@@ -876,6 +885,10 @@ _PUBLIC_URL = re.compile(r"(none|https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5
 _MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
 _MODEL_ALIAS_HELP = "OCP_MODEL_ALIASES takes entries such as gpt-4o=sonnet, separated by commas"
 
+#: A value of OCP_TAG_FROM, and headers that it may not name.
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
+_SECRET_HEADERS = ("authorization", "cookie", "proxy-authorization", "x-api-key")
+
 #: Rules across settings: (test that is true if the rule is broken, error message).
 CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
@@ -920,6 +933,14 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (
         lambda config: not all(map(_MODEL_ALIAS.fullmatch, split_list(config.model_aliases))),
         _MODEL_ALIAS_HELP,
+    ),
+    (
+        lambda config: not all(
+            _HEADER_NAME.fullmatch(name) and name.lower() not in _SECRET_HEADERS
+            for name in split_list(config.tag_from)
+        ),
+        "OCP_TAG_FROM takes body, or names of headers such as X-OpenWebUI-User-Name, separated by "
+        "commas, but no header with a key or a cookie",
     ),
     (
         lambda config: not _PUBLIC_URL.fullmatch(config.public_url),
@@ -1343,6 +1364,16 @@ class EmptyAnswer(BadRequest):
     code = "empty_answer"
 
 
+class RequestStopped(BadRequest):
+    """Somebody stopped the request while it ran. 400, as for EmptyAnswer."""
+    code = "request_stopped"
+
+
+class RepeatStopped(RequestStopped):
+    """The request repeats one that the operator has just stopped."""
+    rejected_before_work = True
+
+
 class Unauthorized(OcpError):
     """The key is none that this server ever gave out."""
     status, openai_type, anthropic_type = 401, _AUTHENTICATION, _AUTHENTICATION
@@ -1590,6 +1621,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
         "Begin a new conversation, or choose a model with a longer window: `ocp models`."
     ),
     "empty_answer": "Ask in another way, or raise the client's max_tokens.",
+    "request_stopped": "Nothing, or send it again: the operator or its own client stopped it.",
     "content_filter": "Ask in another way: the model declined.",
     "missing_api_key": (
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
@@ -3844,6 +3876,7 @@ MIGRATIONS = (
         report TEXT NOT NULL
     )
     """,
+    "ALTER TABLE usage ADD COLUMN tag TEXT",
 )
 
 
@@ -4807,10 +4840,10 @@ def presented_keys(headers: Headers) -> list[str]:
     """
     scheme, _, bearer = headers.get("Authorization", "").strip().partition(" ")
     values = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    return [_as_utf8(key).strip() for key in values if key.strip()] or [""]
+    return [as_utf8(key).strip() for key in values if key.strip()] or [""]
 
 
-def _as_utf8(text: str) -> str:
+def as_utf8(text: str) -> str:
     """Decode a header as UTF-8 if possible; the parser decodes it as Latin-1."""
     with contextlib.suppress(UnicodeError):
         return text.encode("latin-1").decode("utf-8")
@@ -5190,6 +5223,8 @@ class UsageRow(NamedTuple):
     message: str | None = None
     peer: str | None = None
     user_agent: str | None = None
+    #: Who is behind the key, as the request says; see request_tag.
+    tag: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -5244,6 +5279,20 @@ _STEPS = {
 }
 #: The day of a row in the machine's time zone.
 _DAY = "date(at_s, 'unixepoch', 'localtime')"
+#: The sums of a report by their names in its CSV: their columns, and by what they are grouped.
+_TABLES: dict[str, tuple[_Columns, tuple[str, str]]] = {
+    "daily": (_TIMELINE_SUMS, ("day", _DAY)),
+    "key": (_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
+    "model": (_GROUP_SUMS, ("model", "model")),
+    "path": (_GROUP_SUMS, ("path", "COALESCE(path, 'none')")),
+    "tag": (_GROUP_SUMS, ("tag", "COALESCE(tag, '(none)')")),
+}
+#: The tables that can be had as CSV: single requests, and the sums.
+USAGE_TABLES = ("rows", *_TABLES)
+#: Columns of a row that no report shows as they are.
+_HIDDEN_COLUMNS = ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent")
+#: The number of rows that are read at a time for a CSV.
+_CSV_PAGE_ROWS = 1_000
 #: The longest span with a timeline by hour; beyond it, by day.
 _MAX_HOURLY_S = 32 * 86_400.0
 #: The percentiles of a report.
@@ -5568,12 +5617,13 @@ class Ledger:
             )
             return {
                 "totals": rows.sums(_GROUP_SUMS)[0],
-                "byKey": rows.sums(_GROUP_SUMS, ("key_name", _CURRENT_NAME)),
-                "byModel": rows.sums(_GROUP_SUMS, ("model", "model")),
-                "byPath": rows.sums(_GROUP_SUMS, ("path", "COALESCE(path, 'none')")),
+                "byKey": rows.table("key"),
+                "byModel": rows.table("model"),
+                "byPath": rows.table("path"),
+                "byTag": rows.by_tag(),
                 "timeline": rows.sums(_TIMELINE_SUMS, step),
                 "timelineUnit": unit,
-                "daily": rows.sums(_TIMELINE_SUMS, ("day", _DAY)),
+                "daily": rows.table("daily"),
                 "series": series[-_MAX_SERIES:],
                 "seriesComplete": len(series) <= _MAX_SERIES,
                 "firstToken": rows.first_tokens(),
@@ -5589,12 +5639,37 @@ class Ledger:
         with self._store.read_transaction() as connection:
             return list(connection.execute(query, (*begins_s, *values)).fetchone())
 
+    def csv(
+        self, table: str, since_s: float, until_s: float, caller: Caller | None
+    ) -> Iterator[bytes]:
+        """Yield one of USAGE_TABLES as CSV (RFC 4180, UTF-8) in parts of some hundred KB, the
+        oldest row first. Each part is a query of its own, so that no report waits for a client
+        that reads slowly. Raises as `report` does."""
+        where, values = _condition(since_s, until_s, caller)
+        if table in _TABLES:
+            with self._store.read_transaction() as connection:
+                entries = Rows(connection, where, values).table(table)
+            columns, group = _TABLES[table]
+            names = [group[0], *(name for name, _ in columns)]
+            yield csv_text([names, *([entry[name] for name in names] for entry in entries)])
+            return
+        last: tuple[float, int] | None = None
+        count = _CSV_PAGE_ROWS
+        while count == _CSV_PAGE_ROWS:
+            more, ends = (where, values) if last is None else (
+                f"{where} AND (at_s, id) > (?, ?)", [*values, *last])
+            with self._store.read_transaction() as connection:
+                names, found = Rows(connection, more, ends).select("at_s, id", _CSV_PAGE_ROWS)
+            page = [[entry[name] for name in names] for entry in map(_row_entry, found)]
+            yield csv_text(page if last else [names, *page])
+            count = len(found)
+            last = (found[-1]["at_s"], found[-1]["id"]) if found else None
+
     def by_model(self, since_s: float) -> list[Json]:
         """Return the sums for each model since then, with timeouts. Raises as `report` does."""
         columns = (*_GROUP_SUMS, ("timeouts", "SUM(outcome = 'timeout')"))
         with self._store.read_transaction() as connection:
             return Rows(connection, "at_s >= ?", [since_s]).sums(columns, ("model", "model"))
-
 
     def failures(self, wanted: FailureFilter, limit: int) -> tuple[list[Json], list[Json]]:
         """Return the newest `limit` failed requests, newest first, and for each kind of failure
@@ -5669,6 +5744,27 @@ def percentiles(sorted_values: Sequence[int]) -> Json:
     return found
 
 
+def _row_entry(row: sqlite3.Row) -> Json:
+    """Return what reports show of a row that `Rows.select` has read."""
+    shown = {name: each for name, each in dict(row).items() if name not in _HIDDEN_COLUMNS}
+    return {"at": iso_time(row["at_s"]), **shown}
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. Clients choose some of the
+    texts: one that a spreadsheet would run as a formula gets an apostrophe in front, and control
+    characters are escaped."""
+    def field(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+    file = io.StringIO()
+    csv.writer(file).writerows(map(field, row) for row in rows)
+    return file.getvalue().encode("utf-8")
+
+
 def _percentiles_by(name: str, groups: Mapping[str, Sequence[int]]) -> list[Json]:
     entries = [{name: group, **percentiles(values)} for group, values in groups.items()]
     return sorted(entries, key=lambda entry: (-entry["answers"], entry[name]))
@@ -5709,6 +5805,27 @@ class Rows:
         results = self._connection.execute(query, (*self._values, maximum)).fetchall()
         return [dict(row) for row in reversed(results)]
 
+    def table(self, name: str, *, maximum: int = -1) -> list[Json]:
+        """Return one of _TABLES; at most the last `maximum` entries, -1 = all."""
+        columns, group = _TABLES[name]
+        return self.sums(columns, group, maximum=maximum)
+
+    def by_tag(self) -> list[Json]:
+        """Return the sums for each tag; none if no request has one."""
+        sums = self.table("tag", maximum=_MAX_SERIES)
+        return sums if any(entry["tag"] != "(none)" for entry in sums) else []
+
+    def select(self, order: str, limit: int) -> tuple[list[str], list[sqlite3.Row]]:
+        """Return the names in the entries of rows, and up to `limit` rows in this order; _row_entry
+        makes an entry of one."""
+        results = self._connection.execute(
+            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
+            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
+            f"FROM usage WHERE {self._where} ORDER BY {order} LIMIT ?", (*self._values, limit),
+        )
+        shown = (each[0] for each in results.description if each[0] not in _HIDDEN_COLUMNS)
+        return ["at", *shown], results.fetchall()
+
     def first_tokens(self) -> Json:
         """Return the percentiles of the time to the first token: of all rows, of each model and of
         each dialect, most answers first. Cached answers have no such time and do not count."""
@@ -5732,19 +5849,120 @@ class Rows:
         }
 
     def recent(self, limit: int) -> list[Json]:
-        results = self._connection.execute(
-            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
-            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
-            f"FROM usage WHERE {self._where} ORDER BY id DESC LIMIT ?", (*self._values, limit),
-        )
-        entries = [{"at": iso_time(row["at_s"]), **dict(row)} for row in results]
-        for entry in entries:
-            for name in ("id", "at_s", "key_id", "caller", "total_ms", "peer", "user_agent"):
-                del entry[name]
-        return entries
+        return [*map(_row_entry, self.select("id DESC", limit)[1])]
 
 
-# ==== 11. Patterns ===========================================================
+# ==== 11. Tags ===============================================================
+# Who is behind the key of a request, as its client says. A tag is for the reports of usage only:
+# it gives no rights, and no part of an answer depends on it.
+
+#: The fields of a body with its user, in the order in which they count; the fields of OpenAI's
+#: API, and Anthropic's.
+TAG_FIELDS = ("user", "safety_identifier", "metadata.user_id")
+#: The longest tag, and how much of a longer text is looked at.
+_MAX_TAG_CHARS = 64
+_MAX_TAG_SOURCE_CHARS = 2_000
+#: The user_id of Claude Code before 2.1.78; since then it is JSON with the same three ids.
+_OLD_CLAUDE_CODE_USER = re.compile(r"user_([0-9a-f]{12})[0-9a-f]*_account_.*_session_.*")
+
+
+def _tag_text(text: str) -> str:
+    """Return a text as a tag: on one line, without keys and invisible characters, of at most
+    _MAX_TAG_CHARS; empty if nothing is left."""
+    text = unicodedata.normalize("NFC", redact(text[:_MAX_TAG_SOURCE_CHARS]))
+    visible = (c if c.isprintable() else " " if c.isspace() else "" for c in text)
+    return one_line("".join(visible), _MAX_TAG_CHARS)
+
+
+def _user_tag(user: str) -> str:
+    """Return the tag for what a body says of its user. Claude Code sends the ids of its
+    installation, of the account and of the session: the first digits of the installation's id are
+    the tag, and nothing else of them is kept."""
+    user = user[:_MAX_TAG_SOURCE_CHARS]
+    old = _OLD_CLAUDE_CODE_USER.fullmatch(user)
+    if old is not None:
+        return f"device-{old[1]}"
+    if not user.lstrip().startswith("{"):
+        return _tag_text(user)
+    with contextlib.suppress(ValueError):
+        ids = from_json(user)
+        device = ids.get("device_id") if isinstance(ids, dict) else None
+        if isinstance(device, str) and device:
+            return _tag_text(f"device-{device[:12]}")
+    return ""
+
+
+def _users(body: object) -> Iterator[object]:
+    """Yield the values of TAG_FIELDS in a body."""
+    for path in TAG_FIELDS:
+        value = body
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        yield value
+
+
+def request_tag(tag_from: str, headers: Headers, body: object) -> str | None:
+    """Return who is behind the key of a request, as its client says; None if nothing does.
+
+    `tag_from` is Config.tag_from. Names in headers may be UTF-8 or percent-encoded: Open WebUI
+    encodes all characters outside ASCII.
+    """
+    for source in split_list(tag_from):
+        if source.lower() == "body":
+            tags = [_user_tag(user) for user in _users(body) if isinstance(user, str)]
+        else:
+            text = as_utf8(headers.get(source, ""))
+            tags = [_tag_text(urllib.parse.unquote(text[:_MAX_TAG_SOURCE_CHARS]))]
+        if any(tags):
+            return next(filter(None, tags))
+    return None
+
+
+#: How many different tags a caller may use in a day, and the tag of requests with others.
+_MAX_DAILY_TAGS = 1_000
+OTHER_TAG = "(other)"
+
+
+class Tags:
+    """The tags of the requests of a day. Their number is bounded, so that a client cannot fill the
+    reports with names that it makes up."""
+
+    def __init__(self, store: Store, clock: Clock = time.time) -> None:
+        self._store = store
+        self._clock = clock
+        # Guards the fields below.
+        self._lock = threading.Lock()
+        self._day_s = (0.0, 0.0)
+        #: The tags of each key, by its id, and of each other caller, by its name.
+        self._seen: dict[object, set[str]] = {}
+
+    def bounded(self, caller: Caller, tag: str) -> str:
+        """Return the tag for a row; OTHER_TAG if the caller has used too many others today."""
+        with self._lock:
+            now_s = self._clock()
+            if not self._day_s[0] <= now_s < self._day_s[1]:
+                self._day_s = period_bounds("daily", now_s)
+                self._seen = self._written()
+            seen = self._seen.setdefault(caller.key_id or caller.name, set())
+            if tag not in seen and len(seen) >= _MAX_DAILY_TAGS:
+                return OTHER_TAG
+            seen.add(tag)
+            return tag
+
+    def _written(self) -> dict[object, set[str]]:
+        """Return the tags in today's rows. The caller holds the lock."""
+        seen: dict[object, set[str]] = {}
+        # If the database cannot be read, the count begins anew.
+        with contextlib.suppress(sqlite3.Error):
+            for row in self._store.rows(
+                "SELECT DISTINCT COALESCE(key_id, caller) AS who, tag FROM usage "
+                "WHERE at_s >= ? AND tag IS NOT NULL", self._day_s[0],
+            ):
+                seen.setdefault(row["who"], set()).add(row["tag"])
+        return seen
+
+
+# ==== 12. Patterns ===========================================================
 # Regular expressions in schemas. Clients write those of their own language; claude's validator is
 # JavaScript and rejects a whole schema because of one invalid pattern.
 
@@ -5846,7 +6064,7 @@ def strict_pattern(text: str) -> Pattern | None:
     return Pattern(javascript, None if is_slow else compiled)
 
 
-# ==== 12. JSON Schema ========================================================
+# ==== 13. JSON Schema ========================================================
 # The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
 # schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
 # because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
@@ -6426,7 +6644,7 @@ def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# ==== 13. Model schemas ======================================================
+# ==== 14. Model schemas ======================================================
 # A parsed schema is reduced to the keywords that claude and the API accept. The rest becomes part
 # of descriptions, and is checked here. The JSON that the model writes is converted back into the
 # client's form, also while it streams.
@@ -6866,7 +7084,7 @@ class ClientJsonConverter:
         return piece if self._in_value else ""
 
 
-# ==== 14. Request fields =====================================================
+# ==== 15. Request fields =====================================================
 # Fields reads the JSON of a request with types and names the field that is invalid. The functions
 # after it read the options, thinking and sampling, and adapt them to the model.
 
@@ -7339,7 +7557,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return any(True for _ in cache_controls(body))
 
 
-# ==== 15. Attachments ========================================================
+# ==== 16. Attachments ========================================================
 # Images and files of requests become blocks that the API accepts. Their data decides about their
 # type. ParseContext holds what one request needs while it is parsed.
 
@@ -7726,7 +7944,7 @@ class ParseContext:
         self.adjusted[repair] += 1
 
 
-# ==== 16. Content ============================================================
+# ==== 17. Content ============================================================
 # The content of messages and of tool results in the formats of all APIs becomes blocks that the
 # Messages API accepts.
 
@@ -8105,7 +8323,7 @@ class MessagesContent(ContentReader):
         return [block] if place == "assistant" else text_blocks(server_block_text(block))
 
 
-# ==== 17. Tools ==============================================================
+# ==== 18. Tools ==============================================================
 # The tools, the choice among them and the output schema of a request, in the form that the model's
 # API accepts. In a history, each call gets exactly one result.
 
@@ -8665,7 +8883,7 @@ def with_paired_results(
     )
 
 
-# ==== 18. Dialects ===========================================================
+# ==== 19. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and does not depend on claude. The first functions, shared by all dialects, turn the
 # messages of clients into a prompt that the API accepts.
@@ -8946,6 +9164,11 @@ class Dialect:
         """Return the system messages and the input items to store with an answer."""
         return [], []
 
+    def answer_id(self, turn: Turn) -> str:
+        """Return the id by which the client knows the answer while it runs; empty if it has
+        none."""
+        return ""
+
     def error_body(self, error: OcpError, request_id: str) -> Json:
         """Return the body of a failed request."""
         return {
@@ -9117,7 +9340,7 @@ def text_annotations(blocks: Iterable[Block]) -> list[Json]:
     return annotations
 
 
-# ==== 19. Chat completions ===================================================
+# ==== 20. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
 _NO_LOG_PROBABILITIES = "log probabilities are not supported"
@@ -9566,7 +9789,7 @@ class CompletionsRenderer(ChatRenderer):
 COMPLETIONS = CompletionsDialect()
 
 
-# ==== 20. Messages ===========================================================
+# ==== 21. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
 
@@ -9851,7 +10074,7 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-# ==== 21. Response items =====================================================
+# ==== 22. Response items =====================================================
 # The items of a response: the input items as messages of a Turn, and the blocks of an answer as
 # output items.
 
@@ -10210,7 +10433,7 @@ def output_items(
             yield from ({**new_item(forms, block), **sealed_thinking(block)} for block in found)
 
 
-# ==== 22. Responses ==========================================================
+# ==== 23. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
 #: Values in responses of unfinished streams, in place of the request's, which may be long.
@@ -10281,6 +10504,7 @@ class ResponsesDialect(Dialect):
             "id": new_id("resp_"),
             "object": "response",
             "created_at": int(time.time()),
+            "background": sent.get("background") is True,
             "model": context.model.id,
             "instructions": sent.get("instructions"),
             "max_output_tokens": sent.get("max_output_tokens"),
@@ -10401,6 +10625,9 @@ class ResponsesDialect(Dialect):
     def stored_input(self, turn: Turn) -> tuple[list[Message], list[Json]]:
         # `instructions` are for one response only.
         return turn.reply_format.opening, [stored_item(item) for item in turn.reply_format.items]
+
+    def answer_id(self, turn: Turn) -> str:
+        return str(turn.reply_format.echo["id"])
 
 
 #: Error codes, besides invalid_prompt, after which Codex does not retry.
@@ -10694,7 +10921,7 @@ class CompactionDialect(ResponsesDialect):
 COMPACTION = CompactionDialect()
 
 
-# ==== 23. Claude protocol ====================================================
+# ==== 24. Claude protocol ====================================================
 # Control requests and their replies, and the tools of the client, which claude calls by such
 # requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
@@ -10913,7 +11140,7 @@ class ToolServer:
         return lines
 
 
-# ==== 24. Claude input =======================================================
+# ==== 25. Claude input =======================================================
 # What a request becomes on claude's standard input: messages, options, a history in steps; and how
 # claude drops a question again.
 
@@ -11373,7 +11600,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 25. Plan and failures ==================================================
+# ==== 26. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -11712,7 +11939,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 26. Claude answers =====================================================
+# ==== 27. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -12460,7 +12687,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 27. Claude program =====================================================
+# ==== 28. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -13120,7 +13347,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 28. Claude process =====================================================
+# ==== 29. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -13821,7 +14048,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 29. Gate ===============================================================
+# ==== 30. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -13982,7 +14209,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 30. Conversations ======================================================
+# ==== 31. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -14147,7 +14374,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 31. Process pool =======================================================
+# ==== 32. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a model that was used lately, and holds no conversation. After a
@@ -14616,7 +14843,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 32. Sessions and responses =============================================
+# ==== 33. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -14923,7 +15150,7 @@ class ThinkingMemory:
             )
 
 
-# ==== 33. Cache ==============================================================
+# ==== 34. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -15174,7 +15401,7 @@ class Cache:
             }
 
 
-# ==== 34. Account ============================================================
+# ==== 35. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -15511,7 +15738,7 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 35. Metrics ============================================================
+# ==== 36. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -15662,7 +15889,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 36. Connections ========================================================
+# ==== 37. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -16102,7 +16329,7 @@ class Connections:
         )
 
 
-# ==== 37. The original OCP ===================================================
+# ==== 38. The original OCP ===================================================
 # The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
 # start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
 # the whole file. The original's own tables stay as they are, with every key in plain text: they
@@ -16415,7 +16642,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 38. State folder =======================================================
+# ==== 39. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -16612,7 +16839,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 39. Answering ==========================================================
+# ==== 40. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -16728,10 +16955,12 @@ class Job:
 
     def __init__(
         self, turn: Turn, caller: Caller, client: Client, request_id: str, dialect: str,
-        now_s: float, *, peer: str = "", user_agent: str = "",
+        now_s: float, *, peer: str = "", user_agent: str = "", answer_id: str = "",
+        tag: str | None = None,
     ) -> None:
         """`dialect` is the name of the dialect; `peer` and `user_agent` tell the operator who
-        sent a request that fails."""
+        sent a request that fails; `answer_id` is what Dialect.answer_id returns; `tag` is that of
+        the row."""
         self.turn = turn
         self.caller = caller
         self.client = client
@@ -16739,7 +16968,10 @@ class Job:
         self.dialect = dialect
         self.peer = peer
         self.user_agent = user_agent
+        self.answer_id = answer_id
+        self.tag = tag
         self.started_s = now_s
+        self.started_at_s = time.time()
         self.records = [AnswerRecord(turn.choice(index), now_s) for index in range(turn.choices)]
         self.reservation = Reservation(None)
         #: The job that produces its answer, if another thread does.
@@ -16752,6 +16984,8 @@ class Job:
         self.headers: dict[str, str] = {}
         #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
+        #: The job that this one produces a shared answer for.
+        self.asked_by: Job | None = None
         #: Whether the row of usage is written, or is left to another job.
         self.is_recorded = False
 
@@ -16760,20 +16994,37 @@ class Job:
         """Return whether all answers are complete."""
         return all(record.finished is not None for record in self.records)
 
+    @property
+    def question(self) -> str:
+        """A digest of what is asked, in whatever form and dialect."""
+        return digest([self.caller.scope, *(message.digest for message in self.turn.messages)])
+
+    @property
+    def why_ended(self) -> OcpError | None:
+        """Why it, or the job that it produces an answer for, was cancelled; None if it was not."""
+        asked_by = self.asked_by
+        return self.ended_by if asked_by is None else asked_by.ended_by
+
     def glance(self, now_s: float) -> Json:
-        """Return what the operator sees of a running request."""
+        """Return what the operator sees of a running request. `output_tokens` is an estimate."""
         first = self.records[0]
         first_s = first.first_token_s
+        usages = [record.usage for record in self.records]
+        has_begun = first.path or self.path or first_s is not None
         return {
             "request_id": self.request_id,
             "key_name": self.caller.name,
+            "tag": self.tag,
             "model": self.turn.model.id,
             "dialect": self.dialect,
             "stream": self.turn.stream,
-            "state": "running" if first.path or self.path or first_s is not None else "queued",
+            "state": "stopping" if self.ended_by else "running" if has_begun else "queued",
             "path": self.path or first.path,
+            "since": iso_time(self.started_at_s),
             "first_token_ms": None if first_s is None else round((first_s - self.started_s) * 1000),
             "elapsed_ms": round((now_s - self.started_s) * 1000),
+            "prompt_tokens": sum(usage.prompt_tokens for usage in usages) or None,
+            "output_tokens": sum(usage.output_tokens for usage in usages),
             "response_chars": sum(record.response_chars for record in self.records),
         }
 
@@ -16840,6 +17091,7 @@ class Job:
             web_search_requests=usage.web_search_requests,
             list_price_usd=self.list_price_nano_usd / 1e9,
             cache_write_1h_tokens=sum(each.cache_write_1h_tokens(lifetime) for each in spent),
+            tag=self.tag,
         )
 
 
@@ -17110,7 +17362,11 @@ class TurnRunner:
                 with contextlib.closing(self._events(stack)) as events:
                     yield self._logged(events)
         except ClientGone:
-            self._log("info", "answer_abandoned", process_kept=self._is_process_kept)
+            why = self._job.why_ended
+            self._log(
+                "info", "answer_abandoned", process_kept=self._is_process_kept,
+                ended_by=why and why.kind,
+            )
             raise
         except OcpError as error:
             record.fail(error)
@@ -17357,7 +17613,8 @@ class TurnRunner:
         not got its whole history holds no conversation; after an answer that has stopped, claude
         may be asking the API once more."""
         app, record = self._app, self._record
-        is_wanted = self._job.ended_by is None and not app.draining and self._can_park(process)
+        has_key = not isinstance(self._job.why_ended, Unauthorized)
+        is_wanted = has_key and not app.draining and self._can_park(process)
         is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
         if not (is_wanted and is_new_enough) or self._config.is_agent:
             return False
@@ -17369,6 +17626,9 @@ class TurnRunner:
 
 #: Stop reasons of answers that are cached for the same request.
 _CACHEABLE = ("end_turn", "stop_sequence")
+#: How long the same question is refused after the operator has stopped it. Claude Code asks again
+#: without a stream, within a second, when a stream ends with an error.
+STOP_LASTS_S = 30.0
 #: The tokens that quotas reserve for the answer of a client that sets no limit.
 _LIKELY_ANSWER_TOKENS = 4_096
 
@@ -17379,9 +17639,11 @@ class Requests:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        # Guards the list.
+        # Guards the fields below.
         self._lock = threading.Lock()
         self._jobs: list[Job] = []
+        #: The questions that the operator has stopped, and until when they are refused.
+        self._stopped: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -17406,12 +17668,13 @@ class Requests:
 
     def _admit(self, job: Job) -> None:
         """Reserve a place in the quotas of the job's key. Raises Draining, Unauthorized,
-        QuotaExceeded, QueueFull, sqlite3.Error."""
+        RepeatStopped, QuotaExceeded, QueueFull, sqlite3.Error."""
         app, turn, caller = self._app, job.turn, job.caller
         if app.draining:
             raise Draining("The server is stopping; try again in a moment.", retry_after_s=5)
         # Only now that it can be seen among those that run: a key that ends now ends it.
         app.keys.current(caller)
+        self._check_not_stopped(job)
         if caller.key_id is None:
             return
         job.reservation = app.ledger.reserve(
@@ -17439,6 +17702,39 @@ class Requests:
             except Unauthorized as ended:
                 job.ended_by = job.ended_by or ended
                 job.client.cancel()
+
+    def stop(
+        self, caller: Caller, is_meant: Callable[[Job], bool], message: str, *, lasts_s: float = 0.0
+    ) -> Job | None:
+        """End the request that is meant, and tell its client with RequestStopped. An operator may
+        end every request, others those of their key. Return it; None if no such request runs.
+
+        For `lasts_s` the same question of the same caller is refused."""
+        # Under the lock: once a job has left the list, its connection may serve another one.
+        with self._lock:
+            for job in self._jobs:
+                is_own = caller.is_admin or job.caller.scope == caller.scope
+                if is_own and is_meant(job) and not job.finished:
+                    if job.ended_by is None:
+                        self._stopped[job.question] = self._app.clock() + lasts_s
+                        job.ended_by = RequestStopped(message)
+                        # As the end of the turn.
+                        job.ended_by.logged = True
+                        job.client.cancel()
+                    return job
+        return None
+
+    def _check_not_stopped(self, job: Job) -> None:
+        """Raise RepeatStopped if the operator has just stopped the same question."""
+        with self._lock:
+            now_s = self._app.clock()
+            self._stopped = {each: end_s for each, end_s in self._stopped.items() if end_s > now_s}
+            end_s = self._stopped.get(job.question) if self._stopped else None
+        if end_s is not None:
+            raise RepeatStopped(
+                "The operator stopped this request; it is not answered again for "
+                f"{math.ceil(end_s - now_s)} s."
+            )
 
     def check_quota(self, caller: Caller, dialect: Dialect) -> None:
         """Refuse, before its body is read, a request whose quota is used up. Raises
@@ -17520,9 +17816,9 @@ class Requests:
         request first. The row of usage and the reservation are the producer's from now on."""
         produced = Job(
             job.turn, job.caller, flight.client, job.request_id, job.dialect, job.started_s,
-            peer=job.peer, user_agent=job.user_agent,
+            peer=job.peer, user_agent=job.user_agent, tag=job.tag,
         )
-        produced.reservation = job.reservation
+        produced.reservation, produced.asked_by = job.reservation, job
         thread = threading.Thread(
             target=self._produce, args=(produced, flight, config), daemon=True
         )
@@ -17587,9 +17883,12 @@ class Requests:
         try:
             yield
         except ClientGone as left:
-            failure = job.ended_by or left
-            if job.ended_by is not None:
-                raise job.ended_by from None
+            why = job.why_ended
+            failure = why or left
+            if why is not None:
+                # A job that produces a shared answer has the row of the one that asked for it.
+                why.has_row = why.has_row or job.is_recorded
+                raise why from None
             raise
         except Exception as error:
             broke = OcpError(f"OCP failed: {redact_paths(repr(error))}")
@@ -17662,7 +17961,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 40. App ================================================================
+# ==== 41. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -17909,6 +18208,7 @@ class App:
         for key_id, why in self.keys.problems:
             self.log.event("error", "stored_key_ignored", id=key_id, why=why)
         self.ledger = Ledger(self.store, log=self.log)
+        self.tags = Tags(self.store)
         self.sessions = Sessions(self.store)
         self.thinking = ThinkingMemory(self.store)
         self.account = Account()
@@ -18109,7 +18409,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 41. Routes =============================================================
+# ==== 42. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -18198,7 +18498,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 42. HTTP server ========================================================
+# ==== 43. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -18369,6 +18669,18 @@ class Response:
             return
         for frame in frames:
             self._send(frame)
+        self._end_parts(b"")
+
+    def send_download(self, parts: Iterable[bytes], headers: Mapping[str, str]) -> None:
+        """Send a body of unknown length, each part when the client has taken those before."""
+        self._begin_parts(headers)
+        if self.is_head:
+            self._write(b"")
+            self._is_complete = True
+            return
+        for part in parts:
+            self._send(part)
+            self._client.flush()
         self._end_parts(b"")
 
     def send_stream(
@@ -18611,6 +18923,8 @@ class Exchange:
         #: The format of errors.
         self.dialect: Dialect = CHAT
         self.caller = Caller("public")
+        #: Who is behind the caller's key, if the request says it and the operator wants to know.
+        self.tag: str | None = None
         self._bodies = bodies
         #: The length of the body; None = chunked.
         self._length: int | None = 0
@@ -18698,7 +19012,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
                 method=exchange.method, status=exchange.response.status,
                 total_ms=round((time.monotonic() - started_s) * 1000),
             )
-        return not exchange.response.must_close
+        return not (exchange.response.must_close or self._client.is_cancelled)
 
     # -- head -------------------------------------------------------------------------------------
 
@@ -19077,7 +19391,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 43. Dashboard ==========================================================
+# ==== 44. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -19145,7 +19459,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 44. API endpoints ======================================================
+# ==== 45. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -19242,6 +19556,10 @@ def _parse_turn(app: App, exchange: Exchange, body: object, *, counted: bool) ->
         body.setdefault(SESSION_FIELD, session_id)
     parsing = _parse_environment(app, exchange, models, counted=counted)
     turn = exchange.dialect.parse(body, parsing)
+    if config.tag_from:
+        exchange.tag = request_tag(config.tag_from, exchange.headers, body)
+    if "body" in split_list(config.tag_from.lower()):
+        turn = turn._replace(ignored=tuple(n for n in turn.ignored if n not in TAG_FIELDS))
     _check_model_allowed(models, exchange.caller, turn.model)
     models.check_runs(turn.model)
     if not counted:
@@ -19301,9 +19619,11 @@ def answer(app: App, exchange: Exchange) -> None:
     _set_quota_headers(app, exchange)
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
     _set_quota_headers(app, exchange, turn.model)
+    tag = exchange.tag and app.tags.bounded(exchange.caller, exchange.tag)
     job = Job(
         turn, exchange.caller, exchange.client, exchange.request_id, dialect.name, app.clock(),
         peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
+        answer_id=dialect.answer_id(turn), tag=tag,
     )
     with app.requests.answering(job) as events:
         def store(body: Json) -> None:
@@ -19332,6 +19652,14 @@ def answer(app: App, exchange: Exchange) -> None:
             response.send_json(body)
 
 
+def _store_response(
+    app: App, scope: str, turn: Turn, messages: list[Message], body: Json
+) -> None:
+    """Store a response and its conversation under its id."""
+    system, items = RESPONSES.stored_input(turn)
+    app.responses.put(scope, body, [*system, *messages], items, app.config)
+
+
 def _store_conversation(
     app: App, exchange: Exchange, turn: Turn, answer: Answer, body: Json
 ) -> None:
@@ -19339,8 +19667,7 @@ def _store_conversation(
     answered = Message("assistant", blocks_to_store(answer.blocks))
     messages = [*map(without_thinking, turn.messages), answered]
     if exchange.dialect.stores(turn) and body:
-        system, items = exchange.dialect.stored_input(turn)
-        app.responses.put(exchange.caller.scope, body, [*system, *messages], items, app.config)
+        _store_response(app, exchange.caller.scope, turn, messages, body)
     if not turn.session_id:
         return
     try:
@@ -19403,12 +19730,23 @@ def get_response(app: App, exchange: Exchange, id: str) -> None:
 
 
 def cancel_response(app: App, exchange: Exchange, id: str) -> None:
-    """POST /v1/responses/{id}/cancel: refuse, because no response runs in the background."""
-    app.responses.get(exchange.caller.scope, id)
-    raise BadRequest(
-        "This response is complete and cannot be cancelled. To stop one that is running, close "
-        "its connection."
+    """POST /v1/responses/{id}/cancel: end a response that runs, and return it; one that was
+    requested with `background`, or was cancelled before, is returned as it is."""
+    job = app.requests.stop(
+        exchange.caller, lambda job: job.answer_id == id, "This response was cancelled."
     )
+    if job is not None:
+        turn = job.turn
+        body = RESPONSES.body(turn, "cancelled", [])
+        if RESPONSES.stores(turn):
+            messages = [*map(without_thinking, turn.messages)]
+            _store_response(app, job.caller.scope, turn, messages, body)
+        exchange.response.send_json(body)
+        return
+    body = app.responses.get(exchange.caller.scope, id).body
+    if body["status"] != "cancelled" and not body["background"]:
+        raise BadRequest("This response is complete and cannot be cancelled.")
+    exchange.response.send_json(body)
 
 
 #: How many input items a page has by default, and at most.
@@ -19531,7 +19869,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 45. Management endpoints ===============================================
+# ==== 46. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20127,6 +20465,33 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     exchange.response.send_json(_with_storage_warning(app, body))
 
 
+# -- running requests -------------------------------------------------------------------------
+
+
+def get_requests(app: App, exchange: Exchange) -> None:
+    """GET /api/requests: list the requests that run or wait, oldest first."""
+    exchange.response.send_json({"requests": app.requests.running()})
+
+
+def stop_request(app: App, exchange: Exchange, id: str) -> None:
+    """DELETE /api/requests/{id}: end a request that runs or waits; its client gets the error
+    request_stopped. An operator may end every request, the holder of a key those of the key."""
+    who = "operator" if exchange.caller.is_admin else "caller"
+    job = app.requests.stop(
+        exchange.caller, lambda job: id in (job.request_id, job.answer_id),
+        f"The {who} stopped this request while it ran.",
+        lasts_s=STOP_LASTS_S if exchange.caller.is_admin else 0.0,
+    )
+    if job is None:
+        raise NotFound(
+            f"No request {one_line(id, 80)!r} runs: it has ended, or never was here. "
+            "`ocp requests` lists what runs, `ocp errors ID` tells why one failed.",
+            param="id",
+        )
+    _audit(app, exchange, "request_stopped", request_id=job.request_id, key=job.caller.name)
+    exchange.response.send_json({"id": job.request_id, "stopped": True})
+
+
 # -- usage ------------------------------------------------------------------------------------
 
 _MAX_RECENT = 500
@@ -20135,10 +20500,36 @@ _USAGE_AUDIT_INTERVAL_S = 60.0
 _MAX_HOURS = 24 * 400
 
 
+def _csv_table(query: Mapping[str, str]) -> str:
+    """Return the table that the query wants as CSV; empty = it wants JSON. Raises BadRequest."""
+    fields = Fields(dict(query))
+    table = fields.one_of("table", USAGE_TABLES)
+    if fields.one_of("format", ("json", "csv")) == "csv":
+        return table or USAGE_TABLES[0]
+    if table:
+        raise BadRequest("table: is for format=csv; JSON has all tables at once.", param="table")
+    return ""
+
+
+def _send_csv(
+    exchange: Exchange, table: str, parts: Iterator[bytes], since_s: float, until_s: float
+) -> None:
+    """Send a table as a file that a browser saves."""
+    # Before the head: a failure of the first query has a status of its own.
+    first = next(parts)
+    days = "-to-".join(iso_time(each_s)[:10] for each_s in (since_s, until_s))
+    exchange.response.send_download(itertools.chain([first], parts), {
+        "Content-Type": "text/csv; charset=utf-8",
+        "Content-Disposition": f'attachment; filename="ocp-usage-{table}-{days}.csv"',
+    })
+
+
 def get_api_usage(app: App, exchange: Exchange) -> None:
-    """GET /api/usage?since=&until=&hours=24&limit=50&all=true: return the caller's own usage, or
-    with `all` that of all callers, for the operator only."""
+    """GET /api/usage?since=&until=&hours=24&limit=50&all=true&format=&table=: return the caller's
+    own usage, or with `all` that of all callers, for the operator only; with format=csv one table
+    of it, all requests (`rows`) or the sums by day, key, model, path or tag."""
     query, caller = exchange.query, exchange.caller
+    table = _csv_table(query)
     limit = query_integer(query, "limit", 50, _MAX_RECENT)
     hours = query_integer(query, "hours", 24, _MAX_HOURS)
     until_s = _query_time(query, "until", time.time() + 1)
@@ -20148,7 +20539,11 @@ def get_api_usage(app: App, exchange: Exchange) -> None:
     audit_id = f"usage {caller.name} {exchange.peer}"
     if all_callers and app.intervals.claim(audit_id, _USAGE_AUDIT_INTERVAL_S):
         app.log.event("info", "admin_usage_full_scope", by=caller.name, peer=exchange.peer)
-    report = app.ledger.report(since_s, until_s, limit, None if all_callers else caller)
+    whose = None if all_callers else caller
+    if table:
+        _send_csv(exchange, table, app.ledger.csv(table, since_s, until_s, whose), since_s, until_s)
+        return
+    report = app.ledger.report(since_s, until_s, limit, whose)
     exchange.response.send_json(
         {
             "since": iso_time(since_s),
@@ -20666,6 +21061,7 @@ _QUERIES: dict[str, dict[str, Json]] = {
         "since": {"type": "string", "format": "date-time"},
         "until": {"type": "string", "format": "date-time"},
         "hours": _up_to(_MAX_HOURS), "limit": _up_to(_MAX_RECENT), "all": {"type": "boolean"},
+        "format": {"enum": ["json", "csv"]}, "table": {"enum": [*USAGE_TABLES]},
     },
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
@@ -20695,6 +21091,8 @@ def _operation(route: Route) -> Json:
     success: Json = {"description": "Done.", "content": {media_type: {"schema": {}}}}
     if "stream" in _BODIES.get(name, {}).get("properties", {}):
         success["content"]["text/event-stream"] = {"schema": {}}
+    if "format" in _QUERIES.get(name, {}):
+        success["content"]["text/csv"] = {"schema": {}}
     failure = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     operation: Json = {
         "operationId": name,
@@ -20745,7 +21143,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 46. Table of routes ====================================================
+# ==== 47. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -20778,6 +21176,8 @@ ROUTES = (
     Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
+    Route("GET",    "/api/requests",             Access.ADMIN,  CHAT,        get_requests),
+    Route("DELETE", "/api/requests/{id}",        Access.CALLER, CHAT,        stop_request),
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
     Route("GET",    "/api/errors",               Access.ADMIN,  CHAT,        get_errors),
     Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
@@ -20799,7 +21199,7 @@ ROUTES = (
 )
 
 
-# ==== 47. Demo claude ========================================================
+# ==== 48. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -21002,7 +21402,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 48. Command line =======================================================
+# ==== 49. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -571,3 +572,40 @@ def test_claude_code_shows_a_plan_limit_without_asking_again(desk: AgentDesk) ->
 
     assert ran.code == 1 and "limit" in ran.stdout, ran
     assert len(desk.served()) == 1
+
+
+def test_the_ids_of_claude_code_become_a_short_tag(desk: AgentDesk) -> None:
+    server = desk.rig.server
+    assert server.call("PATCH", "/settings", {"tagFrom": "body"}).status == 200
+
+    run_claude_code(desk)
+
+    rows = server.call("GET", "/api/usage?limit=1").json()["recent"]
+    assert server.call("PATCH", "/settings", {"tagFrom": None}).status == 200
+    assert re.fullmatch("device-[0-9a-f]{12}", rows[0]["tag"])
+
+
+def stop_what_runs(desk: AgentDesk) -> None:
+    """Stop the first request that has an answer begun."""
+    def begun() -> list[Json]:
+        found: list[Json] = desk.rig.server.call("GET", "/api/requests").json()["requests"]
+        return [entry for entry in found if entry["response_chars"]]
+
+    (entry,) = eventually(begun)
+    path = f"/api/requests/{entry['request_id']}"
+    assert desk.rig.server.call("DELETE", path).status == 200
+
+
+# Last, because the server refuses for a while what was stopped, and others ask the same.
+@pytest.mark.parametrize("run_agent", [run_claude_code, *rest(run_codex)])
+def test_an_agent_whose_request_is_stopped_gets_nothing_by_asking_again(
+    desk: AgentDesk, run_agent: Callable[[AgentDesk], Ran]
+) -> None:
+    desk.rig.script(then=stub.hang("To begin with, ", seconds=600))
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run_agent, desk)
+        stop_what_runs(desk)
+        ran = running.result()
+
+    assert ran.code == 1 and "operator stopped this request" in ran.stdout + ran.stderr, ran
+    assert len(desk.rig.bodies()) == 1

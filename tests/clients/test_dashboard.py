@@ -7,6 +7,7 @@ Index: 3 in a browser: panels   4 the key   5 coming and going   6 dialogs
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -236,6 +237,48 @@ def test_a_turn_shows_while_it_runs_and_counts_when_it_ends(
         page.until("/Requests\\s+2\\b/.test(document.querySelector('#totals').innerText)")
         page.sees("1 left by their clients", "#totals")
         assert "waiting for its turn" not in page.text("#running")
+
+
+@needs_browser
+def test_a_request_that_runs_is_stopped_after_a_question(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    turns: list[list[Json]] = [[{"say": "On and on"}, {"hang": True}]]
+    tagged = {"OCP_TAG_FROM": "body"}
+    with running_server(tmp_path, {"turns": turns}, env=tagged) as server, \
+            opened(chrome, server, key="") as page:
+        asked = question("Go on.", user="<i>anna</i>")
+        with server.stream("/v1/chat/completions", asked) as stream:
+            page.sees("local, <i>anna</i>", "#running")
+            page.click("#running button")
+            page.sees("Its client (local, <i>anna</i>) gets an error", "#asking-text")
+            page.click("#asking-submit")
+            page.sees("The request is stopped", "#toast")
+            events = [data for _, data in stream]
+        assert events[-1]["error"]["code"] == "request_stopped"
+        page.sees("Nothing is running", "#running")
+        page.sees("<i>anna</i>", "#tags")
+
+
+@needs_browser
+def test_all_requests_of_the_span_are_saved_as_a_file(
+    chrome: browser.Browser, busy: BusyServer
+) -> None:
+    with opened(chrome, busy.server, "requests") as page:
+        page.evaluate("""(() => {
+            URL.createObjectURL = (blob) => {
+              blob.text().then((text) => { window.saved = text; });
+              return "about:blank";
+            };
+            HTMLAnchorElement.prototype.click = function () { window.savedAs = this.download; };
+        })()""")
+        page.click("#save-csv")
+        page.until("window.saved && window.savedAs")
+        assert re.fullmatch(r"ocp-usage-rows-[\d-]+-to-[\d-]+\.csv", page.evaluate("savedAs"))
+        lines = page.evaluate("saved").split("\r\n")
+        assert lines[0].startswith("at,request_id,model,") and len(lines) == 7
+        # Nobody is tagged here.
+        page.until("document.querySelector('#tags').hidden")
 
 
 # ---------------------------------------------------------------------------

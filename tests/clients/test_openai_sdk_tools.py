@@ -393,11 +393,30 @@ def test_a_conversation_is_counted_compacted_and_gone_on_from(client: Any) -> No
     assert found.status == "completed"
 
 
-def test_a_response_cannot_be_cancelled(client: Any) -> None:
+def test_a_complete_response_cannot_be_cancelled(client: Any) -> None:
     found = client.responses.create(model=MODEL, input=ASKED)
 
     with pytest.raises(openai.BadRequestError):
         client.responses.cancel(found.id)
+
+
+def test_a_complete_response_of_the_background_is_returned_as_it_is(client: Any) -> None:
+    found = client.responses.create(model=MODEL, input=ASKED, background=True)
+
+    assert client.responses.cancel(found.id).status == "completed"
+
+
+def test_a_response_is_cancelled_while_it_is_streamed(shared_server: Server, client: Any) -> None:
+    shared_server.write_scenario([[{"say": "To begin with, ", "chunks": 1}, {"hang": True}]])
+    with client.responses.create(model=MODEL, input=ASKED, stream=True) as stream:
+        created = next(stream)
+
+        cancelled = client.responses.cancel(created.response.id)
+
+        *_, last = stream
+    assert (cancelled.id, cancelled.status) == (created.response.id, "cancelled")
+    assert (last.type, last.response.id) == ("response.failed", created.response.id)
+    assert client.responses.cancel(created.response.id).status == "cancelled"
 
 
 # ---------------------------------------------------------------------------

@@ -130,6 +130,29 @@ def test_a_question_is_forgotten_while_claude_waits_to_ask_the_api_again(rig: Ri
     assert "Secret" not in json.dumps(rig.last_body())
 
 
+def test_a_request_that_is_stopped_leaves_no_trace_either(rig: Rig) -> None:
+    messages = [user("One, before the stop?")]
+    messages += [assistant(rig.ask(messages).text)]
+    rig.script(MOMENTS["in the text"])
+    before = len(rig.bodies())
+    body = {"model": MODEL, "stream": True, "messages": [*messages, user("Secret?")]}
+    with RawConnection(rig.server.port) as wire:
+        wire.send(post(json.dumps(body).encode()))
+        wire.hear(b"Half")
+        (entry,) = rig.server.call("GET", "/api/requests").json()["requests"]
+        path = f"/api/requests/{entry['request_id']}"
+        assert rig.server.call("DELETE", path).status == 200
+        wire.hear(b'"code":"request_stopped"')
+    rig.settle()
+    assert is_kept(rig) is not rig.is_old
+    assert len(rig.bodies()) == before + 1
+
+    rig.script()
+    later = rig.ask([*messages, user("Two?")])
+    assert path_of(rig, later) == ("rebuilt" if rig.is_old else "continued")
+    assert "Secret" not in json.dumps(rig.last_body())
+
+
 def test_tools_work_after_a_call_that_was_cancelled(rig: Rig) -> None:
     talk = Conversation(rig, CHAT, [WEATHER], system="Tell the weather.")
     leave(rig, MOMENTS["after a call, before the next"],

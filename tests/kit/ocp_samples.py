@@ -64,6 +64,7 @@ API_USAGE: Json = {
     "byModel": [{"model": "claude-sonnet-5-5", **COUNTS},
                 {"model": "claude-haiku-4-5-20251001", **SMALL}],
     "byPath": [{"path": "continued", **COUNTS}, {"path": "fresh", **SMALL}],
+    "byTag": [{"tag": "Anna", **COUNTS}, {"tag": "Ben", **SMALL}],
     "timeline": [], "recent": [],
     "daily": [{"day": "2026-11-19", **SMALL}, {"day": "2026-11-20", **COUNTS}],
 }
@@ -119,6 +120,16 @@ ERRORS: Json = {"errors": [ERROR], "refusals": [REFUSAL], "byKind": [
      "message": REFUSAL["message"], "action": REFUSAL["action"]},
     {"kind": "upstream_failed", "status": 502, "count": 1, "lastAt": ERROR["at"],
      "message": ERROR["message"], "action": ERROR["action"]}]}
+REQUESTS: Json = {"requests": [
+    {"request_id": "req_4f2a90c1b7d3e5a86c0f1e2d", "key_name": "laptop", "tag": "Anna",
+     "model": "claude-sonnet-5-5", "dialect": "chat", "stream": True, "state": "running",
+     "path": "continued", "since": "2026-11-20T14:59:48Z", "first_token_ms": 840,
+     "elapsed_ms": 12_400, "prompt_tokens": 15_200, "output_tokens": 310,
+     "response_chars": 930},
+    {"request_id": "req_9b1d03e57ac24f6880d2c4a1", "key_name": "phone", "tag": None,
+     "model": "claude-haiku-4-5-20251001", "dialect": "messages", "stream": False,
+     "state": "queued", "path": None, "since": "2026-11-20T14:59:59Z", "first_token_ms": None,
+     "elapsed_ms": 900, "prompt_tokens": None, "output_tokens": 0, "response_chars": 0}]}
 SESSIONS: Json = {"sessions": [
     {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5-5", "messages": 6,
      "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}

@@ -31,17 +31,17 @@ MAX_CLASS_LINES = 400
 
 #: How many lines each section of ocp_server.py is meant to have, and how far beyond it may be.
 SECTION_LINES = {
-    "Small tools": 280, "Settings": 620, "Errors": 340, "Log": 320, "Models": 760,
+    "Small tools": 280, "Settings": 640, "Errors": 340, "Log": 320, "Models": 760,
     "Turns and events": 820, "Store": 420, "Keys and callers": 610, "Amounts": 190,
-    "Usage and quotas": 490, "Patterns": 100, "JSON Schema": 580, "Model schemas": 440,
-    "Request fields": 390,
-    "Attachments": 370, "Content": 380, "Tools": 560, "Dialects": 370, "Chat completions": 420,
+    "Usage and quotas": 490, "Tags": 120, "Patterns": 100, "JSON Schema": 580,
+    "Model schemas": 440, "Request fields": 390, "Attachments": 370, "Content": 380, "Tools": 560,
+    "Dialects": 370, "Chat completions": 420,
     "Messages": 240, "Response items": 300, "Responses": 460, "Claude protocol": 220,
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
     "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "The original OCP": 290,
-    "State folder": 175, "Answering": 850, "App": 360, "Routes": 80, "HTTP server": 780,
+    "State folder": 175, "Answering": 880, "App": 360, "Routes": 80, "HTTP server": 780,
     "Dashboard": 70, "API endpoints": 320, "Management endpoints": 980, "Table of routes": 50,
     "Demo claude": 190, "Command line": 310,
 }
@@ -58,7 +58,7 @@ REMOVED_MODULES = {
 #: An interpreter can list only its own modules, and 3.9 not even these.
 ALLOWED_MODULES = {
     "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "codecs",
-    "collections", "concurrent", "contextlib", "copy", "ctypes", "dataclasses", "datetime",
+    "collections", "concurrent", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime",
     "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "gc",
     "getpass", "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib",
     "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes",

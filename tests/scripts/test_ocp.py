@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.parse
 from pathlib import Path
 from typing import Any, Callable
@@ -46,6 +47,8 @@ READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("usage --days 2", "GET /api/usage", samples.API_USAGE, ocp.show_usage_days),
     ("usage --by key", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_key),
     ("usage --by model", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_model),
+    ("usage --by tag", "GET /api/usage", samples.API_USAGE, ocp.show_usage_by_tag),
+    ("requests", "GET /api/requests", samples.REQUESTS, ocp.show_requests),
     ("status", "GET /status", samples.STATUS, ocp.show_status),
     ("health", "GET /health", HEALTH, ocp.show_health),
     ("models", "GET /v1/models", samples.MODELS, ocp.show_models),
@@ -542,6 +545,107 @@ def test_what_is_lost_for_good_is_asked_about_first(tmp_path: Path, line: str) -
         assert changes("--yes")[:2] == (0, 1)
         code, sent, words = changes(stdin="y\n")
     assert (code, sent) == (ocp.Exit.USAGE, 0) and "say --yes" in words
+
+
+# -- running requests --
+
+FIRST, SECOND = (str(row["request_id"]) for row in samples.REQUESTS["requests"])
+
+
+def stopping(*words: str, gone: str = "", **more: Any) -> tuple[Any, list[str]]:
+    """Runs `ocp requests stop`; returns what it says, and the ids that it asked to be stopped.
+    `gone` is the id of a request that has ended meanwhile."""
+    def stop(request: Any) -> Any:
+        request_id = request.path.rpartition("/")[2]
+        if request_id == gone:
+            return 404, {"error": {"message": "It has ended.", "code": "not_found"}}
+        return 200, {"id": request_id, "stopped": True}
+
+    answers = {"GET /api/requests": (200, samples.REQUESTS),
+               **{f"DELETE /api/requests/{each}": stop for each in (FIRST, SECOND)}}
+    with tempfile.TemporaryDirectory() as home, stub_server(answers) as server:
+        found = run(Path(home), server.url, "requests", "stop", *words, **more)
+        return found, [each.path.rpartition("/")[2] for each in server.requests
+                       if each.method == "DELETE"]
+
+
+@pytest.mark.parametrize("word", [FIRST, "req_4f2", "4f2a", FIRST.partition("_")[2]])
+def test_a_request_is_stopped_by_the_beginning_of_its_id(word: str) -> None:
+    found, stopped = stopping(word)
+    assert (found.code, found.stdout, stopped) == (0, f"stopped {FIRST}\n", [FIRST])
+
+
+def test_several_requests_are_stopped_once_each() -> None:
+    found, stopped = stopping("4f2a", "9b1d", FIRST)
+    assert (found.code, stopped) == (0, [FIRST, SECOND])
+
+
+def test_all_requests_are_stopped_after_a_question() -> None:
+    assert stopping("--all", stdin="y\n", terminal=True)[1] == [FIRST, SECOND]
+    found, stopped = stopping("--all", stdin="\n", terminal=True)
+    assert (found.code, stopped) == (1, []) and "Stop 2 requests on" in found.stderr
+    assert stopping("--all")[0].code == ocp.Exit.USAGE
+    assert stopping("--all", "--yes")[1] == [FIRST, SECOND]
+
+
+def test_one_that_has_ended_meanwhile_is_no_failure() -> None:
+    found, stopped = stopping("--all", "--yes", gone=FIRST)
+    assert (found.code, found.stdout) == (0, f"stopped {SECOND}\n")
+    assert stopped == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize(("words", "code", "said"), [
+    (["req_"], 1, "2 running requests begin with req_"), (["req_7"], 1, "`ocp errors ID`"),
+    ([], 2, "Say which request, or --all"), (["req_4f2a", "--all"], 2, "Say which request"),
+])
+def test_what_is_no_running_request_stops_nothing(
+    words: list[str], code: int, said: str
+) -> None:
+    found, stopped = stopping(*words)
+    assert (found.code, stopped) == (code, []) and said in found.stderr
+
+
+# -- CSV --
+
+
+def test_the_csv_goes_into_a_new_file_of_its_owner_only(tmp_path: Path, real: Any) -> None:
+    path = tmp_path / "usage.csv"
+    words = ("usage", "--csv", "--by", "model", "-o", str(path))
+    key = {"OCP_ADMIN_KEY": "admin-key"}
+
+    found = run(tmp_path, real.url, *words, environ=key)
+
+    assert (found.code, found.stdout) == (0, f"written to {path}\n")
+    assert path.read_bytes().startswith(b"model,requests,")
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = run(tmp_path, real.url, *words, environ=key)
+    assert again.code == 1 and "is there already" in again.stderr
+    nowhere = run(tmp_path, real.url, "usage", "-o", str(tmp_path / "no" / "x"), environ=key)
+    assert nowhere.code == 1 and "cannot be written" in nowhere.stderr
+
+
+@pytest.mark.parametrize(("line", "table", "back_s"), [
+    ("usage --csv", "rows", 86_400), ("usage --csv --since 7d", "rows", 7 * 86_400),
+    ("usage --csv --by tag", "tag", 86_400), ("usage -o x --by-key", "key", 86_400),
+    ("usage --csv --days 3", "daily", None), ("usage --csv --by day", "daily", None),
+])
+def test_the_csv_has_the_table_and_the_span_that_are_asked_for(
+    tmp_path: Path, line: str, table: str, back_s: float | None
+) -> None:
+    # This server gives JSON, as an older one does.
+    with stub_server({"GET /api/usage": (200, samples.API_USAGE)}) as server:
+        found = run(tmp_path, server.url, *line.split())
+        path = server.requests[-1].path
+    asked = urllib.parse.parse_qs(path.partition("?")[2])
+    assert found.code == 1 and "too old for CSV" in found.stderr
+    assert not (tmp_path / "x").exists()
+    assert (asked["format"], asked["table"], asked["all"]) == (["csv"], [table], ["true"])
+    assert back_s is None or abs(ocp_env(tmp_path).clock() - back_s - since_of(path)) < 60
+
+
+def test_csv_and_json_exclude_each_other(tmp_path: Path) -> None:
+    found = run(tmp_path, DEAD_URL, "usage", "--csv", "--json")
+    assert found.code == ocp.Exit.USAGE and "exclude each other" in found.stderr
 
 
 def test_one_session_is_cleared_without_a_question(tmp_path: Path) -> None:
@@ -1067,7 +1171,8 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     assert "--tokens-daily" in completed(tmp_path, DEAD_URL, "keys", "add", "--")
     assert "list" not in completed(tmp_path, DEAD_URL, "keys", "add", "")
     assert completed(tmp_path, DEAD_URL, "usage", "--b") == {"--by", "--by-key"}
-    assert completed(tmp_path, DEAD_URL, "usage", "--by", "") == {"key", "model", "day"}
+    assert completed(tmp_path, DEAD_URL, "usage", "--by", "") == {
+        "key", "model", "tag", "day"}
     assert completed(tmp_path, DEAD_URL, "logs", "--level", "") == set(ocp.LOG_WORDS)
     assert "clear" in completed(tmp_path, DEAD_URL, "--url", "box", "--json", "cache", "")
     assert completed(tmp_path, DEAD_URL, "status", "--u") == {"--url"}
@@ -1086,6 +1191,8 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     (["keys", "show", ""], "GET /api/keys", samples.KEYS, {"laptop"}),
     (["ask", "--model", "claude-s"], "GET /v1/models", samples.MODELS, {"claude-sonnet-5-5"}),
     (["clear", ""], "GET /sessions", samples.SESSIONS, {"chat-1"}),
+    (["requests", "stop", "req_4"], "GET /api/requests", samples.REQUESTS,
+     {"req_4f2a90c1b7d3e5a86c0f1e2d"}),
     (["settings", "t"], "GET /settings", samples.SETTINGS, {"timeout"}),
     (["settings", "--reset", "log"], "GET /settings", samples.SETTINGS, {"logLevel"}),
 ])
@@ -1292,7 +1399,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (["settings", "usageDays", "30d"], "usageDays = 30d"),
     (["settings", "sessionTTL", "2h"], "sessionTTL = 2h"),
     (["models"], "claude-sonnet-5-5 *"), (["usage", "--by", "day"], "Since"),
-    (["dashboard"], "/dashboard"),
+    (["dashboard"], "/dashboard"), (["requests"], "nothing runs"),
+    (["requests", "stop", "--all"], "nothing runs"), (["usage", "--by", "tag"], "tagFrom"),
+    (["usage", "--csv"], "at,request_id,model,"), (["usage", "--csv", "--by", "day"], "day,"),
     (["ask", "Hello there"], "You said: Hello there"), (["version"], "2.1.329"),
 ])
 def test_a_real_server_is_read(tmp_path: Path, real: Any, words: list[str], shown: str) -> None:

@@ -21,6 +21,8 @@ CONTRACT = {
     "Unsupported": (400, INVALID, "unsupported_parameter", False),
     "ContextTooLong": (400, INVALID, "context_length_exceeded", False),
     "EmptyAnswer": (400, INVALID, "empty_answer", False),
+    "RequestStopped": (400, INVALID, "request_stopped", False),
+    "RepeatStopped": (400, INVALID, "request_stopped", False),
     "Unauthorized": (401, AUTHENTICATION, "invalid_api_key", False),
     "MissingKey": (401, AUTHENTICATION, "missing_api_key", False),
     "ReplacedKey": (401, AUTHENTICATION, "replaced_api_key", False),

@@ -183,7 +183,9 @@ def test_any_other_choice_is_refused_and_the_choices_are_named(name: str) -> Non
 @pytest.mark.parametrize("name", FREE_TEXTS)
 def test_a_text_is_taken_without_the_white_space_around_it(name: str) -> None:
     others = {"OCP_TLS_CERT": "/cert.pem", "OCP_TLS_KEY": "/key.pem"} if "TLS" in name else {}
-    of_a_form = {"OCP_MODEL_ALIASES": "some=text", "OCP_PUBLIC_URL": "http://some.text"}
+    of_a_form = {
+        "OCP_MODEL_ALIASES": "some=text", "OCP_PUBLIC_URL": "http://some.text",
+        "OCP_TAG_FROM": "X-Some-Text, body"}
     text = of_a_form.get(name, "some text")
 
     assert value_of({**others, name: f"  {text}\n"}, name) == text
