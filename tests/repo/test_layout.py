@@ -31,7 +31,7 @@ MAX_CLASS_LINES = 400
 
 #: How many lines each section of ocp_server.py is meant to have, and how far beyond it may be.
 SECTION_LINES = {
-    "Small tools": 280, "Settings": 620, "Errors": 340, "Log": 320, "Models": 760,
+    "Small tools": 280, "Settings": 640, "Errors": 340, "Log": 320, "Models": 760,
     "Turns and events": 820, "Store": 420, "Keys and callers": 610, "Usage and quotas": 400,
     "Patterns": 100, "JSON Schema": 580, "Model schemas": 440, "Request fields": 390,
     "Attachments": 370, "Content": 380, "Tools": 560, "Dialects": 360, "Chat completions": 420,
@@ -39,8 +39,9 @@ SECTION_LINES = {
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
-    "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "State folder": 160,
-    "Answering": 830, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
+    "Cache": 250, "Account": 290, "Alerts": 410,
+    "Metrics": 140, "Connections": 390, "State folder": 160,
+    "Answering": 830, "App": 365, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
     "API endpoints": 320, "Management endpoints": 880, "Table of routes": 50, "Demo claude": 190,
     "Command line": 290,
 }
