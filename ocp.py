@@ -281,6 +281,9 @@ COMMANDS = (
         argument("-n", dest="count", metavar="N", type=whole_number, default=20,
                  help="how many, by default 20"), JSON,
     ), examples=("errors", "errors laptop --since 1h")),
+    Command("alerts", "list what the webhook was told, and whether it arrived", (JSON,), (
+        Command("test", "send a test to the webhook now", (JSON,), examples=("alerts test",)),
+    ), ("alerts", "alerts test")),
     Command("sessions", "list the conversations that the server remembers", (JSON,), (
         Command("clear", "forget all sessions, or one", (SESSION, YES, JSON),
                 examples=("sessions clear", "sessions clear chat-1")),
@@ -354,7 +357,8 @@ GROUPS = (
     ("Everyday", ("status", "usage", "ask", "dashboard", "models", "requests", "logs",
                   "errors")),
     ("Devices", ("keys", "lan", "connect", "sync", "tls")),
-    ("Server", ("start", "stop", "restart", "health", "settings", "sessions", "clear", "cache")),
+    ("Server", ("start", "stop", "restart", "health", "settings", "alerts", "sessions", "clear",
+                "cache")),
     ("Care", ("doctor", "update", "version", "completion", "help")),
 )
 
@@ -2124,6 +2128,38 @@ def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK
 
 
+def _alert_state(row: Json) -> str:
+    attempts = row.get("attempts") or 0
+    return f"{row.get('state')}" + (f", sent {attempts} times" if attempts > 1 else "")
+
+
+ALERT_COLUMNS = (
+    Column("When", "at", age), Column("State", _alert_state),
+    Column("Alert", lambda row: ": ".join(filter(None, (row.get("title"), row.get("problem")))),
+           is_prose=True),
+)
+
+
+def show_alerts(answer: Json, style: Style) -> str:
+    webhook = answer.get("webhook")
+    head = f"  to {clean(webhook)}, format {clean(answer.get('format'))}" if webhook else (
+        "  no alerts are sent: `ocp settings alertUrl ADDRESS` names a webhook")
+    rows = answer.get("alerts")
+    return f"{head}\n\n{table(ALERT_COLUMNS, rows, style, empty='  none so far')}"
+
+
+cmd_alerts = reader("/api/alerts", show_alerts)
+
+
+def cmd_alerts_test(env: Env, args: argparse.Namespace) -> Exit:
+    """Send a test. FAILED when the webhook did not take it."""
+    answer = find_server(env).ask("POST", "/api/alerts/test", timeout_s=60.0)
+    words = "the webhook took it" if answer.value.get("delivered") else (
+        f"not delivered: {clean(answer.value.get('problem'))}")
+    print_answer(env, args, answer, lambda value, style: words)
+    return Exit.OK if answer.value.get("delivered") else Exit.FAILED
+
+
 SESSION_COLUMNS = (
     Column("Session", "id"), Column("Caller", "caller"), Column("Model", "model"),
     number("Messages", "messages"), Column("Last used", "lastUsed", age),
@@ -3890,6 +3926,22 @@ def _check_extra_usage(facts: Facts) -> Finding:
     return Finding("PASS", "no answer is billed as extra usage, as far as claude has told")
 
 
+def _check_alerts(facts: Facts) -> Finding:
+    server: Server = facts.running and find_server(facts.env)
+    answer = server.ask("GET", "/api/alerts", timeout_s=3.0).value
+    if not answer.get("webhook"):
+        return Finding("PASS", "no webhook is set, so none are sent")
+    rows = answer.get("alerts") or []
+    # Those that the webhook refused before it took the last one are past.
+    since = next((at for at, row in enumerate(rows) if row.get("state") == "delivered"), len(rows))
+    refused = [row for row in rows[:since] if row.get("problem")]
+    if not refused:
+        return Finding("PASS", "the webhook took the last one" if rows else "none so far")
+    return Finding("WARN", f"the webhook did not take {counted(len(refused), 'alert')}: "
+                   f"{refused[0]['problem']}", Fix("alerts", (
+                       "look at alertUrl and alertFormat, then try: `ocp alerts test`",)))
+
+
 def _check_failures(facts: Facts) -> Finding:
     server: Server = facts.running and find_server(facts.env)
     answer = server.ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
@@ -4023,6 +4075,7 @@ CHECKS = (
           "Whether answers are billed as extra usage, beyond the plan", _check_extra_usage),
     Check("recent_failures", "Failed requests",
           "Which requests failed in the last hour, and why", _check_failures),
+    Check("alerts", "Alerts", "Whether the webhook took the last alerts", _check_alerts),
     Check("service_version_matches_tree", "Running version",
           "Whether the installed version is the one that runs", _check_served_version),
     Check("linger", "Running without you",
@@ -4148,7 +4201,7 @@ class Redactor:
         env = facts.env
         environ = {**env.environ, **service_environ(env)}
         self._secrets = [text for name, text in environ.items()
-                         if re.search("KEY|TOKEN|SECRET|PASSW", name) and len(text) > 3]
+                         if re.search("KEY|TOKEN|SECRET|PASSW|ALERT_URL", name) and len(text) > 3]
         with contextlib.suppress(Problem):
             self._secrets += filter(None, [admin_key(env, facts.url)])
         self._home = env.home

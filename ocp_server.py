@@ -57,20 +57,22 @@ Sections (search for "==== 8" to jump to the eighth):
     33. Sessions and responses  what is remembered of conversations: messages, and thinking
     34. Cache                   stored answers, and answers shared while they are generated
     35. Account                 the state of login and plan, learned from answers
-    36. Metrics                 counters and histograms since the start
-    37. Connections             client sockets, and limits on their number and memory
-    38. The original OCP        keys and usage taken over from the database of the original
-    39. State folder            the database, the modes of files, the admin key
-    40. Answering               one request: quota, cache, claude, row of usage
-    41. App                     owns every long-lived object; the housekeeper
-    42. Routes                  the choice of a route for a path and a method
-    43. HTTP server             sockets, bodies, one thread for each connection
-    44. Dashboard               the operator's page, and its content security policy
-    45. API endpoints           answers, stored responses, sessions, models
-    46. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    47. Table of routes         path, access, dialect and endpoint of each route
-    48. Demo claude             the stand-in for claude behind --demo
-    49. Command line            arguments, signals, main
+    36. Alerts                  what the operator's webhook is told
+    37. Metrics                 counters and histograms since the start
+    38. Metrics                 counters and histograms since the start
+    39. Connections             client sockets, and limits on their number and memory
+    40. The original OCP        keys and usage taken over from the database of the original
+    41. State folder            the database, the modes of files, the admin key
+    42. Answering               one request: quota, cache, claude, row of usage
+    43. App                     owns every long-lived object; the housekeeper
+    44. Routes                  the choice of a route for a path and a method
+    45. HTTP server             sockets, bodies, one thread for each connection
+    46. Dashboard               the operator's page, and its content security policy
+    47. API endpoints           answers, stored responses, sessions, models
+    48. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    49. Table of routes         path, access, dialect and endpoint of each route
+    50. Demo claude             the stand-in for claude behind --demo
+    51. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -594,7 +596,7 @@ class Config:
     )
     tls_cert: str = setting("", "OCP_TLS_CERT", "certificate chain (PEM) to serve https with")
     tls_key: str = setting("", "OCP_TLS_KEY", "private key (PEM) of the certificate")
-    instance_name: str = setting("", "OCP_INSTANCE_NAME", "a label for /health")
+    instance_name: str = setting("", "OCP_INSTANCE_NAME", "a label for /health and for alerts")
     # -- access -------------------------------------------------------------------------------
     auth_mode: str = setting(
         "", "CLAUDE_AUTH_MODE",
@@ -815,6 +817,17 @@ class Config:
         20_000, "OCP_DRAIN", "how long running answers get to finish at a shutdown",
         unit="ms", minimum=0, maximum=600_000,
     )
+    # -- alerts -------------------------------------------------------------------------------
+    alert_url: str = setting(
+        "", "OCP_ALERT_URL",
+        "http(s) address of a webhook that is told of plan windows and quotas that fill up, of a "
+        "lost login, extra usage and a missing claude; empty = none",
+        secret=True, live="alertUrl",
+    )
+    alert_format: str = setting(
+        "json", "OCP_ALERT_FORMAT", "what the webhook is: any program, or one of four services",
+        choices=("json", "slack", "discord", "ntfy", "telegram"), live="alertFormat",
+    )
     # -- files --------------------------------------------------------------------------------
     home: str = setting("~/.ocp", "OCP_HOME", "folder of the log and all other state")
     usage_days: int = setting(
@@ -857,8 +870,9 @@ class Config:
 
     @property
     def secrets(self) -> frozenset[str]:
-        """The keys that are settings of this server."""
-        return frozenset({self.api_key, self.admin_key, self.anonymous_key} - {""})
+        """The keys that are settings of this server, and the address of its webhook."""
+        keys = {self.api_key, self.admin_key, self.anonymous_key, self.alert_url}
+        return frozenset(keys - {""})
 
     @property
     def own_names(self) -> frozenset[str]:
@@ -880,6 +894,19 @@ _ORIGIN = re.compile(
 
 #: A value of OCP_PUBLIC_URL.
 _PUBLIC_URL = re.compile(r"(none|https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?(/[\w./~-]*)?)?")
+
+
+
+def is_webhook(url: str) -> bool:
+    """Return whether this can be the address of a webhook."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        # Reading the port raises for one that is none.
+        is_whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return is_whole and re.fullmatch(r"(?i:https?)://[!-~]{1,2000}", url) is not None
+
 
 #: An entry of OCP_MODEL_ALIASES, and what to say of another one.
 _MODEL_ALIAS = re.compile(r"[^=\s][^=]*=[^=]*[^=\s]")
@@ -947,6 +974,11 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "OCP_PUBLIC_URL takes an address such as https://ocp.example.org or "
         "http://192.168.1.10:3456, or none",
     ),
+    (
+        lambda config: bool(config.alert_url) and not is_webhook(config.alert_url),
+        "OCP_ALERT_URL takes the address of a webhook, such as https://hooks.slack.com/services/..."
+        ", without spaces",
+    ),
 )
 
 #: The JSON names of the types of settings.
@@ -998,6 +1030,15 @@ def setting_text(row: dataclasses.Field[Any], value: int | str | bool) -> str:
     if is_duration(row) and value:
         return format_duration(int(value) * _UNIT_MS[unit])
     return f"{int(value) if isinstance(value, bool) else value} {unit}".strip()
+
+
+def shown_value(row: dataclasses.Field[Any], value: int | str | bool) -> int | str | bool:
+    """Return a value as reports may show it: of a secret address only the host. A host and these
+    words are no address, so that nobody can store them by mistake."""
+    if not row.metadata["secret"] or not value:
+        return value
+    host = urllib.parse.urlsplit(str(value)).netloc.rpartition("@")[2]
+    return f"{host} (secret)".strip()
 
 
 def _parse_integer(row: dataclasses.Field[Any], text: str) -> int:
@@ -3877,6 +3918,23 @@ MIGRATIONS = (
     )
     """,
     "ALTER TABLE usage ADD COLUMN tag TEXT",
+    """
+    CREATE TABLE alerts (
+        id INTEGER PRIMARY KEY,
+        at_s REAL NOT NULL,
+        event TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        level INTEGER NOT NULL,
+        until_s REAL NOT NULL,
+        title TEXT NOT NULL,
+        text TEXT NOT NULL,
+        details TEXT NOT NULL,
+        state TEXT NOT NULL,
+        attempts INTEGER NOT NULL,
+        due_s REAL NOT NULL,
+        problem TEXT NOT NULL
+    )
+    """,
 )
 
 
@@ -4190,7 +4248,7 @@ class Settings:
 
     def change(self, name: str, value: object) -> object:
         """Store a value, or remove the stored value if `value` is None, and return the value that
-        is then in effect.
+        is then in effect, as reports may show it.
 
         Raises KeyError for an unknown name, ValueError with the reason for an invalid value, and
         sqlite3.Error if it cannot be stored; then nothing has changed.
@@ -4211,15 +4269,15 @@ class Settings:
             except sqlite3.Error:
                 self._stored, self.config = before
                 raise
-            return getattr(self.config, row.name)
+            return shown_value(row, getattr(self.config, row.name))
 
     def report(self) -> Json:
         """Return each setting that can be changed, with its value, range, unit, help and source."""
         kinds = {int: "number", bool: "boolean", str: "string"}
         return {
             name: {
-                "value": getattr(self.config, row.name),
-                "text": setting_text(row, getattr(self.config, row.name)),
+                "value": shown_value(row, getattr(self.config, row.name)),
+                "text": setting_text(row, shown_value(row, getattr(self.config, row.name))),
                 "type": kinds[type(row.default)],
                 "min": row.metadata["minimum"],
                 "max": row.metadata["maximum"],
@@ -4228,6 +4286,7 @@ class Settings:
                 "source": self._source(name, row),
                 "default": default_of(row, machine_memory_bytes()),
                 "env": row.metadata["env"],
+                "secret": row.metadata["secret"],
             }
             for name, row in live_settings().items()
         }
@@ -12996,6 +13055,13 @@ class ClaudeProgram:
         found = self._probe.found if self._probe is not None else None
         return (None, found) if isinstance(found, OcpError) else (found, None)
 
+    def is_gone(self) -> bool | None:
+        """Return whether claude cannot be started; None = not known, or perhaps an update."""
+        program, problem = self.last_result()
+        if problem is None:
+            return None if program is None else False
+        return None if self.as_away_if_recent(problem).retryable else True
+
     def _probed(self) -> Probe:
         command, stamp = self._file()
         probe = self._known(command, stamp)
@@ -15475,10 +15541,13 @@ class BilledWindows:
             ]
         return max(found, key=lambda each: each[1].resets_at_s) if found else None
 
-    def is_any(self, now_s: float) -> bool:
-        """Return whether answers of any model are billed as extra usage."""
+    def current(self, now_s: float) -> dict[str, BilledWindow]:
+        """Return the windows for which answers are billed as extra usage, by their names."""
         with self._lock:
-            return any(window.resets_at_s > now_s for window in self._windows.values())
+            return {
+                name: window for name, window in self._windows.items()
+                if window.resets_at_s > now_s
+            }
 
 
 def _is_same_window(before: PlanWindow, now: PlanWindow) -> bool:
@@ -15666,7 +15735,11 @@ class Account:
     @property
     def is_billed(self) -> bool:
         """Return whether claude has said that answers are billed as extra usage."""
-        return self._billed.is_any(self._clock())
+        return bool(self.billed_windows())
+
+    def billed_windows(self) -> dict[str, BilledWindow]:
+        """Return the used-up windows for which answers are billed, by their names."""
+        return self._billed.current(self._clock())
 
     @property
     def budget(self) -> ExtraUsageBudget:
@@ -15738,7 +15811,519 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 36. Metrics ============================================================
+# ==== 36. Alerts =============================================================
+# What the operator's webhook is told: each thing once, until its window resets or its state ends.
+# An alert is a row that survives a restart. The housekeeper raises alerts and starts a thread that
+# delivers what is due, so a webhook that is slow or down delays neither it nor a request. Nothing
+# of the webhook's address, and nothing that it answers, gets into a text, a row or the log.
+
+
+class AlertRequest(NamedTuple):
+    """What a kind of webhook gets for an alert."""
+
+    body: bytes
+    headers: Mapping[str, str]
+
+
+#: Events that need no haste.
+_CALM_EVENTS = ("login_back", "claude_back", "test")
+
+
+def _heading(alert: Json) -> str:
+    return f"{alert['instance']}: {alert['title']}"
+
+
+def _as_json(body: Json) -> AlertRequest:
+    return AlertRequest(to_json(body), {"Content-Type": "application/json"})
+
+
+def _for_slack(alert: Json) -> AlertRequest:
+    """https://docs.slack.dev/messaging/sending-messages-using-incoming-webhooks"""
+    text = f"*{_heading(alert)}*\n{alert['text']}"
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        text = text.replace(character, entity)
+    return _as_json({"text": text})
+
+
+def _for_discord(alert: Json) -> AlertRequest:
+    """https://docs.discord.com/developers/resources/webhook#execute-webhook"""
+    text = f"**{_heading(alert)}**\n{alert['text']}"
+    return _as_json({"content": text[:2000], "allowed_mentions": {"parse": []}})
+
+
+def _for_ntfy(alert: Json) -> AlertRequest:
+    """https://docs.ntfy.sh/publish: a title beyond ASCII is encoded as RFC 2047 says."""
+    title = _heading(alert)
+    if not title.isascii():
+        title = f"=?UTF-8?B?{base64.b64encode(title.encode('utf-8')).decode('ascii')}?="
+    is_calm = alert["event"] in _CALM_EVENTS
+    return AlertRequest(alert["text"].encode("utf-8"), {
+        "Content-Type": "text/plain; charset=utf-8", "Title": title,
+        "Priority": "default" if is_calm else "high",
+        "Tags": "white_check_mark" if is_calm else "warning",
+    })
+
+
+def _for_telegram(alert: Json) -> AlertRequest:
+    """https://core.telegram.org/bots/api#sendmessage, whose `chat_id` is in the address."""
+    text = f"{_heading(alert)}\n{alert['text']}"
+    return _as_json({"text": text[:4096], "link_preview_options": {"is_disabled": True}})
+
+
+#: The values of alertFormat.
+_FORMATS: dict[str, Callable[[Json], AlertRequest]] = {
+    "json": _as_json, "slack": _for_slack, "discord": _for_discord, "ntfy": _for_ntfy,
+    "telegram": _for_telegram,
+}
+
+#: How long one delivery may take, and the longest head of an answer.
+_DELIVERY_TIMEOUT_S = 10.0
+_MAX_REPLY_HEAD_BYTES = 16_384
+#: The pauses between the five deliveries of an alert.
+_RETRY_PAUSES_S = (60.0, 300.0, 900.0, 2400.0)
+#: The longest pause that a webhook can ask for.
+_LONGEST_PAUSE_S = 3600.0
+
+#: What an answer of a webhook means; the first status that is not higher counts.
+_REPLY_WORDS = (
+    (500, "it failed itself"),
+    (429, "it takes no more for a while"),
+    (411, "it does not take the message"),
+    (404, "it does not know the address: was the webhook deleted?"),
+    (401, "it refuses the address: is its token right?"),
+    (400, "it does not take the message: is alertFormat right, and the chat_id of Telegram?"),
+    (300, "it redirects, which is not followed because the address may hold a secret: set the "
+     "final address"),
+    (100, "that is no answer to a POST"),
+)
+#: What a failure to reach a webhook means. Their own texts may contain the address.
+_FAILURE_WORDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    ((socket.timeout, TimeoutError), "it did not answer in time"),
+    ((socket.gaierror, UnicodeError), "the name of its host is not known"),
+    (ssl.SSLCertVerificationError, "its certificate cannot be verified"),
+    (ssl.SSLError, "it does not speak https"),
+    (ConnectionRefusedError, "nothing listens at its address"),
+    ((http.client.HTTPException, ConnectionError), "it ended the connection without an answer"),
+    (ValueError, "its address cannot be used"),
+    (OSError, "it cannot be reached"),
+)
+
+
+class Delivery(NamedTuple):
+    """How a delivery went."""
+
+    #: The webhook's status; None if it gave none.
+    status: int | None
+    #: Why the webhook did not take the alert; empty if it did.
+    problem: str = ""
+    #: How long the webhook wants to be left alone.
+    pause_s: float = 0.0
+
+
+def _post(url: str, request: AlertRequest) -> tuple[int, Headers]:
+    """Send a POST and return the status and the headers of the answer. Follows no redirect. Raises
+    OSError, HTTPException, ValueError."""
+    deadline_s = time.monotonic() + _DELIVERY_TIMEOUT_S
+    parts = urllib.parse.urlsplit(url)
+    headers = {"User-Agent": f"OCP/{VERSION}", "Connection": "close", **request.headers}
+    if parts.username or parts.password:
+        login = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
+        encoded = base64.b64encode(login.encode("utf-8")).decode("ascii")
+        headers["Authorization"] = f"Basic {encoded}"
+    host, timeout_s = str(parts.hostname), _DELIVERY_TIMEOUT_S
+    connection = http.client.HTTPConnection(host, parts.port or 80, timeout=timeout_s)
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(
+            host, parts.port or 443, timeout=timeout_s, context=ssl.create_default_context()
+        )
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    with contextlib.closing(connection):
+        connection.request("POST", target, request.body, headers)
+        return _read_reply(connection.sock, deadline_s)
+
+
+def _read_reply(sock: socket.socket, deadline_s: float) -> tuple[int, Headers]:
+    """Return the status and the headers of an answer, whose body is not wanted. http.client would
+    wait for each of its bytes anew. Raises OSError, HTTPException."""
+    head = b""
+    while re.search(rb"\r?\n\r?\n", head) is None:
+        sock.settimeout(max(0.001, deadline_s - time.monotonic()))
+        piece = sock.recv(4096)
+        head += piece
+        if not piece or len(head) > _MAX_REPLY_HEAD_BYTES:
+            raise http.client.BadStatusLine("")
+    line, _, rest = head.partition(b"\n")
+    match = re.match(rb"HTTP/1\.[01] ([1-5][0-9]{2})\b", line)
+    if match is None:
+        raise http.client.BadStatusLine("")
+    return int(match[1]), http.client.parse_headers(io.BytesIO(rest))
+
+
+def deliver(url: str, form: str, alert: Json) -> Delivery:
+    """Send an alert, once. Takes seconds at most, besides the look-up of the name."""
+    if not url:
+        return Delivery(None, "alertUrl is empty")
+    try:
+        status, headers = _post(url, _FORMATS[form](alert))
+    except (OSError, http.client.HTTPException, ValueError) as failure:
+        words = next(words for kind, words in _FAILURE_WORDS if isinstance(failure, kind))
+        return Delivery(None, words)
+    if 200 <= status < 300:
+        return Delivery(status)
+    words = next(words for least, words in _REPLY_WORDS if status >= least)
+    wanted = headers.get("Retry-After", "")
+    pause_s = float(wanted) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", wanted) else 0.0
+    return Delivery(status, f"{words} (status {status})", min(pause_s, _LONGEST_PAUSE_S))
+
+
+# -- what is told -----------------------------------------------------------------------------
+
+
+class News(NamedTuple):
+    """What an alert tells."""
+
+    event: str
+    #: What it is about. It is told once until `until_s`, and again at a higher level.
+    subject: str
+    title: str
+    text: str
+    details: Mapping[str, object] = MappingProxyType({})
+    level: int = 0
+    until_s: float = 0.0
+
+
+LOGIN_GONE = News(
+    "login_lost", "login", "claude is not logged in",
+    f"The API has refused claude's login, and requests fail. {LOGIN_ADVICE}",
+    until_s=math.inf,
+)
+LOGIN_BACK = News(
+    "login_back", "login back", "claude is logged in again", "Requests are answered again."
+)
+CLAUDE_GONE = News(
+    "claude_missing", "claude", "claude cannot be started",
+    "The claude program is missing, too old or broken on the server, and requests fail. `ocp "
+    "doctor` there says what to do.", until_s=math.inf,
+)
+CLAUDE_BACK = News(
+    "claude_back", "claude back", "claude can be started again", "Requests are answered again."
+)
+_TEST = News(
+    "test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do."
+)
+
+#: The used percentages of a plan's window that are told, the highest first. One that is used less
+#: than the last number was reset, whatever was reported before.
+_WINDOW_LEVELS = (95, 80)
+_WINDOW_LEFT = 0.7
+
+
+def _window_words(name: str) -> str:
+    """Return what people call a window of the plan."""
+    known = {"five_hour": "five hours", "seven_day": "week", "unknown": "limit"}
+    return known.get(name) or f"week of {name.replace('seven_day_', '').replace('_', ' ')}"
+
+
+def _reset_words(resets_at_s: float | None, now_s: float) -> str:
+    if resets_at_s is None:
+        return "It is not known when that resets."
+    at = time.strftime("%a %d %b, %H:%M %Z", time.localtime(resets_at_s))
+    return f"That resets in {format_span(resets_at_s - now_s)} ({at})."
+
+
+def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
+    """Return what there is to tell of a window of the plan."""
+    percent = int(round((window.utilization or 0) * 100, 2))
+    level = next((each for each in _WINDOW_LEVELS if percent >= each), None)
+    if level is None:
+        return None
+    resets_s, words = window.resets_at_s, _window_words(name)
+    more = "Once it is used up, requests are refused or billed as extra usage. " if (
+        level == _WINDOW_LEVELS[0]) else ""
+    return News(
+        "plan_window", f"plan {name}", f"{percent} % of the plan's {words} is used",
+        f"{percent} % of the plan's {words} is used. {more}{_reset_words(resets_s, now_s)} `ocp "
+        "usage` shows the plan.",
+        {"window": name, "percent": percent, "level": level,
+         "resetsAt": None if resets_s is None else iso_time(resets_s)},
+        level, (resets_s or now_s + _UNKNOWN_RESET_S) + _RESET_TOLERANCE_S,
+    )
+
+
+def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float) -> News:
+    """Return what there is to tell of a used-up window while answers are billed."""
+    words, reset = _window_words(name), _reset_words(window.resets_at_s, now_s)
+    does = "new requests are refused until it resets" if is_stopped else "they go on"
+    do = ALLOW_EXTRA_USAGE if is_stopped else "To refuse them: `ocp settings extraUsage stop`."
+    return News(
+        "extra_usage", f"extra {name}", "answers are billed as extra usage",
+        f"The plan's {words} is used up, and answers are billed as extra usage: {does}. {reset} "
+        f"{do}",
+        {"window": name, "resetsAt": iso_time(window.resets_at_s), "stopped": is_stopped},
+        0, window.resets_at_s + _RESET_TOLERANCE_S,
+    )
+
+
+def level_news(found: QuotaLevel, now_s: float) -> News:
+    """Return what there is to tell of a key's usage that has passed a level."""
+    quota = next(each for each in QUOTAS if each.name == found.quota)
+    unit, places = _UNITS[quota.unit].words, 2 if quota.unit == "usd" else 0
+    is_limit, name = found.level == "limit", found.key_name or f"number {found.key_id}"
+    used, limit = (f"{number:,.{places}f}" for number in (found.used, found.limit))
+    model = f" with {found.model}" if found.model else ""
+    more = "Its requests are refused until then. " if is_limit else ""
+    return News(
+        "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
+        f"the key {name} has reached its {'limit' if is_limit else 'warning level'}",
+        f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
+        f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota {name}` shows its limits.",
+        {"key": found.key_name, "keyId": found.key_id, "quota": found.quota,
+         "model": found.model or None, "level": found.level, "used": found.used,
+         "limit": found.limit, "resetsAt": iso_time(found.resets_s)},
+        int(is_limit), found.resets_s,
+    )
+
+
+class Alert(NamedTuple):
+    """One alert: a row of the table `alerts`, in the order of its columns."""
+
+    id: int
+    at_s: float
+    event: str
+    subject: str
+    level: int
+    until_s: float
+    title: str
+    text: str
+    #: JSON.
+    details: str
+    #: "waiting", "delivered" or "lost".
+    state: str = "waiting"
+    attempts: int = 0
+    #: When it is sent next, while it waits.
+    due_s: float = 0.0
+    #: Why the last delivery failed.
+    problem: str = ""
+
+
+#: How many alerts are kept, how many the operator sees, and how many may wait.
+_MAX_ALERTS = 500
+_MAX_SHOWN_ALERTS = 50
+_MAX_WAITING_ALERTS = 50
+
+
+class Alerts:
+    """The alerts, and their delivery. Only the housekeeper's thread raises some."""
+
+    def __init__(
+        self, store: Store, log: Log, settings: Settings, clock: Clock = time.time
+    ) -> None:
+        """Read what an earlier server told; what waits is sent at once."""
+        self._store = store
+        self._log = log
+        self._settings = settings
+        self._clock = clock
+        # Guards the next fields; never held during a delivery.
+        self._lock = threading.Lock()
+        #: Oldest first.
+        self._alerts = [
+            Alert(*row)._replace(due_s=clock())
+            for row in store.rows("SELECT * FROM alerts ORDER BY id")
+        ]
+        self._is_sending = False
+        #: What requests have found, until the housekeeper tells it.
+        self._levels: collections.deque[QuotaLevel] = collections.deque(maxlen=_MAX_WAITING_ALERTS)
+
+    # -- raising ------------------------------------------------------------------------------
+
+    def take_level(self, found: QuotaLevel) -> None:
+        """Take what a request has found of its key; for every thread."""
+        self._levels.append(found)
+
+    def watch(self, account: Account, is_claude_gone: bool | None) -> None:
+        """Tell what has happened to the plan, the login and the program; None = not known."""
+        now_s = self._clock()
+        for name, window in account.windows().items():
+            news = window_news(name, window, now_s)
+            if news is not None:
+                self.tell(news)
+            elif window.utilization is not None and window.utilization < _WINDOW_LEFT:
+                self._forget(f"plan {name}")
+        is_stopped = self._settings.config.extra_usage == "stop"
+        for name, billed in account.billed_windows().items():
+            self.tell(billed_news(name, billed, is_stopped, now_s))
+        while self._levels:
+            self.tell(level_news(self._levels.popleft(), now_s))
+        accepted = account.login_report()["ok"]
+        self._follow(None if accepted is None else not accepted, LOGIN_GONE, LOGIN_BACK)
+        self._follow(is_claude_gone, CLAUDE_GONE, CLAUDE_BACK)
+
+    def tell(self, news: News) -> None:
+        """Raise an alert, unless this was told already or no webhook is set."""
+        if not self._settings.config.alert_url or self._told(news.subject, news.level):
+            return
+        alert = self._draft(news)
+        with self._lock:
+            is_full = sum(each.state == "waiting" for each in self._alerts) >= _MAX_WAITING_ALERTS
+        if is_full:
+            alert = alert._replace(state="lost", problem="too many alerts were waiting")
+        self._write(self._add(alert))
+        self._log.event("info", "alert_raised", kind=alert.event, title=alert.title)
+
+    def _follow(self, is_bad: bool | None, bad: News, good: News) -> None:
+        """Tell that a state has begun, or that it is over if its begin was told."""
+        if is_bad:
+            self.tell(bad)
+        elif is_bad is False and self._forget(bad.subject):
+            self.tell(good)
+
+    def _told(self, subject: str, level: int = 0) -> list[Alert]:
+        """Return the alerts that tell this, or more of it, and still hold."""
+        now_s = self._clock()
+        with self._lock:
+            return [
+                alert for alert in self._alerts
+                if alert.subject == subject and alert.level >= level and alert.until_s > now_s
+            ]
+
+    def _forget(self, subject: str) -> bool:
+        """Let this be told anew, and return whether it was told."""
+        told = self._told(subject)
+        for alert in told:
+            self._change(alert.id, until_s=self._clock())
+        return bool(told)
+
+    def _draft(self, news: News) -> Alert:
+        return Alert(
+            0, self._clock(), news.event, news.subject, news.level, news.until_s, news.title,
+            news.text, json.dumps(dict(news.details)), due_s=self._clock(),
+        )
+
+    def _add(self, alert: Alert) -> Alert:
+        """Keep an alert, and return it with its number."""
+        with self._lock:
+            last = self._alerts[-1].id if self._alerts else 0
+            alert = alert._replace(id=last + 1)
+            self._alerts = [*self._alerts[1 - _MAX_ALERTS:], alert]
+        return alert
+
+    def _change(self, number: int, **fields: Any) -> None:
+        """Change an alert, if it is still kept."""
+        with self._lock:
+            changed = [a._replace(**fields) for a in self._alerts if a.id == number]
+            self._alerts = [
+                changed[0] if alert.id == number else alert for alert in self._alerts
+            ]
+        for alert in changed:
+            self._write(alert)
+
+    def _write(self, alert: Alert) -> None:
+        marks = ", ".join("?" * len(alert))
+        # A write that fails now is queued.
+        with contextlib.suppress(sqlite3.Error):
+            self._store.write_or_queue(f"INSERT OR REPLACE INTO alerts VALUES ({marks})", *alert)
+        self._store.write_later("DELETE FROM alerts WHERE id <= ?", alert.id - _MAX_ALERTS)
+
+    # -- delivering ---------------------------------------------------------------------------
+
+    def tend(self) -> None:
+        """Start the delivery of what is due."""
+        with self._lock:
+            if self._is_sending or self._next_due() is None:
+                return
+            self._is_sending = True
+        try:
+            threading.Thread(target=self._send_due, daemon=True).start()
+        except RuntimeError:
+            # The machine has no thread left.
+            self._end_sending()
+
+    def _end_sending(self) -> None:
+        with self._lock:
+            self._is_sending = False
+
+    def _next_due(self) -> Alert | None:
+        """Return the oldest alert to be sent now. The caller holds the lock."""
+        now_s = self._clock()
+        due = (a for a in self._alerts if a.state == "waiting" and a.due_s <= now_s)
+        return next(due, None)
+
+    def _send_due(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    alert = self._next_due()
+                if alert is None:
+                    return
+                self._settle(alert, self._deliver(alert))
+        finally:
+            self._end_sending()
+
+    def _deliver(self, alert: Alert) -> Delivery:
+        config = self._settings.config
+        try:
+            return deliver(config.alert_url, config.alert_format, self._body(alert))
+        except Exception as failure:
+            # Its text may contain the address.
+            self._log.event("error", "alert_failed", error=type(failure).__name__)
+            return Delivery(None, "it could not be sent, see the log")
+
+    def _body(self, alert: Alert) -> Json:
+        """Return an alert as it is sent to a webhook of the format `json`."""
+        return {
+            "event": alert.event,
+            "instance": printable(self._settings.config.instance_name) or "OCP",
+            "at": iso_time(alert.at_s),
+            "title": alert.title,
+            "text": alert.text,
+            "details": json.loads(alert.details),
+        }
+
+    def _settle(self, alert: Alert, delivery: Delivery) -> None:
+        """Record a delivery; one that failed is tried again, five times in an hour."""
+        attempts, now_s = alert.attempts + 1, self._clock()
+        fields: Json = {"attempts": attempts, "problem": delivery.problem}
+        pauses_s = _RETRY_PAUSES_S[attempts - 1:]
+        if not delivery.problem:
+            level, name = "info", "alert_delivered"
+            fields["state"] = "delivered"
+        elif not pauses_s:
+            level, name = "error", "alert_lost"
+            fields["state"] = "lost"
+        else:
+            level, name = "warn", "alert_not_delivered"
+            fields["due_s"] = now_s + max(pauses_s[0], delivery.pause_s)
+        self._change(alert.id, **fields)
+        self._log.event(
+            level, name, kind=alert.event, attempts=attempts, why=delivery.problem or None
+        )
+
+    def test(self) -> Delivery:
+        """Send a test, once, and return how that went. It is kept as the others are."""
+        draft = self._draft(_TEST)
+        delivery = self._deliver(draft)
+        state = "lost" if delivery.problem else "delivered"
+        self._write(self._add(
+            draft._replace(state=state, attempts=1, problem=delivery.problem)
+        ))
+        return delivery
+
+    def report(self) -> list[Json]:
+        """Return the last alerts, newest first, with the state of their delivery."""
+        with self._lock:
+            shown = self._alerts[-_MAX_SHOWN_ALERTS:]
+        return [
+            {
+                "id": alert.id, **self._body(alert),
+                "state": alert.state, "attempts": alert.attempts, "problem": alert.problem or None,
+                "nextTryAt": iso_time(alert.due_s) if alert.state == "waiting" else None,
+            }
+            for alert in reversed(shown)
+        ]
+
+
+# ==== 37. Metrics ============================================================
+# ==== 38. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -15889,7 +16474,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 37. Connections ========================================================
+# ==== 39. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -16329,7 +16914,7 @@ class Connections:
         )
 
 
-# ==== 38. The original OCP ===================================================
+# ==== 40. The original OCP ===================================================
 # The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
 # start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
 # the whole file. The original's own tables stay as they are, with every key in plain text: they
@@ -16642,7 +17227,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 39. State folder =======================================================
+# ==== 41. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -16839,7 +17424,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 40. Answering ==========================================================
+# ==== 42. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -17961,7 +18546,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 41. App ================================================================
+# ==== 43. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -18213,6 +18798,8 @@ class App:
         self.thinking = ThinkingMemory(self.store)
         self.account = Account()
         self._plan_record = PlanRecord(self.store, self.account, self.log)
+        self.alerts = Alerts(self.store, self.log, self.settings)
+        self.ledger.on_level = self.alerts.take_level
         self._prune_at_s = self._write_use_at_s = self.clock()
 
     def _tend_storage(self) -> None:
@@ -18292,6 +18879,9 @@ class App:
             self._prune()
             self.refusals.tend()
             self._watch_login()
+            if not self.demo:
+                self.alerts.watch(self.account, self.program.is_gone())
+                self.alerts.tend()
             self.check_program()
             self.pool.refill(self.config)
             self._prime_spare()
@@ -18409,7 +18999,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 42. Routes =============================================================
+# ==== 44. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -18498,7 +19088,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 43. HTTP server ========================================================
+# ==== 45. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -19391,7 +19981,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 44. Dashboard ==========================================================
+# ==== 46. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -19459,7 +20049,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 45. API endpoints ======================================================
+# ==== 47. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -19869,7 +20459,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 46. Management endpoints ===============================================
+# ==== 48. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20806,7 +21396,8 @@ def change_settings(app: App, exchange: Exchange) -> None:
     for name, value in Fields(parse_json_body(exchange.body())).object.items():
         try:
             results[name] = {"ok": True, "value": app.change_setting(name, value)}
-            _audit(app, exchange, "setting_changed", setting=name, value=value)
+            shown = None if value is None else results[name]["value"]
+            _audit(app, exchange, "setting_changed", setting=name, value=shown)
         except KeyError:
             reason = f"unknown setting; allowed: {', '.join(live_settings())}"
         except ValueError as problem:
@@ -20822,6 +21413,28 @@ def change_settings(app: App, exchange: Exchange) -> None:
     more = {"errors": errors} if errors else {}
     body = {"results": results, **more, "current": app.settings.report()}
     exchange.response.send_json(body, status)
+
+
+def get_alerts(app: App, exchange: Exchange) -> None:
+    """GET /api/alerts: list the last 50 alerts, newest first, with the state of their delivery, and
+    the webhook's host."""
+    url = live_settings()["alertUrl"]
+    exchange.response.send_json({
+        "webhook": shown_value(url, app.config.alert_url) or None,
+        "format": app.config.alert_format,
+        "alerts": app.alerts.report(),
+    })
+
+
+def send_test_alert(app: App, exchange: Exchange) -> None:
+    """POST /api/alerts/test: send a test to the webhook now, and return how that went."""
+    if not app.config.alert_url:
+        raise BadRequest("No webhook is set: set alertUrl to its address.")
+    status, problem, _ = app.alerts.test()
+    _audit(app, exchange, "alert_tested", status=status, why=problem or None)
+    exchange.response.send_json({
+        "delivered": not problem, "status": status, "problem": problem or None,
+    })
 
 
 def get_cache_stats(app: App, exchange: Exchange) -> None:
@@ -21143,7 +21756,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 47. Table of routes ====================================================
+# ==== 49. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -21185,6 +21798,8 @@ ROUTES = (
     Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
     Route("GET",    "/settings",                 Access.ADMIN,  CHAT,        get_settings),
     Route("PATCH",  "/settings",                 Access.ADMIN,  CHAT,        change_settings),
+    Route("GET",    "/api/alerts",               Access.ADMIN,  CHAT,        get_alerts),
+    Route("POST",   "/api/alerts/test",          Access.ADMIN,  CHAT,        send_test_alert),
     Route("GET",    "/cache/stats",              Access.ADMIN,  CHAT,        get_cache_stats),
     Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
     Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),
@@ -21199,7 +21814,7 @@ ROUTES = (
 )
 
 
-# ==== 48. Demo claude ========================================================
+# ==== 50. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -21402,7 +22017,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 49. Command line =======================================================
+# ==== 51. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

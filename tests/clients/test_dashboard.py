@@ -25,6 +25,7 @@ from http_client import Reply, http_request
 from programs import client_folders, how_to_install
 from project import clean_env, free_port, load_script
 from server import Server, running_server
+from webhook import running_webhook
 
 Json = Any
 ocp = load_script("ocp_server")
@@ -949,6 +950,37 @@ def test_the_command_names_the_fingerprint_of_a_certificate_that_nobody_vouches_
             "curl -fsS --insecure --pinnedpubkey sha256//c29tZQ== https://10.0.0.7:3456/connect "
             "| python3 - https://10.0.0.7:3456 --fingerprint SHA256:c29tZQ==",
             "curl -fsSL http://10.0.0.7:3456/connect | python3 - 10.0.0.7"]
+
+
+@needs_browser
+def test_alerts_show_with_their_delivery_and_a_test_can_be_sent(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    filling = {"unifiedWindows": {
+        "five_hour": {"utilization": 0.83, "resetsAt": int(time.time()) + 7000}}}
+    turns = [[{"say": "Hello."}, {"finish": "end_turn", "rate_limit_info": filling}]]
+    with running_server(tmp_path, turns, env=MULTI) as server, running_webhook() as webhook, opened(
+            chrome, server) as page:
+        page.sees("not known yet", "#facts")
+        assert page.evaluate("document.querySelector('#alerts-card').hidden")
+        server.call("PATCH", "/settings", {"alertUrl": webhook.url}, ADMIN)
+        page.evaluate("location.reload()")
+        page.sees(f"To 127.0.0.1:{webhook.port} (secret), format json.", "#alerts-hint")
+        page.sees("None so far.", "#alerts")
+        page.click("#test-alert")
+        page.sees("The webhook took the test.", "#toast")
+        page.sees("delivered", "#alerts")
+        webhook.manners = [500]
+        server.call("POST", "/v1/chat/completions", question("one"), ADMIN)
+        page.sees("83 % of the plan's five hours is used", "#alerts")
+        page.sees("it failed itself (status 500), sent 1 time", "#alerts")
+        page.click("#test-alert")
+        page.sees("Not delivered: it failed itself (status 500).", "#toast")
+        page.evaluate("location.hash = 'settings'")
+        page.sees(f"127.0.0.1:{webhook.port} (secret)", "#settings")
+        page.click("[aria-label='Edit alertUrl']")
+        assert page.evaluate("document.querySelector('#field-value').value") == ""
+        assert "s3cret" not in page.evaluate("document.documentElement.outerHTML")
 
 
 @needs_browser

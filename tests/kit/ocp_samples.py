@@ -130,6 +130,22 @@ REQUESTS: Json = {"requests": [
      "model": "claude-haiku-4-5-20251001", "dialect": "messages", "stream": False,
      "state": "queued", "path": None, "since": "2026-11-20T14:59:59Z", "first_token_ms": None,
      "elapsed_ms": 900, "prompt_tokens": None, "output_tokens": 0, "response_chars": 0}]}
+ALERTS: Json = {"webhook": "hooks.slack.com (secret)", "format": "slack", "alerts": [
+    {"event": "key_quota", "instance": "OCP", "at": "2026-11-20T14:57:00.000Z",
+     "title": "the key laptop has reached its warning level",
+     "text": "The key laptop has used 160 of its 200 requests (daily). That resets in 9h 3m (Sat "
+     "21 Nov, 00:00 UTC). `ocp keys quota laptop` shows its limits.",
+     "details": {"key": "laptop", "keyId": 1, "quota": "daily", "model": None, "level": "soft",
+                 "used": 160, "limit": 200, "resetsAt": "2026-11-21T00:00:00.000Z"},
+     "state": "waiting", "attempts": 2, "nextTryAt": "2026-11-20T15:03:00.000Z",
+     "problem": "it failed itself (status 503)"},
+    {"event": "plan_window", "instance": "OCP", "at": "2026-11-20T13:10:00.000Z",
+     "title": "80 % of the plan's five hours is used",
+     "text": "80 % of the plan's five hours is used. That resets in 5h 2m (Fri 20 Nov, 18:12 UTC). "
+     "`ocp usage` shows the plan.",
+     "details": {"window": "five_hour", "percent": 80, "level": 80,
+                 "resetsAt": "2026-11-20T18:12:00.000Z"},
+     "state": "delivered", "attempts": 1, "nextTryAt": None, "problem": None}]}
 SESSIONS: Json = {"sessions": [
     {"id": "chat-1", "caller": "laptop", "model": "claude-sonnet-5-5", "messages": 6,
      "created": "2026-11-20T13:00:00Z", "lastUsed": "2026-11-20T14:48:00Z"}]}

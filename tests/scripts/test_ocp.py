@@ -55,6 +55,7 @@ READING: tuple[tuple[str, str, Json, Callable[..., str]], ...] = (
     ("settings", "GET /settings", samples.SETTINGS, ocp.show_settings),
     ("logs", "GET /logs", samples.LOGS, ocp.show_logs),
     ("errors", "GET /api/errors", samples.ERRORS, ocp.show_errors),
+    ("alerts", "GET /api/alerts", samples.ALERTS, ocp.show_alerts),
     ("sessions", "GET /sessions", samples.SESSIONS, ocp.show_sessions),
     ("keys", "GET /api/keys", samples.KEYS, ocp.show_keys),
     ("keys list", "GET /api/keys", samples.KEYS, ocp.show_keys),
@@ -1395,6 +1396,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (["health"], "OCP is ok"), (["models"], "claude-opus-5"), (["logs", "5"], "server_started"),
     (["sessions"], "no sessions"), (["clear", "--yes"], "cleared 0 sessions"),
     (["cache"], "hits"), (["cache", "clear"], "cleared 0 answers"),
+    (["alerts"], "no alerts are sent: `ocp settings alertUrl ADDRESS`"),
     (["settings", "queueRetryAfter", "60"], "queueRetryAfter = 1m"),
     (["settings", "usageDays", "30d"], "usageDays = 30d"),
     (["settings", "sessionTTL", "2h"], "sessionTTL = 2h"),
@@ -1407,6 +1409,42 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_real_server_is_read(tmp_path: Path, real: Any, words: list[str], shown: str) -> None:
     found = run(tmp_path, real.url, *words, environ={"OCP_ADMIN_KEY": "admin-key"})
     assert found.code == 0 and shown in found.stdout, found
+
+
+@pytest.mark.parametrize("delivered, code, words", [
+    (True, 0, "the webhook took it"), (False, 1, "not delivered: it failed itself (status 500)"),
+])
+def test_a_test_of_the_alerts_tells_how_it_went(
+    tmp_path: Path, delivered: bool, code: int, words: str
+) -> None:
+    answer = {"delivered": delivered, "status": 204 if delivered else 500,
+              "problem": None if delivered else "it failed itself (status 500)"}
+    with stub_server({"POST /api/alerts/test": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "alerts", "test")
+        machine = run(tmp_path, server.url, "alerts", "test", "--json")
+
+    assert (found.code, found.stdout.strip()) == (code, words)
+    assert (machine.code, json.loads(machine.stdout)) == (code, answer)
+
+
+def test_the_address_of_the_webhook_can_be_set_and_is_never_shown(
+    tmp_path: Path, real: Any
+) -> None:
+    def run_real(*words: str) -> Any:
+        return run(tmp_path, real.url, *words, environ={"OCP_ADMIN_KEY": "admin-key"})
+
+    url = "https://hooks.example.org/s3cret?token=s3cret"
+    found = [run_real("settings", "alertUrl", url), run_real("settings", "alertUrl"),
+             run_real("settings", "--changed"), run_real("settings", "--json"), run_real("alerts"),
+             run_real("settings", "alertUrl", "hooks.example.org/s3cret"),
+             run_real("settings", "--reset", "alertUrl")]
+
+    told = "\n".join(each.stdout + each.stderr for each in found)
+    assert found[0].stdout.strip() == "alertUrl = hooks.example.org (secret)"
+    assert "to hooks.example.org (secret), format json" in found[4].stdout
+    assert "OCP_ALERT_URL takes the address of a webhook" in found[5].stderr
+    assert "s3cret" not in told
+    assert [each.code for each in found] == [0, 0, 0, 0, 0, 1, 0]
 
 
 def test_a_real_server_refuses_without_the_key(tmp_path: Path, real: Any) -> None:

@@ -412,6 +412,32 @@ def test_what_the_server_says_is_judged(
     assert not kind or answer["next_action"]["kind"] == kind
 
 
+_TAKEN, _LOST = {"state": "delivered", "problem": None}, {"state": "lost", "problem": "it is down"}
+_WAITING, _FRESH = {"state": "waiting", "problem": "so"}, {"state": "waiting", "problem": None}
+
+
+@pytest.mark.parametrize("webhook, rows, level, said", [
+    (None, [], "PASS", "no webhook is set"), (None, [_LOST], "PASS", "no webhook is set"),
+    ("h (secret)", [], "PASS", "none so far"),
+    ("h (secret)", [_TAKEN, _LOST, _WAITING], "PASS", "took the last one"),
+    ("h (secret)", [_FRESH, _TAKEN], "PASS", "took the last one"),
+    ("h (secret)", [_FRESH, _WAITING, _LOST, _TAKEN], "WARN", "did not take 2 alerts: so"),
+    ("h (secret)", [_LOST], "WARN", "did not take 1 alert: it is down"),
+])
+def test_alerts_that_did_not_arrive_are_a_warning(
+    healthy: Manager, webhook: Json, rows: list[Json], level: str, said: str
+) -> None:
+    answer = {"webhook": webhook, "format": "json", "alerts": rows}
+    healthy.server.answers["GET /api/alerts"] = (200, answer)
+
+    found = examined(healthy)
+
+    assert found["levels"]["alerts"] == level
+    assert said in found["messages"]["alerts"]
+    assert level == "PASS" or found["next_action"]["human_required"] == [
+        "look at alertUrl and alertFormat, then try: `ocp alerts test`"]
+
+
 @pytest.mark.parametrize("kinds, level, said", [
     ([], "PASS", "no request failed"),
     ([("replaced_api_key", 401)], "INFO", "2 replaced_api_key"),
@@ -755,6 +781,7 @@ def test_a_strange_answer_spoils_only_its_own_check(healthy: Manager) -> None:
 PRIVATE = (
     "kitchen", "s3cret-of-mine", "ocp_" + "a1" * 16, "someone@example.com", "192.0.2.77",
     "2001:db8::7", "attic.example.net", "mums-attic", "sk-ant-oat01-abcdefghijk", "my own prompt",
+    "my-s3cret",
 )
 
 
@@ -774,7 +801,8 @@ def private_log(manager: Manager) -> list[Json]:
          "error": f"{PRIVATE[2]} of someone@example.com, from [2001:db8::7] at 192.0.2.77"},
         {"ts": "2026-11-20T14:00:01Z", "level": "error", "event": "claude_died", "code": 1,
          "detail": f"no {manager.home}/x, /home/somebody/y, https://attic.example.net:8443/v1, "
-                   "sk-ant-oat01-abcdefghijk, mums-attic", "text": "my own prompt"},
+                   "sk-ant-oat01-abcdefghijk, mums-attic, http://hooks.test/my-s3cret",
+         "text": "my own prompt"},
     ]
 
 
@@ -782,7 +810,8 @@ def private_log(manager: Manager) -> list[Json]:
 def test_a_report_has_what_helps_and_nothing_private(healthy: Manager, is_up: bool) -> None:
     settings = healthy.home / ".ocp" / "ocp.env"
     settings.write_text("PROXY_API_KEY=s3cret-of-mine\nOCP_INSTANCE_NAME=mums-attic\n"
-                        "CLAUDE_SYSTEM_PROMPT='my own prompt'\nCLAUDE_MAX_CONCURRENT=3\n")
+                        "CLAUDE_SYSTEM_PROMPT='my own prompt'\nCLAUDE_MAX_CONCURRENT=3\n"
+                        "OCP_ALERT_URL=http://hooks.test/my-s3cret\n")
     settings.chmod(0o600)
     healthy.record(env_file=str(settings))
     connection = sqlite3.connect(healthy.home / ".ocp" / "ocp.db")

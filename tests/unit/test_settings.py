@@ -304,12 +304,13 @@ def test_the_access_mode_follows_from_the_key_unless_it_is_named(
         ({"CLAUDE_SKIP_PERMISSIONS": "1", "CLAUDE_BIND": "::"}, ("PROXY_API_KEY",)),
         ({"CLAUDE_MCP_CONFIG": "/m.json", "CLAUDE_BIND": "10.0.0.1"}, ("127.0.0.1",)),
         ({"OCP_PUBLIC_URL": "ocp.example.org"}, ("OCP_PUBLIC_URL", "https://")),
+        ({"OCP_ALERT_URL": "hooks.example.org/a"}, ("OCP_ALERT_URL", "https://")),
     ],
     ids=["shared without a key", "a key that none ignores", "a key that multi ignores",
          "anonymous in shared", "anonymous admins", "half a certificate",
          "tools for whoever asks", "one key for two",
          "any origin", "open with tools", "open without permissions", "open with servers",
-         "an address without its scheme"],
+         "an address without its scheme", "a webhook without its scheme"],
 )
 def test_settings_that_contradict_each_other_are_refused_by_name(
     environ: dict[str, str], variables: tuple[str, ...]
