@@ -17622,12 +17622,16 @@ class App:
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
-        no_login = "This server is a demo: it uses no account." if self.demo else ""
-        self.sign_in = SignIn(
-            functools.partial(self._starter.start_login, no_login),
-            functools.partial(self.pool.stop, graceful=False), self._login_renewed, log, clock,
-        )
+        self.sign_in = self._sign_in()
         self.capture = Capture(self.state_folder.path_of("captures"), log, clock)
+
+    def _sign_in(self) -> SignIn:
+        obstacle = "This server is a demo: it uses no account." if self.demo else ""
+        return SignIn(
+            functools.partial(self._starter.start_login, obstacle),
+            functools.partial(self.pool.stop, graceful=False), self._login_renewed, self.log,
+            self.clock,
+        )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
         # Only on macOS the login can depend on the folder.
@@ -19345,6 +19349,16 @@ def _tls_state(config: Config) -> Json:
     return {"tls": bool(config.tls_cert), "tlsFingerprint": certificate_pin(config.tls_cert)}
 
 
+def _concurrency(config: Config, stats: Json) -> Json:
+    return {
+        "maxConcurrent": config.max_concurrent,
+        "maxQueue": config.max_queue,
+        "inflight": stats["activeRequests"],
+        "queued": stats["queued"],
+        "queueRejections": stats["queueRejections"],
+    }
+
+
 def snapshot(app: App) -> Json:
     """Return the state and the numbers of the server, from which all reports pick. /health shows
     it to everybody, so it contains no path, no prompt and no error text."""
@@ -19377,13 +19391,7 @@ def snapshot(app: App) -> Json:
         "capture": app.capture.state(),
         "fix": fix or advice or None,
         "stats": stats,
-        "concurrency": {
-            "maxConcurrent": config.max_concurrent,
-            "maxQueue": config.max_queue,
-            "inflight": stats["activeRequests"],
-            "queued": stats["queued"],
-            "queueRejections": stats["queueRejections"],
-        },
+        "concurrency": _concurrency(config, stats),
         "spares": app.pool.spares(),
         "parked": app.pool.parked,
     }

@@ -39,10 +39,11 @@ SECTION_LINES = {
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
-    "Cache": 250, "Account": 290, "Metrics": 140, "Connections": 390, "State folder": 160,
-    "Answering": 830, "App": 360, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
-    "API endpoints": 320, "Management endpoints": 880, "Table of routes": 50, "Demo claude": 190,
-    "Command line": 290,
+    "Cache": 250, "Account": 290, "Sign-in": 220, "Metrics": 140, "Connections": 390,
+    "State folder": 160, "Capture": 240,
+    "Answering": 830, "App": 380, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
+    "API endpoints": 320, "Management endpoints": 880, "Login and capture": 90,
+    "Table of routes": 50, "Demo claude": 190, "Command line": 290,
 }
 SECTION_OVERRUN = 0.25
 
