@@ -3759,7 +3759,8 @@ def _check_login(facts: Facts) -> Finding:
     auth = facts.running.get("auth") or {}
     if auth.get("ok") is False:
         return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "),
-                       Fix("fix_oauth", ("run `claude auth login` as the user of the server",)))
+                       Fix("fix_oauth", ("run `ocp login`",
+                                         "or `claude auth login` as the user of the server")))
     if facts.health.get("ownerHidden") is False:
         return Finding("WARN", "claude tells its models the owner's e-mail address: see the log",
                        Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",)))

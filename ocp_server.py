@@ -11186,8 +11186,8 @@ def api_message(details: str) -> str:
 
 
 LOGIN_ADVICE = (
-    "claude on the server is not logged in: run `claude auth login` there, or on a machine "
-    "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
+    "claude on the server is not logged in: run `ocp login`, or `claude auth login` there, or "
+    "`claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
 )
 
 _ERROR_BY_STATUS: dict[int, type[OcpError]] = {
@@ -17623,7 +17623,6 @@ class App:
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
         self.sign_in = self._sign_in()
-        self.capture = Capture(self.state_folder.path_of("captures"), log, clock)
 
     def _sign_in(self) -> SignIn:
         obstacle = "This server is a demo: it uses no account." if self.demo else ""
@@ -17654,6 +17653,7 @@ class App:
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
         self.store = self.state_folder.store
         config = self.state_folder.with_admin_key(config)
+        self.capture = Capture(self.state_folder.path_of("captures"), self.log, self.clock)
         self.settings = Settings(self.store, config, environ)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
