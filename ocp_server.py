@@ -55,19 +55,22 @@ Sections (search for "==== 8" to jump to the eighth):
     31. Sessions and responses  what is remembered of conversations: messages, and thinking
     32. Cache                   stored answers, and answers shared while they are generated
     33. Account                 the state of login and plan, learned from answers
-    34. Metrics                 counters and histograms since the start
-    35. Connections             client sockets, and limits on their number and memory
-    36. State folder            the database, the modes of files, the admin key
-    37. Answering               one request: quota, cache, claude, row of usage
-    38. App                     owns every long-lived object; the housekeeper
-    39. Routes                  the choice of a route for a path and a method
-    40. HTTP server             sockets, bodies, one thread for each connection
-    41. Dashboard               the operator's page, and its content security policy
-    42. API endpoints           answers, stored responses, sessions, models
-    43. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    44. Table of routes         path, access, dialect and endpoint of each route
-    45. Demo claude             the stand-in for claude behind --demo
-    46. Command line            arguments, signals, main
+    34. Sign-in                 the login that the operator makes in a browser
+    35. Metrics                 counters and histograms since the start
+    36. Connections             client sockets, and limits on their number and memory
+    37. State folder            the database, the modes of files, the admin key
+    38. Capture                 requests that are written to files for the operator
+    39. Answering               one request: quota, cache, claude, row of usage
+    40. App                     owns every long-lived object; the housekeeper
+    41. Routes                  the choice of a route for a path and a method
+    42. HTTP server             sockets, bodies, one thread for each connection
+    43. Dashboard               the operator's page, and its content security policy
+    44. API endpoints           answers, stored responses, sessions, models
+    45. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    46. Login and capture       the endpoints of both
+    47. Table of routes         path, access, dialect and endpoint of each route
+    48. Demo claude             the stand-in for claude behind --demo
+    49. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -15382,7 +15385,7 @@ class SignIn:
             self.cancel()
 
 
-# ==== 34. Metrics ============================================================
+# ==== 35. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -15523,7 +15526,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 35. Connections ========================================================
+# ==== 36. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -15961,7 +15964,7 @@ class Connections:
         )
 
 
-# ==== 36. State folder =======================================================
+# ==== 37. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -16139,7 +16142,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 36. Capture ============================================================
+# ==== 38. Capture ============================================================
 # The next requests, written to files for an operator who looks for a fault: as the client sent
 # them, and what was written to claude and read from it. Off unless the operator has started it. It
 # ends by itself, and a restart ends it too.
@@ -16387,7 +16390,7 @@ class Capture:
         return {**(state or {"active": False}), **more, "captures": self.kept()}
 
 
-# ==== 37. Answering ==========================================================
+# ==== 39. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -17404,7 +17407,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 38. App ================================================================
+# ==== 40. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -17869,7 +17872,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 39. Routes =============================================================
+# ==== 41. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -17958,7 +17961,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 40. HTTP server ========================================================
+# ==== 42. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -18839,7 +18842,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 41. Dashboard ==========================================================
+# ==== 43. Dashboard ==========================================================
 # One static page, dashboard.html beside this file. The server writes no values into it: the page
 # fetches JSON and sets text. Its content security policy allows only its own style and script, by
 # their hashes.
@@ -18907,7 +18910,7 @@ def dashboard_page() -> Page:
         return _page_with_headers(_PAGE_WITHOUT_DASHBOARD)
 
 
-# ==== 42. API endpoints ======================================================
+# ==== 44. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -19292,7 +19295,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 43. Management endpoints ===============================================
+# ==== 45. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20374,7 +20377,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 44. Login and capture ==================================================
+# ==== 46. Login and capture ==================================================
 # What the operator calls to log claude in, and to have requests written to files.
 
 
@@ -20459,7 +20462,7 @@ def stop_capture(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"stopped": stopped, **app.capture.report()})
 
 
-# ==== 44. Table of routes ====================================================
+# ==== 47. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -20517,7 +20520,7 @@ ROUTES = (
 )
 
 
-# ==== 45. Demo claude ========================================================
+# ==== 48. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -20718,7 +20721,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 46. Command line =======================================================
+# ==== 49. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
