@@ -318,6 +318,18 @@ COMMANDS = (
     ), examples=("ask why is the sky blue", "ask -m haiku 'Is 91 a prime?'",
                  "ask -s 'Answer in one word.' the capital of Peru",
                  "ask summarise this < notes.txt")),
+    Command("login", "log claude in on the server, with a browser on any device", (
+        flag("--cancel", help="end a login that waits for its code"), JSON,
+    ), examples=("login", "login --cancel")),
+    Command("capture", "write the next requests to files on the server, to find a fault", (
+        argument("count", nargs="?", metavar="N", type=whole_number,
+                 help="how many requests, at most 100; none = show what is captured"),
+        argument("--minutes", metavar="M", type=whole_number, default=10,
+                 help="end it after so many minutes, at most 60; by default 10"),
+        argument("--key", metavar="KEY", help="only requests of this key"),
+        flag("--stop", help="end it now"), flag("--list", help="only show what is captured"), JSON,
+    ), examples=("capture 5 --minutes 10", "capture 1 --key laptop", "capture --list",
+                 "capture --stop")),
     Command("start", "start the service", examples=("start",)),
     Command("stop", "stop the service", examples=("stop",)),
     Command("restart", "restart the service, or OpenClaw's gateway",
@@ -359,7 +371,7 @@ GROUPS = (
     ("Devices", ("keys", "lan", "connect", "sync", "tls")),
     ("Server", ("start", "stop", "restart", "health", "settings", "alerts", "sessions", "clear",
                 "cache")),
-    ("Care", ("doctor", "update", "version", "completion", "help")),
+    ("Care", ("login", "doctor", "capture", "update", "version", "completion", "help")),
 )
 
 
@@ -2218,6 +2230,91 @@ def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
     return print_answer(env, args, find_server(env).ask("DELETE", "/cache"), cleared("answer"))
 
 
+#: How long claude may take to start, or to exchange a code.
+_LOGIN_TIMEOUT_S = 90.0
+#: How often a code is asked for that is obviously incomplete.
+_CODE_TRIES = 3
+
+
+def show_login(answer: Json, style: Style) -> str:
+    account = answer.get("account") or {}
+    who = ", ".join(clean(account[name]) for name in ("email", "organization") if account.get(name))
+    plan = account.get("subscriptionType")
+    return f"logged in: {who or 'claude does not say who'}" + (f" ({clean(plan)})" if plan else "")
+
+
+def _login_code(env: Env) -> str:
+    """Return the code that the user types, or that comes through a pipe. Raises Problem."""
+    env.stderr.write("Code: ")
+    env.stderr.flush()
+    try:
+        line = env.stdin.readline()
+    except UnicodeDecodeError:
+        line = "?"
+    if not line:
+        raise Problem(Exit.USAGE, "No code came. The login waits: `ocp login` goes on with it, and "
+                      "`ocp login --cancel` ends it.")
+    return line.strip()
+
+
+def _finish_login(env: Env, server: Server) -> Answer:
+    """Send the code, and ask for it again while the login still waits. Raises Problem."""
+    for left in reversed(range(_CODE_TRIES)):
+        try:
+            return server.ask(
+                "POST", "/api/login/code", {"code": _login_code(env)}, _LOGIN_TIMEOUT_S)
+        except Problem as problem:
+            waits = server.ask("GET", "/api/login").value.get("state") == "waiting"
+            if not (waits and left and env.stdin.isatty()):
+                raise
+            env.note(str(problem))
+    raise AssertionError("the last try returns or raises")
+
+
+def cmd_login(env: Env, args: argparse.Namespace) -> Exit:
+    """Log claude in. The address and the question are no part of the result."""
+    server = find_server(env)
+    if args.cancel:
+        return print_answer(env, args, server.ask("DELETE", "/api/login"), lambda answer, style: (
+            "The login has been ended." if answer.get("cancelled") else "No login was waiting."))
+    login = server.ask("GET", "/api/login").value
+    if login.get("state") != "waiting":
+        login = server.ask("POST", "/api/login", timeout_s=_LOGIN_TIMEOUT_S).value
+    env.note("Open this address in a browser, on any device, and log in there:\n\n"
+             f"{clean(login.get('url'))}\n\nThen copy the code that the page shows. The login "
+             f"expires at {local_time(login.get('expiresAt'), style_of(env))}.")
+    return print_answer(env, args, _finish_login(env, server), show_login)
+
+
+CAPTURE_COLUMNS = (
+    Column("Started", "startedAt", local_time), number("Files", "files"),
+    number("Size", "bytes", file_size), Column("Folder on the server", "folder"),
+)
+
+
+def show_capture(answer: Json, style: Style) -> str:
+    words = "No capture runs."
+    if answer.get("active"):
+        of_key = f" of {clean(answer['key'])}" if answer.get("key") else ""
+        words = (f"The next {counted(answer.get('remaining'), 'request')}{of_key} will be written "
+                 f"to files, until {local_time(answer.get('endsAt'), style)}.\n"
+                 "They hold what was asked and answered. `ocp capture --stop` ends it.")
+    kept = answer.get("captures")
+    return words + ("\n\n" + table(CAPTURE_COLUMNS, kept, style) if kept else "")
+
+
+def cmd_capture(env: Env, args: argparse.Namespace) -> Exit:
+    server, path = find_server(env), "/api/capture"
+    if args.stop:
+        return print_answer(env, args, server.ask("DELETE", path), show_capture)
+    if args.count is None and args.key and not args.list:
+        raise Problem(Exit.USAGE, "Say how many requests: ocp capture 5 --key NAME")
+    if args.count is None or args.list:
+        return read(env, args, path, show_capture)
+    body = {"requests": args.count, "minutes": args.minutes, "key": args.key}
+    return print_answer(env, args, server.ask("POST", path, body), show_capture)
+
+
 # ==== 7. Keys ================================================================
 # The keys of an operator's devices. A new secret is printed first and alone, so that no other
 # trouble can lose it.
@@ -3904,7 +4001,8 @@ def _check_login(facts: Facts) -> Finding:
     auth = facts.running.get("auth") or {}
     if auth.get("ok") is False:
         return Finding("FAIL", f"not logged in: {auth.get('message') or ''}".rstrip(": "),
-                       Fix("fix_oauth", ("run `claude auth login` as the user of the server",)))
+                       Fix("fix_oauth", ("run `ocp login`",
+                                         "or `claude auth login` as the user of the server")))
     if facts.health.get("ownerHidden") is False:
         return Finding("WARN", "claude tells its models the owner's e-mail address: see the log",
                        Fix("read_log", ("look for owner_not_hidden in `ocp logs 500`",)))

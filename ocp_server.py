@@ -57,22 +57,24 @@ Sections (search for "==== 8" to jump to the eighth):
     33. Sessions and responses  what is remembered of conversations: messages, and thinking
     34. Cache                   stored answers, and answers shared while they are generated
     35. Account                 the state of login and plan, learned from answers
-    36. Alerts                  what the operator's webhook is told
-    37. Metrics                 counters and histograms since the start
+    36. Sign-in                 the login that the operator makes in a browser
+    37. Alerts                  what the operator's webhook is told
     38. Metrics                 counters and histograms since the start
     39. Connections             client sockets, and limits on their number and memory
     40. The original OCP        keys and usage taken over from the database of the original
     41. State folder            the database, the modes of files, the admin key
-    42. Answering               one request: quota, cache, claude, row of usage
-    43. App                     owns every long-lived object; the housekeeper
-    44. Routes                  the choice of a route for a path and a method
-    45. HTTP server             sockets, bodies, one thread for each connection
-    46. Dashboard               the operator's page, and its content security policy
-    47. API endpoints           answers, stored responses, sessions, models
-    48. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    49. Table of routes         path, access, dialect and endpoint of each route
-    50. Demo claude             the stand-in for claude behind --demo
-    51. Command line            arguments, signals, main
+    42. Capture                 requests that are written to files for the operator
+    43. Answering               one request: quota, cache, claude, row of usage
+    44. App                     owns every long-lived object; the housekeeper
+    45. Routes                  the choice of a route for a path and a method
+    46. HTTP server             sockets, bodies, one thread for each connection
+    47. Dashboard               the operator's page, and its content security policy
+    48. API endpoints           answers, stored responses, sessions, models
+    49. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
+    50. Login and capture       the endpoints of both
+    51. Table of routes         path, access, dialect and endpoint of each route
+    52. Demo claude             the stand-in for claude behind --demo
+    53. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -1400,6 +1402,11 @@ class ContextTooLong(BadRequest):
     code = "context_length_exceeded"
 
 
+class CodeRefused(BadRequest):
+    """The code of a login cannot be used; `param` is "code"."""
+    code = "login_code_refused"
+
+
 class EmptyAnswer(BadRequest):
     """The model returned an empty answer. 400, because clients retry after any other status."""
     code = "empty_answer"
@@ -1527,6 +1534,18 @@ class Conflict(OcpError):
     """The name is in use."""
     status, openai_type, anthropic_type = 409, _INVALID, _INVALID
     code, retryable = "name_taken", False
+
+
+class LoginConflict(OcpError):
+    """A login cannot begin or go on in this state of the server."""
+    status, openai_type, anthropic_type = 409, _INVALID, _INVALID
+    code, retryable = "login_conflict", False
+
+
+class CaptureRuns(OcpError):
+    """Requests are being captured already."""
+    status, openai_type, anthropic_type = 409, _INVALID, _INVALID
+    code, retryable = "capture_runs", False
 
 
 class TooLarge(OcpError):
@@ -1663,6 +1682,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     ),
     "empty_answer": "Ask in another way, or raise the client's max_tokens.",
     "request_stopped": "Nothing, or send it again: the operator or its own client stopped it.",
+    "login_code_refused": "Begin again with `ocp login`, and copy the code of the page whole.",
     "content_filter": "Ask in another way: the model declined.",
     "missing_api_key": (
         "Give the client a key: `ocp keys add NAME` creates one, `ocp connect` sets up tools."
@@ -1679,7 +1699,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
         "If the device may use the server again, create a key with `ocp keys add NAME`; "
         "otherwise remove the key from the device."
     ),
-    "upstream_login_required": "Log in on the server: `claude auth login`.",
+    "upstream_login_required": "Log in: `ocp login`, or `claude auth login` on the server.",
     "permission_error": "Use a key that is allowed to do this.",
     "admin_key_required": (
         "Send the admin key, which is in the file admin-key of OCP_HOME or in OCP_ADMIN_KEY."
@@ -1700,6 +1720,8 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
     "request_timeout": "Look at the network of the client: its request came too slowly.",
     "name_taken": "Choose another name, or give that key a new secret: `ocp keys rotate NAME`.",
+    "login_conflict": "Look at `GET /api/login`; `ocp login --cancel` ends a login that waits.",
+    "capture_runs": "Wait for its end, or end it with `ocp capture --stop`.",
     "request_too_large": "Send less, or raise the limit that the message names.",
     "rate_limit_exceeded": (
         "Nothing, if it is rare: the client retries. Else let fewer requests run at a time."
@@ -11875,8 +11897,8 @@ def api_message(details: str) -> str:
 
 
 LOGIN_ADVICE = (
-    "claude on the server is not logged in: run `claude auth login` there, or on a machine "
-    "without a browser `claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
+    "claude on the server is not logged in: run `ocp login`, or `claude auth login` there, or "
+    "`claude setup-token` and set CLAUDE_CODE_OAUTH_TOKEN for the server."
 )
 
 _ERROR_BY_STATUS: dict[int, type[OcpError]] = {
@@ -13228,8 +13250,13 @@ _ACCOUNT_FIELDS = (
     "subscriptionCreatedAt", "hasExtraUsageEnabled", "ccOnboardingFlags", "userRateLimitTier",
     "organizationRateLimitTier", "seatTier",
 )
-#: The time of a profile fetched in 2100: claude then does not fetch the profile, and so does not
-#: get the e-mail address again.
+#: Without any of these claude fetches the profile, and gets the e-mail address with it. A new login
+#: may lack some: the profile of its account did not have them.
+_NEEDED_ACCOUNT_FIELDS: Json = {
+    "billingType": None, "accountCreatedAt": None, "subscriptionCreatedAt": None,
+    "ccOnboardingFlags": {},
+}
+#: The time of a profile fetched in 2100: claude then does not fetch the profile again.
 _FETCHED_IN_2100_MS = 4_102_444_800_000
 
 
@@ -13318,7 +13345,8 @@ class ClaudeFolder:
         path = os.path.join(self._path, ".claude.json")
         found = _json_object_of(path)
         account = _object(_json_object_of(self._source).get("oauthAccount"))
-        wanted: Json = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
+        known = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
+        wanted: Json = {**(_NEEDED_ACCOUNT_FIELDS if account else {}), **known}
         wanted["profileFetchedAt"] = _FETCHED_IN_2100_MS
         if found.get("oauthAccount") != wanted or not found.get("hasCompletedOnboarding"):
             updated = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
@@ -13682,6 +13710,10 @@ class Child:
             self._watchdog.forget(self.pid)
 
 
+#: Takes "to claude" or "from claude", and whole lines. Must not raise, and must not block.
+Tap = Callable[[str, bytes], None]
+
+
 class ChildPipes:
     """The pipes of a child: what is still to be written, and what it has printed."""
 
@@ -13694,9 +13726,13 @@ class ChildPipes:
         self.output = LineBuffer()
         #: Whether its output has ended.
         self.ended = False
+        #: Gets what is written and each line that is read, while a request is captured.
+        self.tap: Tap | None = None
 
     def send(self, data: bytes) -> None:
         """Write data with the next `flush`."""
+        if self.tap is not None:
+            self.tap("to claude", data)
         self._unsent += data
 
     def selector(self, client: Client) -> selectors.BaseSelector:
@@ -13917,6 +13953,20 @@ class ClaudeProcess:
                     break
         return answers
 
+    def ask(self, subtype: str, limits: WaitLimits, **fields: object) -> Json:
+        """Send one control request, and return the reply, an error too. It may take as long as
+        `limits` says, because claude may have to ask the network. Raise what `converse` raises."""
+        request_id = new_id("r")
+        self._liveness.start_wait()
+        with contextlib.closing(self._lines(limits)) as lines:
+            self._pipes.send(control_line(subtype, request_id=request_id, **fields))
+            replies = (control_reply(line, request_id) for line in lines if isinstance(line, dict))
+            return next(filter(None, replies), {})
+
+    def set_tap(self, tap: Tap | None) -> None:
+        """Let `tap` hear what is written and read from now on; None = nobody."""
+        self._pipes.tap = tap
+
     def prime(self, limits: WaitLimits) -> None:
         """Make a process that holds nothing quicker at its first question, which then must not have
         an output schema. Raise what `converse` raises."""
@@ -14016,6 +14066,8 @@ class ClaudeProcess:
         """Yield the complete lines read so far, and do what each requires whether or not a request
         reads it."""
         for raw in self._pipes.output.lines():
+            if self._pipes.tap is not None:
+                self._pipes.tap("from claude", raw)
             line = parse_line(raw)
             if line is not None:
                 self._handle_line(line)
@@ -14069,6 +14121,11 @@ class ClaudeProcess:
         return self._child.reap(self._clock())
 
 
+#: What claude uses in place of a login, and the model of a claude that answers nothing.
+_LOGIN_VARIABLES = ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+_LOGIN_MODEL = "sonnet"
+
+
 class ClaudeStarter:
     """Starts claude in its working folder, with the settings of the moment."""
 
@@ -14089,11 +14146,29 @@ class ClaudeStarter:
 
     def start(self, model_id: str) -> ClaudeProcess:
         """Return a new process of this model. Raise ClaudeUnavailable, UpstreamFailed."""
+        return self._started(model_id, self._folder.environment)
+
+    def start_login(self, obstacle: str) -> ClaudeProcess:
+        """Return a new process with the configuration folder of its owner, where later processes
+        find the login. Raise LoginConflict with the obstacle if there is one, or if claude would
+        not use a login, and what `start` raises."""
+        environ = child_environment(self._environ, self._settings.config)
+        found = [name for name in _LOGIN_VARIABLES if environ.get(name)]
+        if found:
+            obstacle = obstacle or (
+                f"The server's environment has {found[0]}, which claude uses in place of a login: "
+                "remove it, restart the server, and log in then."
+            )
+        if obstacle:
+            raise LoginConflict(obstacle)
+        return self._started(_LOGIN_MODEL, dict)
+
+    def _started(self, model_id: str, folder: Callable[[], dict[str, str]]) -> ClaudeProcess:
         config, program = self._settings.config, self._program.resolve()
         with contextlib.suppress(OSError):
             # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        env = {**child_environment(self._environ, config), **self._folder.environment()}
+        env = {**child_environment(self._environ, config), **folder()}
         try:
             child = Child(
                 [*program.command, *claude_arguments(model_id, config)], env=env,
@@ -14784,6 +14859,7 @@ class ProcessPool:
 
     def park(self, process: ClaudeProcess, conversation: Conversation) -> None:
         """Keep a process for the next message of its conversation."""
+        process.set_tap(None)
         pooled = PooledProcess(process, ProcessState.PARKED, self._clock(), conversation)
         with self._lock:
             self._processes.append(pooled)
@@ -15811,7 +15887,236 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 36. Alerts =============================================================
+# ==== 36. Sign-in ============================================================
+# The login of claude's account without a terminal on the server. claude makes the address that the
+# operator opens, and exchanges the code that the page shows (its control requests
+# `claude_authenticate` and `claude_oauth_callback`, seen on 2.1.197 and 2.1.332). OCP passes the
+# one-time code on and keeps it nowhere. It never has a token.
+
+#: How long a login waits for its code, and how long claude may take to start and to exchange it.
+_LOGIN_LIFE_S = 600.0
+_LOGIN_START_S = 60.0
+_EXCHANGE_TIMEOUT_S = 60.0
+_MAX_CODE_CHARS = 4096
+_BEGIN_AGAIN = "Begin again, with `ocp login` or on the dashboard."
+_COPY_WHOLE = "copy the code of the page whole: it is CODE#STATE, in one piece."
+#: What of the account claude's reply tells the operator.
+_SHOWN_ACCOUNT = ("email", "organization", "subscriptionType")
+#: Error messages of claude when it could not ask. For a refused code they differ by version.
+_NETWORK_FAILURE = re.compile(
+    r"\bE[A-Z]{4,}\b|(?i:getaddrinfo|time(d )?out|network|socket|certificate|status code (429|5))"
+)
+
+
+def split_code(text: str) -> tuple[str, str]:
+    """Return the code and the state of what the page of a login shows. Terminals and mail programs
+    break it into lines. Raises CodeRefused, whose message has nothing of it."""
+    text = "".join(text.split())
+    code, mark, state = text.partition("#")
+    if not text:
+        raise CodeRefused(f"The code is empty: {_COPY_WHOLE}", param="code")
+    if len(text) > _MAX_CODE_CHARS or not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise CodeRefused(f"This is no code of a login: {_COPY_WHOLE}", param="code")
+    if not (code and mark and state):
+        raise CodeRefused(f"The code is cut off: {_COPY_WHOLE}", param="code")
+    return code, state
+
+
+class PendingLogin(NamedTuple):
+    """A login that waits for its code."""
+
+    process: ClaudeProcess
+    #: The address that the operator opens, and which login a code belongs to.
+    url: str
+    state: str
+    #: When it expires, by the monotonic clock and as epoch seconds.
+    expires_s: float
+    expires_at_s: float
+
+
+class SignIn:
+    """The login that the operator makes in a browser; one at a time."""
+
+    def __init__(
+        self, start: Callable[[], ClaudeProcess], stop: Callable[[ClaudeProcess], None],
+        on_login: Callable[[], None], log: Log, clock: Clock = time.monotonic,
+    ) -> None:
+        """`start` returns a claude with its owner's configuration folder, or raises OcpError;
+        `stop` ends it without waiting; `on_login` is called when the login has changed."""
+        self._start = start
+        self._stop = stop
+        self._on_login = on_login
+        self._log = log
+        self._clock = clock
+        # Guards the fields below; never held while claude is asked.
+        self._lock = threading.Lock()
+        self._pending: PendingLogin | None = None
+        #: Whether a thread starts the claude, or asks it.
+        self._is_busy = False
+        self._state, self._message = "none", ""
+        self._account: Json | None = None
+
+    def report(self) -> Json:
+        """Return the state, "none", "waiting", "finished" or "failed", with what belongs to it: the
+        address and when it expires; who logged in since the start of the server."""
+        with self._lock:
+            pending = self._pending
+            return {
+                "state": self._state,
+                "url": pending and pending.url,
+                "expiresAt": pending and iso_time(pending.expires_at_s),
+                "message": self._message or None,
+                "account": self._account,
+            }
+
+    def begin(self) -> None:
+        """Start claude and let it make an address. Raises LoginConflict, and what starting and
+        asking claude raises."""
+        with self._lock:
+            if self._is_busy or self._pending is not None:
+                raise LoginConflict(
+                    "Another login has begun: send its code, or end it with `ocp login --cancel`."
+                )
+            self._is_busy = True
+        pending, failure = None, "The login did not begin."
+        try:
+            pending = self._opened(self._start())
+        except OcpError as error:
+            failure = error.message
+            raise
+        finally:
+            with self._lock:
+                self._is_busy, self._pending = False, pending
+                self._set("waiting" if pending else "failed", "" if pending else failure)
+
+    def _opened(self, process: ClaudeProcess) -> PendingLogin:
+        """Return the login that a new claude has begun. Raises UpstreamFailed."""
+        try:
+            limits = WaitLimits(NoClient(), self._clock() + _LOGIN_START_S, 0.0)
+            reply = process.ask("claude_authenticate", limits, loginWithClaudeAi=True)
+            url = str(_object(reply.get("response")).get("manualUrl") or "")
+            query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+            if not url.startswith("https://") or not query.get("state"):
+                reason = safe_text(str(reply.get("error") or "it gave no address"), 200)
+                raise UpstreamFailed(
+                    f"claude did not begin a login ({redact_paths(reason)}): run `claude auth "
+                    "login` on the server."
+                )
+        except BaseException:
+            self._stop(process)
+            raise
+        return PendingLogin(
+            process, url, query["state"], self._clock() + _LOGIN_LIFE_S, time.time() + _LOGIN_LIFE_S
+        )
+
+    def finish(self, text: str) -> None:
+        """Pass the code on. Raises CodeRefused, LoginConflict, UpstreamFailed. A code that is
+        obviously wrong leaves the login waiting; after any other claude makes no second try."""
+        code, state = split_code(text)
+        pending = self._claim(state)
+        account: Json | None = None
+        failure: OcpError = UpstreamFailed("The login ended early. " + _BEGIN_AGAIN)
+        try:
+            account = self._exchanged(pending, code)
+        except OcpError as error:
+            failure = error
+            raise
+        finally:
+            self._stop(pending.process)
+            with self._lock:
+                self._is_busy, self._pending = False, None
+                self._account = account or self._account
+                self._set("finished" if account is not None else "failed",
+                          "" if account is not None else failure.message)
+        self._on_login()
+
+    def _claim(self, state: str) -> PendingLogin:
+        """Return the login that this code belongs to, for this thread alone."""
+        with self._lock:
+            pending = self._pending
+            if self._is_busy:
+                raise LoginConflict("claude is checking a code; that takes a minute at most.")
+            if pending is None or self._clock() >= pending.expires_s:
+                raise LoginConflict(
+                    "No login waits for a code: it has expired, has ended or was never begun. "
+                    + _BEGIN_AGAIN
+                )
+            if not hmac.compare_digest(state.encode(), pending.state.encode()):
+                is_cut = pending.state.startswith(state)
+                raise CodeRefused(
+                    f"The code is cut off: {_COPY_WHOLE}" if is_cut else
+                    "The code belongs to another login: use the page of the newest address.",
+                    param="code",
+                )
+            self._is_busy = True
+            return pending
+
+    def _exchanged(self, pending: PendingLogin, code: str) -> Json:
+        """Let claude exchange the code; return what it tells of the account."""
+        limits = WaitLimits(NoClient(), self._clock() + _EXCHANGE_TIMEOUT_S, 0.0)
+        try:
+            reply = pending.process.ask(
+                "claude_oauth_callback", limits, authorizationCode=code, state=pending.state
+            )
+            problem = "" if reply.get("subtype") == "success" else str(reply.get("error") or "")
+        except OcpError as error:
+            reply, problem = {}, error.message
+        if reply.get("subtype") != "success":
+            is_network = not reply or _NETWORK_FAILURE.search(problem) is not None
+            # claude or a proxy may repeat what it was sent.
+            for secret in (code, pending.state):
+                problem = problem.replace(secret, "[code]")
+            reason = redact_paths(safe_text(problem, 300)).rstrip(".") or "it gave no reason"
+            if is_network:
+                raise UpstreamFailed(f"claude could not finish the login: {reason}. {_BEGIN_AGAIN}")
+            raise CodeRefused(
+                f"The code was not accepted (claude reported: {reason}). {_BEGIN_AGAIN}",
+                param="code",
+            )
+        account = _object(_object(reply.get("response")).get("account"))
+        return {name: safe_text(str(account.get(name) or ""), 200) or None
+                for name in _SHOWN_ACCOUNT}
+
+    def cancel(self) -> bool:
+        """End a login that waits. Return whether there was one. Raises LoginConflict while its code
+        is checked."""
+        with self._lock:
+            if self._is_busy:
+                raise LoginConflict("claude is at work on the login; that takes a minute at most.")
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                self._set("none", "")
+        if pending is not None:
+            self._stop(pending.process)
+        return pending is not None
+
+    def tend(self) -> None:
+        """End a login that has expired, or whose claude has ended."""
+        with self._lock:
+            pending = None if self._is_busy else self._pending
+            if pending is None:
+                return
+            pending.process.drain_output()
+            is_late = self._clock() >= pending.expires_s
+            if not is_late and pending.process.alive():
+                return
+            self._pending = None
+            self._set("failed", ("The login has expired. " if is_late else "claude ended. ")
+                      + _BEGIN_AGAIN)
+        self._log.event("info", "login_expired")
+        self._stop(pending.process)
+
+    def _set(self, state: str, message: str) -> None:
+        """Set the state. The caller holds the lock."""
+        self._state, self._message = state, message
+
+    def close(self) -> None:
+        """End the login that waits, if there is one."""
+        with contextlib.suppress(LoginConflict):
+            self.cancel()
+
+
+# ==== 37. Alerts =============================================================
 # What the operator's webhook is told: each thing once, until its window resets or its state ends.
 # An alert is a row that survives a restart. The housekeeper raises alerts and starts a thread that
 # delivers what is due, so a webhook that is slow or down delays neither it nor a request. Nothing
@@ -16322,7 +16627,6 @@ class Alerts:
         ]
 
 
-# ==== 37. Metrics ============================================================
 # ==== 38. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
@@ -17424,7 +17728,255 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 42. Answering ==========================================================
+# ==== 42. Capture ============================================================
+# The next requests, written to files for an operator who looks for a fault: as the client sent
+# them, and what was written to claude and read from it. Off unless the operator has started it. It
+# ends by itself, and a restart ends it too.
+
+MAX_CAPTURED = 100
+MAX_CAPTURE_MINUTES = 60
+#: What is kept of a request's body, and of its lines to and from claude.
+_MAX_PART_CHARS = 1_048_576
+#: A secret that begins before the end of a part is found whole.
+_OVERLAP_CHARS = 4096
+#: How long captures are kept.
+_CAPTURE_KEPT_S = 7 * 86_400
+_BLOT = "[blotted out]"
+_SECRET_NAME = re.compile(r"auth|cookie|key|secret|token|passw", re.I)
+#: A key of any provider that begins as OpenAI's do.
+_ANY_KEY = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}")
+#: Pieces of an answer could hold pieces of a secret. A later line has the whole answer.
+_PIECE = b'"content_block_delta"'
+
+
+class Blots:
+    """Takes secrets out of texts."""
+
+    def __init__(self, secrets_: Iterable[str]) -> None:
+        """`secrets_` are taken out beside all that has the form of a key or a token. Words that
+        are too short to be secrets stay."""
+        forms = {
+            form for secret in secrets_ if len(secret) >= 8
+            for form in (secret, json.dumps(secret)[1:-1], urllib.parse.quote(secret, ""))
+        }
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        """Return the text without secrets."""
+        for form in self._forms:
+            text = text.replace(form, _BLOT)
+        return redact(_ANY_KEY.sub(_BLOT, text))
+
+    def field(self, name: str, value: str) -> str:
+        """Return the value of a header or a query parameter without secrets."""
+        return _BLOT if _SECRET_NAME.search(name) else self.text(value)
+
+    def part(self, data: bytes | bytearray, max_chars: int) -> str:
+        """Return the beginning of what was sent, without secrets."""
+        piece = bytes(data[:max_chars + _OVERLAP_CHARS])
+        text = self.text(piece.decode("utf-8", "backslashreplace"))
+        if len(piece) < len(data):
+            # At its end, half of a secret would not be found.
+            text = text[:-_OVERLAP_CHARS]
+        is_whole = len(piece) == len(data) and len(text) <= max_chars
+        return text if is_whole else f"{text[:max_chars]}\n({len(data)} bytes in all)"
+
+
+class CapturedRequest:
+    """What is kept of one request while it is answered. Threads that answer it may add to it."""
+
+    def __init__(
+        self, request_id: str, method: str, target: str, headers: Headers, secrets_: Iterable[str]
+    ) -> None:
+        """`target` and `headers` are as the client sent them."""
+        self.request_id = request_id
+        self._blots = Blots([*secrets_, *presented_keys(headers)])
+        self._started_s = time.monotonic()
+        self._left_chars = _MAX_PART_CHARS
+        self._skipped = 0
+        path, _, query = target.partition("?")
+        self._texts = [f"{method} {self._blots.text(urllib.parse.unquote(path))}"]
+        fields = [*urllib.parse.parse_qsl(query, keep_blank_values=True), *headers.items()]
+        self._texts += [
+            f"{name}: {printable(self._blots.field(name, value))}" for name, value in fields
+        ]
+
+    def add_body(self, data: bytearray) -> None:
+        """Add the body."""
+        self._texts += ["", self._blots.part(data, _MAX_PART_CHARS)]
+
+    def add_lines(self, direction: str, data: bytes) -> None:
+        """Add whole lines, "to claude" or "from claude"."""
+        if self._left_chars <= 0 or (direction != "to claude" and _PIECE in data[:200]):
+            self._skipped += 1
+            return
+        text = self._blots.part(data.rstrip(b"\n"), self._left_chars)
+        self._left_chars -= len(text)
+        self._texts += [f"--- {direction}, {self._elapsed()}", text]
+
+    def add_end(self, words: str) -> None:
+        """Add how the request ended."""
+        self._texts.append(f"--- {self._blots.text(printable(words))}, {self._elapsed()}")
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._started_s:.3f} s"
+
+    def text(self) -> str:
+        """Return what the file has."""
+        skipped = [f"--- {self._skipped} more lines of claude, mostly pieces of the answer"]
+        texts = [*self._texts, *(skipped if self._skipped else [])]
+        return "\n".join(texts).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+class CaptureSession:
+    """One capture, from its start to its end."""
+
+    def __init__(
+        self, folder: str, requests: int, ends_s: float, ends_at_s: float, key: Key | None
+    ) -> None:
+        self.folder = folder
+        self.remaining = requests
+        self.ends_s = ends_s
+        self.ends_at_s = ends_at_s
+        self.key = key
+        #: Requests that are being answered, and files that are written.
+        self.open = 0
+        self.written = 0
+
+    def wants(self, caller: Caller, now_s: float) -> bool:
+        """Return whether a request of this caller is captured."""
+        is_wanted = self.key is None or self.key.id == caller.key_id
+        return is_wanted and self.remaining > 0 and now_s < self.ends_s
+
+
+class Capture:
+    """Captures requests while the operator wants it."""
+
+    def __init__(self, path: str, log: Log, clock: Clock) -> None:
+        self._path = path
+        self._log = log
+        self._clock = clock
+        # Guards the session and its fields.
+        self._lock = threading.Lock()
+        self._session: CaptureSession | None = None
+        #: Whether a request may be captured. The only thing that other requests look at.
+        self.is_on = False
+
+    def start(self, requests: int, minutes: int, key: Key | None) -> None:
+        """Capture the next requests, of one key if it is given. Raises CaptureRuns, and OSError
+        without a folder that can be written."""
+        name = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
+        with self._lock:
+            if self._session is not None:
+                raise CaptureRuns("A capture runs already: `ocp capture --stop` ends it.")
+            folder = os.path.join(self._path, name)
+            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            os.mkdir(folder, mode=0o700)
+            self._session = CaptureSession(
+                folder, requests, self._clock() + minutes * 60, time.time() + minutes * 60, key
+            )
+            self.is_on = True
+        self._log.event(
+            "warn", "capture_started", requests=requests, minutes=minutes, key=key and key.name,
+            folder=folder, help="requests are written to files; `ocp capture --stop` ends it",
+        )
+
+    def stop(self) -> bool:
+        """End the capture; what is being answered is not written. Return whether there was one."""
+        with self._lock:
+            session, self._session, self.is_on = self._session, None, False
+        if session is not None:
+            self._log_end(session, "stopped")
+        return session is not None
+
+    def claim(self, caller: Caller) -> CaptureSession | None:
+        """Return the capture that takes a request of this caller; None if there is none."""
+        with self._lock:
+            session = self._session
+            if session is None or not session.wants(caller, self._clock()):
+                return None
+            session.remaining -= 1
+            session.open += 1
+            self.is_on = session.remaining > 0
+            return session
+
+    def write(self, session: CaptureSession, captured: CapturedRequest, caller: Caller) -> None:
+        """Write a request that is over, unless the capture was stopped. Never raises."""
+        with self._lock:
+            is_wanted = session is self._session
+        path = os.path.join(session.folder, f"{captured.request_id}.txt")
+        problem = ""
+        try:
+            if is_wanted:
+                write_private(path, captured.text())
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        with self._lock:
+            session.open -= 1
+            session.written += is_wanted and not problem
+        if is_wanted:
+            self._log.event(
+                "error" if problem else "warn", "request_captured", path=path,
+                request_id=captured.request_id, caller=caller.name, error=problem or None,
+            )
+        self.tend()
+
+    def tend(self) -> None:
+        """End a capture that is complete or too old."""
+        with self._lock:
+            session = self._session
+            if session is None:
+                return
+            is_over = session.remaining == 0 or self._clock() >= session.ends_s
+            self.is_on = self.is_on and not is_over
+            if not is_over or session.open:
+                return
+            self._session = None
+        self._log_end(session, "complete" if session.remaining == 0 else "time")
+
+    def _log_end(self, session: CaptureSession, why: str) -> None:
+        self._log.event(
+            "warn", "capture_ended", why=why, written=session.written, folder=session.folder
+        )
+
+    def prune(self) -> None:
+        """Delete captures that are too old."""
+        for entry in self.kept():
+            if time.time() - parse_time(entry["startedAt"]) > _CAPTURE_KEPT_S:
+                shutil.rmtree(entry["folder"], ignore_errors=True)
+
+    def kept(self) -> list[Json]:
+        """Return the folders of captures, oldest first, with the number and size of their files."""
+        found: list[Json] = []
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(self._path)):
+                folder = os.path.join(self._path, name)
+                with contextlib.suppress(OSError):
+                    sizes = [each.stat().st_size for each in os.scandir(folder)]
+                    at_s = os.stat(folder).st_mtime
+                    found.append({"folder": folder, "startedAt": iso_time(at_s),
+                                  "files": len(sizes), "bytes": sum(sizes)})
+        return found
+
+    def state(self) -> Json | None:
+        """Return what everybody may know of a capture that runs; None = there is none."""
+        with self._lock:
+            session = self._session
+            return None if session is None else {
+                "active": True, "remaining": session.remaining, "captured": session.written,
+                "endsAt": iso_time(session.ends_at_s),
+            }
+
+    def report(self) -> Json:
+        """Return all of it, for the operator."""
+        state, session = self.state(), self._session
+        more = {} if session is None else {
+            "key": session.key and session.key.name, "folder": session.folder
+        }
+        return {**(state or {"active": False}), **more, "captures": self.kept()}
+
+
+# ==== 43. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -17567,6 +18119,8 @@ class Job:
         self.path: str | None = None
         #: Response headers that are known only when claude has answered.
         self.headers: dict[str, str] = {}
+        #: Hears the lines to and from claude, while the request is captured.
+        self.tap: Tap | None = None
         #: Why it was cancelled although its client waits.
         self.ended_by: OcpError | None = None
         #: The job that this one produces a shared answer for.
@@ -17821,6 +18375,7 @@ class AttemptSource:
             return None
         process, held = pooled.process, pooled.conversation
         self._record.process = process
+        process.set_tap(self._job.tap)
         dropped = held.dropped_for(self.history, process.version)
         if dropped is not None and self._drops(process, dropped):
             return self._next_messages(process, held.rewound(dropped), "rewound")
@@ -18073,6 +18628,7 @@ class TurnRunner:
         on, so that the client's next message finds it."""
         record, turn = self._record, self._source.turn
         self._attempt = attempt
+        attempt.process.set_tap(self._job.tap)
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
@@ -18404,6 +18960,7 @@ class Requests:
             peer=job.peer, user_agent=job.user_agent, tag=job.tag,
         )
         produced.reservation, produced.asked_by = job.reservation, job
+        produced.tap = job.tap
         thread = threading.Thread(
             target=self._produce, args=(produced, flight, config), daemon=True
         )
@@ -18546,7 +19103,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 43. App ================================================================
+# ==== 44. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -18764,6 +19321,15 @@ class App:
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
+        self.sign_in = self._sign_in()
+
+    def _sign_in(self) -> SignIn:
+        obstacle = "This server is a demo: it uses no account." if self.demo else ""
+        return SignIn(
+            functools.partial(self._starter.start_login, obstacle),
+            functools.partial(self.pool.stop, graceful=False), self._login_renewed, self.log,
+            self.clock,
+        )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
         # Only on macOS the login can depend on the folder.
@@ -18786,6 +19352,7 @@ class App:
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
         self.store = self.state_folder.store
         config = self.state_folder.with_admin_key(config)
+        self.capture = Capture(self.state_folder.path_of("captures"), self.log, self.clock)
         self.settings = Settings(self.store, config, environ)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
@@ -18843,6 +19410,13 @@ class App:
         self.claude_folder.login_changed()
         self.pool.drop()
 
+    def _login_renewed(self) -> None:
+        """Start anew with another login. Idle processes may still hold the last one."""
+        self.claude_folder.login_changed()
+        self.pool.drop()
+        self.account.set_login(None)
+        self.wakeups.put("tend")
+
     # -- housekeeping -------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -18874,6 +19448,8 @@ class App:
         try:
             self.pool.tend(self.config)
             self.requests.end_unwanted()
+            self.sign_in.tend()
+            self.capture.tend()
             self._tend_storage()
             self.cache.tend(self.config)
             self._prune()
@@ -18919,10 +19495,7 @@ class App:
 
     def _look_at_login(self) -> None:
         if self.program.has_login(self.claude_folder.environment()):
-            self.claude_folder.login_changed()
-            # Idle processes may still hold the login that was refused.
-            self.pool.drop()
-            self.account.set_login(None)
+            self._login_renewed()
             self.log.event("info", "login_found")
 
     def _take_notices(self) -> None:
@@ -18948,6 +19521,7 @@ class App:
             self.ledger.prune(self.config.usage_days)
             self.keys.prune(self.config.usage_days)
             self.thinking.prune()
+            self.capture.prune()
         except sqlite3.Error as problem:
             self.log.event("error", "usage_not_pruned", error=str(problem))
 
@@ -18990,6 +19564,7 @@ class App:
     def close(self) -> None:
         """Stop every child and close the database and the log."""
         self.refusals.tend(at_once=True)
+        self.sign_in.close()
         self.pool.close()
         self._starter.close()
         with contextlib.suppress(sqlite3.Error):
@@ -18999,7 +19574,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 44. Routes =============================================================
+# ==== 45. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -19088,7 +19663,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 45. HTTP server ========================================================
+# ==== 46. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -19515,6 +20090,8 @@ class Exchange:
         self.caller = Caller("public")
         #: Who is behind the caller's key, if the request says it and the operator wants to know.
         self.tag: str | None = None
+        #: What is written to a file of the request, if it is captured.
+        self.captured: CapturedRequest | None = None
         self._bodies = bodies
         #: The length of the body; None = chunked.
         self._length: int | None = 0
@@ -19981,7 +20558,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 46. Dashboard ==========================================================
+# ==== 47. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -20049,7 +20626,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 47. API endpoints ======================================================
+# ==== 48. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -20126,6 +20703,8 @@ def _read_turn(app: App, exchange: Exchange, *, counted: bool = False) -> Turn:
     if not counted:
         app.requests.check_quota(exchange.caller, exchange.dialect)
     data = exchange.body()
+    if exchange.captured is not None:
+        exchange.captured.add_body(data)
     # The key may have been changed or revoked while the body arrived.
     exchange.caller = app.keys.current(exchange.caller)
     with app.large_bodies.parsing(len(data)):
@@ -20205,6 +20784,27 @@ def _set_quota_headers(app: App, exchange: Exchange, model: Model | None = None)
 
 def answer(app: App, exchange: Exchange) -> None:
     """Answer a request with a model."""
+    session = app.capture.claim(exchange.caller) if app.capture.is_on else None
+    if session is None:
+        _answer(app, exchange)
+        return
+    captured = exchange.captured = CapturedRequest(
+        exchange.request_id, exchange.method, exchange.target, exchange.headers,
+        app.config.secrets,
+    )
+    end = "the client left"
+    try:
+        _answer(app, exchange)
+        end = f"answered with status {exchange.response.status}"
+    except OcpError as error:
+        end = f"failed with status {error.status} ({error.kind}): {error.message}"
+        raise
+    finally:
+        captured.add_end(end)
+        app.capture.write(session, captured, exchange.caller)
+
+
+def _answer(app: App, exchange: Exchange) -> None:
     # Before something can refuse the request, for the headers of an error.
     _set_quota_headers(app, exchange)
     dialect, turn = exchange.dialect, _read_turn(app, exchange)
@@ -20215,6 +20815,8 @@ def answer(app: App, exchange: Exchange) -> None:
         peer=exchange.peer, user_agent=exchange.headers.get("User-Agent", ""),
         answer_id=dialect.answer_id(turn), tag=tag,
     )
+    if exchange.captured is not None:
+        job.tap = exchange.captured.add_lines
     with app.requests.answering(job) as events:
         def store(body: Json) -> None:
             # Before the last byte is sent: the client's next request may refer to this answer.
@@ -20459,7 +21061,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 48. Management endpoints ===============================================
+# ==== 49. Management endpoints ===============================================
 # What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
 # pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
 
@@ -20516,6 +21118,16 @@ def _tls_state(config: Config) -> Json:
     return {"tls": bool(config.tls_cert), "tlsFingerprint": certificate_pin(config.tls_cert)}
 
 
+def _concurrency(config: Config, stats: Json) -> Json:
+    return {
+        "maxConcurrent": config.max_concurrent,
+        "maxQueue": config.max_queue,
+        "inflight": stats["activeRequests"],
+        "queued": stats["queued"],
+        "queueRejections": stats["queueRejections"],
+    }
+
+
 def snapshot(app: App) -> Json:
     """Return the state and the numbers of the server, from which all reports pick. /health shows
     it to everybody, so it contains no path, no prompt and no error text."""
@@ -20544,15 +21156,11 @@ def snapshot(app: App) -> Json:
         "promptCacheKept": app.pinning.works(program.version if program is not None else None),
         # Whether answers are billed as extra usage: "none", "billed", or "stopped" for that reason.
         "extraUsage": extra_usage,
+        # Whether requests are being written to files; null = no.
+        "capture": app.capture.state(),
         "fix": fix or advice or None,
         "stats": stats,
-        "concurrency": {
-            "maxConcurrent": config.max_concurrent,
-            "maxQueue": config.max_queue,
-            "inflight": stats["activeRequests"],
-            "queued": stats["queued"],
-            "queueRejections": stats["queueRejections"],
-        },
+        "concurrency": _concurrency(config, stats),
         "spares": app.pool.spares(),
         "parked": app.pool.parked,
     }
@@ -21642,6 +22250,15 @@ _BODIES: dict[str, Json] = {
     "change_key": _closed(_KEY_PROPERTIES),
     "rotate_key": _closed({"grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"}}),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
+    "finish_login": {
+        **_object_type(["code"], {"code": {**_NAME, "maxLength": _MAX_CODE_CHARS}}),
+        "additionalProperties": False,
+    },
+    "start_capture": _closed({
+        "requests": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CAPTURED},
+        "minutes": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CAPTURE_MINUTES},
+        "key": {"type": ["string", "null"]},
+    }),
     "change_settings": _closed({
         name: {"type": [
             _JSON_TYPES[type(row.default)], *(["string"] if is_duration(row) else []), "null",
@@ -21679,7 +22296,8 @@ _QUERIES: dict[str, dict[str, Json]] = {
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
 _STATUSES = {
-    "create_key": ("201",), "change_settings": ("200", "207", "400"), "get_root": ("200", "302"),
+    "create_key": ("201",), "begin_login": ("201",), "start_capture": ("201",),
+    "change_settings": ("200", "207", "400"), "get_root": ("200", "302"),
 }
 #: Media types of responses, by operation; otherwise JSON.
 _MEDIA_TYPES = {
@@ -21721,7 +22339,8 @@ def _operation(route: Route) -> Json:
     }
     if name in _BODIES:
         body = {"application/json": {"schema": _BODIES[name]}}
-        operation["requestBody"] = {"required": name != "rotate_key", "content": body}
+        is_required = name not in ("rotate_key", "start_capture")
+        operation["requestBody"] = {"required": is_required, "content": body}
     if name in _REQUESTS and route.dialect is not None:
         operation["externalDocs"] = {"url": _REFERENCES[route.dialect.name]}
     return operation
@@ -21756,7 +22375,92 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 49. Table of routes ====================================================
+# ==== 50. Login and capture ==================================================
+# What the operator calls to log claude in, and to have requests written to files.
+
+
+def _login_entry(app: App) -> Json:
+    return {**app.sign_in.report(), "login": app.account.login_report()}
+
+
+def get_login(app: App, exchange: Exchange) -> None:
+    """GET /api/login: return the state of the login that the operator makes in a browser, and
+    whether claude's login works as far as answers have shown."""
+    exchange.response.send_json(_login_entry(app))
+
+
+def begin_login(app: App, exchange: Exchange) -> None:
+    """POST /api/login: begin a login of claude and return the address to open; it expires after ten
+    minutes."""
+    app.sign_in.begin()
+    _audit(app, exchange, "login_begun")
+    exchange.response.send_json(_login_entry(app), status=201)
+
+
+def finish_login(app: App, exchange: Exchange) -> None:
+    """POST /api/login/code {"code": "CODE#STATE"}: end the login with the code that the page shows.
+
+    No message repeats any of the body.
+    """
+    try:
+        body = parse_json_body(exchange.body())
+    except BadRequest:
+        body = None
+    code = body.get("code") if isinstance(body, dict) and len(body) == 1 else None
+    if not isinstance(code, str):
+        raise CodeRefused('The body is not JSON of the form {"code": "TEXT"}.', param="code")
+    try:
+        app.sign_in.finish(code)
+    except OcpError as error:
+        _audit(app, exchange, "login_failed", kind=error.kind)
+        raise
+    _audit(app, exchange, "login_finished")
+    exchange.response.send_json(_login_entry(app))
+
+
+def cancel_login(app: App, exchange: Exchange) -> None:
+    """DELETE /api/login: end a login that waits for its code."""
+    cancelled = app.sign_in.cancel()
+    if cancelled:
+        _audit(app, exchange, "login_cancelled")
+    exchange.response.send_json({"cancelled": cancelled, **_login_entry(app)})
+
+
+def get_capture(app: App, exchange: Exchange) -> None:
+    """GET /api/capture: return whether requests are being written to files, and the captures that
+    are kept."""
+    exchange.response.send_json(app.capture.report())
+
+
+def start_capture(app: App, exchange: Exchange) -> None:
+    """POST /api/capture {"requests": 5, "minutes": 10, "key": "laptop"}: write the next requests,
+    of this key if one is named, to files on the server."""
+    raw = exchange.body()
+    fields = _with_known_fields(
+        Fields(parse_json_body(raw) if raw else {}), ("requests", "minutes", "key")
+    )
+    requests = fields.integer("requests", 1, MAX_CAPTURED) or 5
+    minutes = fields.integer("minutes", 1, MAX_CAPTURE_MINUTES) or 10
+    name = fields.text("key")
+    try:
+        app.capture.start(requests, minutes, app.keys.find(name) if name else None)
+    except OSError as problem:
+        raise StorageFailed(
+            f"No folder for captures can be made ({problem.strerror}): see OCP_HOME."
+        ) from None
+    _audit(app, exchange, "capture_requested", requests=requests, minutes=minutes, key=name)
+    exchange.response.send_json(app.capture.report(), status=201)
+
+
+def stop_capture(app: App, exchange: Exchange) -> None:
+    """DELETE /api/capture: stop writing requests to files; what was written stays."""
+    stopped = app.capture.stop()
+    if stopped:
+        _audit(app, exchange, "capture_stopped")
+    exchange.response.send_json({"stopped": stopped, **app.capture.report()})
+
+
+# ==== 51. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -21794,6 +22498,13 @@ ROUTES = (
     Route("GET",    "/api/usage",                Access.CALLER, CHAT,        get_api_usage),
     Route("GET",    "/api/errors",               Access.ADMIN,  CHAT,        get_errors),
     Route("GET",    "/api/events",               Access.ADMIN,  CHAT,        get_events),
+    Route("GET",    "/api/login",                Access.ADMIN,  CHAT,        get_login),
+    Route("POST",   "/api/login",                Access.ADMIN,  CHAT,        begin_login),
+    Route("POST",   "/api/login/code",           Access.ADMIN,  CHAT,        finish_login),
+    Route("DELETE", "/api/login",                Access.ADMIN,  CHAT,        cancel_login),
+    Route("GET",    "/api/capture",              Access.ADMIN,  CHAT,        get_capture),
+    Route("POST",   "/api/capture",              Access.ADMIN,  CHAT,        start_capture),
+    Route("DELETE", "/api/capture",              Access.ADMIN,  CHAT,        stop_capture),
     Route("GET",    "/usage",                    Access.ADMIN,  CHAT,        get_usage),
     Route("GET",    "/status",                   Access.ADMIN,  CHAT,        get_status),
     Route("GET",    "/settings",                 Access.ADMIN,  CHAT,        get_settings),
@@ -21814,7 +22525,7 @@ ROUTES = (
 )
 
 
-# ==== 50. Demo claude ========================================================
+# ==== 52. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -22017,7 +22728,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 51. Command line =======================================================
+# ==== 53. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

@@ -267,6 +267,8 @@ BODIES: Mapping[tuple[str, str], Sequence[Json]] = {
     ("POST", "/api/keys/{key}/rotate"): ({"grace": "1h"},),
     ("PATCH", "/api/keys/{key}/quota"): (QUOTA,),
     ("PATCH", "/settings"): (LIVE,),
+    ("POST", "/api/login/code"): ({"code": "code#state"},),
+    ("POST", "/api/capture"): ({"requests": 2, "minutes": 1, "key": "laptop"},),
 }
 
 

@@ -2,6 +2,7 @@
 
 Index: 3 in a browser: panels   4 the key   5 coming and going   6 dialogs
        7 hostile names, widths   8 trying it   9 devices and codes   10 errors
+       11 the login of claude, and captures
 """
 
 from __future__ import annotations
@@ -1088,3 +1089,43 @@ def test_a_budget_is_set_in_dollars_and_shows_amber_from_the_warning_level(
             page.evaluate("location.hash = 'overview'")
             page.sees("List price", "#totals")
             page.sees("List price", "#shares")
+
+
+# ---------------------------------------------------------------------------
+# 11 The login of claude, and captures
+# ---------------------------------------------------------------------------
+
+@needs_browser
+def test_claude_is_logged_in_from_the_page(chrome: browser.Browser, tmp_path: Path) -> None:
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    with running_server(tmp_path, {"login": {"code": "good"}}, env=env) as server:
+        with opened(chrome, server, expected=("401", "400")) as page:
+            page.evaluate("document.querySelector('#log-in').click()")
+            page.until("document.querySelector('#asking').open")
+            address = page.evaluate("document.querySelector('#asking-fields code').textContent")
+            link = page.evaluate("document.querySelector('#asking-fields a').href")
+            assert address == link and address.startswith("https://claude.com/")
+            page.until("document.activeElement.id === 'field-code'")
+            page.write("good")
+            page.press("Enter")
+            page.sees("cut off", "#asking-error")
+            page.evaluate("document.activeElement.select()")
+            page.write("good#" + address.rpartition("=")[2])
+            page.press("Enter")
+            page.sees("Logged in: owner@example.com", "#toast")
+        assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "finished"
+
+
+@needs_browser
+def test_a_capture_is_seen_and_stopped_on_every_view(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    with running_server(tmp_path, env=env) as server:
+        with opened(chrome, server, "keys") as page:
+            assert server.call("POST", "/api/capture", {"requests": 3}, ADMIN).status == 201
+            page.sees("Requests are written to files", "#notices .alarm")
+            page.sees("3 requests more", "#notices .alarm")
+            page.evaluate("document.querySelector('#notices .alarm button').click()")
+            page.until("!document.querySelector('#notices .alarm')")
+        assert server.call("GET", "/api/capture", headers=ADMIN).json()["active"] is False

@@ -18,6 +18,9 @@ Scenario file, read again whenever a turn begins; a new content starts at its fi
     notice          what --version prints in front of it
     logged_in       what `auth status` says, default true
     usage           fields for the answer to get_usage
+    login           what the requests of a login do: `code` is the right one, `account` what is told
+                    then, `error` what every code is answered with, `delay_ms` how long a code
+                    takes, `url` the address
     models          what the answer to `initialize` lists, default nothing
     unsupported     control requests that are refused
     unlimited       true: BLOCKING_LIMIT is ignored
@@ -443,6 +446,8 @@ class FakeClaude:
         #: The first `initialize` request, later ones do not count.
         self.setup: Optional[Step] = None
         self.settings: Step = {}
+        #: Which login a code belongs to; empty = none has begun.
+        self.login_state = ""
         self.thinking: Optional[int] = None
         self.tools: list[Step] = []
         self.user_lines: list[Step] = []
@@ -952,6 +957,32 @@ def control_interrupt(fake: FakeClaude, request: Step) -> Optional[Step]:
     return {"still_queued": [], "cancelled": waiting}
 
 
+def control_authenticate(fake: FakeClaude, request: Step) -> Step:
+    """Begin a login: the page of the address shows CODE#STATE."""
+    fake.login_state = f"state-of-{os.getpid()}"
+    wanted = fake.scenario.fields.get("login") or {}
+    url = wanted.get("url", "https://claude.com/cai/oauth/authorize?code=true&state=")
+    return {"manualUrl": url + fake.login_state, "automaticUrl": url + fake.login_state}
+
+
+def control_callback(fake: FakeClaude, request: Step) -> Step:
+    """End a login with the code; there is no second try, as with the real program."""
+    wanted = fake.scenario.fields.get("login") or {}
+    if not fake.login_state:
+        raise Refused("No active claude_authenticate flow")
+    state, fake.login_state = fake.login_state, ""
+    time.sleep(wanted.get("delay_ms", 0) / 1000)
+    if "error" in wanted:
+        raise Refused(wanted["error"])
+    if (request["authorizationCode"], request["state"]) != (wanted.get("code", "good"), state):
+        raise Refused("That code wasn't accepted. It may be incomplete, expired, already used, or "
+                      "from an earlier sign-in attempt. Sign in again to get a new code."
+                      if fake.scenario.is_recent else "Request failed with status code 400")
+    account = {"email": "owner@example.com", "organization": "Example",
+               "subscriptionType": "Claude Max", "apiProvider": "firstParty"}
+    return {"account": wanted.get("account", account)}
+
+
 def control_usage(fake: FakeClaude, request: Step) -> Step:
     session = {"total_cost_usd": 0.0001 * fake.queries, "model_usage": fake.model_usage()}
     usage = {"session": session, "subscription_type": None, "rate_limits_available": False,
@@ -998,6 +1029,8 @@ CONTROLS: dict[Optional[str], Callable[[FakeClaude, Step], Optional[Step]]] = {
     "set_max_thinking_tokens": control_thinking,
     "interrupt": control_interrupt,
     "get_usage": control_usage,
+    "claude_authenticate": control_authenticate,
+    "claude_oauth_callback": control_callback,
     "rewind_conversation": control_rewind,
     "set_model": control_model,
     "mcp_set_servers": control_servers,

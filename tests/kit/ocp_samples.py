@@ -43,6 +43,15 @@ USAGE: Json = {
             "inputTokens": 9, "outputTokens": 14, "cacheReadTokens": 0,
             "cacheWriteTokens": 0, "cacheReadShare": 0.0, "listPriceUsd": 0.000079}},
 }
+CAPTURE: Json = {
+    "active": True, "remaining": 5, "captured": 0, "endsAt": "2026-11-20T15:10:00Z",
+    "key": "laptop", "folder": "/home/u/.ocp/captures/20261120T150000Z-5f3a",
+    "captures": [
+        {"folder": "/home/u/.ocp/captures/20261118T091500Z-c07d", "files": 5, "bytes": 421_000,
+         "startedAt": "2026-11-18T09:15:00Z"},
+        {"folder": "/home/u/.ocp/captures/20261120T150000Z-5f3a", "files": 0, "bytes": 0,
+         "startedAt": "2026-11-20T15:00:00Z"}],
+}
 COUNTS: Json = {
     "requests": 12, "successes": 11, "errors": 1, "input_tokens": 1_200,
     "output_tokens": 3_400, "cache_read_tokens": 45_000, "cache_write_tokens": 800, "cached": 0,

@@ -40,9 +40,10 @@ SECTION_LINES = {
     "Claude input": 410,
     "Plan and failures": 320, "Claude answers": 640, "Claude program": 630, "Claude process": 630,
     "Gate": 160, "Conversations": 160, "Process pool": 380, "Sessions and responses": 250,
-    "Cache": 250, "Account": 290, "Alerts": 410, "Metrics": 140, "Connections": 390,
-    "The original OCP": 290, "State folder": 175, "Answering": 880, "App": 365, "Routes": 80,
-    "HTTP server": 780, "Dashboard": 70, "API endpoints": 320, "Management endpoints": 980,
+    "Cache": 250, "Account": 290, "Alerts": 410, "Sign-in": 220, "Metrics": 140,
+    "Connections": 390, "The original OCP": 290, "State folder": 175, "Capture": 240,
+    "Answering": 880, "App": 380, "Routes": 80, "HTTP server": 780, "Dashboard": 70,
+    "API endpoints": 320, "Management endpoints": 980, "Login and capture": 90,
     "Table of routes": 50, "Demo claude": 190, "Command line": 310,
 }
 SECTION_OVERRUN = 0.25

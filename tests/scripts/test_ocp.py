@@ -1503,6 +1503,7 @@ SHOWN: dict[str, Callable[[], str]] = {
     "lan": lambda: str(ocp.show_lan(samples.LAN, PLAIN)),
     "doctor": doctor_sample,
     "help": lambda: str(ocp.commands_text()),
+    "capture 5 --key laptop": lambda: str(ocp.show_capture(samples.CAPTURE, PLAIN)),
     "update --dry-run": lambda: str(ocp.show_update_plan(SNAPSHOT.journal, None)),
     "update --rollback --list": lambda: str(ocp.show_snapshots([SNAPSHOT], PLAIN)),
 }

@@ -59,7 +59,9 @@ def test_claude_finds_the_account_without_address_and_names(tmp_path: Path) -> N
     assert written(tmp_path) == {
         "hasCompletedOnboarding": True,
         "oauthAccount": {"accountUuid": "u1", "organizationUuid": "o1",
-                         "billingType": "stripe_subscription", **FETCHED_IN_2100},
+                         "billingType": "stripe_subscription", "accountCreatedAt": None,
+                         "subscriptionCreatedAt": None, "ccOnboardingFlags": {},
+                         **FETCHED_IN_2100},
     }
     for path in (tmp_path / "own", tmp_path / "own" / ".claude.json"):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0

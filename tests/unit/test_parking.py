@@ -42,6 +42,9 @@ class FakeProcess:
         """Counts how often it was looked after."""
         self.looks += 1
 
+    def set_tap(self, tap: object) -> None:
+        self.tap = tap
+
     def stop(self, *, graceful: bool) -> None:
         """Notes how it was asked to go."""
         self.stops.append(graceful)

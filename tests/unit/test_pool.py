@@ -48,6 +48,9 @@ class FakeProcess:
     def drain_output(self) -> None:
         """It says nothing."""
 
+    def set_tap(self, tap: object) -> None:
+        self.tap = tap
+
     def stop(self, *, graceful: bool) -> None:
         """Notes how it was asked to go."""
         self.stops.append(graceful)
