@@ -30,51 +30,57 @@ Sections (search for "==== 8" to jump to the eighth):
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
      8. Keys and callers        authentication, access to routes, and the keys of devices
-     9. Amounts                 list prices, and what quotas count
-    10. Usage and quotas        one row for each request, and the limits of keys
-    11. Tags                    who is behind the key of a request
-    12. Patterns                regular expressions of clients, for JavaScript and for Python
-    13. JSON Schema             schemas of clients, parsed into plain 2020-12
-    14. Model schemas           schemas rewritten so that claude and the API accept them, and back
-    15. Request fields          typed access to JSON; thinking and sampling
-    16. Attachments             images and files of requests, and their limits
-    17. Content                 parts and blocks of messages in the formats of all APIs
-    18. Tools                   tools, the choice among them, their calls, output schemas
-    19. Dialects                messages become a prompt; what every wire format does
-    20. Chat completions        /v1/chat/completions and /v1/completions
-    21. Messages                /v1/messages
-    22. Response items          input items into messages, blocks into output items
-    23. Responses               /v1/responses and /v1/responses/compact
-    24. Claude protocol         control requests and replies, the client's tools; no I/O
-    25. Claude input            messages, options and histories as lines for claude
-    26. Plan and failures       reports of claude about the plan; its failures as errors
-    27. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    28. Claude program          the program on disk, how it is started, and its folders
-    29. Claude process          one child process and its pipes
-    30. Gate                    admission of requests
-    31. Conversations           the identity of conversations; what an idle process can do with them
-    32. Process pool            spare, parked and stopping processes
-    33. Sessions and responses  what is remembered of conversations: messages, and thinking
-    34. Cache                   stored answers, and answers shared while they are generated
-    35. Account                 the state of login and plan, learned from answers
-    36. Sign-in                 the login that the operator makes in a browser
-    37. Alerts                  what the operator's webhook is told
-    38. Metrics                 counters and histograms since the start
-    39. Connections             client sockets, and limits on their number and memory
-    40. The original OCP        keys and usage taken over from the database of the original
-    41. State folder            the database, the modes of files, the admin key
-    42. Capture                 requests that are written to files for the operator
-    43. Answering               one request: quota, cache, claude, row of usage
-    44. App                     owns every long-lived object; the housekeeper
-    45. Routes                  the choice of a route for a path and a method
-    46. HTTP server             sockets, bodies, one thread for each connection
-    47. Dashboard               the operator's page, and its content security policy
-    48. API endpoints           answers, stored responses, sessions, models
-    49. Management endpoints    health, logs, keys, usage, settings, pages, OpenAPI
-    50. Login and capture       the endpoints of both
-    51. Table of routes         path, access, dialect and endpoint of each route
-    52. Demo claude             the stand-in for claude behind --demo
-    53. Command line            arguments, signals, main
+     9. Prices and limits       list prices, and what quotas count
+    10. Usage rows              one row for each request, and reports of the rows
+    11. Usage and quotas        the quotas of keys, held under concurrency
+    12. Tags                    who is behind the key of a request
+    13. Patterns                regular expressions of clients, for JavaScript and for Python
+    14. JSON Schema             schemas of clients, parsed into plain 2020-12
+    15. Model schemas           schemas rewritten so that claude and the API accept them, and back
+    16. Request fields          typed access to JSON; thinking and sampling
+    17. Attachments             images and files of requests, and their limits
+    18. Content                 parts and blocks of messages in the formats of all APIs
+    19. Tools                   tools, the choice among them, their calls, output schemas
+    20. Dialects                messages become a prompt; what every wire format does
+    21. Chat completions        /v1/chat/completions and /v1/completions
+    22. Messages                /v1/messages
+    23. Response items          input items into messages, blocks into output items
+    24. Responses               /v1/responses and /v1/responses/compact
+    25. Claude protocol         control requests and replies, the client's tools; no I/O
+    26. Claude input            messages, options and histories as lines for claude
+    27. Plan and failures       reports of claude about the plan; its failures as errors
+    28. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    29. Claude program          the program on disk, how it is started, and its folders
+    30. Claude process          one child process and its pipes
+    31. Gate                    admission of requests
+    32. Conversations           the identity of conversations; what an idle process can do with them
+    33. Process pool            spare, parked and stopping processes
+    34. Sessions and responses  what is remembered of conversations: messages, and thinking
+    35. Cache                   stored answers, and answers shared while they are generated
+    36. Account                 the state of login and plan, learned from answers
+    37. Sign-in                 the login that the operator makes in a browser
+    38. Alerts                  what the operator's webhook is told
+    39. Metrics                 counters and histograms since the start
+    40. Connections             client sockets, and limits on their number and memory
+    41. The original OCP        keys and usage taken over from the database of the original
+    42. State folder            the database, the modes of files, the admin key
+    43. Capture                 requests that are written to files for the operator
+    44. Jobs                    one request while it is answered, and its row of usage
+    45. Running turns           one turn on a claude process, and further attempts
+    46. Answering               all requests: quota, cache, shared answers
+    47. App                     owns every long-lived object; the housekeeper
+    48. Routes                  the choice of a route for a path and a method
+    49. HTTP server             sockets, bodies, one thread for each connection
+    50. Dashboard               the operator's page, and its content security policy
+    51. API endpoints           answers, stored responses, sessions, models
+    52. Health and logs         the state of the server, its events and its log
+    53. Key endpoints           keys and their quotas
+    54. Usage endpoints         running requests, usage, a key's own numbers, failures
+    55. Management endpoints    settings, alerts, cache, metrics, login, capture
+    56. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
+    57. Table of routes         path, access, dialect and endpoint of each route
+    58. Demo claude             the stand-in for claude behind --demo
+    59. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -896,7 +902,6 @@ _ORIGIN = re.compile(
 
 #: A value of OCP_PUBLIC_URL.
 _PUBLIC_URL = re.compile(r"(none|https?://([\w.-]+|\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?(/[\w./~-]*)?)?")
-
 
 
 def is_webhook(url: str) -> bool:
@@ -5068,7 +5073,7 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
     )
 
 
-# ==== 9. Amounts =============================================================
+# ==== 9. Prices and limits ===================================================
 # What requests take of quotas, and the quotas of keys: requests, tokens, and money. Money is what
 # the API's list price would have been; nobody pays it on a plan.
 
@@ -5259,11 +5264,9 @@ def period_bounds(period: str, now_s: float) -> tuple[float, float]:
     return begin.timestamp(), end.timestamp()
 
 
-# ==== 10. Usage and quotas ===================================================
-# One row for each request, the sums of the rows, and the quotas of keys. A request makes a
-# reservation before it runs, and its row replaces the reservation, so that concurrent requests
-# cannot exceed a quota together. The usage of a period is summed from the rows once and then
-# updated in memory.
+# ==== 10. Usage rows =========================================================
+# The table `usage` has one row for each request. Here are its columns, the sums of its rows, and
+# what reports read of it.
 
 
 class UsageRow(NamedTuple):
@@ -5380,6 +5383,175 @@ _MAX_HOURLY_S = 32 * 86_400.0
 _PERCENTILES = (50, 90, 99)
 #: The maximum number of entries in the series of a report.
 _MAX_SERIES = 10_000
+
+
+def _condition(
+    since_s: float, until_s: float, caller: Caller | None
+) -> tuple[str, list[object]]:
+    """Return the condition in SQL for the rows of a span of time, of one caller or all (None), and
+    its values."""
+    where = "at_s >= ? AND at_s < ?"
+    values: list[object] = [since_s, until_s]
+    if caller is None:
+        return where, values
+    if caller.key_id is not None:
+        return where + " AND key_id = ?", [*values, caller.key_id]
+    return where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
+
+
+class FailureFilter(NamedTuple):
+    """Which failures are asked for. Empty = any."""
+
+    since_s: float = 0.0
+    #: The name of a key or a caller, and the id of the key if it has one.
+    key: str = ""
+    key_id: int | None = None
+    request_id: str = ""
+    kind: str = ""
+
+    def condition(self) -> tuple[str, list[object]]:
+        """Return the condition in SQL for rows of usage, and its values."""
+        parts: list[tuple[str, list[object]]] = [(_FAILED, []), ("at_s >= ?", [self.since_s])]
+        if self.key_id is not None:
+            parts.append(("key_id = ?", [self.key_id]))
+        elif self.key:
+            parts.append(("key_id IS NULL AND caller = ?", [self.key]))
+        if self.request_id:
+            parts.append(("request_id = ?", [self.request_id]))
+        if self.kind:
+            parts.append(("outcome = ?", [self.kind]))
+        return " AND ".join(sql for sql, _ in parts), [v for _, values in parts for v in values]
+
+    def takes(self, refused: Refused) -> bool:
+        """Return whether a refusal matches in key and kind."""
+        is_of_key = not self.key or refused.key.lower() == self.key.lower()
+        return is_of_key and self.kind in ("", refused.kind)
+
+
+def percentiles(sorted_values: Sequence[int]) -> Json:
+    """Return the number of values and their percentiles, `p50_ms` and so on: each one is the lowest
+    value that this share of the values does not exceed, None if there are none."""
+    count = len(sorted_values)
+    found: Json = {"answers": count}
+    for percent in _PERCENTILES:
+        # The share of the values, rounded up.
+        place = -(-count * percent // 100)
+        found[f"p{percent}_ms"] = sorted_values[place - 1] if count else None
+    return found
+
+
+def _row_entry(row: sqlite3.Row) -> Json:
+    """Return what reports show of a row that `Rows.select` has read."""
+    shown = {name: each for name, each in dict(row).items() if name not in _HIDDEN_COLUMNS}
+    return {"at": iso_time(row["at_s"]), **shown}
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. Clients choose some of the
+    texts: one that a spreadsheet would run as a formula gets an apostrophe in front, and control
+    characters are escaped."""
+    def field(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+    file = io.StringIO()
+    csv.writer(file).writerows(map(field, row) for row in rows)
+    return file.getvalue().encode("utf-8")
+
+
+def _percentiles_by(name: str, groups: Mapping[str, Sequence[int]]) -> list[Json]:
+    entries = [{name: group, **percentiles(values)} for group, values in groups.items()]
+    return sorted(entries, key=lambda entry: (-entry["answers"], entry[name]))
+
+
+class Rows:
+    """The rows of usage that match a condition, for a report."""
+
+    def __init__(self, connection: sqlite3.Connection, where: str, values: list[object]) -> None:
+        self._connection = connection
+        self._where = where
+        self._values = values
+
+    def span_s(self) -> float:
+        """Return the time between the first and the last row."""
+        # Two queries, because SQLite uses the index for MIN or MAX alone, not for both together.
+        ends = [
+            self._connection.execute(
+                f"SELECT {end}(at_s) FROM usage WHERE {self._where}", self._values
+            ).fetchone()[0] for end in ("MIN", "MAX")
+        ]
+        return 0.0 if None in ends else float(ends[1] - ends[0])
+
+    def sums(
+        self, columns: _Columns, *groups: tuple[str, str], maximum: int = -1
+    ) -> list[Json]:
+        """Return the columns aggregated over all rows, or for each group.
+
+        `groups` are expressions (name, SQL) by which rows are grouped and results are sorted. Only
+        the last `maximum` groups are returned; -1 = all.
+        """
+        sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
+        selected = ", ".join(f"{sql} AS {name}" for name, sql in (*groups, *sums))
+        names = ", ".join(name for name, _ in groups)
+        descending = ", ".join(f"{name} DESC" for name, _ in groups)
+        grouped = f" GROUP BY {names} ORDER BY {descending} LIMIT ?" if groups else " LIMIT ?"
+        query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
+        results = self._connection.execute(query, (*self._values, maximum)).fetchall()
+        return [dict(row) for row in reversed(results)]
+
+    def table(self, name: str, *, maximum: int = -1) -> list[Json]:
+        """Return one of _TABLES; at most the last `maximum` entries, -1 = all."""
+        columns, group = _TABLES[name]
+        return self.sums(columns, group, maximum=maximum)
+
+    def by_tag(self) -> list[Json]:
+        """Return the sums for each tag; none if no request has one."""
+        sums = self.table("tag", maximum=_MAX_SERIES)
+        return sums if any(entry["tag"] != "(none)" for entry in sums) else []
+
+    def select(self, order: str, limit: int) -> tuple[list[str], list[sqlite3.Row]]:
+        """Return the names in the entries of rows, and up to `limit` rows in this order; _row_entry
+        makes an entry of one."""
+        results = self._connection.execute(
+            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
+            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
+            f"FROM usage WHERE {self._where} ORDER BY {order} LIMIT ?", (*self._values, limit),
+        )
+        shown = (each[0] for each in results.description if each[0] not in _HIDDEN_COLUMNS)
+        return ["at", *shown], results.fetchall()
+
+    def first_tokens(self) -> Json:
+        """Return the percentiles of the time to the first token: of all rows, of each model and of
+        each dialect, most answers first. Cached answers have no such time and do not count."""
+        # Sorted, so that the times of each group are sorted too. Arrays, because there can be many.
+        sorted_rows = self._connection.execute(
+            "SELECT model, dialect, first_token_ms FROM usage "
+            f"WHERE first_token_ms IS NOT NULL AND {self._where} ORDER BY first_token_ms",
+            self._values,
+        )
+        everything = array.array("q")
+        by_model: dict[str, array.array[int]] = {}
+        by_dialect: dict[str, array.array[int]] = {}
+        for model, dialect, time_ms in sorted_rows:
+            everything.append(time_ms)
+            by_model.setdefault(model, array.array("q")).append(time_ms)
+            by_dialect.setdefault(dialect, array.array("q")).append(time_ms)
+        return {
+            "all": percentiles(everything),
+            "byModel": _percentiles_by("model", by_model),
+            "byDialect": _percentiles_by("dialect", by_dialect),
+        }
+
+    def recent(self, limit: int) -> list[Json]:
+        return [*map(_row_entry, self.select("id DESC", limit)[1])]
+
+
+# ==== 11. Usage and quotas ===================================================
+# The rows of usage and the quotas of keys. A request makes a reservation before it runs, and its
+# row replaces the reservation, so that concurrent requests cannot exceed a quota together. The
+# usage of a period is summed from the rows once and then updated in memory.
 
 
 class PeriodUsage:
@@ -5770,170 +5942,7 @@ class Ledger:
         return [dict(row) for row in newest], [dict(row) for row in kinds]
 
 
-def _condition(
-    since_s: float, until_s: float, caller: Caller | None
-) -> tuple[str, list[object]]:
-    """Return the condition in SQL for the rows of a span of time, of one caller or all (None), and
-    its values."""
-    where = "at_s >= ? AND at_s < ?"
-    values: list[object] = [since_s, until_s]
-    if caller is None:
-        return where, values
-    if caller.key_id is not None:
-        return where + " AND key_id = ?", [*values, caller.key_id]
-    return where + " AND key_id IS NULL AND caller = ?", [*values, caller.name]
-
-
-class FailureFilter(NamedTuple):
-    """Which failures are asked for. Empty = any."""
-
-    since_s: float = 0.0
-    #: The name of a key or a caller, and the id of the key if it has one.
-    key: str = ""
-    key_id: int | None = None
-    request_id: str = ""
-    kind: str = ""
-
-    def condition(self) -> tuple[str, list[object]]:
-        """Return the condition in SQL for rows of usage, and its values."""
-        parts: list[tuple[str, list[object]]] = [(_FAILED, []), ("at_s >= ?", [self.since_s])]
-        if self.key_id is not None:
-            parts.append(("key_id = ?", [self.key_id]))
-        elif self.key:
-            parts.append(("key_id IS NULL AND caller = ?", [self.key]))
-        if self.request_id:
-            parts.append(("request_id = ?", [self.request_id]))
-        if self.kind:
-            parts.append(("outcome = ?", [self.kind]))
-        return " AND ".join(sql for sql, _ in parts), [v for _, values in parts for v in values]
-
-    def takes(self, refused: Refused) -> bool:
-        """Return whether a refusal matches in key and kind."""
-        is_of_key = not self.key or refused.key.lower() == self.key.lower()
-        return is_of_key and self.kind in ("", refused.kind)
-
-
-def percentiles(sorted_values: Sequence[int]) -> Json:
-    """Return the number of values and their percentiles, `p50_ms` and so on: each one is the lowest
-    value that this share of the values does not exceed, None if there are none."""
-    count = len(sorted_values)
-    found: Json = {"answers": count}
-    for percent in _PERCENTILES:
-        # The share of the values, rounded up.
-        place = -(-count * percent // 100)
-        found[f"p{percent}_ms"] = sorted_values[place - 1] if count else None
-    return found
-
-
-def _row_entry(row: sqlite3.Row) -> Json:
-    """Return what reports show of a row that `Rows.select` has read."""
-    shown = {name: each for name, each in dict(row).items() if name not in _HIDDEN_COLUMNS}
-    return {"at": iso_time(row["at_s"]), **shown}
-
-
-def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. Clients choose some of the
-    texts: one that a spreadsheet would run as a formula gets an apostrophe in front, and control
-    characters are escaped."""
-    def field(value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        text = printable(value)
-        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-    file = io.StringIO()
-    csv.writer(file).writerows(map(field, row) for row in rows)
-    return file.getvalue().encode("utf-8")
-
-
-def _percentiles_by(name: str, groups: Mapping[str, Sequence[int]]) -> list[Json]:
-    entries = [{name: group, **percentiles(values)} for group, values in groups.items()]
-    return sorted(entries, key=lambda entry: (-entry["answers"], entry[name]))
-
-
-class Rows:
-    """The rows of usage that match a condition, for a report."""
-
-    def __init__(self, connection: sqlite3.Connection, where: str, values: list[object]) -> None:
-        self._connection = connection
-        self._where = where
-        self._values = values
-
-    def span_s(self) -> float:
-        """Return the time between the first and the last row."""
-        # Two queries, because SQLite uses the index for MIN or MAX alone, not for both together.
-        ends = [
-            self._connection.execute(
-                f"SELECT {end}(at_s) FROM usage WHERE {self._where}", self._values
-            ).fetchone()[0] for end in ("MIN", "MAX")
-        ]
-        return 0.0 if None in ends else float(ends[1] - ends[0])
-
-    def sums(
-        self, columns: _Columns, *groups: tuple[str, str], maximum: int = -1
-    ) -> list[Json]:
-        """Return the columns aggregated over all rows, or for each group.
-
-        `groups` are expressions (name, SQL) by which rows are grouped and results are sorted. Only
-        the last `maximum` groups are returned; -1 = all.
-        """
-        sums = [(n, f"COALESCE({sql}, 0)" if "SUM" in sql else sql) for n, sql in columns]
-        selected = ", ".join(f"{sql} AS {name}" for name, sql in (*groups, *sums))
-        names = ", ".join(name for name, _ in groups)
-        descending = ", ".join(f"{name} DESC" for name, _ in groups)
-        grouped = f" GROUP BY {names} ORDER BY {descending} LIMIT ?" if groups else " LIMIT ?"
-        query = f"SELECT {selected} FROM usage WHERE {self._where}{grouped}"
-        results = self._connection.execute(query, (*self._values, maximum)).fetchall()
-        return [dict(row) for row in reversed(results)]
-
-    def table(self, name: str, *, maximum: int = -1) -> list[Json]:
-        """Return one of _TABLES; at most the last `maximum` entries, -1 = all."""
-        columns, group = _TABLES[name]
-        return self.sums(columns, group, maximum=maximum)
-
-    def by_tag(self) -> list[Json]:
-        """Return the sums for each tag; none if no request has one."""
-        sums = self.table("tag", maximum=_MAX_SERIES)
-        return sums if any(entry["tag"] != "(none)" for entry in sums) else []
-
-    def select(self, order: str, limit: int) -> tuple[list[str], list[sqlite3.Row]]:
-        """Return the names in the entries of rows, and up to `limit` rows in this order; _row_entry
-        makes an entry of one."""
-        results = self._connection.execute(
-            f"SELECT *, {_CURRENT_NAME} AS key_name, outcome = 'ok' AS success, "
-            "total_ms AS elapsed_ms, datetime(CAST(at_s AS INTEGER), 'unixepoch') AS created_at "
-            f"FROM usage WHERE {self._where} ORDER BY {order} LIMIT ?", (*self._values, limit),
-        )
-        shown = (each[0] for each in results.description if each[0] not in _HIDDEN_COLUMNS)
-        return ["at", *shown], results.fetchall()
-
-    def first_tokens(self) -> Json:
-        """Return the percentiles of the time to the first token: of all rows, of each model and of
-        each dialect, most answers first. Cached answers have no such time and do not count."""
-        # Sorted, so that the times of each group are sorted too. Arrays, because there can be many.
-        sorted_rows = self._connection.execute(
-            "SELECT model, dialect, first_token_ms FROM usage "
-            f"WHERE first_token_ms IS NOT NULL AND {self._where} ORDER BY first_token_ms",
-            self._values,
-        )
-        everything = array.array("q")
-        by_model: dict[str, array.array[int]] = {}
-        by_dialect: dict[str, array.array[int]] = {}
-        for model, dialect, time_ms in sorted_rows:
-            everything.append(time_ms)
-            by_model.setdefault(model, array.array("q")).append(time_ms)
-            by_dialect.setdefault(dialect, array.array("q")).append(time_ms)
-        return {
-            "all": percentiles(everything),
-            "byModel": _percentiles_by("model", by_model),
-            "byDialect": _percentiles_by("dialect", by_dialect),
-        }
-
-    def recent(self, limit: int) -> list[Json]:
-        return [*map(_row_entry, self.select("id DESC", limit)[1])]
-
-
-# ==== 11. Tags ===============================================================
+# ==== 12. Tags ===============================================================
 # Who is behind the key of a request, as its client says. A tag is for the reports of usage only:
 # it gives no rights, and no part of an answer depends on it.
 
@@ -6043,7 +6052,7 @@ class Tags:
         return seen
 
 
-# ==== 12. Patterns ===========================================================
+# ==== 13. Patterns ===========================================================
 # Regular expressions in schemas. Clients write those of their own language; claude's validator is
 # JavaScript and rejects a whole schema because of one invalid pattern.
 
@@ -6145,7 +6154,7 @@ def strict_pattern(text: str) -> Pattern | None:
     return Pattern(javascript, None if is_slow else compiled)
 
 
-# ==== 13. JSON Schema ========================================================
+# ==== 14. JSON Schema ========================================================
 # The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
 # schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
 # because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
@@ -6725,7 +6734,7 @@ def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# ==== 14. Model schemas ======================================================
+# ==== 15. Model schemas ======================================================
 # A parsed schema is reduced to the keywords that claude and the API accept. The rest becomes part
 # of descriptions, and is checked here. The JSON that the model writes is converted back into the
 # client's form, also while it streams.
@@ -7165,7 +7174,7 @@ class ClientJsonConverter:
         return piece if self._in_value else ""
 
 
-# ==== 15. Request fields =====================================================
+# ==== 16. Request fields =====================================================
 # Fields reads the JSON of a request with types and names the field that is invalid. The functions
 # after it read the options, thinking and sampling, and adapt them to the model.
 
@@ -7638,7 +7647,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return any(True for _ in cache_controls(body))
 
 
-# ==== 16. Attachments ========================================================
+# ==== 17. Attachments ========================================================
 # Images and files of requests become blocks that the API accepts. Their data decides about their
 # type. ParseContext holds what one request needs while it is parsed.
 
@@ -8025,7 +8034,7 @@ class ParseContext:
         self.adjusted[repair] += 1
 
 
-# ==== 17. Content ============================================================
+# ==== 18. Content ============================================================
 # The content of messages and of tool results in the formats of all APIs becomes blocks that the
 # Messages API accepts.
 
@@ -8404,7 +8413,7 @@ class MessagesContent(ContentReader):
         return [block] if place == "assistant" else text_blocks(server_block_text(block))
 
 
-# ==== 18. Tools ==============================================================
+# ==== 19. Tools ==============================================================
 # The tools, the choice among them and the output schema of a request, in the form that the model's
 # API accepts. In a history, each call gets exactly one result.
 
@@ -8964,7 +8973,7 @@ def with_paired_results(
     )
 
 
-# ==== 19. Dialects ===========================================================
+# ==== 20. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and does not depend on claude. The first functions, shared by all dialects, turn the
 # messages of clients into a prompt that the API accepts.
@@ -9421,7 +9430,7 @@ def text_annotations(blocks: Iterable[Block]) -> list[Json]:
     return annotations
 
 
-# ==== 20. Chat completions ===================================================
+# ==== 21. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
 _NO_LOG_PROBABILITIES = "log probabilities are not supported"
@@ -9870,7 +9879,7 @@ class CompletionsRenderer(ChatRenderer):
 COMPLETIONS = CompletionsDialect()
 
 
-# ==== 21. Messages ===========================================================
+# ==== 22. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
 
@@ -10155,7 +10164,7 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-# ==== 22. Response items =====================================================
+# ==== 23. Response items =====================================================
 # The items of a response: the input items as messages of a Turn, and the blocks of an answer as
 # output items.
 
@@ -10514,7 +10523,7 @@ def output_items(
             yield from ({**new_item(forms, block), **sealed_thinking(block)} for block in found)
 
 
-# ==== 23. Responses ==========================================================
+# ==== 24. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
 #: Values in responses of unfinished streams, in place of the request's, which may be long.
@@ -11002,7 +11011,7 @@ class CompactionDialect(ResponsesDialect):
 COMPACTION = CompactionDialect()
 
 
-# ==== 24. Claude protocol ====================================================
+# ==== 25. Claude protocol ====================================================
 # Control requests and their replies, and the tools of the client, which claude calls by such
 # requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
@@ -11221,7 +11230,7 @@ class ToolServer:
         return lines
 
 
-# ==== 25. Claude input =======================================================
+# ==== 26. Claude input =======================================================
 # What a request becomes on claude's standard input: messages, options, a history in steps; and how
 # claude drops a question again.
 
@@ -11681,7 +11690,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 26. Plan and failures ==================================================
+# ==== 27. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -12020,7 +12029,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 27. Claude answers =====================================================
+# ==== 28. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -12768,7 +12777,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 28. Claude program =====================================================
+# ==== 29. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -13441,7 +13450,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 29. Claude process =====================================================
+# ==== 30. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -14189,7 +14198,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 30. Gate ===============================================================
+# ==== 31. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -14350,7 +14359,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 31. Conversations ======================================================
+# ==== 32. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -14515,7 +14524,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 32. Process pool =======================================================
+# ==== 33. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a model that was used lately, and holds no conversation. After a
@@ -14985,7 +14994,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 33. Sessions and responses =============================================
+# ==== 34. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -15292,7 +15301,7 @@ class ThinkingMemory:
             )
 
 
-# ==== 34. Cache ==============================================================
+# ==== 35. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -15543,7 +15552,7 @@ class Cache:
             }
 
 
-# ==== 35. Account ============================================================
+# ==== 36. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -15887,7 +15896,7 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 36. Sign-in ============================================================
+# ==== 37. Sign-in ============================================================
 # The login of claude's account without a terminal on the server. claude makes the address that the
 # operator opens, and exchanges the code that the page shows (its control requests
 # `claude_authenticate` and `claude_oauth_callback`, seen on 2.1.197 and 2.1.332). OCP passes the
@@ -16116,7 +16125,7 @@ class SignIn:
             self.cancel()
 
 
-# ==== 37. Alerts =============================================================
+# ==== 38. Alerts =============================================================
 # What the operator's webhook is told: each thing once, until its window resets or its state ends.
 # An alert is a row that survives a restart. The housekeeper raises alerts and starts a thread that
 # delivers what is due, so a webhook that is slow or down delays neither it nor a request. Nothing
@@ -16627,7 +16636,7 @@ class Alerts:
         ]
 
 
-# ==== 38. Metrics ============================================================
+# ==== 39. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -16778,7 +16787,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 39. Connections ========================================================
+# ==== 40. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -17218,7 +17227,7 @@ class Connections:
         )
 
 
-# ==== 40. The original OCP ===================================================
+# ==== 41. The original OCP ===================================================
 # The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
 # start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
 # the whole file. The original's own tables stay as they are, with every key in plain text: they
@@ -17531,7 +17540,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 41. State folder =======================================================
+# ==== 42. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -17728,7 +17737,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 42. Capture ============================================================
+# ==== 43. Capture ============================================================
 # The next requests, written to files for an operator who looks for a fault: as the client sent
 # them, and what was written to claude and read from it. Off unless the operator has started it. It
 # ends by itself, and a restart ends it too.
@@ -17976,10 +17985,8 @@ class Capture:
         return {**(state or {"active": False}), **more, "captures": self.kept()}
 
 
-# ==== 43. Answering ==========================================================
-# One request from its quota to its row of usage. `Requests` has all that are being answered and
-# decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
-# is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
+# ==== 44. Jobs ===============================================================
+# A request while it is answered: what its client has got so far, and its row of usage.
 
 
 class AnswerRecord:
@@ -18288,6 +18295,10 @@ class CallWatch:
         """Return the usage of an answer together with that of the dropped one."""
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
+
+# ==== 45. Running turns ======================================================
+# One turn on a process: a kept one that has the conversation, else a fresh one; and another attempt
+# where the first one failed before its client got anything.
 
 #: How long claude may take to rewind, which is a matter of milliseconds; and the pause after a
 #: process that could not.
@@ -18763,7 +18774,10 @@ class TurnRunner:
         return is_answering and not record.readers[-1].finished
 
 
-# -- all requests ---------------------------------------------------------------------------------
+# ==== 46. Answering ==========================================================
+# One request from its quota to its row of usage. `Requests` has all that are being answered and
+# decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
+# is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
 
 #: Stop reasons of answers that are cached for the same request.
 _CACHEABLE = ("end_turn", "stop_sequence")
@@ -19103,7 +19117,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 44. App ================================================================
+# ==== 47. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -19574,7 +19588,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 45. Routes =============================================================
+# ==== 48. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -19663,7 +19677,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 46. HTTP server ========================================================
+# ==== 49. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -20558,7 +20572,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 47. Dashboard ==========================================================
+# ==== 50. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -20626,7 +20640,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 48. API endpoints ======================================================
+# ==== 51. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -21061,9 +21075,8 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 49. Management endpoints ===============================================
-# What operators and holders of keys call: health, logs, keys, usage, settings, the cache, the
-# pages, and the OpenAPI document. Reports pick their numbers from one `snapshot`.
+# ==== 52. Health and logs ====================================================
+# The state of the server and its log. Reports pick their numbers from one `snapshot`.
 
 
 def _status(app: App) -> tuple[str, str]:
@@ -21281,7 +21294,8 @@ def get_logs(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# -- keys -------------------------------------------------------------------------------------
+# ==== 53. Key endpoints ======================================================
+# What the operator calls to manage keys and their quotas.
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
 #: The highest limit of a quota of requests or tokens and of one in USD, the decimals of the latter,
@@ -21663,7 +21677,8 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     exchange.response.send_json(_with_storage_warning(app, body))
 
 
-# -- running requests -------------------------------------------------------------------------
+# ==== 54. Usage endpoints ====================================================
+# Running requests, usage, the own numbers of a key's holder, and failures.
 
 
 def get_requests(app: App, exchange: Exchange) -> None:
@@ -21983,7 +21998,9 @@ def get_status(app: App, exchange: Exchange) -> None:
     })
 
 
-# -- settings, cache, metrics -----------------------------------------------------------------
+# ==== 55. Management endpoints ===============================================
+# What the operator calls to change settings, test alerts, clear the cache, log claude in, and have
+# requests captured; and metrics.
 
 
 def get_settings(app: App, exchange: Exchange) -> None:
@@ -22104,7 +22121,92 @@ def get_metrics(app: App, exchange: Exchange) -> None:
     exchange.response.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
-# -- pages --------------------------------------------------------------------------------------
+# -- login and capture ----------------------------------------------------------------------------
+
+
+def _login_entry(app: App) -> Json:
+    return {**app.sign_in.report(), "login": app.account.login_report()}
+
+
+def get_login(app: App, exchange: Exchange) -> None:
+    """GET /api/login: return the state of the login that the operator makes in a browser, and
+    whether claude's login works as far as answers have shown."""
+    exchange.response.send_json(_login_entry(app))
+
+
+def begin_login(app: App, exchange: Exchange) -> None:
+    """POST /api/login: begin a login of claude and return the address to open; it expires after ten
+    minutes."""
+    app.sign_in.begin()
+    _audit(app, exchange, "login_begun")
+    exchange.response.send_json(_login_entry(app), status=201)
+
+
+def finish_login(app: App, exchange: Exchange) -> None:
+    """POST /api/login/code {"code": "CODE#STATE"}: end the login with the code that the page shows.
+
+    No message repeats any of the body.
+    """
+    try:
+        body = parse_json_body(exchange.body())
+    except BadRequest:
+        body = None
+    code = body.get("code") if isinstance(body, dict) and len(body) == 1 else None
+    if not isinstance(code, str):
+        raise CodeRefused('The body is not JSON of the form {"code": "TEXT"}.', param="code")
+    try:
+        app.sign_in.finish(code)
+    except OcpError as error:
+        _audit(app, exchange, "login_failed", kind=error.kind)
+        raise
+    _audit(app, exchange, "login_finished")
+    exchange.response.send_json(_login_entry(app))
+
+
+def cancel_login(app: App, exchange: Exchange) -> None:
+    """DELETE /api/login: end a login that waits for its code."""
+    cancelled = app.sign_in.cancel()
+    if cancelled:
+        _audit(app, exchange, "login_cancelled")
+    exchange.response.send_json({"cancelled": cancelled, **_login_entry(app)})
+
+
+def get_capture(app: App, exchange: Exchange) -> None:
+    """GET /api/capture: return whether requests are being written to files, and the captures that
+    are kept."""
+    exchange.response.send_json(app.capture.report())
+
+
+def start_capture(app: App, exchange: Exchange) -> None:
+    """POST /api/capture {"requests": 5, "minutes": 10, "key": "laptop"}: write the next requests,
+    of this key if one is named, to files on the server."""
+    raw = exchange.body()
+    fields = _with_known_fields(
+        Fields(parse_json_body(raw) if raw else {}), ("requests", "minutes", "key")
+    )
+    requests = fields.integer("requests", 1, MAX_CAPTURED) or 5
+    minutes = fields.integer("minutes", 1, MAX_CAPTURE_MINUTES) or 10
+    name = fields.text("key")
+    try:
+        app.capture.start(requests, minutes, app.keys.find(name) if name else None)
+    except OSError as problem:
+        raise StorageFailed(
+            f"No folder for captures can be made ({problem.strerror}): see OCP_HOME."
+        ) from None
+    _audit(app, exchange, "capture_requested", requests=requests, minutes=minutes, key=name)
+    exchange.response.send_json(app.capture.report(), status=201)
+
+
+def stop_capture(app: App, exchange: Exchange) -> None:
+    """DELETE /api/capture: stop writing requests to files; what was written stays."""
+    stopped = app.capture.stop()
+    if stopped:
+        _audit(app, exchange, "capture_stopped")
+    exchange.response.send_json({"stopped": stopped, **app.capture.report()})
+
+
+# ==== 56. Pages and OpenAPI ==================================================
+# The pages for browsers, the script for devices, and the OpenAPI document.
 
 
 def get_root(app: App, exchange: Exchange) -> None:
@@ -22375,92 +22477,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 50. Login and capture ==================================================
-# What the operator calls to log claude in, and to have requests written to files.
-
-
-def _login_entry(app: App) -> Json:
-    return {**app.sign_in.report(), "login": app.account.login_report()}
-
-
-def get_login(app: App, exchange: Exchange) -> None:
-    """GET /api/login: return the state of the login that the operator makes in a browser, and
-    whether claude's login works as far as answers have shown."""
-    exchange.response.send_json(_login_entry(app))
-
-
-def begin_login(app: App, exchange: Exchange) -> None:
-    """POST /api/login: begin a login of claude and return the address to open; it expires after ten
-    minutes."""
-    app.sign_in.begin()
-    _audit(app, exchange, "login_begun")
-    exchange.response.send_json(_login_entry(app), status=201)
-
-
-def finish_login(app: App, exchange: Exchange) -> None:
-    """POST /api/login/code {"code": "CODE#STATE"}: end the login with the code that the page shows.
-
-    No message repeats any of the body.
-    """
-    try:
-        body = parse_json_body(exchange.body())
-    except BadRequest:
-        body = None
-    code = body.get("code") if isinstance(body, dict) and len(body) == 1 else None
-    if not isinstance(code, str):
-        raise CodeRefused('The body is not JSON of the form {"code": "TEXT"}.', param="code")
-    try:
-        app.sign_in.finish(code)
-    except OcpError as error:
-        _audit(app, exchange, "login_failed", kind=error.kind)
-        raise
-    _audit(app, exchange, "login_finished")
-    exchange.response.send_json(_login_entry(app))
-
-
-def cancel_login(app: App, exchange: Exchange) -> None:
-    """DELETE /api/login: end a login that waits for its code."""
-    cancelled = app.sign_in.cancel()
-    if cancelled:
-        _audit(app, exchange, "login_cancelled")
-    exchange.response.send_json({"cancelled": cancelled, **_login_entry(app)})
-
-
-def get_capture(app: App, exchange: Exchange) -> None:
-    """GET /api/capture: return whether requests are being written to files, and the captures that
-    are kept."""
-    exchange.response.send_json(app.capture.report())
-
-
-def start_capture(app: App, exchange: Exchange) -> None:
-    """POST /api/capture {"requests": 5, "minutes": 10, "key": "laptop"}: write the next requests,
-    of this key if one is named, to files on the server."""
-    raw = exchange.body()
-    fields = _with_known_fields(
-        Fields(parse_json_body(raw) if raw else {}), ("requests", "minutes", "key")
-    )
-    requests = fields.integer("requests", 1, MAX_CAPTURED) or 5
-    minutes = fields.integer("minutes", 1, MAX_CAPTURE_MINUTES) or 10
-    name = fields.text("key")
-    try:
-        app.capture.start(requests, minutes, app.keys.find(name) if name else None)
-    except OSError as problem:
-        raise StorageFailed(
-            f"No folder for captures can be made ({problem.strerror}): see OCP_HOME."
-        ) from None
-    _audit(app, exchange, "capture_requested", requests=requests, minutes=minutes, key=name)
-    exchange.response.send_json(app.capture.report(), status=201)
-
-
-def stop_capture(app: App, exchange: Exchange) -> None:
-    """DELETE /api/capture: stop writing requests to files; what was written stays."""
-    stopped = app.capture.stop()
-    if stopped:
-        _audit(app, exchange, "capture_stopped")
-    exchange.response.send_json({"stopped": stopped, **app.capture.report()})
-
-
-# ==== 51. Table of routes ====================================================
+# ==== 57. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -22525,7 +22542,7 @@ ROUTES = (
 )
 
 
-# ==== 52. Demo claude ========================================================
+# ==== 58. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -22728,7 +22745,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 53. Command line =======================================================
+# ==== 59. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
