@@ -1,0 +1,1095 @@
+#!/usr/bin/env python3
+"""ocp_channels joins chat platforms to OCP, or to any agent that speaks chat completions.
+
+    python3 ocp_channels.py channels add --channel telegram --botToken TOKEN
+    python3 ocp_channels.py start             receive and answer messages, until Ctrl-C
+    python3 ocp_channels.py start -d          the same in the background; status, stop, restart
+    python3 ocp_channels.py pairing approve CODE
+    python3 ocp_channels.py test              check this program with a made-up agent and channel
+    python3 ocp_channels.py --help            everything else
+
+Telegram, Discord, WeChat, DingTalk and QQ are built in; each may have several accounts. Nobody may
+talk to a bot until its owner approves: a stranger gets a code, and costs no request. A message is
+in the database before its platform is told so, and an answer before it is sent, so that no end of
+this program loses one.
+
+Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage or settings; 3 nothing runs here;
+4 not allowed; 130 interrupted.
+"""
+# How a message is answered: a channel receives it and calls `accept`, which asks the gate and
+# writes the inbox; the lane of its chat runs a turn, which asks the agent and writes the answer's
+# parts into the outbox; the account's sender sends them. Wire formats exist only in the channels.
+# The database is the queue: threads hold nothing that a kill can lose.
+#
+# Each section uses only names from the sections above it.
+#
+# Sections (search for "==== 8" to jump to the eighth):
+#
+#      1. Small tools       exit codes, files, ids, text without control characters
+#      2. Contracts         messages, parts, channels, and how a channel fails
+#      3. Settings          the file, its tables, and every error in it at once
+#      4. Log               a file and the terminal, without secrets
+#      5. Store             the database: inbox, outbox, history, pairing, state of accounts
+#      6. HTTP              connections, proxies, JSON calls, server-sent events
+#      7. WebSocket         a client of RFC 6455
+#      8. QR code           a link as a square on a terminal
+#      9. Text              Markdown in, the markup of a platform out, in parts of its size
+#     10. Opcode gateway    what Discord and QQ share
+#     11. Telegram
+#     12. Discord
+#     13. QQ
+#     14. DingTalk
+#     15. WeChat
+#     16. Channel table     every channel that is built in
+#     17. Access            who may talk: policies, mentions, pairing, limits
+#     18. Agent             chat completions, streamed or not, and their failures
+#     19. Turns             lanes, previews, commands in the chat, sending
+#     20. Callbacks         answers that an agent sends later
+#     21. App               owns every long-lived object; supervisors; the control socket
+#     22. Plugins           channels in files of the owner's
+#     23. Command line      commands, the self-test, main
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("ocp_channels needs Python 3.9 or later; this is Python %d.%d." % sys.version_info[:2])
+
+import base64
+import contextlib
+import enum
+import hashlib
+import http.client
+import ipaddress
+import itertools
+import json
+import os
+import re
+import secrets
+import select
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Protocol, Union
+
+VERSION = "0.1.0"
+
+Json = dict[str, Any]
+
+
+# ==== 1. Small tools =========================================================
+# Each script has to work when it is copied alone, so a few functions are in several of them. A
+# test compares everything between "--- shared: NAME" and "--- end shared".
+
+
+# --- shared: exit
+class Exit(enum.IntEnum):
+    """The exit codes of OCP's scripts. What was not done never ends with OK."""
+
+    OK = 0
+    FAILED = 1
+    #: Wrong arguments or settings, or nobody to ask.
+    USAGE = 2
+    #: No server answers; for the installer: installed, but claude does not answer.
+    UNREACHABLE = 3
+    #: The key is missing or wrong, or the system requires other rights.
+    DENIED = 4
+    INTERRUPTED = 130
+
+
+class Problem(Exception):
+    """What went wrong, and what the user can do. `body` is the JSON of a server's refusal."""
+
+    def __init__(self, code: Exit, message: str, body: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.body = code, body
+# --- end shared
+
+
+# --- shared: write_whole
+#: Added to the name of a file while it is written. uninstall.py removes what is left of one.
+DRAFT = ".ocp-draft"
+
+
+def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file so that after a crash the old or the new one is there, never a part.
+
+    What root writes gets the owner of its folder: the state of a service of the machine belongs
+    to the user that it runs as. Raises OSError.
+    """
+    draft = path + DRAFT
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.geteuid() == 0:
+        folder = os.stat(os.path.dirname(path))
+        os.chown(draft, folder.st_uid, folder.st_gid)
+    os.chmod(draft, mode)
+    os.replace(draft, path)
+# --- end shared
+
+
+def clean(text: object) -> str:
+    """Return `text` without the control characters that could command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
+
+
+def new_reference() -> str:
+    """Return a short id that a chat and the log show for the same failure."""
+    return secrets.token_hex(3)
+
+
+def compact(value: object) -> str:
+    """Return JSON without spaces, ASCII only."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+# ==== 2. Contracts ===========================================================
+# The waist of this program. Channels produce a Message, and are given a Part; between the two
+# nothing knows a platform. A channel keeps nothing that has to survive, except what it hands over
+# as the state of its account.
+
+
+class Attachment(NamedTuple):
+    """A file that came with a message. Its bytes are fetched only when the agent is asked."""
+
+    #: "image" or "file".
+    kind: str
+    name: str
+    mime: str
+    size_bytes: int
+    #: How the channel finds it; private to the channel, JSON.
+    ref: Json
+
+
+class Message(NamedTuple):
+    """A message that somebody wrote to an account."""
+
+    #: Unique for the account: a message with a known id is the same one again.
+    id: str
+    #: Where an answer goes, such as "12345" or "-100123:topic:7".
+    chat: str
+    #: "direct", "group" or "channel".
+    kind: str
+    sender: str
+    sender_name: str
+    #: Without the mention of the bot.
+    text: str
+    is_mentioned: bool
+    #: The text that the message quotes; empty if it quotes none.
+    quoted: str
+    attachments: tuple[Attachment, ...]
+    at_s: float
+    #: What the channel needs to answer it, JSON.
+    route: Json
+    #: For the limits by place: the group (or guild) and the part of it, empty in direct chats.
+    group: str = ""
+    place: str = ""
+
+
+class Part(NamedTuple):
+    """A piece of an answer in Markdown, which fits into one message of its platform."""
+
+    text: str
+    #: Whether the answer ends with it.
+    is_last: bool
+    #: Unique for the part, and the same when it is sent again.
+    nonce: str
+    #: Whether the platform refused its markup: send the bare text.
+    is_plain: bool = False
+
+
+class Fatal(Exception):
+    """An account cannot go on until its owner acts. `fix` says what to do."""
+
+    def __init__(self, why: str, fix: str, *, needs_login: bool = False) -> None:
+        super().__init__(why)
+        self.fix, self.needs_login = fix, needs_login
+
+
+class Retry(Exception):
+    """The connection of an account broke, and is made again after some time. 0 = the usual."""
+
+    def __init__(self, why: str, after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.after_s = after_s
+
+
+class SendFailed(Exception):
+    """A part was not sent. What follows depends on the kind:
+
+    wait    the platform asks for a pause of `after_s`; then again
+    later   the network or the platform failed; again with growing pauses
+    held    the platform takes nothing until the person writes again
+    plain   the platform refuses the markup; again as plain text
+    never   this will not work (blocked, chat is gone)
+    """
+
+    def __init__(self, kind: str, why: str, after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.kind, self.after_s = kind, after_s
+
+
+class Tools(Protocol):
+    """What an account's channel is given by the program."""
+
+    #: The settings of the account: keys of the account, else of its channel.
+    settings: Mapping[str, Any]
+    #: Set when the account has to end. A channel registers with `on_stop` what then wakes it up.
+    stop: threading.Event
+
+    def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
+        """Take over a message and the state of the account in one transaction, and return when
+        both are safely on disk. Only then the channel acknowledges. Raises OSError if they are
+        not."""
+
+    def state(self) -> Json:
+        """Return the state of the account that was last handed over."""
+
+    def on_stop(self, wake: Callable[[], None]) -> None:
+        """Call `wake` from another thread when the account has to end; replaces the last one."""
+
+    def note_frame(self) -> None:
+        """Note that the platform has been heard, for the status."""
+
+    def note(self, word: str) -> None:
+        """Show a word about the account in the status until the next one; empty = well."""
+
+    def log(self, level: str, event: str, **fields: object) -> None:
+        """Write an event of this account to the log. Secrets and texts have no place in it."""
+
+
+class Channel:
+    """One account on one platform. `run` has a thread of its own; the other methods are called
+    from the threads of turns and of the account's sender."""
+
+    #: What the program knows of the platform before it makes an account of it.
+    row: ClassVar[Row]
+
+    def __init__(self, tools: Tools, http: Http) -> None:
+        self.tools, self.http = tools, http
+
+    def probe(self) -> str:
+        """Return who the bot is, such as "@name". Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Receive messages until `tools.stop` is set. Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the platform's id of the message. Raises SendFailed."""
+        raise NotImplementedError
+
+    def edit(self, route: Json, message_id: str, part: Part) -> None:
+        """Replace the text of a message that was sent. Raises SendFailed."""
+        raise NotImplementedError
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show that an answer is being written, or no more. Raises SendFailed."""
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of an attachment. Raises SendFailed, ValueError if it is larger."""
+        raise NotImplementedError
+
+    def render(self, markdown: str) -> str:
+        """Return the text in the markup of the platform."""
+        return markdown
+
+    def length(self, rendered: str) -> int:
+        """Return the length of a text as the platform counts it."""
+        return len(rendered)
+
+    def login(self, console: Console) -> Json:
+        """Log in by QR code and return the state of the account. Raises Fatal."""
+        raise NotImplementedError
+
+
+class Console(Protocol):
+    """The terminal of a login."""
+
+    def show_link(self, url: str) -> None:
+        """Show a link as a QR code, and as text."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+
+    def ask(self, question: str) -> str:
+        """Return a line that the user types."""
+
+
+class Row(NamedTuple):
+    """What the program knows of a platform."""
+
+    id: str
+    aliases: tuple[str, ...]
+    label: str
+    make: Callable[[Tools, Http], Channel]
+    #: The largest part, in what `Channel.length` counts.
+    limit: int
+    #: The settings with secrets, and the variables of the environment for the account `default`.
+    #: Empty = made by a login.
+    credentials: Mapping[str, str]
+    #: All further settings, with the type that each one must have.
+    settings: Mapping[str, type]
+    #: Whether messages can be edited, and how often in direct chats and in groups.
+    can_edit: bool = False
+    edit_every_s: float = 1.5
+    edit_every_in_groups_s: float = 1.5
+    #: How long "typing" shows, or 0 if there is none.
+    typing_every_s: float = 0.0
+    #: How many messages may answer one message, 0 = any number.
+    budget: int = 0
+    #: The pause between two parts.
+    pace_s: float = 0.0
+    has_login: bool = False
+    #: Where the owner gets the credentials, one sentence.
+    help: str = ""
+
+
+# ==== 3. Settings ============================================================
+
+
+# ==== 4. Log =================================================================
+
+
+# ==== 5. Store ===============================================================
+
+
+# ==== 6. HTTP ================================================================
+# One way to the network for calls, long polls and WebSockets: addresses, TLS, proxies. Nothing
+# here knows a platform.
+
+#: How long one address of a host may take to accept a connection.
+_CONNECT_TIMEOUT_S = 5.0
+_MAX_ANSWER_BYTES = 4 * 1024 * 1024
+_MAX_HEAD_BYTES = 65_536
+#: Not of the internet, yet handed out by proxies that invent an address for each name.
+_INVENTED_ADDRESSES = ipaddress.ip_network("198.18.0.0/15")
+
+
+class NetworkFailed(Exception):
+    """A connection could not be made, or broke."""
+
+
+class HttpAnswer(NamedTuple):
+    """An answer that was read to its end."""
+
+    status: int
+    #: By lower-case name.
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Json:
+        """Return the JSON object of the body, {} if it has none."""
+        try:
+            value = json.loads(self.body)
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def retry_after_s(self) -> float:
+        """Return the seconds of Retry-After, 0 without."""
+        try:
+            return max(0.0, float(self.headers.get("retry-after", "0")))
+        except ValueError:
+            return 0.0
+
+
+class Target(NamedTuple):
+    """Where a URL leads."""
+
+    is_tls: bool
+    host: str
+    port: int
+    #: Path and query.
+    path: str
+
+    @classmethod
+    def of(cls, url: str) -> Target:
+        """Return the target of an http, https, ws or wss URL. Raises NetworkFailed."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            is_tls = {"https": True, "wss": True, "http": False, "ws": False}[parts.scheme]
+            port = parts.port or (443 if is_tls else 80)
+        except (KeyError, ValueError):
+            raise NetworkFailed("not an address of the web") from None
+        if not parts.hostname:
+            raise NetworkFailed("not an address of the web")
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return cls(is_tls, parts.hostname, port, path)
+
+    @property
+    def authority(self) -> str:
+        """Return host and port as the header Host has them."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
+
+
+class Connector:
+    """Makes connections, straight or through a proxy."""
+
+    def __init__(self, proxy: str, environ: Mapping[str, str]) -> None:
+        """`proxy` is http://[user:password@]host:port; empty = HTTPS_PROXY of the environment."""
+        self._proxy = proxy or environ.get("HTTPS_PROXY", "") or environ.get("https_proxy", "")
+        #: Hosts that are reached straight, and the ends of names that are; "*" = all.
+        self._straight = [
+            each.strip().lower().lstrip(".") for each in
+            (environ.get("NO_PROXY", "") or environ.get("no_proxy", "")).split(",") if each.strip()
+        ]
+        self._tls = ssl.create_default_context()
+
+    def connect(
+        self, target: Target, timeout_s: float, *, only_public: bool = False
+    ) -> socket.socket:
+        """Return a connected socket with this timeout. Raises NetworkFailed, also if `only_public`
+        and the host is an address of this machine or of a private network."""
+        try:
+            sock = self._open(target, only_public)
+        except (OSError, ValueError) as problem:
+            raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
+        try:
+            sock.settimeout(timeout_s)
+            if target.is_tls:
+                sock = self._tls.wrap_socket(sock, server_hostname=target.host)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        except (OSError, ValueError) as problem:
+            sock.close()
+            raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
+        return sock
+
+    def _open(self, target: Target, only_public: bool) -> socket.socket:
+        if not self._uses_proxy(target):
+            return open_socket(target.host, target.port, only_public)
+        proxy = urllib.parse.urlsplit(self._proxy)
+        sock = open_socket(proxy.hostname or "", proxy.port or 80, False)
+        try:
+            sock.settimeout(_CONNECT_TIMEOUT_S)
+            ask_proxy(sock, target, proxy)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _uses_proxy(self, target: Target) -> bool:
+        if not self._proxy or is_loopback(target.host):
+            return False
+        host = target.host.lower()
+        return not any(
+            name in ("*", host, f"{host}:{target.port}") or host.endswith(f".{name}")
+            for name in self._straight
+        )
+
+
+def open_socket(host: str, port: int, only_public: bool) -> socket.socket:
+    """Return a socket to the first address that answers, IPv4 first: a broken IPv6 is frequent.
+
+    Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda each: each[0] != socket.AF_INET)
+    failure = OSError("no address")
+    for family, kind, protocol, _, address in found:
+        if only_public and not is_public(str(address[0])):
+            failure = OSError("an address of a private network")
+            continue
+        sock = socket.socket(family, kind, protocol)
+        sock.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            sock.connect(address)
+        except OSError as problem:
+            failure = problem
+            sock.close()
+        else:
+            return sock
+    raise failure
+
+
+def ask_proxy(sock: socket.socket, target: Target, proxy: urllib.parse.SplitResult) -> None:
+    """Have a proxy connect to the target. Raises OSError."""
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    lines = [f"CONNECT {host}:{target.port} HTTP/1.1", f"Host: {host}:{target.port}"]
+    if proxy.username:
+        user = urllib.parse.unquote(proxy.username)
+        password = urllib.parse.unquote(proxy.password or "")
+        lines.append(f"Proxy-Authorization: Basic {base64_text(f'{user}:{password}'.encode())}")
+    sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    status = read_head(sock)[0].split(None, 2)[1:2]
+    if status != ["200"]:
+        raise OSError(f"the proxy answers {' '.join(status) or 'nothing'}")
+
+
+def read_head(sock: socket.socket) -> list[str]:
+    """Return the lines of an HTTP head, and read not one byte more. Raises OSError."""
+    head = bytearray()
+    while not head.endswith(b"\r\n\r\n"):
+        piece = sock.recv(1)
+        if not piece or len(head) >= _MAX_HEAD_BYTES:
+            raise OSError("the answer broke off")
+        head += piece
+    return head.decode("latin-1").split("\r\n")[:-2]
+
+
+def base64_text(data: bytes) -> str:
+    """Return bytes in base64."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine, by its name or address alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address belongs to the internet."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    parsed = mapped or parsed
+    return parsed.is_global or parsed in _INVENTED_ADDRESSES
+
+
+def reason_of(problem: Exception) -> str:
+    """Return why something failed, in a few words and without an address."""
+    if isinstance(problem, TimeoutError):
+        return "timed out"
+    if isinstance(problem, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid: {problem.verify_message}"
+    return clean(getattr(problem, "strerror", None) or problem or type(problem).__name__)
+
+
+class _Wire(http.client.HTTPConnection):
+    """An HTTP connection over a socket of a Connector."""
+
+    def __init__(self, sock: socket.socket, target: Target) -> None:
+        super().__init__(target.host, target.port)
+        self.sock = sock
+
+
+class Exchange:
+    """A request that was sent, and its answer, which is read as it comes."""
+
+    def __init__(self, wire: _Wire, answer: http.client.HTTPResponse, sock: socket.socket) -> None:
+        self._wire, self._answer, self._socket = wire, answer, sock
+        self.status = answer.status
+        self.headers = {name.lower(): value for name, value in answer.getheaders()}
+
+    def lines(self) -> Iterator[bytes]:
+        """Yield the lines of the body as they come. Raises NetworkFailed."""
+        while True:
+            line = self._read(lambda: self._answer.readline(_MAX_ANSWER_BYTES))
+            if not line:
+                return
+            yield line
+
+    def read(self, max_bytes: int = _MAX_ANSWER_BYTES) -> bytes:
+        """Return the whole body. Raises NetworkFailed, ValueError if it is larger."""
+        body = self._read(lambda: self._answer.read(max_bytes + 1))
+        if len(body) > max_bytes:
+            raise ValueError(f"larger than {max_bytes} bytes")
+        return body
+
+    def cut(self) -> None:
+        """Wake up whoever reads, from another thread: nothing more is read."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._answer.close()
+        self._wire.close()
+        self._socket.close()
+
+    def _read(self, read: Callable[[], bytes]) -> bytes:
+        try:
+            return read()
+        except (OSError, http.client.HTTPException, ValueError) as problem:
+            raise NetworkFailed(reason_of(problem)) from None
+
+
+class Http:
+    """Calls over one Connector. Each has a connection of its own."""
+
+    def __init__(self, connector: Connector) -> None:
+        self.connector = connector
+
+    def open(
+        self, method: str, url: str, body: Optional[bytes] = None,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30.0,
+        on_open: Callable[[Exchange], None] = lambda exchange: None, only_public: bool = False,
+    ) -> Exchange:
+        """Send a request and return its exchange once the head of the answer is there.
+
+        `timeout_s` bounds each wait for bytes. Raises NetworkFailed."""
+        target = Target.of(url)
+        sock = self.connector.connect(target, timeout_s, only_public=only_public)
+        wire = _Wire(sock, target)
+        try:
+            wire.request(method, target.path, body, {"Host": target.authority, **(headers or {})})
+            exchange = Exchange(wire, wire.getresponse(), sock)
+        except (OSError, http.client.HTTPException, ValueError) as problem:
+            sock.close()
+            raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
+        on_open(exchange)
+        return exchange
+
+    def call(
+        self, method: str, url: str, body: Union[None, bytes, Json] = None,
+        headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30.0,
+        max_bytes: int = _MAX_ANSWER_BYTES, only_public: bool = False,
+    ) -> HttpAnswer:
+        """Return the answer to a request; a body that is no bytes is sent as JSON.
+
+        Raises NetworkFailed, ValueError if the answer is larger than `max_bytes`."""
+        sent = dict(headers or {})
+        if isinstance(body, dict):
+            sent.setdefault("Content-Type", "application/json")
+            body = compact(body).encode("ascii")
+        exchange = self.open(method, url, body, sent, timeout_s, only_public=only_public)
+        try:
+            return HttpAnswer(exchange.status, exchange.headers, exchange.read(max_bytes))
+        finally:
+            exchange.close()
+
+
+# ==== 7. WebSocket ===========================================================
+# A client of RFC 6455. No extension is offered, so every frame is as the RFC has it.
+
+_ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_MAX_CONTROL_BYTES = 125
+#: Opcodes, section 5.2.
+_CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+#: Close codes, section 7.4.1. The last two are never sent: they say how an end looked from here.
+_PROTOCOL_ERROR, _NOT_UTF8, _TOO_BIG, _NO_CODE, _NO_CLOSE = 1002, 1007, 1009, 1005, 1006
+_OWN_CODES = (_PROTOCOL_ERROR, _NOT_UTF8, _TOO_BIG)
+
+
+class WebSocketClosed(Exception):
+    """The connection ended with this close code: 1005 without a code, 1006 without a close."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(f"closed with {code}{f' ({reason})' if reason else ''}")
+        self.code = code
+
+
+class WebSocket:
+    """An open connection. One thread receives; any thread may send or close."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        #: Bytes of the next frames.
+        self._buffer = bytearray()
+        #: The fragments of an unfinished message, and its opcode, 0 if there is none.
+        self._message = bytearray()
+        self._opcode = 0
+        # One frame is sent at a time. Guards `_is_closing` too.
+        self._lock = threading.Lock()
+        self._is_closing = False
+
+    @classmethod
+    def connect(
+        cls, connector: Connector, url: str, headers: Optional[Mapping[str, str]] = None,
+        timeout_s: float = 15.0,
+    ) -> WebSocket:
+        """Return an open connection. Raises NetworkFailed."""
+        target = Target.of(url)
+        sock = connector.connect(target, timeout_s)
+        key = base64_text(os.urandom(16))
+        sent = {
+            "Host": target.authority, "Upgrade": "websocket", "Connection": "Upgrade",
+            "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13", **(headers or {}),
+        }
+        lines = [f"GET {target.path} HTTP/1.1", *(f"{name}: {sent[name]}" for name in sent)]
+        try:
+            sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+            check_upgrade(read_head(sock), key)
+        except (OSError, ValueError) as problem:
+            sock.close()
+            raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
+        return cls(sock)
+
+    def receive(self, timeout_s: float) -> Optional[str]:
+        """Return the next message, None if none came in time. Pings are answered on the way.
+
+        Raises WebSocketClosed, also for what breaks the RFC; the connection is closed then."""
+        due_s = time.monotonic() + timeout_s
+        try:
+            while True:
+                frame = self._next_frame()
+                if frame is not None:
+                    message = self._take(*frame)
+                    if message is not None:
+                        return message
+                elif not self._read_more(due_s - time.monotonic()):
+                    return None
+        except WebSocketClosed as closed:
+            self.close(closed.code if closed.code in _OWN_CODES else 1000)
+            raise
+
+    def send(self, text: str) -> None:
+        """Send a message. Raises WebSocketClosed."""
+        self._send_frame(_TEXT, text.encode())
+
+    def ping(self) -> None:
+        """Send a ping; the answer shows in `receive` as nothing. Raises WebSocketClosed."""
+        self._send_frame(_PING, b"")
+
+    def close(self, code: int = 1000) -> None:
+        """Close the connection and wake up the thread that receives."""
+        with contextlib.suppress(WebSocketClosed):
+            self._send_frame(_CLOSE, code.to_bytes(2, "big"))
+        self.cut()
+
+    def cut(self) -> None:
+        """End the connection at once, without a word to the other side."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read_more(self, timeout_s: float) -> bool:
+        """Read available bytes; return whether any came in time. Raises WebSocketClosed."""
+        try:
+            # A TLS socket may hold bytes that select does not see.
+            pending = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()
+            if not pending and not select.select([self._socket], [], [], max(0.0, timeout_s))[0]:
+                return False
+            piece = self._socket.recv(65_536)
+        except (OSError, ValueError):
+            raise WebSocketClosed(_NO_CLOSE) from None
+        if not piece:
+            raise WebSocketClosed(_NO_CLOSE)
+        self._buffer += piece
+        return True
+
+    def _next_frame(self) -> Optional[tuple[int, bool, bytes]]:
+        """Return opcode, whether it is final, and payload of a frame that is there in full."""
+        if len(self._buffer) < 2:
+            return None
+        first, second = self._buffer[:2]
+        if first & 0x70 or second & 0x80:
+            raise WebSocketClosed(_PROTOCOL_ERROR, "reserved bits or a mask")
+        size, start = second & 0x7F, 2
+        if size > _MAX_CONTROL_BYTES:
+            start += 2 if size == 126 else 8
+            if len(self._buffer) < start:
+                return None
+            size = int.from_bytes(self._buffer[2:start], "big")
+        opcode, is_final = first & 0x0F, bool(first & 0x80)
+        if opcode >= _CLOSE and (size > _MAX_CONTROL_BYTES or not is_final):
+            raise WebSocketClosed(_PROTOCOL_ERROR, "a control frame that is too long or in parts")
+        if size + len(self._message) > _MAX_MESSAGE_BYTES:
+            raise WebSocketClosed(_TOO_BIG)
+        if len(self._buffer) < start + size:
+            return None
+        payload = bytes(self._buffer[start:start + size])
+        del self._buffer[:start + size]
+        return opcode, is_final, payload
+
+    def _take(self, opcode: int, is_final: bool, payload: bytes) -> Optional[str]:
+        """Return the message that a frame completes, None if it completes none."""
+        if opcode == _PING:
+            self._send_frame(_PONG, payload)
+        elif opcode == _CLOSE:
+            self._raise_close(payload)
+        elif opcode in (_TEXT, _BINARY, _CONTINUATION):
+            if (opcode == _CONTINUATION) != bool(self._opcode):
+                raise WebSocketClosed(_PROTOCOL_ERROR, "fragments out of order")
+            self._opcode = self._opcode or opcode
+            self._message += payload
+            if is_final:
+                return self._finish_message()
+        elif opcode != _PONG:
+            raise WebSocketClosed(_PROTOCOL_ERROR, "an unknown opcode")
+        return None
+
+    def _finish_message(self) -> str:
+        data, self._opcode = bytes(self._message), 0
+        self._message.clear()
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise WebSocketClosed(_NOT_UTF8) from None
+
+    def _raise_close(self, payload: bytes) -> NoReturn:
+        code = int.from_bytes(payload[:2], "big") if len(payload) >= 2 else _NO_CODE
+        with contextlib.suppress(WebSocketClosed):
+            self._send_frame(_CLOSE, payload[:2])
+        raise WebSocketClosed(code, clean(payload[2:].decode(errors="replace")))
+
+    def _send_frame(self, opcode: int, payload: bytes) -> None:
+        size = len(payload)
+        if size <= _MAX_CONTROL_BYTES:
+            head = bytes([0x80 | opcode, 0x80 | size])
+        elif size < 1 << 16:
+            head = bytes([0x80 | opcode, 0x80 | 126]) + size.to_bytes(2, "big")
+        else:
+            head = bytes([0x80 | opcode, 0x80 | 127]) + size.to_bytes(8, "big")
+        mask = os.urandom(4)
+        with self._lock:
+            if self._is_closing:
+                raise WebSocketClosed(_NO_CLOSE)
+            self._is_closing = opcode == _CLOSE
+            try:
+                self._socket.sendall(head + mask + masked(payload, mask))
+            except (OSError, ValueError):
+                raise WebSocketClosed(_NO_CLOSE) from None
+
+
+def masked(payload: bytes, mask: bytes) -> bytes:
+    """Return a payload with its mask, section 5.3: one XOR of two large numbers."""
+    size = len(payload)
+    repeated = (mask * (size // 4 + 1))[:size]
+    number = int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")
+    return number.to_bytes(size, "big")
+
+
+def check_upgrade(head: list[str], key: str) -> None:
+    """Check the answer to an upgrade. Raises ValueError."""
+    words = head[0].split(None, 2)
+    headers = {
+        name.strip().lower(): value.strip()
+        for name, _, value in (line.partition(":") for line in head[1:])
+    }
+    if words[1:2] != ["101"]:
+        raise ValueError(f"no WebSocket here: the answer is {' '.join(words[1:]) or 'empty'}")
+    digest = hashlib.sha1((key + _ACCEPT_GUID).encode("ascii")).digest()
+    if headers.get("sec-websocket-accept") != base64_text(digest):
+        raise ValueError("no WebSocket here: the key of the answer is wrong")
+
+
+# ==== 8. QR code =============================================================
+# ISO/IEC 18004, as much as a link needs: byte mode, level L, versions 1 to 10, mask 0 throughout.
+# Coordinates are (row, column).
+
+#: For each version: the data bytes of each block, and the bytes for correction of each.
+_QR_BLOCKS: tuple[tuple[tuple[int, ...], int], ...] = (
+    ((19,), 7), ((34,), 10), ((55,), 15), ((80,), 20), ((108,), 26),
+    ((68, 68), 18), ((78, 78), 20), ((97, 97), 24), ((116, 116), 30), ((68, 68, 69, 69), 18),
+)
+#: For each version: the centres of its alignment patterns, besides 6.
+_QR_CENTRES: tuple[tuple[int, ...], ...] = (
+    (), (18,), (22,), (26,), (30,), (34,), (22, 38), (24, 42), (26, 46), (28, 50),
+)
+#: Level L and mask 0, as the format information has them.
+_QR_FORMAT = 0b01000
+_QR_BLACK_ON_WHITE = "\x1b[30;107m"
+
+
+def qr_code(data: bytes) -> list[list[bool]]:
+    """Return the modules of a QR code, row by row, True = dark. Raises ValueError if `data` has
+    more than 271 bytes."""
+    version, message = qr_message(data)
+    size = 17 + 4 * version
+    grid: list[list[Optional[bool]]] = [[None] * size for _ in range(size)]
+    draw_patterns(grid, version)
+    number, bits = int.from_bytes(message, "big"), 8 * len(message)
+    for place, (row, column) in enumerate(free_cells(grid)):
+        # A few cells remain behind the last bit; they hold zeros.
+        bit = place < bits and bool(number >> (bits - 1 - place) & 1)
+        grid[row][column] = bit ^ ((row + column) % 2 == 0)
+    return [[bool(module) for module in line] for line in grid]
+
+
+def qr_message(data: bytes) -> tuple[int, list[int]]:
+    """Return the smallest version for the data, and its blocks with their corrections."""
+    for version, (blocks, corrections) in enumerate(_QR_BLOCKS, 1):
+        length_bits = 8 if version < 10 else 16
+        bits = 4 + length_bits + 8 * len(data)
+        if bits <= 8 * sum(blocks):
+            break
+    else:
+        raise ValueError("too long for a QR code")
+    # Mode 4 = bytes; then the length, the data, up to four zero bits, and padding.
+    number = (4 << length_bits | len(data)) << 8 * len(data) | int.from_bytes(data, "big")
+    used = min((bits + 4 + 7) // 8, sum(blocks))
+    stream = list((number << (8 * used - bits)).to_bytes(used, "big"))
+    padding = itertools.cycle((0xEC, 0x11))
+    stream += itertools.islice(padding, sum(blocks) - used)
+    rest = iter(stream)
+    parts = [list(itertools.islice(rest, length)) for length in blocks]
+    checks = [reed_solomon(part, corrections) for part in parts]
+    return version, [*interleaved(parts), *interleaved(checks)]
+
+
+def interleaved(blocks: list[list[int]]) -> list[int]:
+    """Return the first of each block, then the second of each, and so on."""
+    columns = itertools.zip_longest(*blocks)
+    return [value for column in columns for value in column if value is not None]
+
+
+def reed_solomon(data: list[int], count: int) -> list[int]:
+    """Return the correction bytes of a block, over GF(256) with 0x11D."""
+    generator = [1]
+    for power in range(count):
+        root = _QR_POWERS[power]
+        shifted = [*generator, 0]
+        for place, factor in enumerate(generator):
+            shifted[place + 1] ^= gf_multiply(factor, root)
+        generator = shifted
+    rest = [*data, *([0] * count)]
+    for place in range(len(data)):
+        factor = rest[place]
+        for offset, coefficient in enumerate(generator):
+            rest[place + offset] ^= gf_multiply(coefficient, factor)
+    return rest[len(data):]
+
+
+def gf_powers() -> tuple[int, ...]:
+    """Return the powers of 2 in GF(256)."""
+    powers, value = [], 1
+    for _ in range(255):
+        powers.append(value)
+        value = value << 1 ^ (0x11D if value & 0x80 else 0)
+    return tuple(powers)
+
+
+_QR_POWERS = gf_powers()
+_QR_LOGARITHMS = {value: power for power, value in enumerate(_QR_POWERS)}
+
+
+def gf_multiply(left: int, right: int) -> int:
+    """Return a product in GF(256)."""
+    if not left or not right:
+        return 0
+    return _QR_POWERS[(_QR_LOGARITHMS[left] + _QR_LOGARITHMS[right]) % 255]
+
+
+def draw_patterns(grid: list[list[Optional[bool]]], version: int) -> None:
+    """Draw everything that is no data."""
+    size = len(grid)
+    for row, column in ((3, 3), (3, size - 4), (size - 4, 3)):
+        draw_rings(grid, row, column, 4, (2, 4))
+    centres = (6, *_QR_CENTRES[version - 1]) if version > 1 else ()
+    for row, column in itertools.product(centres, centres):
+        if grid[row][column] is None:
+            draw_rings(grid, row, column, 2, (1,))
+    for place in range(8, size - 8):
+        grid[6][place] = grid[place][6] = place % 2 == 0
+    draw_format(grid)
+    if version >= 7:
+        code = with_bch(version, 12, 0x1F25)
+        for bit in range(18):
+            row, column = bit // 3, size - 11 + bit % 3
+            grid[row][column] = grid[column][row] = bool(code >> bit & 1)
+
+
+def draw_rings(
+    grid: list[list[Optional[bool]]], row: int, column: int, reach: int, light: tuple[int, ...]
+) -> None:
+    """Draw a square of rings around a centre; the rings at the distances in `light` are light."""
+    for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
+        if 0 <= row + down < len(grid) and 0 <= column + right < len(grid):
+            grid[row + down][column + right] = max(abs(down), abs(right)) not in light
+
+
+def draw_format(grid: list[list[Optional[bool]]]) -> None:
+    """Draw the format information beside the finders, twice, and the module that is always dark."""
+    size = len(grid)
+    code = with_bch(_QR_FORMAT, 10, 0x537) ^ 0x5412
+    around = [0, 1, 2, 3, 4, 5, 7, 8]
+    first = [(row, 8) for row in around] + [(8, column) for column in reversed(around[:-1])]
+    second = [(8, size - 1 - place) for place in range(8)]
+    second += [(row, 8) for row in range(size - 7, size)]
+    for bit, places in enumerate(zip(first, second)):
+        for row, column in places:
+            grid[row][column] = bool(code >> bit & 1)
+    grid[size - 8][8] = True
+
+
+def with_bch(value: int, count: int, generator: int) -> int:
+    """Return a value followed by `count` bits of its BCH code."""
+    rest = value << count
+    for shift in range(rest.bit_length() - count - 1, -1, -1):
+        if rest >> (shift + count) & 1:
+            rest ^= generator << shift
+    return value << count | rest
+
+
+def free_cells(grid: list[list[Optional[bool]]]) -> list[tuple[int, int]]:
+    """Return the cells for data in their order: pairs of columns from the right, up and down."""
+    size, cells, is_upward = len(grid), [], True
+    for right in (*range(size - 1, 6, -2), 5, 3, 1):
+        rows = range(size - 1, -1, -1) if is_upward else range(size)
+        cells += [
+            (row, column) for row in rows for column in (right, right - 1)
+            if grid[row][column] is None
+        ]
+        is_upward = not is_upward
+    return cells
+
+
+def qr_lines(data: bytes, columns: int) -> list[str]:
+    """Return a QR code as lines for a terminal with so many columns, [] if it is too narrow.
+
+    Two rows are one line of half blocks, black on white also where the theme is dark."""
+    modules = qr_code(data)
+    quiet = 4 if len(modules) + 8 <= columns else 2
+    width = len(modules) + 2 * quiet
+    if width > columns:
+        return []
+    edge = [False] * quiet
+    empty = [[False] * width for _ in range(quiet)]
+    rows = [*empty, *([*edge, *line, *edge] for line in modules), *empty, [False] * width]
+    blocks = {(False, False): " ", (True, False): "\u2580", (False, True): "\u2584",
+              (True, True): "\u2588"}
+    return [
+        _QR_BLACK_ON_WHITE + "".join(blocks[pair] for pair in zip(upper, lower)) + "\x1b[0m"
+        for upper, lower in zip(rows[::2], rows[1::2])
+    ]
+
+
+# ==== 9. Text ================================================================
+
+
+# ==== 10. Opcode gateway =====================================================
+
+
+# ==== 11. Telegram ===========================================================
+
+
+# ==== 12. Discord ============================================================
+
+
+# ==== 13. QQ =================================================================
+
+
+# ==== 14. DingTalk ===========================================================
+
+
+# ==== 15. WeChat =============================================================
+
+
+# ==== 16. Channel table ======================================================
+#: Each channel that is built in; plugins add rows of their own.
+ROWS: tuple[Row, ...] = ()
+
+
+# ==== 17. Access =============================================================
+
+
+# ==== 18. Agent ==============================================================
+
+
+# ==== 19. Turns ==============================================================
+
+
+# ==== 20. Callbacks ==========================================================
+
+
+# ==== 21. App ================================================================
+
+
+# ==== 22. Plugins ============================================================
+
+
+# ==== 23. Command line =======================================================
