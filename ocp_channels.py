@@ -71,6 +71,7 @@ import socket
 import ssl
 import threading
 import time
+import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Protocol, Union
@@ -902,13 +903,14 @@ def qr_code(data: bytes) -> list[list[bool]]:
 
 def qr_message(data: bytes) -> tuple[int, list[int]]:
     """Return the smallest version for the data, and its blocks with their corrections."""
-    for version, (blocks, corrections) in enumerate(_QR_BLOCKS, 1):
-        length_bits = 8 if version < 10 else 16
-        bits = 4 + length_bits + 8 * len(data)
-        if bits <= 8 * sum(blocks):
-            break
-    else:
+    version = next(
+        (each for each, (blocks, _) in enumerate(_QR_BLOCKS, 1)
+         if qr_bits(each, len(data)) <= 8 * sum(blocks)), 0,
+    )
+    if not version:
         raise ValueError("too long for a QR code")
+    (blocks, corrections), bits = _QR_BLOCKS[version - 1], qr_bits(version, len(data))
+    length_bits = bits - 4 - 8 * len(data)
     # Mode 4 = bytes; then the length, the data, up to four zero bits, and padding.
     number = (4 << length_bits | len(data)) << 8 * len(data) | int.from_bytes(data, "big")
     used = min((bits + 4 + 7) // 8, sum(blocks))
@@ -919,6 +921,11 @@ def qr_message(data: bytes) -> tuple[int, list[int]]:
     parts = [list(itertools.islice(rest, length)) for length in blocks]
     checks = [reed_solomon(part, corrections) for part in parts]
     return version, [*interleaved(parts), *interleaved(checks)]
+
+
+def qr_bits(version: int, size_bytes: int) -> int:
+    """Return how many bits the mode, the length and the data take."""
+    return 4 + (8 if version < 10 else 16) + 8 * size_bytes
 
 
 def interleaved(blocks: list[list[int]]) -> list[int]:
@@ -1049,6 +1056,239 @@ def qr_lines(data: bytes, columns: int) -> list[str]:
 
 
 # ==== 9. Text ================================================================
+# Answers are Markdown. A reader for what models write turns them into the markup of a platform by
+# a table of its forms, and the source is split so that each part fits after it was rendered.
+
+#: A part is cut in the last two fifths of what fits, at the best of these places.
+_CUT_AFTER = (
+    re.compile(r"\n(?=```)|```\n"), re.compile(r"\n\n"), re.compile(r"\n"),
+    re.compile("[.!?\u2026] |[\u3002\uff01\uff1f]"), re.compile(r"\s"),
+)
+_SEARCHED_SHARE = 0.6
+#: The longest first line of a fence that is repeated in the next part.
+_MAX_OPENER_CHARS = 30
+_MAX_LISTED_COLUMNS = 4
+_FENCE = re.compile(r"(?m)^(`{3,}|~{3,})([^`\n]*)$")
+_TABLE_RULE = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
+_HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*$")
+_ITEM = re.compile(r"(\s*)[-*+]\s+(.*)$")
+_INLINE = re.compile(
+    r"(?P<ticks>`+)(?P<code>[^`](?:.*?[^`])?)(?P=ticks)(?!`)"
+    r"|(?P<picture>!?)\[(?P<label>[^\]\n]*)\]\((?P<url>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)[^)\n]*\)"
+    r"|(?P<bold>\*\*|__)(?=\S)(?P<strong>[^\n]+?)(?<=\S)(?P=bold)"
+    r"|~~(?=\S)(?P<strike>[^\n]+?)(?<=\S)~~"
+    r"|(?<![\w*])(?P<slant>[*_])(?=[^\s*_])(?P<italic>[^\n]*?[^\s*_])(?P=slant)(?![\w*])"
+    r"|(?P<address>https?://[^\s<>]+)",
+    re.DOTALL,
+)
+
+
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def _quoted(lines: list[str]) -> str:
+    return "\n".join(f"> {line}" for line in lines)
+
+
+class Markup(NamedTuple):
+    """How a platform writes each element. The defaults are Markdown."""
+
+    escape: Callable[[str], str] = _as_it_is
+    bold: tuple[str, str] = ("**", "**")
+    italic: tuple[str, str] = ("*", "*")
+    strike: tuple[str, str] = ("~~", "~~")
+    code: tuple[str, str] = ("`", "`")
+    #: From the language, which may be empty, and the text.
+    fence: Callable[[str, str], str] = lambda language, text: f"```{language}\n{text}\n```"
+    link: Callable[[str, str], str] = lambda label, url: f"[{label}]({url})"
+    heading: Callable[[int, str], str] = lambda level, text: f"{'#' * level} {text}"
+    #: From lines that are rendered.
+    quote: Callable[[list[str]], str] = _quoted
+    item: str = "- "
+    line_end: str = "\n"
+
+
+#: Without any markup, for platforms that refuse the other form.
+PLAIN = Markup(
+    bold=("", ""), italic=("", ""), strike=("", ""), code=("", ""),
+    fence=lambda language, text: text,
+    link=lambda label, url: url if label in ("", url) else f"{label} ({url})",
+    heading=lambda level, text: text,
+)
+
+
+def render(markdown: str, markup: Markup) -> str:
+    """Return Markdown in the markup of a platform."""
+    lines, done = markdown.split("\n"), []
+    while lines:
+        for reader in (_read_fence, _read_table, _read_quote):
+            block = reader(lines, markup)
+            if block is not None:
+                done.append(block)
+                break
+        else:
+            done.append(_render_line(lines.pop(0), markup))
+    return markup.line_end.join(done)
+
+
+def _read_fence(lines: list[str], markup: Markup) -> Optional[str]:
+    """Take a fenced block off the lines and return it rendered; None if none begins here."""
+    opener = _FENCE.match(lines[0])
+    if opener is None:
+        return None
+    fence, language = opener.group(1), opener.group(2).strip()
+    end = next(
+        (number for number, line in enumerate(lines[1:], 1)
+         if line.startswith(fence) and not line.strip(fence[0] + " ")), len(lines),
+    )
+    text = "\n".join(lines[1:end])
+    del lines[:end + 1]
+    return markup.fence(language, markup.escape(text))
+
+
+def _read_table(lines: list[str], markup: Markup) -> Optional[str]:
+    """Take a table off the lines: `Header: cell` lines if it is narrow, else aligned text."""
+    if "|" not in lines[0] or len(lines) < 2 or not _TABLE_RULE.match(lines[1]):
+        return None
+    size = 2 + sum(1 for _ in itertools.takewhile(lambda line: "|" in line, lines[2:]))
+    rows = [_cells(line) for number, line in enumerate(lines[:size]) if number != 1]
+    del lines[:size]
+    head, body = rows[0], rows[1:]
+    if len(head) > _MAX_LISTED_COLUMNS or not body:
+        return markup.fence("", markup.escape(_aligned(rows)))
+    blocks = [
+        "\n".join(
+            f"{_inline(name, markup)}: {_inline(cell, markup)}" if name else _inline(cell, markup)
+            for name, cell in itertools.zip_longest(head, row[:len(head)], fillvalue="") if cell
+        )
+        for row in body
+    ]
+    return "\n\n".join(blocks)
+
+
+def _cells(line: str) -> list[str]:
+    inner = line.strip()
+    inner = inner[1:] if inner.startswith("|") else inner
+    inner = inner[:-1] if inner.endswith("|") and not inner.endswith("\\|") else inner
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", inner)]
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+def _read_quote(lines: list[str], markup: Markup) -> Optional[str]:
+    """Take quoted lines off the lines."""
+    quoted = list(itertools.takewhile(lambda line: line.startswith(">"), lines))
+    if not quoted:
+        return None
+    del lines[:len(quoted)]
+    return markup.quote([_render_line(line[1:].lstrip(" "), markup) for line in quoted])
+
+
+def _render_line(line: str, markup: Markup) -> str:
+    heading, item = _HEADING.match(line), _ITEM.match(line)
+    if heading is not None:
+        return markup.heading(len(heading.group(1)), _inline(heading.group(2), markup))
+    if item is not None:
+        return f"{item.group(1)}{markup.item}{_inline(item.group(2), markup)}"
+    return _inline(line, markup)
+
+
+def _inline(text: str, markup: Markup) -> str:
+    """Return text within a line with its markup."""
+    done, end = [], 0
+    for found in _INLINE.finditer(text):
+        done += [markup.escape(text[end:found.start()]), _element(found, markup)]
+        end = found.end()
+    return "".join([*done, markup.escape(text[end:])])
+
+
+def _element(found: re.Match[str], markup: Markup) -> str:
+    """Return an element within a line."""
+    if found["code"] is not None:
+        code = found["code"]
+        ticks = found["ticks"] if markup.code[0] == "`" else ""
+        return _within((ticks, ticks) if ticks else markup.code, markup.escape(code))
+    if found["url"] is not None:
+        return markup.link(markup.escape(found["label"]), markup.escape(found["url"]))
+    for name, pair in (("strong", markup.bold), ("strike", markup.strike),
+                       ("italic", markup.italic)):
+        if found[name] is not None:
+            return _within(pair, _inline(found[name], markup))
+    return markup.escape(found["address"])
+
+
+def _within(pair: tuple[str, str], text: str) -> str:
+    return f"{pair[0]}{text}{pair[1]}"
+
+
+def split_markdown(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Return Markdown in parts that each fit; a fence that is cut is closed and opened again."""
+    parts, rest = [], text.strip("\n")
+    while rest and not fits(rest):
+        head, rest = _cut(rest, fits)
+        parts.append(head)
+    return [*parts, rest] if rest.strip() else parts
+
+
+def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
+    """Return the first part of a text that is too long, and what is left."""
+    low, high = 1, len(text)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(_closed(text[:middle])) else (low, middle)
+    end = _best_cut(text, low)
+    while end > 1 and not fits(_closed(text[:end])):
+        end //= 2
+    # Never between the halves of a character, nor before a mark that belongs to the one before.
+    while 1 < end < len(text) and (unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f"):
+        end -= 1
+    head, tail = text[:end], text[end:]
+    opener = _open_fence(head)
+    if opener is None:
+        return head.rstrip("\n"), tail.lstrip("\n")
+    fence, line = opener
+    return _closed(head), f"{line if len(line) <= _MAX_OPENER_CHARS else fence}\n{tail}"
+
+
+def _best_cut(text: str, end: int) -> int:
+    """Return the best place for a cut at `end` or shortly before."""
+    start = int(end * _SEARCHED_SHARE)
+    for pattern in _CUT_AFTER:
+        places = [found.end() for found in pattern.finditer(text, start, end)]
+        places = [each for each in places if not _is_in_link(text, each)]
+        if places:
+            return places[-1]
+    return end
+
+
+def _is_in_link(text: str, place: int) -> bool:
+    line_start = text.rfind("\n", 0, place) + 1
+    return any(
+        found.start() < place < found.end()
+        for found in _INLINE.finditer(text, line_start, min(len(text), place + 500))
+    )
+
+
+def _open_fence(text: str) -> Optional[tuple[str, str]]:
+    """Return the fence that is open at the end of a text, and its first line."""
+    opener: Optional[tuple[str, str]] = None
+    for found in _FENCE.finditer(text):
+        if opener is None:
+            opener = found.group(1), found.group(0)
+        elif found.group(1).startswith(opener[0]) and not found.group(2).strip():
+            opener = None
+    return opener
+
+
+def _closed(text: str) -> str:
+    opener = _open_fence(text)
+    return text if opener is None else f"{text.rstrip(chr(10))}\n{opener[0]}"
 
 
 # ==== 10. Opcode gateway =====================================================
