@@ -57,6 +57,7 @@ if sys.version_info < (3, 9):
 
 import base64
 import contextlib
+import difflib
 import enum
 import hashlib
 import http.client
@@ -73,7 +74,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Protocol, Union
 
 VERSION = "0.1.0"
@@ -140,6 +141,23 @@ def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
 def clean(text: object) -> str:
     """Return `text` without the control characters that could command a terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine, by its name or address alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def reason_of(problem: Exception) -> str:
+    """Return why something failed, in a few words and without an address."""
+    if isinstance(problem, TimeoutError):
+        return "timed out"
+    if isinstance(problem, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid: {problem.verify_message}"
+    return clean(getattr(problem, "strerror", None) or problem or type(problem).__name__)
 
 
 def new_reference() -> str:
@@ -338,8 +356,8 @@ class Row(NamedTuple):
     #: The settings with secrets, and the variables of the environment for the account `default`.
     #: Empty = made by a login.
     credentials: Mapping[str, str]
-    #: All further settings, with the type that each one must have.
-    settings: Mapping[str, type]
+    #: All further settings, with the kind of value of each.
+    settings: Mapping[str, Callable[[object], Any]]
     #: Whether messages can be edited, and how often in direct chats and in groups.
     can_edit: bool = False
     edit_every_s: float = 1.5
@@ -356,6 +374,438 @@ class Row(NamedTuple):
 
 
 # ==== 3. Settings ============================================================
+# One file, in the form of the original gateway's ocg.json. Every setting is a row of a table, and
+# one rule holds for all: account, then channel, then top level, then environment, then default.
+# All errors are collected and told at once. What only a channel knows is checked by its Row.
+
+DEFAULT_AGENT_URL = "http://127.0.0.1:3456/v1/chat/completions"
+_ORIGINAL_FILE = "~/.openclaw-channel-gateway/ocg.json"
+_ACCOUNT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+#: What example files have where a credential belongs.
+_PLACEHOLDER = re.compile(r"YOUR_\w*_HERE|<[^>]*>|xxx+", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_DM_POLICIES = ("pairing", "allowlist", "open", "disabled")
+_GROUP_POLICIES = ("allowlist", "open", "disabled")
+_REPLY_MODES = ("off", "first", "all")
+
+
+class SettingsError(Exception):
+    """The settings cannot be used. `errors` has one line for each fault, with its place."""
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
+
+
+# A kind of value: returns the value as the program uses it. Raises ValueError with what is
+# expected.
+
+
+def text_value(value: object) -> str:
+    """Return a text; a number counts as one, because ids are often written as numbers."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError("use a text")
+    return str(value).strip()
+
+
+def model_value(value: object) -> str:
+    """Return the name of a model, which may be given as {"primary": NAME}."""
+    return text_value(value.get("primary") if isinstance(value, dict) else value)
+
+
+def flag_value(value: object) -> bool:
+    """Return a flag; the environment has "1" and "true"."""
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    found = value if isinstance(value, bool) else known.get(str(value).strip().lower())
+    if found is None:
+        raise ValueError("use true or false")
+    return found
+
+
+def number_between(minimum: int, maximum: int) -> Callable[[object], int]:
+    """Return the kind of whole numbers between these two."""
+    def number_value(value: object) -> int:
+        is_number = isinstance(value, (int, str)) and not isinstance(value, bool)
+        text = str(value).strip()
+        if not is_number or not text.isdigit() or not minimum <= int(text) <= maximum:
+            raise ValueError(f"use a whole number from {minimum} to {maximum}")
+        return int(text)
+    return number_value
+
+
+def one_of(*words: str) -> Callable[[object], str]:
+    """Return the kind of texts that are one of these words."""
+    def word_value(value: object) -> str:
+        if value not in words:
+            raise ValueError(f"use {', '.join(words[:-1])} or {words[-1]}")
+        return str(value)
+    return word_value
+
+
+def texts_value(value: object) -> tuple[str, ...]:
+    """Return a list of texts; a single one counts as a list."""
+    each = value if isinstance(value, list) else [value]
+    return tuple(text_value(item) for item in each)
+
+
+def mapping_value(value: object) -> Json:
+    """Return an object; a list of names counts as one whose values are empty."""
+    if isinstance(value, list):
+        return {text_value(name): {} for name in value}
+    if not isinstance(value, dict):
+        raise ValueError("use an object, such as {\"ID\": {\"requireMention\": false}}")
+    return value
+
+
+def agent_url_value(value: object) -> str:
+    """Return the address of chat completions; a bare base or one that ends in /v1 is completed."""
+    url = text_value(value).rstrip("/")
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"use an address such as {DEFAULT_AGENT_URL}")
+    if parts.path in ("", "/v1"):
+        url += "/chat/completions" if parts.path else "/v1/chat/completions"
+    return url
+
+
+def platform_url_value(value: object) -> str:
+    """Return an address of a platform: https or wss, and http or ws on this machine only."""
+    url = text_value(value).rstrip("/")
+    parts = urllib.parse.urlsplit(url)
+    is_local = parts.scheme in ("http", "ws") and is_loopback(parts.hostname or "")
+    if not parts.hostname or not (parts.scheme in ("https", "wss") or is_local):
+        raise ValueError("use an https address")
+    return url
+
+
+def proxy_value(value: object) -> str:
+    """Return the address of an http proxy."""
+    url = text_value(value)
+    if url and (not url.startswith("http://") or not urllib.parse.urlsplit(url).hostname):
+        raise ValueError("use http://[user:password@]host:port; a socks proxy is not supported")
+    return url
+
+
+class Setting(NamedTuple):
+    """One setting."""
+
+    key: str
+    kind: Callable[[object], Any]
+    default: Any
+    about: str
+    #: The variable of the environment, empty if there is none.
+    variable: str = ""
+    #: Where it may stand: "top", "any" (top level, channel, account), "channel" (the latter two).
+    level: str = "any"
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("agentUrl", agent_url_value, DEFAULT_AGENT_URL, "where the agent answers",
+            "OCG_AGENT_URL"),
+    Setting("model", model_value, "sonnet", "the model that is asked for", "OCG_MODEL"),
+    Setting("apiKey", text_value, "", "the agent's key; it is sent to no other origin than the one "
+            "it stands beside", "OCG_API_KEY"),
+    Setting("systemPrompt", text_value, "", "a system message in front of every conversation"),
+    Setting("models", texts_value, (), "what /model offers; empty = all models of the agent"),
+    Setting("memory", one_of("gateway", "session", "agent"), "gateway",
+            "who remembers the conversation; agent by default with async"),
+    Setting("agentTimeout", number_between(0, 86_400), 900,
+            "seconds for a whole answer, 0 = no limit"),
+    Setting("historyMessages", number_between(2, 10_000), 60, "messages that are remembered"),
+    Setting("historyChars", number_between(1000, 10_000_000), 120_000,
+            "characters that are remembered"),
+    Setting("perSenderHour", number_between(0, 100_000), 60,
+            "answers for one person in an hour, not for the owner; 0 = no limit"),
+    Setting("streaming", one_of("edit", "block", "off"), "", "how an answer grows: edited "
+            "messages, paragraphs, or whole; by default the best that the platform can"),
+    Setting("attachments", flag_value, True, "pass photos and files on to the agent"),
+    Setting("notice", flag_value, True, "say once after ten minutes that the agent is working"),
+    Setting("replyChunkSize", number_between(500, 20_000), 0, "characters of a message at most; by "
+            "default what the platform takes", "OCG_REPLY_CHUNK_SIZE"),
+    Setting("async", flag_value, False, "the agent answers later, by a callback"),
+    Setting("proxy", proxy_value, "", "http://[user:password@]host:port; by default HTTPS_PROXY"),
+    Setting("maxTurns", number_between(1, 100), 4, "questions to agents at once", level="top"),
+    Setting("verbose", flag_value, False, "texts of messages in the log", "OCG_VERBOSE", "top"),
+    Setting("callbackPort", number_between(0, 65_535), 3457, "the port of callbacks", level="top"),
+    Setting("callbackHost", text_value, "127.0.0.1", "the address that callbacks listen on",
+            level="top"),
+    Setting("callbackPublicHost", text_value, "", "the host in the address given to agents",
+            level="top"),
+    Setting("callbackPublicPort", number_between(0, 65_535), 0, "the port in that address",
+            level="top"),
+    Setting("callbackSecret", text_value, "", "signs callbacks (X-OCG-Signature)", level="top"),
+    Setting("callbackTokenTTL", number_between(10, 604_800), 1800,
+            "seconds in which a callback may come", level="top"),
+    Setting("dmPolicy", one_of(*_DM_POLICIES), "pairing", "who may write directly",
+            level="channel"),
+    Setting("allowFrom", texts_value, (), "ids of people who may write; \"*\" = everybody",
+            level="channel"),
+    Setting("groupPolicy", one_of(*_GROUP_POLICIES), "allowlist", "in which groups it answers",
+            level="channel"),
+    Setting("groupAllowFrom", texts_value, None, "ids of people who may write in groups; by "
+            "default allowFrom", level="channel"),
+    Setting("requireMention", flag_value, True, "answer in groups only when it is mentioned",
+            level="channel"),
+    Setting("replyToMode", one_of(*_REPLY_MODES), "first", "which parts of an answer quote the "
+            "question in groups", level="channel"),
+    Setting("textChunkLimit", number_between(500, 20_000), 0, "the same as replyChunkSize, in "
+            "OpenClaw's word", level="channel"),
+)
+#: Settings whose misspelling would open what should be closed: near names are errors.
+_SECURITY_KEYS = {key.lower(): key for key in (
+    "dmPolicy", "allowFrom", "groupPolicy", "groupAllowFrom", "requireMention", "callbackSecret",
+    "callbackHost",
+)}
+
+
+class Account(NamedTuple):
+    """One account with its settings, as everything below uses them."""
+
+    row: Row
+    name: str
+    is_enabled: bool
+    #: By key: settings of the table, of the channel's row, and credentials.
+    settings: Mapping[str, Any]
+    #: By key: "account", "channel", "file", "environment" or "default".
+    origins: Mapping[str, str]
+    #: The credentials that are missing.
+    missing: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Return its name in sessions and in the log, such as telegram:default."""
+        return f"{self.row.id}:{self.name}"
+
+
+class Settings(NamedTuple):
+    """The settings of the whole program."""
+
+    path: str
+    top: Mapping[str, Any]
+    accounts: tuple[Account, ...]
+    warnings: tuple[str, ...]
+
+
+def settings_path(named: str, environ: Mapping[str, str], home: str) -> str:
+    """Return the path of the file: as named, else by the environment, else OCP's own, else that of
+    the original gateway if only that one is there."""
+    chosen = named or environ.get("OCG_CONFIG_PATH", "")
+    if chosen:
+        return os.path.abspath(os.path.expanduser(chosen))
+    own = os.path.join(home, "channels.json")
+    original = os.path.expanduser(_ORIGINAL_FILE)
+    return original if os.path.exists(original) and not os.path.exists(own) else own
+
+
+def read_file(path: str) -> Json:
+    """Return the object in a file, {} if there is no file. Raises SettingsError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as problem:
+        where = f"line {problem.lineno}, column {problem.colno}"
+        raise SettingsError([f"{path}: not JSON at {where}: {problem.msg}"]) from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise SettingsError([f"{path}: cannot be read: {reason_of(problem)}"]) from None
+    if not isinstance(value, dict):
+        raise SettingsError([f"{path}: use an object at the outermost level"])
+    return value
+
+
+def load_settings(path: str, environ: Mapping[str, str], rows: Iterable[Row]) -> Settings:
+    """Return the settings of a file. Raises SettingsError with every fault in it."""
+    content = read_file(path)
+    reader = _Reader(path, environ, list(rows))
+    settings = reader.read(content)
+    if reader.errors:
+        raise SettingsError(reader.errors)
+    return settings
+
+
+class _Level(NamedTuple):
+    """One object of the file, in which a setting may stand."""
+
+    name: str
+    #: Its path in the file, for messages.
+    place: str
+    values: Json
+
+
+class _Reader:
+    """Reads one file, and collects what is wrong with it."""
+
+    def __init__(self, path: str, environ: Mapping[str, str], rows: list[Row]) -> None:
+        self._path, self._environ, self._rows = path, environ, rows
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def read(self, content: Json) -> Settings:
+        """Return the settings."""
+        top = _Level("file", "", without_comments(content))
+        self._check_mode()
+        self._check_names(top, {"channels"} | {row.key for row in SETTINGS})
+        channels = top.values.get("channels", {})
+        if not isinstance(channels, dict):
+            self.errors.append("channels: use an object with a key for each channel")
+            channels = {}
+        accounts = [
+            account for name, values in without_comments(channels).items()
+            for account in self._channel(name, values, top)
+        ]
+        self._check_shared_credentials(accounts)
+        values = {
+            each.key: self._value(each, [top])[0] for each in SETTINGS if each.level != "channel"
+        }
+        return Settings(self._path, values, tuple(accounts), tuple(self.warnings))
+
+    def _check_mode(self) -> None:
+        with contextlib.suppress(OSError):
+            if os.stat(self._path).st_mode & 0o077:
+                self.warnings.append(
+                    f"{self._path}: others can read it, and it holds credentials: chmod 600"
+                )
+
+    def _channel(self, name: str, values: object, top: _Level) -> Iterator[Account]:
+        """Yield the accounts of a channel: those that are named, and `default` if keys of an
+        account stand in the channel itself or nothing is named."""
+        place = f"channels.{name}"
+        row = next((row for row in self._rows if name in (row.id, *row.aliases)), None)
+        if row is None:
+            known = ", ".join(each.id for each in self._rows)
+            self.errors.append(f"{place}: no such channel; known are {known}")
+            return
+        if not isinstance(values, dict):
+            self.errors.append(f"{place}: use an object")
+            return
+        channel = _Level("channel", place, without_comments(values))
+        known_names = {*(each.key for each in SETTINGS), *row.settings, *row.credentials}
+        self._check_names(channel, {*known_names, "enabled", "accounts", "name"})
+        accounts = channel.values.get("accounts", {})
+        if not isinstance(accounts, dict):
+            self.errors.append(f"{place}.accounts: use an object with a key for each account")
+            return
+        named = without_comments(accounts)
+        if not named or any(channel.values.get(key) for key in row.credentials):
+            yield self._account(row, "default", [channel], top)
+        for account, own in named.items():
+            level = _Level("account", f"{place}.accounts.{account}", {})
+            if not _ACCOUNT_NAME.fullmatch(account) or not isinstance(own, dict):
+                self.errors.append(
+                    f"{level.place}: use an object, and a name of letters, digits, - and _"
+                )
+                continue
+            level = level._replace(values=without_comments(own))
+            self._check_names(level, {*known_names, "enabled", "name"})
+            shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
+            yield self._account(row, account, [level, channel._replace(values=shared)], top)
+
+    def _account(self, row: Row, name: str, levels: list[_Level], top: _Level) -> Account:
+        values: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for each in SETTINGS:
+            where = levels if each.level == "channel" else [*levels, top]
+            if each.level != "top":
+                values[each.key], origins[each.key] = self._value(each, where)
+        for key, kind in row.settings.items():
+            values[key], origins[key] = self._value(Setting(key, kind, None, ""), levels)
+        for key, variable in row.credentials.items():
+            each = Setting(key, text_value, "", "", variable if name == "default" else "")
+            values[key], origins[key] = self._value(each, levels)
+        self._settle(values, origins, levels)
+        missing = tuple(key for key in row.credentials if not values[key])
+        is_enabled = all(level.values.get("enabled", True) is not False for level in levels)
+        return Account(row, name, is_enabled, values, origins, missing)
+
+    def _settle(self, values: Json, origins: Json, levels: list[_Level]) -> None:
+        """Settle what depends on two settings at once."""
+        place = levels[0].place
+        if values["dmPolicy"] == "open" and "*" not in values["allowFrom"]:
+            self.errors.append(
+                f'{place}.dmPolicy: "open" lets everybody spend your plan; if that is meant, add '
+                '"*" to allowFrom'
+            )
+        if values["dmPolicy"] == "allowlist" and not values["allowFrom"]:
+            self.errors.append(f"{place}.allowFrom: name somebody, or nobody may write")
+        if values["groupAllowFrom"] is None:
+            values["groupAllowFrom"] = values["allowFrom"]
+        if values["async"] and origins["memory"] == "default":
+            values["memory"] = "agent"
+        ranks = ("account", "channel", "file", "environment", "default")
+        is_key_wider = ranks.index(origins["apiKey"]) > ranks.index(origins["agentUrl"])
+        if values["apiKey"] and is_key_wider and origins["agentUrl"] in ranks[:2]:
+            self.warnings.append(
+                f"{place}.agentUrl: no key is sent there, because apiKey belongs to another level; "
+                "write one beside it if the agent needs it"
+            )
+            values["apiKey"] = ""
+
+    def _value(self, setting: Setting, levels: list[_Level]) -> tuple[Any, str]:
+        """Return the value of a setting, and where it comes from."""
+        for level in levels:
+            value = level.values.get(setting.key)
+            if value in (None, ""):
+                continue
+            place = f"{level.place}.{setting.key}".lstrip(".")
+            try:
+                value = self._resolved(value)
+                if value not in (None, ""):
+                    return setting.kind(value), level.name
+            except ValueError as problem:
+                self.errors.append(f"{place}: {json.dumps(value)[:80]}; {problem}")
+                return setting.default, "default"
+        value = self._environ.get(setting.variable, "") if setting.variable else ""
+        if not value:
+            return setting.default, "default"
+        try:
+            return setting.kind(value), "environment"
+        except ValueError as problem:
+            self.errors.append(f"{setting.variable}: {problem}")
+            return setting.default, "default"
+
+    def _resolved(self, value: object) -> object:
+        """Return a value that may name where it stands: a variable or a file. Raises ValueError."""
+        if isinstance(value, str):
+            variable = _VARIABLE.fullmatch(value.strip())
+            if variable is not None:
+                return self._environ.get(variable.group(1), "")
+            return "" if _PLACEHOLDER.fullmatch(value.strip()) else value
+        if isinstance(value, dict) and value.get("source") == "env":
+            return self._environ.get(str(value.get("id", "")), "")
+        if isinstance(value, dict) and value.get("source") == "file":
+            try:
+                with open(os.path.expanduser(str(value.get("path", ""))), encoding="utf-8") as file:
+                    return file.read(65_536).strip()
+            except (OSError, UnicodeDecodeError) as problem:
+                raise ValueError(f"the file cannot be read: {reason_of(problem)}") from None
+        return value
+
+    def _check_names(self, level: _Level, known: Collection[str]) -> None:
+        for key in level.values:
+            if key in known:
+                continue
+            place = f"{level.place}.{key}".lstrip(".")
+            near = difflib.get_close_matches(key.lower(), _SECURITY_KEYS, 1, 0.8)
+            if near:
+                meant = _SECURITY_KEYS[near[0]]
+                self.errors.append(f"{place}: no such setting; did you mean {meant}?")
+            else:
+                self.warnings.append(f"{place}: not used here")
+
+    def _check_shared_credentials(self, accounts: list[Account]) -> None:
+        owners: dict[tuple[str, str], str] = {}
+        for account in accounts:
+            for key in account.row.credentials:
+                value = account.settings[key]
+                owner = owners.setdefault((account.row.id, f"{key}={value}"), account.id)
+                if value and owner != account.id:
+                    self.errors.append(f"{account.id}: {key} is that of {owner} too; use it once")
+
+
+def without_comments(values: Json) -> Json:
+    """Return an object without the keys that begin with _, which are comments."""
+    return {str(key): value for key, value in values.items() if not str(key).startswith("_")}
 
 
 # ==== 4. Log =================================================================
@@ -543,29 +993,12 @@ def base64_text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine, by its name or address alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 def is_public(address: str) -> bool:
     """Return whether an IP address belongs to the internet."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(parsed, "ipv4_mapped", None)
     parsed = mapped or parsed
     return parsed.is_global or parsed in _INVENTED_ADDRESSES
-
-
-def reason_of(problem: Exception) -> str:
-    """Return why something failed, in a few words and without an address."""
-    if isinstance(problem, TimeoutError):
-        return "timed out"
-    if isinstance(problem, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid: {problem.verify_message}"
-    return clean(getattr(problem, "strerror", None) or problem or type(problem).__name__)
 
 
 class _Wire(http.client.HTTPConnection):
