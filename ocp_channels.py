@@ -60,6 +60,7 @@ import contextlib
 import difflib
 import enum
 import hashlib
+import html
 import http.client
 import ipaddress
 import itertools
@@ -620,7 +621,7 @@ def load_settings(path: str, environ: Mapping[str, str], rows: Iterable[Row]) ->
     reader = _Reader(path, environ, list(rows))
     settings = reader.read(content)
     if reader.errors:
-        raise SettingsError(reader.errors)
+        raise SettingsError(list(dict.fromkeys(reader.errors)))
     return settings
 
 
@@ -1728,6 +1729,335 @@ def _closed(text: str) -> str:
 
 
 # ==== 11. Telegram ===========================================================
+# The Bot API by long polls. The next offset is the acknowledgement of everything before it, so it
+# is asked for only after the messages before it are safe. https://core.telegram.org/bots/api
+
+#: How long the server holds a poll; the connection may be silent for a little longer.
+_TELEGRAM_HOLD_S = 30
+_TELEGRAM_SLACK_S = 15
+#: How long the parts of an album may be apart.
+_TELEGRAM_ALBUM_S = 0.5
+_TELEGRAM_COMMANDS = (
+    ("new", "begin a new conversation"), ("stop", "stop the answer"),
+    ("model", "show or choose the model"), ("more", "the rest of the last answer"),
+    ("status", "show how things are"), ("help", "show what can be said"),
+)
+#: Texts in the description of a refusal, and the kind of failure that each one is.
+_TELEGRAM_REFUSALS = (
+    ("can't parse entities", "plain"), ("bot was blocked", "never"), ("chat not found", "never"),
+    ("user is deactivated", "never"), ("bot was kicked", "never"), ("not enough rights", "never"),
+)
+_TELEGRAM_MISSING = ("message to be replied not found", "message thread not found")
+
+
+def _telegram_fence(language: str, text: str) -> str:
+    label = html.escape(language, quote=True)
+    inner = f'<code class="language-{label}">{text}</code>' if label else text
+    return f"<pre>{inner}</pre>"
+
+
+def _telegram_link(label: str, url: str) -> str:
+    is_link = urllib.parse.urlsplit(html.unescape(url)).scheme in ("http", "https", "tg", "mailto")
+    address = url.replace('"', "%22")
+    return f'<a href="{address}">{label or url}</a>' if is_link else f"{label} ({url})"
+
+
+#: The HTML that Telegram takes.
+TELEGRAM_HTML = Markup(
+    escape=lambda text: html.escape(text, quote=False),
+    bold=("<b>", "</b>"), italic=("<i>", "</i>"), strike=("<s>", "</s>"),
+    code=("<code>", "</code>"), fence=_telegram_fence, link=_telegram_link,
+    heading=lambda level, text: f"<b>{text}</b>",
+    quote=lambda lines: "<blockquote>" + "\n".join(lines) + "</blockquote>",
+    item="\u2022 ",
+)
+
+
+class TelegramRefused(Exception):
+    """The Bot API refused a call."""
+
+    def __init__(self, answer: HttpAnswer) -> None:
+        content = answer.json()
+        #: The error's code, which is the HTTP status too.
+        self.code = int(content.get("error_code") or answer.status)
+        self.description = str(content.get("description") or f"status {answer.status}")
+        self.parameters: Json = content.get("parameters") or {}
+        super().__init__(self.description)
+
+    @property
+    def wait_s(self) -> float:
+        """Return the pause that the platform asks for."""
+        return float(self.parameters.get("retry_after") or 1) + 0.5
+
+
+class Telegram(Channel):
+    """A bot of Telegram."""
+
+    def __init__(self, tools: Tools, http: Http) -> None:
+        super().__init__(tools, http)
+        root = tools.settings.get("apiRoot") or "https://api.telegram.org"
+        self._base = f"{root}/bot{tools.settings['botToken']}"
+        self._files = f"{root}/file/bot{tools.settings['botToken']}"
+        self._bot: Json = {}
+
+    # -- calls ----------------------------------------------------------------------------------
+
+    def _call(self, method: str, body: Json, timeout_s: float = 30.0) -> Any:
+        """Return the result of a method. Raises NetworkFailed, TelegramRefused."""
+        return self._result(self.http.call("POST", f"{self._base}/{method}", body, {}, timeout_s))
+
+    def _result(self, answer: HttpAnswer) -> Any:
+        content = answer.json()
+        if not content.get("ok"):
+            raise TelegramRefused(answer)
+        return content.get("result")
+
+    def probe(self) -> str:
+        """Return the name of the bot. Raises Fatal, Retry."""
+        try:
+            self._bot = self._call("getMe", {})
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        except TelegramRefused as refused:
+            if refused.code in (401, 404):
+                raise Fatal("the token is refused", "take a new one from @BotFather") from None
+            raise Retry(refused.description, refused.wait_s) from None
+        return f"@{self._bot.get('username', '?')}"
+
+    # -- receiving ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive messages until the account has to stop. Raises Fatal, Retry."""
+        self.probe()
+        state = self.tools.state()
+        # An offset belongs to one bot: the numbers of another one may be smaller.
+        if state.get("bot_id") != self._bot.get("id"):
+            state = {"bot_id": self._bot.get("id"), "offset": 0}
+        commands = [{"command": name, "description": about} for name, about in _TELEGRAM_COMMANDS]
+        with contextlib.suppress(NetworkFailed, TelegramRefused):
+            self._call("setMyCommands", {"commands": commands})
+        self._warn_of_privacy()
+        while not self.tools.stop.is_set():
+            try:
+                state = self._take(self._poll(state["offset"], _TELEGRAM_HOLD_S), state)
+            except NetworkFailed as problem:
+                raise Retry(str(problem)) from None
+            except TelegramRefused as refused:
+                self._recover(refused)
+
+    def _warn_of_privacy(self) -> None:
+        if not self.tools.settings["requireMention"] and not self._bot.get(
+            "can_read_all_group_messages"
+        ):
+            self.tools.note(
+                "in groups Telegram shows it only mentions and commands: switch privacy mode off "
+                "at @BotFather, or leave requireMention on"
+            )
+
+    def _poll(self, offset: int, hold_s: int) -> list[Json]:
+        """Return the updates from `offset` on; empty if none came in time, or at the end."""
+        body = {"offset": offset, "timeout": hold_s, "limit": 100, "allowed_updates": ["message"]}
+        try:
+            exchange = self.http.open(
+                "POST", f"{self._base}/getUpdates", compact(body).encode(),
+                {"Content-Type": "application/json"}, hold_s + _TELEGRAM_SLACK_S,
+                on_open=lambda opened: self.tools.on_stop(opened.cut),
+            )
+            try:
+                answer = HttpAnswer(exchange.status, exchange.headers, exchange.read())
+            finally:
+                exchange.close()
+        except NetworkFailed:
+            if self.tools.stop.is_set():
+                return []
+            raise
+        self.tools.note_frame()
+        return list(self._result(answer) or [])
+
+    def _take(self, updates: list[Json], state: Json) -> Json:
+        """Hand the messages of updates over and return the state after them."""
+        if updates and _album_of(updates[-1]):
+            # The rest of an album may still be on its way. Asked from the same offset, because a
+            # larger one would acknowledge messages that are not safe yet.
+            self.tools.stop.wait(_TELEGRAM_ALBUM_S)
+            updates = self._poll(state["offset"], 0) or updates
+        for _, group in itertools.groupby(updates, key=lambda each: _album_of(each) or id(each)):
+            album = list(group)
+            state = {**state, "offset": int(album[-1]["update_id"]) + 1}
+            self.tools.accept(self._message(album), state)
+        return state
+
+    def _recover(self, refused: TelegramRefused) -> None:
+        """Deal with the refusal of a poll. Raises Fatal, Retry."""
+        if refused.code in (401, 404):
+            raise Fatal("the token is refused", "take a new one from @BotFather") from None
+        if refused.code == 409:
+            self.tools.note("somebody else polls this bot, or it has a webhook")
+            with contextlib.suppress(NetworkFailed, TelegramRefused):
+                self._call("deleteWebhook", {"drop_pending_updates": False})
+            raise Retry("somebody else polls this bot", 5.0) from None
+        raise Retry(refused.description, refused.wait_s if refused.code == 429 else 0.0) from None
+
+    def _message(self, album: list[Json]) -> Optional[Message]:
+        """Return the message of an update, or of the updates of an album; None for what is no
+        message of a person."""
+        each = [update.get("message") or {} for update in album]
+        message = next((one for one in each if one.get("text") or one.get("caption")), each[0])
+        sender, chat = message.get("from") or {}, message.get("chat") or {}
+        attachments = tuple(found for one in each for found in _telegram_attachments(one))
+        text, is_mentioned = self._without_mention(message)
+        if sender.get("is_bot", True) or chat.get("type") == "channel" or not (text or attachments):
+            return None
+        thread = message.get("message_thread_id") if message.get("is_topic_message") else None
+        quoted = message.get("reply_to_message") or {}
+        place = f"{chat['id']}" + (f":topic:{thread}" if thread else "")
+        is_direct = chat.get("type") == "private"
+        return Message(
+            id=str(album[0]["update_id"]), chat=place, kind="direct" if is_direct else "group",
+            sender=str(sender["id"]),
+            sender_name=str(sender.get("first_name") or sender.get("username") or sender["id"]),
+            text=text, is_mentioned=is_mentioned or is_direct,
+            quoted=str(quoted.get("text") or quoted.get("caption") or ""),
+            attachments=attachments, at_s=float(message.get("date") or 0),
+            route={"chat_id": chat["id"], "thread": thread, "message_id": message["message_id"],
+                   "is_group": not is_direct},
+            group="" if is_direct else str(chat["id"]), place="" if is_direct else place,
+        )
+
+    def _without_mention(self, message: Json) -> tuple[str, bool]:
+        """Return the text without the bot's own name, and whether the message is for the bot."""
+        text = str(message.get("text") or message.get("caption") or "")
+        entities = message.get("entities") or message.get("caption_entities") or []
+        name = f"@{self._bot.get('username', '')}".lower()
+        # Offsets count UTF-16 units.
+        units = text.encode("utf-16-le")
+        is_mentioned = (message.get("reply_to_message") or {}).get("from", {}).get(
+            "id") == self._bot.get("id")
+        for entity in sorted(entities, key=lambda each: -int(each.get("offset", 0))):
+            start = 2 * int(entity.get("offset", 0))
+            end = start + 2 * int(entity.get("length", 0))
+            word = units[start:end].decode("utf-16-le", "replace")
+            kind = entity.get("type")
+            if kind == "bot_command" and word.lower().endswith(name):
+                units, is_mentioned = units[:end - 2 * len(name)] + units[end:], True
+            elif kind == "mention" and word.lower() == name or (
+                kind == "text_mention" and entity.get("user", {}).get("id") == self._bot.get("id")
+            ):
+                units, is_mentioned = units[:start] + units[end:], True
+        return units.decode("utf-16-le", "replace").strip(), is_mentioned
+
+    # -- sending --------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        body: Json = {"chat_id": route["chat_id"], **self._text(part)}
+        if route.get("thread"):
+            body["message_thread_id"] = route["thread"]
+        if route.get("is_reply"):
+            body["reply_parameters"] = {
+                "message_id": route["message_id"], "allow_sending_without_reply": True,
+            }
+        if not self.tools.settings.get("linkPreview"):
+            body["link_preview_options"] = {"is_disabled": True}
+        return str((self._deliver("sendMessage", body) or {}).get("message_id", ""))
+
+    def edit(self, route: Json, message_id: str, part: Part) -> None:
+        """Replace the text of a message. Raises SendFailed."""
+        body = {"chat_id": route["chat_id"], "message_id": int(message_id), **self._text(part)}
+        self._deliver("editMessageText", body)
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing" for five seconds. Raises SendFailed."""
+        if not is_over:
+            thread = {"message_thread_id": route["thread"]} if route.get("thread") else {}
+            body = {"chat_id": route["chat_id"], "action": "typing", **thread}
+            self._deliver("sendChatAction", body)
+
+    def _text(self, part: Part) -> Json:
+        if part.is_plain:
+            return {"text": render(part.text, PLAIN)}
+        return {"text": self.render(part.text), "parse_mode": "HTML"}
+
+    def _deliver(self, method: str, body: Json) -> Any:
+        """Return the result of a method that a chat sees. Raises SendFailed."""
+        try:
+            return self._call(method, body)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        except TelegramRefused as refused:
+            return self._retried(method, body, refused)
+
+    def _retried(self, method: str, body: Json, refused: TelegramRefused) -> Any:
+        """Return the result of a call in another form, if that helps. Raises SendFailed."""
+        told = refused.description.lower()
+        if "message is not modified" in told:
+            return None
+        if "migrate_to_chat_id" in refused.parameters:
+            moved = {**body, "chat_id": refused.parameters["migrate_to_chat_id"]}
+            return self._deliver(method, moved)
+        optional = {"reply_parameters", "message_thread_id"}
+        if any(each in told for each in _TELEGRAM_MISSING) and optional & set(body):
+            bare = {key: value for key, value in body.items() if key not in optional}
+            return self._deliver(method, bare)
+        kind = next((kind for words, kind in _TELEGRAM_REFUSALS if words in told), "")
+        if refused.code == 429:
+            raise SendFailed("wait", refused.description, refused.wait_s) from None
+        if not kind:
+            kind = "later" if refused.code >= 500 else "never"
+        raise SendFailed(kind, refused.description) from None
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the HTML that Telegram takes."""
+        return render(markdown, TELEGRAM_HTML)
+
+    def length(self, rendered: str) -> int:
+        """Return the length in UTF-16 units. Telegram counts without tags; this is never less."""
+        return len(rendered.encode("utf-16-le")) // 2
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError."""
+        found = self._deliver("getFile", {"file_id": attachment.ref["file_id"]}) or {}
+        path = urllib.parse.quote(str(found.get("file_path", "")))
+        try:
+            answer = self.http.call("GET", f"{self._files}/{path}", max_bytes=max_bytes)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        if answer.status != 200:
+            raise SendFailed("never", f"status {answer.status}")
+        return answer.body
+
+
+def _album_of(update: Json) -> str:
+    return str((update.get("message") or {}).get("media_group_id") or "")
+
+
+def _telegram_attachments(message: Json) -> Iterator[Attachment]:
+    """Yield the photo and the files of a message."""
+    if message.get("photo"):
+        photo = message["photo"][-1]
+        yield Attachment("image", "photo.jpg", "image/jpeg", int(photo.get("file_size") or 0),
+                         {"file_id": photo.get("file_id")})
+    for name in ("document", "voice", "audio", "video"):
+        found = message.get(name)
+        if found:
+            mime = str(found.get("mime_type") or "")
+            yield Attachment(
+                "image" if mime.startswith("image/") else "file",
+                clean(found.get("file_name") or name), mime, int(found.get("file_size") or 0),
+                {"file_id": found.get("file_id")},
+            )
+
+
+Telegram.row = Row(
+    "telegram", (), "Telegram", Telegram, limit=4096,
+    credentials={"botToken": "TELEGRAM_BOT_TOKEN"},
+    settings={"apiRoot": platform_url_value, "groups": mapping_value, "linkPreview": flag_value,
+              "tokenFile": text_value},
+    can_edit=True, edit_every_s=1.5, edit_every_in_groups_s=4.0, typing_every_s=4.0,
+    help="Talk to @BotFather in Telegram, send /newbot, and copy the token that it gives.",
+)
 
 
 # ==== 12. Discord ============================================================
@@ -1744,7 +2074,7 @@ def _closed(text: str) -> str:
 
 # ==== 16. Channel table ======================================================
 #: Each channel that is built in; plugins add rows of their own.
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (Telegram.row,)
 
 
 # ==== 17. Access =============================================================
