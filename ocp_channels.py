@@ -55,28 +55,52 @@ import sys
 if sys.version_info < (3, 9):
     sys.exit("ocp_channels needs Python 3.9 or later; this is Python %d.%d." % sys.version_info[:2])
 
+import argparse
 import base64
+import collections
 import contextlib
 import difflib
 import enum
+import fcntl
 import hashlib
+import hmac
 import html
 import http.client
+import http.server
 import ipaddress
 import itertools
 import json
+import math
 import os
+import queue
 import re
 import secrets
 import select
+import shutil
+import signal
 import socket
+import socketserver
+import sqlite3
 import ssl
+import subprocess
+import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Protocol, Union
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    TextIO,
+    Union,
+    cast,
+)
 
 VERSION = "0.1.0"
 
@@ -711,6 +735,12 @@ class _Reader:
                 values[each.key], origins[each.key] = self._value(each, where)
         for key, kind in row.settings.items():
             values[key], origins[key] = self._value(Setting(key, kind, None, ""), levels)
+        if isinstance(values.get("tokenFile"), str):
+            # OpenClaw's word for a credential in a file.
+            named = {"source": "file", "path": values["tokenFile"]}
+            key = next(iter(row.credentials))
+            first = levels[0]._replace(values={key: named, **levels[0].values})
+            levels = [first, *levels[1:]]
         for key, variable in row.credentials.items():
             each = Setting(key, text_value, "", "", variable if name == "default" else "")
             values[key], origins[key] = self._value(each, levels)
@@ -810,9 +840,331 @@ def without_comments(values: Json) -> Json:
 
 
 # ==== 4. Log =================================================================
+# One line for each event, in a file and, in the foreground, on the terminal. Texts of messages are
+# in it only with `verbose`, secrets never.
+
+_MAX_LOG_BYTES = 10_000_000
+_MAX_LINE_CHARS = 2000
+_MIN_SECRET_CHARS = 6
+_HIDDEN = "***"
+
+
+class Log:
+    """Writes lines to a file, which is kept once when it is full, and to a stream. Never raises."""
+
+    def __init__(self, path: str, stream: Optional[TextIO], is_verbose: bool = False) -> None:
+        """`path` is empty for no file."""
+        self._path, self._stream, self.is_verbose = path, stream, is_verbose
+        self._secrets: tuple[str, ...] = ()
+        # Guards the secrets and the order of lines.
+        self._lock = threading.Lock()
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Blot these texts out of every later line."""
+        with self._lock:
+            found = {*self._secrets, *(each for each in secrets if len(each) >= _MIN_SECRET_CHARS)}
+            self._secrets = tuple(sorted(found, key=len, reverse=True))
+
+    def event(self, level: str, event: str, **fields: object) -> None:
+        """Write an event and its fields; a field that is empty or None is left out."""
+        told = [f"{key}={value}" for key, value in fields.items() if value not in (None, "")]
+        self.line(level, " ".join([event, *told]))
+
+    def line(self, level: str, text: str) -> None:
+        """Write a line. `level` is "info", "warning" or "error"."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with self._lock:
+            for secret in self._secrets:
+                text = text.replace(secret, _HIDDEN)
+            whole = f"{stamp} {level:7} {clean(text)[:_MAX_LINE_CHARS]}\n"
+            with contextlib.suppress(OSError, ValueError):
+                self._write(whole)
+            if self._stream is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    self._stream.write(whole)
+                    self._stream.flush()
+
+    def _write(self, whole: str) -> None:
+        if not self._path:
+            return
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with open(descriptor, "a", encoding="utf-8", errors="replace") as file:
+            file.write(whole)
+            is_full = file.tell() > _MAX_LOG_BYTES
+        if is_full:
+            os.replace(self._path, f"{self._path}.1")
 
 
 # ==== 5. Store ===============================================================
+# The database is the queue: a message exists once its row of the inbox is committed, and an answer
+# once its rows of the outbox are. Every access is short, under one lock, and durable at its end.
+
+MIGRATIONS = (
+    "CREATE TABLE states (account TEXT PRIMARY KEY, state TEXT NOT NULL)",
+    "CREATE TABLE seen (account TEXT, id TEXT, at_s REAL NOT NULL, PRIMARY KEY (account, id))"
+    " WITHOUT ROWID",
+    # `progress` is what the person has seen of the answer before it was whole, JSON.
+    "CREATE TABLE inbox (id INTEGER PRIMARY KEY AUTOINCREMENT, account TEXT NOT NULL,"
+    " lane TEXT NOT NULL, sender TEXT NOT NULL, message TEXT NOT NULL,"
+    " is_done INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0,"
+    " progress TEXT NOT NULL DEFAULT '{}', at_s REAL NOT NULL)",
+    "CREATE INDEX inbox_open ON inbox (lane, id) WHERE NOT is_done",
+    "CREATE INDEX inbox_senders ON inbox (account, sender, at_s)",
+    # `status`: pending, sending, sent, held, dead. `edit_id`: the message that the text replaces.
+    "CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, account TEXT NOT NULL,"
+    " chat TEXT NOT NULL, answer INTEGER NOT NULL, route TEXT NOT NULL, text TEXT NOT NULL,"
+    " is_last INTEGER NOT NULL, nonce TEXT NOT NULL, edit_id TEXT NOT NULL DEFAULT '',"
+    " is_plain INTEGER NOT NULL DEFAULT 0, status TEXT NOT NULL, attempts INTEGER NOT NULL"
+    " DEFAULT 0, due_s REAL NOT NULL DEFAULT 0, why TEXT NOT NULL DEFAULT '', at_s REAL NOT NULL)",
+    "CREATE INDEX outbox_open ON outbox (account, status, id)",
+    "CREATE TABLE history (id INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT NOT NULL,"
+    " role TEXT NOT NULL, content TEXT NOT NULL, at_s REAL NOT NULL)",
+    "CREATE INDEX history_sessions ON history (session, id)",
+    "CREATE TABLE lanes (lane TEXT PRIMARY KEY, number INTEGER NOT NULL DEFAULT 1,"
+    " model TEXT NOT NULL DEFAULT '')",
+    # Somebody with a code waits for approval.
+    "CREATE TABLE people (account TEXT, sender TEXT, name TEXT NOT NULL, route TEXT NOT NULL,"
+    " chat TEXT NOT NULL, code TEXT NOT NULL, is_owner INTEGER NOT NULL DEFAULT 0,"
+    " at_s REAL NOT NULL, PRIMARY KEY (account, sender))",
+    "CREATE TABLE tokens (hash TEXT PRIMARY KEY, account TEXT NOT NULL, inbox INTEGER NOT NULL,"
+    " session TEXT NOT NULL, message TEXT NOT NULL, until_s REAL NOT NULL)",
+)
+_DAY_S = 86_400.0
+_SEEN_S, _MAX_SEEN = 30 * _DAY_S, 20_000
+#: How long answers wait for the next message of the person.
+_HELD_S = 2 * _DAY_S
+_KEPT_S = 7 * _DAY_S
+
+
+def message_json(message: Message) -> str:
+    """Return a message as the database keeps it."""
+    attachments = [each._asdict() for each in message.attachments]
+    return compact({**message._asdict(), "attachments": attachments})
+
+
+def message_of(content: str) -> Message:
+    """Return a message that the database has kept."""
+    values = json.loads(content)
+    values["attachments"] = tuple(Attachment(**each) for each in values["attachments"])
+    return Message(**values)
+
+
+class OutRow(NamedTuple):
+    """A part that goes into the outbox."""
+
+    text: str
+    route: Json
+    edit_id: str = ""
+    status: str = "pending"
+
+
+class Store:
+    """The database. Every method raises OSError when the database fails."""
+
+    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+        """Open or create the file, readable only by its owner."""
+        self._clock = clock
+        # Guards the connection. Held for a transaction.
+        self._lock = threading.RLock()
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with self._errors():
+            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._connection.row_factory = sqlite3.Row
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
+                self._connection.execute(f"PRAGMA {pragma}")
+            self._migrate()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def _migrate(self) -> None:
+        with self.transaction():
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(MIGRATIONS):
+                raise OSError("channels.db belongs to a newer version of this program")
+            for statement in MIGRATIONS[version:]:
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as problem:
+            raise OSError(f"channels.db: {problem}") from None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run a block as one transaction; one within another belongs to the outer one."""
+        with self._lock, self._errors():
+            if self._connection.in_transaction:
+                yield
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
+        """Return what a query finds."""
+        with self._lock, self._errors():
+            return self._connection.execute(statement, values).fetchall()
+
+    def run(self, statement: str, *values: object) -> int:
+        """Run a change and return how many rows it changed."""
+        with self._lock, self._errors():
+            return self._connection.execute(statement, values).rowcount
+
+    # -- receiving ------------------------------------------------------------------------------
+
+    def state(self, account: str) -> Json:
+        """Return the state of an account, {} if it has none."""
+        found = self.rows("SELECT state FROM states WHERE account=?", account)
+        return dict(json.loads(found[0][0])) if found else {}
+
+    def put_state(self, account: str, state: Json) -> None:
+        """Replace the state of an account."""
+        self.run("INSERT OR REPLACE INTO states VALUES (?,?)", account, compact(state))
+
+    def is_new(self, account: str, message_id: str) -> bool:
+        """Note a message, and return whether it was not known."""
+        return self.run(
+            "INSERT OR IGNORE INTO seen VALUES (?,?,?)", account, message_id, self._clock()
+        ) > 0
+
+    def put_in(
+        self, account: str, lane: str, message: Message, *, is_done: bool = False
+    ) -> None:
+        """Put a message into the inbox."""
+        self.run(
+            "INSERT INTO inbox (account, lane, sender, message, is_done, at_s) VALUES"
+            " (?,?,?,?,?,?)", account, lane, message.sender, message_json(message), is_done,
+            self._clock(),
+        )
+
+    def open_lanes(self) -> list[tuple[str, str]]:
+        """Return lane and account of what is not answered, the oldest message first."""
+        found = self.rows("SELECT lane, account, MIN(id) FROM inbox WHERE NOT is_done"
+                          " GROUP BY lane ORDER BY MIN(id)")
+        return [(row["lane"], row["account"]) for row in found]
+
+    def waiting(self, lane: str) -> list[sqlite3.Row]:
+        """Return the messages of a lane that are not answered, in order."""
+        return self.rows("SELECT * FROM inbox WHERE lane=? AND NOT is_done ORDER BY id", lane)
+
+    def finish(self, ids: Iterable[int]) -> None:
+        """Mark messages as answered."""
+        for each in ids:
+            self.run("UPDATE inbox SET is_done=1, progress='{}' WHERE id=?", each)
+
+    def messages_of(self, account: str, sender: str, seconds: float) -> int:
+        """Return how many messages somebody has written in the last seconds."""
+        since_s = self._clock() - seconds
+        return int(self.rows("SELECT COUNT(*) FROM inbox WHERE account=? AND sender=? AND at_s>?",
+                             account, sender, since_s)[0][0])
+
+    # -- sending --------------------------------------------------------------------------------
+
+    def put_out(self, account: str, chat: str, answer: int, parts: list[OutRow]) -> None:
+        """Put the parts of an answer into the outbox. `answer` is the id of the message that is
+        answered, 0 if it is none."""
+        for number, part in enumerate(parts, 1):
+            self.run(
+                "INSERT INTO outbox (account, chat, answer, route, text, is_last, nonce, edit_id,"
+                " status, at_s) VALUES (?,?,?,?,?,?,?,?,?,?)", account, chat, answer,
+                compact(part.route), part.text, number == len(parts), secrets.token_hex(10),
+                part.edit_id, part.status, self._clock(),
+            )
+
+    def next_out(self, account: str) -> list[sqlite3.Row]:
+        """Return the oldest part that is not sent of each chat."""
+        return self.rows("SELECT *, MIN(id) FROM outbox WHERE account=? AND"
+                         " status IN ('pending','sending') GROUP BY chat ORDER BY id", account)
+
+    def has_out(self, account: str, chat: str) -> bool:
+        """Return whether parts for a chat are waiting to be sent."""
+        return bool(self.rows("SELECT 1 FROM outbox WHERE account=? AND chat=? AND"
+                              " status IN ('pending','sending') LIMIT 1", account, chat))
+
+    def set_out(self, part_id: int, status: str, due_s: float = 0.0, why: str = "") -> None:
+        """Set the status of a part."""
+        self.run("UPDATE outbox SET status=?, due_s=?, why=?, attempts=attempts+(?='sending')"
+                 " WHERE id=?", status, due_s, clean(why)[:200], status, part_id)
+
+    def release_held(self, account: str, chat: str, route: Json, most: int) -> tuple[int, int]:
+        """Let the oldest held parts of the newest answer go, on a new route. Returns how many go,
+        and how many stay."""
+        found = self.rows("SELECT id, answer, text FROM outbox WHERE account=? AND chat=? AND"
+                          " status='held' AND at_s>? ORDER BY id", account, chat,
+                          self._clock() - _HELD_S)
+        newest = [row for row in found if row["answer"] == max(each["answer"] for each in found)]
+        self.run("UPDATE outbox SET status='dead', why='a newer answer' WHERE account=? AND chat=?"
+                 " AND status='held' AND answer<>?", account, chat,
+                 newest[0]["answer"] if newest else -1)
+        for row in newest[:most]:
+            self.run("UPDATE outbox SET status='pending', due_s=0, attempts=0, route=?, at_s=?"
+                     " WHERE id=?", compact(route), self._clock(), row["id"])
+        return min(most, len(newest)), max(0, len(newest) - most)
+
+    # -- conversations --------------------------------------------------------------------------
+
+    def lane(self, lane: str) -> tuple[str, str]:
+        """Return the session of a lane, such as "telegram:default:12345#2", and its chosen
+        model."""
+        found = self.rows("SELECT number, model FROM lanes WHERE lane=?", lane)
+        number, model = tuple(found[0]) if found else (1, "")
+        return lane if number == 1 else f"{lane}#{number}", str(model)
+
+    def begin_session(self, lane: str) -> None:
+        """Begin a new conversation in a lane, and forget the old one."""
+        self.run("DELETE FROM history WHERE session=?", self.lane(lane)[0])
+        self.run("INSERT INTO lanes (lane, number) VALUES (?,2) ON CONFLICT (lane) DO UPDATE SET"
+                 " number=number+1", lane)
+
+    def choose_model(self, lane: str, model: str) -> None:
+        """Set the model of a lane; empty = as in the settings."""
+        self.run("INSERT INTO lanes (lane, model) VALUES (?,?) ON CONFLICT (lane) DO UPDATE SET"
+                 " model=excluded.model", lane, model)
+
+    def remember(self, session: str, role: str, content: object) -> None:
+        """Append a message of chat completions to a conversation."""
+        self.run("INSERT INTO history (session, role, content, at_s) VALUES (?,?,?,?)", session,
+                 role, compact(content), self._clock())
+
+    def history(self, session: str) -> list[tuple[int, Json]]:
+        """Return a conversation, as ids and messages of chat completions."""
+        found = self.rows("SELECT id, role, content FROM history WHERE session=? ORDER BY id",
+                          session)
+        return [(row["id"], {"role": row["role"], "content": json.loads(row["content"])})
+                for row in found]
+
+    def forget_before(self, session: str, first_id: int) -> None:
+        """Forget what was said before a message of a conversation."""
+        self.run("DELETE FROM history WHERE session=? AND id<?", session, first_id)
+
+    # -- housekeeping ---------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Delete what is too old to matter."""
+        now_s = self._clock()
+        with self.transaction():
+            self.run("DELETE FROM seen WHERE at_s<?", now_s - _SEEN_S)
+            for row in self.rows("SELECT account FROM seen GROUP BY account HAVING COUNT(*)>?",
+                                 _MAX_SEEN):
+                self.run("DELETE FROM seen WHERE account=? AND at_s<=(SELECT at_s FROM seen WHERE"
+                         " account=? ORDER BY at_s DESC LIMIT 1 OFFSET ?)", row[0], row[0],
+                         _MAX_SEEN)
+            self.run("DELETE FROM inbox WHERE is_done AND at_s<?", now_s - _DAY_S)
+            self.run("UPDATE outbox SET status='dead', why='nobody wrote in time' WHERE"
+                     " status='held' AND at_s<?", now_s - _HELD_S)
+            self.run("DELETE FROM outbox WHERE status='sent' AND at_s<?", now_s - _DAY_S)
+            self.run("DELETE FROM outbox WHERE status='dead' AND at_s<?", now_s - _KEPT_S)
 
 
 # ==== 6. HTTP ================================================================
@@ -823,6 +1175,8 @@ def without_comments(values: Json) -> Json:
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_ANSWER_BYTES = 4 * 1024 * 1024
 _MAX_HEAD_BYTES = 65_536
+#: How long a connection is kept for the next call; servers keep theirs for longer.
+_MAX_IDLE_S = 30.0
 #: Not of the internet, yet handed out by proxies that invent an address for each name.
 _INVENTED_ADDRESSES = ipaddress.ip_network("198.18.0.0/15")
 
@@ -1002,19 +1356,47 @@ def is_public(address: str) -> bool:
     return parsed.is_global or parsed in _INVENTED_ADDRESSES
 
 
-class _Wire(http.client.HTTPConnection):
+class Wire(http.client.HTTPConnection):
     """An HTTP connection over a socket of a Connector."""
 
     def __init__(self, sock: socket.socket, target: Target) -> None:
         super().__init__(target.host, target.port)
         self.sock = sock
+        # http.client lets go of `sock` when an answer says that it is the last one.
+        self._socket = sock
+        self._used_s = time.monotonic()
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Bound each wait for bytes."""
+        self._socket.settimeout(timeout_s)
+        self._used_s = time.monotonic()
+
+    def is_usable(self) -> bool:
+        """Return whether another request may be sent. A connection that can be read between two
+        requests has ended; whether a request on it was taken could not be told."""
+        if self.sock is None or time.monotonic() - self._used_s > _MAX_IDLE_S:
+            return False
+        try:
+            return not select.select([self._socket], [], [], 0)[0]
+        except (OSError, ValueError):
+            return False
+
+    def cut(self) -> None:
+        """Wake up whoever reads, from another thread: nothing more is read."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Close the connection."""
+        self.close()
+        self._socket.close()
 
 
 class Exchange:
     """A request that was sent, and its answer, which is read as it comes."""
 
-    def __init__(self, wire: _Wire, answer: http.client.HTTPResponse, sock: socket.socket) -> None:
-        self._wire, self._answer, self._socket = wire, answer, sock
+    def __init__(self, wire: Wire, answer: http.client.HTTPResponse) -> None:
+        self.wire, self._answer = wire, answer
         self.status = answer.status
         self.headers = {name.lower(): value for name, value in answer.getheaders()}
 
@@ -1033,16 +1415,14 @@ class Exchange:
             raise ValueError(f"larger than {max_bytes} bytes")
         return body
 
-    def cut(self) -> None:
-        """Wake up whoever reads, from another thread: nothing more is read."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+    def is_read(self) -> bool:
+        """Return whether the answer was read to its end."""
+        return self._answer.isclosed()
 
     def close(self) -> None:
         """Close the connection."""
         self._answer.close()
-        self._wire.close()
-        self._socket.close()
+        self.wire.end()
 
     def _read(self, read: Callable[[], bytes]) -> bytes:
         try:
@@ -1052,30 +1432,36 @@ class Exchange:
 
 
 class Http:
-    """Calls over one Connector. Each has a connection of its own."""
+    """Requests over one Connector. `call` keeps one connection, to the host that it called last."""
 
     def __init__(self, connector: Connector) -> None:
         self.connector = connector
+        # Guards `_idle`.
+        self._lock = threading.Lock()
+        self._idle: Optional[tuple[Target, Wire]] = None
 
     def open(
         self, method: str, url: str, body: Optional[bytes] = None,
         headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30.0,
-        on_open: Callable[[Exchange], None] = lambda exchange: None, only_public: bool = False,
+        on_open: Callable[[Wire], None] = lambda wire: None, only_public: bool = False,
+        wire: Optional[Wire] = None,
     ) -> Exchange:
         """Send a request and return its exchange once the head of the answer is there.
 
-        `timeout_s` bounds each wait for bytes. Raises NetworkFailed."""
+        `timeout_s` bounds each wait for bytes; `on_open` gets the connection, to cut it from
+        another thread, before the request is sent. Raises NetworkFailed."""
         target = Target.of(url)
-        sock = self.connector.connect(target, timeout_s, only_public=only_public)
-        wire = _Wire(sock, target)
+        if wire is None:
+            sock = self.connector.connect(target, timeout_s, only_public=only_public)
+            wire = Wire(sock, target)
+        on_open(wire)
         try:
+            wire.set_timeout(timeout_s)
             wire.request(method, target.path, body, {"Host": target.authority, **(headers or {})})
-            exchange = Exchange(wire, wire.getresponse(), sock)
+            return Exchange(wire, wire.getresponse())
         except (OSError, http.client.HTTPException, ValueError) as problem:
-            sock.close()
+            wire.end()
             raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
-        on_open(exchange)
-        return exchange
 
     def call(
         self, method: str, url: str, body: Union[None, bytes, Json] = None,
@@ -1089,11 +1475,39 @@ class Http:
         if isinstance(body, dict):
             sent.setdefault("Content-Type", "application/json")
             body = compact(body).encode("ascii")
-        exchange = self.open(method, url, body, sent, timeout_s, only_public=only_public)
+        target = Target.of(url)._replace(path="")
+        wire = None if only_public else self._take_idle(target)
+        exchange = self.open(method, url, body, sent, timeout_s, only_public=only_public, wire=wire)
         try:
-            return HttpAnswer(exchange.status, exchange.headers, exchange.read(max_bytes))
-        finally:
+            answer = HttpAnswer(exchange.status, exchange.headers, exchange.read(max_bytes))
+        except BaseException:
             exchange.close()
+            raise
+        if only_public or not exchange.is_read() or not exchange.wire.is_usable():
+            exchange.close()
+        else:
+            self._keep((target, exchange.wire))
+        return answer
+
+    def close(self) -> None:
+        """Close the connection that is kept."""
+        self._keep(None)
+
+    def _take_idle(self, target: Target) -> Optional[Wire]:
+        with self._lock:
+            if self._idle is None or self._idle[0] != target:
+                return None
+            (_, wire), self._idle = self._idle, None
+        if wire.is_usable():
+            return wire
+        wire.end()
+        return None
+
+    def _keep(self, idle: Optional[tuple[Target, Wire]]) -> None:
+        with self._lock:
+            old, self._idle = self._idle, idle
+        if old is not None:
+            old[1].end()
 
 
 # ==== 7. WebSocket ===========================================================
@@ -1829,6 +2243,7 @@ class Telegram(Channel):
     def run(self) -> None:
         """Receive messages until the account has to stop. Raises Fatal, Retry."""
         self.probe()
+        self.tools.note_frame()
         state = self.tools.state()
         # An offset belongs to one bot: the numbers of another one may be smaller.
         if state.get("bot_id") != self._bot.get("id"):
@@ -1913,8 +2328,8 @@ class Telegram(Channel):
         place = f"{chat['id']}" + (f":topic:{thread}" if thread else "")
         is_direct = chat.get("type") == "private"
         return Message(
-            id=str(album[0]["update_id"]), chat=place, kind="direct" if is_direct else "group",
-            sender=str(sender["id"]),
+            id=f"{self._bot.get('id')}:{album[0]['update_id']}", chat=place,
+            kind="direct" if is_direct else "group", sender=str(sender["id"]),
             sender_name=str(sender.get("first_name") or sender.get("username") or sender["id"]),
             text=text, is_mentioned=is_mentioned or is_direct,
             quoted=str(quoted.get("text") or quoted.get("caption") or ""),
@@ -2003,7 +2418,7 @@ class Telegram(Channel):
         if refused.code == 429:
             raise SendFailed("wait", refused.description, refused.wait_s) from None
         if not kind:
-            kind = "later" if refused.code >= 500 else "never"
+            kind = "later" if refused.code >= 500 or refused.code in (401, 404) else "never"
         raise SendFailed(kind, refused.description) from None
 
     def render(self, markdown: str) -> str:
@@ -2078,21 +2493,2801 @@ ROWS: tuple[Row, ...] = (Telegram.row,)
 
 
 # ==== 17. Access =============================================================
+# Who may talk. Everything is closed until the owner opens it: an empty list is nobody, and a
+# stranger in a direct chat gets a code for the owner to approve.
+
+#: Letters and digits that are not taken for each other.
+_CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+_CODE_CHARS, _CODE_S, _MAX_WAITING_CODES = 8, 3600.0, 3
+_HOUR_S = 3600.0
+#: What people write in front of ids.
+_ID_PREFIX = re.compile(r"^(telegram|tg|discord|user|qqbot|dingtalk|weixin):", re.IGNORECASE)
+
+
+class Verdict(NamedTuple):
+    """Whether a message is answered, and what is said instead."""
+
+    is_allowed: bool
+    #: A few words for the status; empty if it is allowed.
+    reason: str = ""
+    #: What the person is told; empty = nothing.
+    reply: str = ""
+
+
+def bare_id(text: str) -> str:
+    """Return an id without what people write in front of it."""
+    return _ID_PREFIX.sub("", text.strip())
+
+
+def is_listed(sender: str, listed: Iterable[str]) -> bool:
+    """Return whether a list of ids has this one, or everybody."""
+    return any(each.strip() == "*" or bare_id(each) == bare_id(sender) for each in listed)
+
+
+class Access:
+    """Decides on messages. Every method is called within a transaction of the store."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._clock = store, clock
+
+    def judge(self, account: Account, message: Message) -> Verdict:
+        """Return whether a message is answered."""
+        if message.kind == "direct":
+            verdict = self._judge_direct(account, message)
+        else:
+            verdict = judge_group(account, message)
+        most = account.settings["perSenderHour"]
+        if not verdict.is_allowed or not most or self.is_owner(account.id, message.sender):
+            return verdict
+        count = self._store.messages_of(account.id, message.sender, _HOUR_S)
+        if count < most:
+            return verdict
+        # The one message beyond the limit is counted too, so that the next ones are not answered.
+        is_first = count == most
+        told = f"That is enough for now: {most} messages an hour. Later again, please."
+        return Verdict(False, "too many in an hour", told if is_first else "")
+
+    def _judge_direct(self, account: Account, message: Message) -> Verdict:
+        policy = account.settings["dmPolicy"]
+        if policy == "disabled":
+            return Verdict(False, "direct messages are off")
+        if is_listed(message.sender, account.settings["allowFrom"]):
+            return Verdict(True)
+        if policy != "pairing":
+            return Verdict(False, "not in allowFrom")
+        person = self._person(account.id, message.sender)
+        if person is not None and not person["code"]:
+            return Verdict(True)
+        return Verdict(False, "not approved", self._offer(account, message, person))
+
+    def _offer(self, account: Account, message: Message, person: Optional[sqlite3.Row]) -> str:
+        """Return the text with a code for a stranger, empty if he has one or others wait."""
+        now_s = self._clock()
+        self._store.run("DELETE FROM people WHERE code<>'' AND at_s<?", now_s - _CODE_S)
+        waiting = self._store.rows("SELECT sender FROM people WHERE account=? AND code<>''",
+                                   account.id)
+        is_known = person is not None and now_s - person["at_s"] < _CODE_S
+        if is_known or len(waiting) >= _MAX_WAITING_CODES:
+            return ""
+        code = "".join(secrets.choice(_CODE_LETTERS) for _ in range(_CODE_CHARS))
+        self._store.run(
+            "INSERT OR REPLACE INTO people VALUES (?,?,?,?,?,?,0,?)", account.id, message.sender,
+            clean(message.sender_name)[:80], compact(message.route), message.chat, code, now_s,
+        )
+        return (f"This bot is private. Code {code}; your id is {clean(message.sender)}. "
+                f"The owner runs: ocp channels pairing approve {code}")
+
+    def _person(self, account: str, sender: str) -> Optional[sqlite3.Row]:
+        found = self._store.rows("SELECT * FROM people WHERE account=? AND sender=?", account,
+                                 sender)
+        return found[0] if found else None
+
+    def is_owner(self, account: str, sender: str) -> bool:
+        """Return whether somebody owns an account."""
+        person = self._person(account, sender)
+        return person is not None and bool(person["is_owner"])
+
+    def people(self) -> list[sqlite3.Row]:
+        """Return who waits for approval, with a code, and who has it."""
+        self._store.run("DELETE FROM people WHERE code<>'' AND at_s<?", self._clock() - _CODE_S)
+        return self._store.rows("SELECT * FROM people ORDER BY at_s")
+
+    def approve(self, code: str, *, is_owner: bool) -> Optional[sqlite3.Row]:
+        """Let somebody in and tell him; return who it is, None if nobody waits with this code. The
+        first one who is let in owns the account."""
+        with self._store.transaction():
+            code = code.strip().upper()
+            found = [row for row in self.people() if code and row["code"] == code]
+            if not found:
+                return None
+            account, sender = found[0]["account"], found[0]["sender"]
+            has_owner = self._store.rows("SELECT 1 FROM people WHERE account=? AND is_owner",
+                                         account)
+            self._store.run(
+                "UPDATE people SET code='', is_owner=? WHERE account=? AND sender=?",
+                is_owner or not has_owner, account, sender,
+            )
+            welcome = OutRow("You may write to me now. /help shows what I understand.",
+                             json.loads(found[0]["route"]))
+            self._store.put_out(account, found[0]["chat"], 0, [welcome])
+            return self._person(account, sender)
+
+    def revoke(self, account: str, sender: str) -> bool:
+        """Shut somebody out; return whether he was in, or waited."""
+        return self._store.run("DELETE FROM people WHERE account=? AND sender=?", account,
+                               bare_id(sender)) > 0
+
+
+def judge_group(account: Account, message: Message) -> Verdict:
+    """Return whether a message in a group is answered: by its place, its sender, its mention."""
+    settings = account.settings
+    places = settings.get("groups") or settings.get("guilds") or {}
+    if settings["groupPolicy"] == "disabled":
+        return Verdict(False, "groups are off")
+    named = places.get(message.group, places.get("*"))
+    if named is None and settings["groupPolicy"] == "allowlist":
+        return Verdict(False, "the group is not listed")
+    group = named if isinstance(named, dict) else {}
+    channels = group.get("channels")
+    place = group
+    if isinstance(channels, dict):
+        found = channels.get(message.place, channels.get("*"))
+        if found is None or found is False:
+            return Verdict(False, "the channel is not listed")
+        place = found if isinstance(found, dict) else {}
+    if not is_listed(message.sender, settings["groupAllowFrom"]):
+        return Verdict(False, "not in groupAllowFrom")
+    default = group.get("requireMention", settings["requireMention"])
+    if place.get("requireMention", default) and not message.is_mentioned:
+        return Verdict(False, "not mentioned")
+    return Verdict(True)
 
 
 # ==== 18. Agent ==============================================================
+# Chat completions: one question, its answer as it comes, and what a person is told when it fails.
+# Nothing is asked again once a text has come.
+
+_RETRY_WAITS_S = (1.0, 4.0, 15.0)
+_MAX_RETRY_AFTER_S = 60.0
+_RETRIED_STATUSES = (502, 503, 504, 529)
+_MAX_WHOLE_BYTES = 1024 * 1024
+#: For an agent without a time limit: a day of silence is the end.
+_SILENCE_S = 86_400.0
+#: Answers that mean: say nothing.
+SILENT_ANSWERS = ("NO_REPLY", "[SKIP]")
+_MAX_IMAGES, _MAX_IMAGE_BYTES = 4, 8 * 1024 * 1024
+_MAX_PDF_BYTES, _MAX_TEXT_BYTES = 10 * 1024 * 1024, 100_000
+#: How images begin, by the type that agents know.
+_IMAGE_BEGINNINGS = (
+    (b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"GIF8", "image/gif"),
+    (b"RIFF", "image/webp"),
+)
+
+
+class AgentFailed(Exception):
+    """The agent gave no answer, or only a part of one."""
+
+    def __init__(
+        self, code: str, message: str, status: int = 0, retry_after_s: float = 0.0,
+        *, can_retry: bool = False,
+    ) -> None:
+        """`code` is the agent's own, or "unreachable", "timeout", "cut_off"."""
+        super().__init__(message)
+        self.code, self.status, self.retry_after_s = code, status, retry_after_s
+        self.can_retry = can_retry
+
+
+class Failing(NamedTuple):
+    """What a person is told of a failure, with {reference}, {model}, {until} and {message}."""
+
+    statuses: tuple[int, ...]
+    codes: tuple[str, ...]
+    text: str
+    #: What the owner is told besides.
+    owner: str = ""
+
+
+#: The first row that fits a failure's code or status.
+FAILURES = (
+    Failing((), ("insufficient_quota",), "The limit is used up until {until}."),
+    Failing((), ("model_not_found", "model_needs_newer_claude"),
+            'There is no model "{model}"; /model lists them.'),
+    Failing((), ("context_length_exceeded",),
+            "This conversation is too long; /new begins another."),
+    Failing((401, 403), ("upstream_login_required", "invalid_api_key", "claude_unavailable"),
+            "The assistant needs its owner. ({reference})", "{message}"),
+    Failing((400, 404, 413, 422), (), "The assistant cannot take this. ({reference})",
+            "{message}"),
+    Failing((), (), "The assistant is not reachable right now. ({reference})",
+            "{message} Is OCP running? ocp status"),
+)
+
+
+def failure_text(failed: AgentFailed, model: str, reference: str, *, is_owner: bool) -> str:
+    """Return what the person is told of a failure."""
+    row = next(each for each in FAILURES if failed.code in each.codes
+               or failed.status in each.statuses or not (each.codes or each.statuses))
+    until = time.strftime("%H:%M", time.localtime(time.time() + failed.retry_after_s))
+    text = f"{row.text} {row.owner}".strip() if is_owner else row.text
+    return text.format(reference=reference, model=model, until=until, message=failed)
+
+
+class Question(NamedTuple):
+    """What the agent is asked."""
+
+    url: str
+    key: str
+    body: Json
+    timeout_s: float
+    headers: Mapping[str, str] = {}
+    #: Whether the agent may take the question and answer it later.
+    is_async: bool = False
+
+
+class Answering:
+    """A question that is being asked by a thread of its own. `next` waits for what it brings."""
+
+    def __init__(self, http: Http, question: Question) -> None:
+        self._http, self._question = http, question
+        #: Texts, then None at the end or why it failed.
+        self._events: queue.SimpleQueue[Union[str, None, AgentFailed]] = queue.SimpleQueue()
+        self._is_cut = threading.Event()
+        self._wake: Callable[[], None] = lambda: None
+        threading.Thread(target=self._run, name="agent", daemon=True).start()
+
+    def next(self, timeout_s: float) -> Optional[str]:
+        """Return the next text; empty if none came in time, None at the end. Raises AgentFailed."""
+        try:
+            event = self._events.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            return ""
+        if isinstance(event, AgentFailed):
+            raise event
+        return event
+
+    def cut(self) -> None:
+        """End it at once; the agent sees its connection close."""
+        self._is_cut.set()
+        self._wake()
+
+    def _run(self) -> None:
+        for wait_s in (*_RETRY_WAITS_S, None):
+            has_text = False
+            try:
+                for text in self._texts():
+                    has_text = has_text or bool(text)
+                    self._events.put(text)
+                self._events.put(None)
+                return
+            except AgentFailed as failed:
+                can_retry = failed.can_retry and wait_s is not None and not has_text
+                pause_s = max(wait_s or 0.0, min(failed.retry_after_s, _MAX_RETRY_AFTER_S))
+                if not can_retry or self._is_cut.wait(pause_s):
+                    self._events.put(failed)
+                    return
+
+    def _texts(self) -> Iterator[str]:
+        """Ask once and yield the texts of the answer. Raises AgentFailed."""
+        question = self._question
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream",
+                   **question.headers}
+        if question.key:
+            headers["Authorization"] = f"Bearer {question.key}"
+        try:
+            exchange = self._http.open(
+                "POST", question.url, compact(question.body).encode("ascii"), headers,
+                question.timeout_s or _SILENCE_S, on_open=self._opened,
+            )
+        except NetworkFailed as problem:
+            raise AgentFailed("unreachable", f"{problem}.", can_retry=True) from None
+        try:
+            yield from read_answer(exchange, question.is_async)
+        except (NetworkFailed, ValueError) as problem:
+            raise AgentFailed("cut_off", f"{problem}.", can_retry=True) from None
+        finally:
+            exchange.close()
+
+    def _opened(self, wire: Wire) -> None:
+        self._wake = wire.cut
+        # Cut while it was connecting.
+        if self._is_cut.is_set():
+            wire.cut()
+
+
+def read_answer(exchange: Exchange, is_async: bool) -> Iterator[str]:
+    """Yield the texts of an answer. Raises AgentFailed, NetworkFailed, ValueError."""
+    if exchange.status != 200 and not (is_async and 200 <= exchange.status < 300):
+        raise refusal_of(HttpAnswer(exchange.status, exchange.headers, exchange.read()))
+    if "text/event-stream" in exchange.headers.get("content-type", ""):
+        yield from stream_texts(exchange.lines())
+    else:
+        body = exchange.read(_MAX_WHOLE_BYTES)
+        # An agent that only takes the question says so in a form of its own.
+        if not is_async or b'"choices"' in body:
+            yield whole_text(body)
+
+
+def refusal_of(answer: HttpAnswer) -> AgentFailed:
+    """Return the failure that an answer's status and body tell of."""
+    content = answer.json()
+    error = content.get("error", content)
+    error = error if isinstance(error, dict) else {"message": error}
+    message = str(error.get("message") or f"status {answer.status}")
+    code = str(error.get("code") or error.get("type") or "")
+    if answer.status == 404 and "model" in message.lower():
+        code = "model_not_found"
+    is_busy = answer.status == 429 and code.startswith("rate_limit")
+    can_retry = is_busy or answer.status in _RETRIED_STATUSES
+    is_final = answer.headers.get("x-should-retry", "").lower() == "false"
+    return AgentFailed(code, message, answer.status, answer.retry_after_s,
+                       can_retry=can_retry and not is_final)
+
+
+def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
+    """Yield the texts of server-sent events. Raises AgentFailed."""
+    data: list[str] = []
+    is_over = False
+    for line in lines:
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        if text.startswith("data:"):
+            data.append(text[5:][1:] if text[5:6] == " " else text[5:])
+        elif not text and data:
+            event, data = "\n".join(data), []
+            if event.strip() == "[DONE]":
+                return
+            found, is_last = _event_text(event)
+            is_over = is_over or is_last
+            if found:
+                yield found
+    if not is_over:
+        raise AgentFailed("cut_off", "The answer broke off.", can_retry=True)
+
+
+def _event_text(event: str) -> tuple[str, bool]:
+    """Return the text of one event, and whether the answer ends with it. Raises AgentFailed."""
+    try:
+        content = json.loads(event)
+    except ValueError:
+        return "", False
+    if not isinstance(content, dict):
+        return "", False
+    if content.get("error"):
+        body = compact(content).encode("ascii")
+        raise refusal_of(HttpAnswer(500, {}, body))
+    choices = content.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else {}
+    if not isinstance(choice, dict):
+        return "", False
+    delta = choice.get("delta") or choice.get("message") or {}
+    return text_of(delta.get("content")), bool(choice.get("finish_reason"))
+
+
+def whole_text(body: bytes) -> str:
+    """Return the text of an answer that came at once, in any of the forms that agents use."""
+    raw = body.decode("utf-8", "replace")
+    try:
+        content = json.loads(raw)
+    except ValueError:
+        return raw
+    if not isinstance(content, dict):
+        return content if isinstance(content, str) else raw
+    if content.get("error"):
+        raise refusal_of(HttpAnswer(500, {}, body))
+    choices = content.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        return text_of((choices[0].get("message") or {}).get("content"))
+    names = ("text", "content", "response", "output")
+    return next((text_of(content[name]) for name in names if content.get(name)), raw)
+
+
+def text_of(content: object) -> str:
+    """Return the text of a message's content, which may be a list of parts."""
+    if isinstance(content, list):
+        return "".join(text_of(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def attachment_part(attachment: Attachment, data: bytes) -> Json:
+    """Return the part of a message for the bytes of an attachment. Raises ValueError with the
+    reason why an agent cannot read it."""
+    name = clean(attachment.name.replace("\\", "/").rpartition("/")[2])[:100] or "file"
+    mime = next((mime for start, mime in _IMAGE_BEGINNINGS if data.startswith(start)), "")
+    if mime and (mime != "image/webp" or data[8:12] == b"WEBP"):
+        url = f"data:{mime};base64,{base64_text(data)}"
+        return {"type": "image_url", "image_url": {"url": url}}
+    if data.startswith(b"%PDF-"):
+        url = f"data:application/pdf;base64,{base64_text(data)}"
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
+    if len(data) > _MAX_TEXT_BYTES or b"\0" in data:
+        raise ValueError("not a photo, PDF or short text")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("not a photo, PDF or short text") from None
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return {"type": "text", "text": f"{name}:\n{fence}\n{text}\n{fence}"}
+
+
+def models_of(http: Http, url: str, key: str) -> list[str]:
+    """Return the names of the agent's models. Raises NetworkFailed, ValueError."""
+    base = url[: -len("/chat/completions")] if url.endswith("/chat/completions") else url
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = http.call("GET", f"{base}/models", None, headers).json()
+    found = content.get("data")
+    return [str(each["id"]) for each in found if isinstance(each, dict) and each.get("id")] if (
+        isinstance(found, list)) else []
 
 
 # ==== 19. Turns ==============================================================
+# A lane is the messages of one conversation: one turn of it runs at a time, in a thread of its own.
+# Whatever a person reads goes through the outbox, except "typing" and previews of an answer.
+
+_MAX_WAITING, _MAX_MERGED, _MAX_MERGED_CHARS = 20, 12, 50_000
+#: How long a lane waits for the next message, and after one that was probably cut by the client.
+_QUIET_S, _LONG_QUIET_S, _LONG_CHARS = 0.3, 1.5, 4000
+_MAX_ATTEMPTS = 2
+_RETRY_TURN_S = 5.0
+_PREVIEW_AFTER_S, _PREVIEW_CHARS, _PREVIEW_GROWTH, _MAX_PREVIEW_S = 1.2, 40, 1.3, 10.0
+_BLOCK_CHARS, _BLOCK_SILENCE_S = 200, 3.0
+_NOTICE_S = 600.0
+#: Where "typing" counts as a message it is shown only when an answer takes longer.
+_COUNTED_TYPING_S = 3.0
+_LATER_S = (1.0, 5.0, 30.0, 120.0, 600.0)
+_GIVE_UP_S = 6 * 3600.0
+_MORE = "(more: write anything)"
+_MAX_QUOTED_CHARS = 500
+_KEPT_IMAGES = 2
+_STOPPED = "[stopped]"
+_INTERRUPTED = "I was interrupted; please send that again."
+#: States of an account in which its parts are sent.
+SENDING_STATES = ("running", "retrying")
+
+
+class Shared(NamedTuple):
+    """What accounts and turns have in common."""
+
+    store: Store
+    access: Access
+    log: Log
+    environ: Mapping[str, str]
+    #: Return the address for an agent's later answer, and its token's hash; make it worthless.
+    new_callback: Callable[[str, int, str, Message], tuple[str, str]]
+    drop_callback: Callable[[str], None]
+
+
+class LiveAccount:
+    """An account as it runs: the Tools of its channel, and what the status tells of it."""
+
+    def __init__(self, account: Account, shared: Shared, lanes: Lanes) -> None:
+        self.account, self.settings = account, account.settings
+        self.shared, self._lanes = shared, lanes
+        self.stop = threading.Event()
+        self.http = Http(Connector(self.settings["proxy"], shared.environ))
+        self.channel = account.row.make(self, self.http)
+        self.sender = Sender(self, shared)
+        self._wake: Callable[[], None] = lambda: None
+        #: "starting", "running", "retrying", "failed", "login needed", "not configured", "stopped".
+        self.status, self.why, self.word = "starting", "", ""
+        self.started_s = self.last_frame_s = self.last_inbound_s = 0.0
+        #: How many messages were not answered, by reason.
+        self.dropped: collections.Counter[str] = collections.Counter()
+        #: Until when the platform wants nothing to be sent, by time.monotonic.
+        self.hold_until_s = 0.0
+
+    # -- what a channel is given ------------------------------------------------------------------
+
+    def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
+        """Take over a message and the state of the account in one transaction. Raises OSError."""
+        store, after = self.shared.store, self.sender.nudge
+        with store.transaction():
+            if message is not None and store.is_new(self.account.id, message.id):
+                after = self._take(message)
+            if state is not None:
+                store.put_state(self.account.id, state)
+        if message is not None:
+            self.last_inbound_s = time.time()
+            after()
+
+    def _take(self, message: Message) -> Callable[[], None]:
+        """Take over a new message, and return what follows when it is safe."""
+        store, log, lane = self.shared.store, self.shared.log, lane_of(self.account, message)
+        log.line("info", f"\U0001f4e5 [IN] From: {self.account.row.id}:{message.sender} | "
+                         f"Session: {lane} | {len(message.text)} chars")
+        if log.is_verbose:
+            log.line("info", f"   Body: {message.text}")
+        verdict = self.shared.access.judge(self.account, message)
+        if not verdict.is_allowed:
+            self.dropped[verdict.reason] += 1
+            self.log("info", "not answered", reason=verdict.reason)
+            if verdict.reply:
+                self.say(message, verdict.reply)
+                store.put_in(self.account.id, lane, message, is_done=True)
+            return self.sender.nudge
+        waiting = store.waiting(lane)
+        command = command_of(message)
+        if command is not None and command[0].is_at_once:
+            running = self._lanes.running_ids(lane)
+            store.finish(row["id"] for row in waiting if row["id"] not in running)
+            self.say(message, "Stopped." if waiting else "There is nothing to stop.")
+            return lambda: self._lanes.stop_lane(lane)
+        if len(waiting) >= _MAX_WAITING:
+            self.dropped["too many waiting"] += 1
+            if len(waiting) == _MAX_WAITING and self._lanes.is_first_refusal(lane):
+                self.say(message, "Too many messages are waiting; please send this one later.")
+            return self.sender.nudge
+        store.put_in(self.account.id, lane, message)
+        quiet_s = _LONG_QUIET_S if len(message.text) >= _LONG_CHARS else _QUIET_S
+        return lambda: self._lanes.nudge(lane, 0.0 if command else quiet_s)
+
+    def state(self) -> Json:
+        """Return the state that was last handed over."""
+        return self.shared.store.state(self.account.id)
+
+    def on_stop(self, wake: Callable[[], None]) -> None:
+        """Call `wake` when the account has to end, at once if it has to already."""
+        self._wake = wake
+        if self.stop.is_set():
+            wake()
+
+    def note_frame(self) -> None:
+        """Note that the platform has been heard."""
+        self.last_frame_s = time.time()
+        if self.status != "running" and not self.stop.is_set():
+            self.status, self.why = "running", ""
+            self.log("info", "running")
+            self.sender.nudge()
+
+    def note(self, word: str) -> None:
+        """Show a word in the status."""
+        self.word = word
+
+    def log(self, level: str, event: str, **fields: object) -> None:
+        """Write an event of this account to the log."""
+        self.shared.log.event(level, f"{self.account.id} {event}", **fields)
+
+    # -- what turns need --------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Make the channel return from `run`."""
+        self.stop.set()
+        self._wake()
+
+    def say(self, message: Message, text: str, answer: int = 0) -> None:
+        """Put a short text for the chat of a message into the outbox."""
+        rows = [OutRow(text, reply_route(self.account, message, True))]
+        self.shared.store.put_out(self.account.id, message.chat, answer, rows)
+
+    def hold(self, seconds: float) -> None:
+        """Send nothing for some time."""
+        self.hold_until_s = max(self.hold_until_s, time.monotonic() + seconds)
+
+    def split(self, text: str) -> list[str]:
+        """Return Markdown in parts of the platform's size, or that of the settings."""
+        row, settings = self.account.row, self.settings
+        limit = settings["replyChunkSize"] or settings["textChunkLimit"] or row.limit
+        limit = min(limit, row.limit) - (len(_MORE) + 2 if row.budget else 0)
+        channel = self.channel
+        return split_markdown(text, lambda part: channel.length(channel.render(part)) <= limit)
+
+    def within_budget(self, rows: list[OutRow], used: int) -> list[OutRow]:
+        """Return parts of which those are held that the platform would not take after one message.
+        `used` parts have been sent for it."""
+        allowed = max(1, self.account.row.budget - 1 - used)
+        if not self.account.row.budget or len(rows) <= allowed:
+            return rows
+        last = rows[allowed - 1]
+        held = [row._replace(status="held") for row in rows[allowed:]]
+        return [*rows[:allowed - 1], last._replace(text=f"{last.text}\n\n{_MORE}"), *held]
+
+
+def lane_of(account: Account, message: Message) -> str:
+    """Return the lane of a message, which is also the first session of its conversation."""
+    if message.kind == "direct":
+        return f"{account.id}:{message.chat}"
+    by_sender = account.settings.get("groupSessionScope") == "group_sender"
+    return f"{account.id}:{message.kind}:{message.chat}" + (f":{message.sender}" * by_sender)
+
+
+def reply_route(account: Account, message: Message, is_first: bool) -> Json:
+    """Return the route of a part that answers a message; it says whether to quote it."""
+    mode = account.settings["replyToMode"]
+    is_reply = message.kind != "direct" and (mode == "all" or mode == "first" and is_first)
+    return {**message.route, "is_reply": is_reply}
+
+
+class Sender:
+    """Sends what the outbox has for one account: in order for each chat, at the platform's pace."""
+
+    def __init__(self, live: LiveAccount, shared: Shared) -> None:
+        self._live, self._shared = live, shared
+        self._wake, self._is_over = threading.Event(), threading.Event()
+        #: Parts that were sent, and could not be marked so yet.
+        self._unmarked: set[int] = set()
+        #: By chat: when the next part may go, by time.monotonic.
+        self._pace_s: dict[str, float] = {}
+
+    def nudge(self) -> None:
+        """Look into the outbox at once."""
+        self._wake.set()
+
+    def end(self) -> None:
+        """Make `run` return after the part that is being sent."""
+        self._is_over.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        """Send until the end."""
+        while not self._is_over.is_set():
+            try:
+                wait_s = self._send_due()
+            except OSError as problem:
+                self._live.log("error", "cannot send", why=problem)
+                wait_s = _RETRY_TURN_S
+            self._wake.wait(wait_s)
+            self._wake.clear()
+
+    def _send_due(self) -> float:
+        """Send the parts that are due, and return when to look again."""
+        wait_s = 60.0
+        if self._live.status not in SENDING_STATES:
+            return 1.0
+        for row in self._shared.store.next_out(self._live.account.id):
+            if self._is_over.is_set():
+                break
+            now_s = time.monotonic()
+            due_s = max(row["due_s"] - time.time(), self._live.hold_until_s - now_s,
+                        self._pace_s.get(row["chat"], 0.0) - now_s)
+            if due_s > 0:
+                wait_s = min(wait_s, due_s)
+            else:
+                self._send(row)
+                wait_s = 0.0
+        return wait_s
+
+    def _send(self, row: sqlite3.Row) -> None:
+        store, channel = self._shared.store, self._live.channel
+        if row["id"] not in self._unmarked:
+            store.set_out(row["id"], "sending")
+            part = Part(row["text"], bool(row["is_last"]), row["nonce"], bool(row["is_plain"]))
+            try:
+                if row["edit_id"]:
+                    channel.edit(json.loads(row["route"]), row["edit_id"], part)
+                else:
+                    channel.send(json.loads(row["route"]), part)
+            except SendFailed as failed:
+                self._failed(row, failed)
+                return
+            except Exception as problem:  # A fault of one channel must not end the sender.
+                self._failed(row, SendFailed("later", f"{type(problem).__name__}: {problem}"))
+                return
+            self._unmarked.add(row["id"])
+            self._pace_s[row["chat"]] = time.monotonic() + self._live.account.row.pace_s
+        store.set_out(row["id"], "sent")
+        self._unmarked.discard(row["id"])
+
+    def _failed(self, row: sqlite3.Row, failed: SendFailed) -> None:
+        """Settle what follows a part that was not sent."""
+        store, kind = self._shared.store, failed.kind
+        self._live.log("warning", "not sent", part=row["id"], kind=kind, why=failed)
+        if kind == "wait":
+            self._live.hold(failed.after_s)
+            store.set_out(row["id"], "pending", 0.0, str(failed))
+        elif kind == "held":
+            store.run("UPDATE outbox SET status='held' WHERE account=? AND chat=? AND id>=? AND"
+                      " status IN ('pending','sending')", row["account"], row["chat"], row["id"])
+        elif kind == "plain" and not row["is_plain"]:
+            store.run("UPDATE outbox SET is_plain=1 WHERE id=?", row["id"])
+        elif row["edit_id"] and kind == "never":
+            # The preview is gone: the text becomes a message of its own.
+            store.run("UPDATE outbox SET edit_id='' WHERE id=?", row["id"])
+        elif kind == "later" and time.time() - row["at_s"] < _GIVE_UP_S:
+            pause_s = failed.after_s or _LATER_S[min(row["attempts"], len(_LATER_S) - 1)]
+            store.set_out(row["id"], "pending", time.time() + pause_s, str(failed))
+        else:
+            store.set_out(row["id"], "dead", 0.0, str(failed))
+
+
+class Lanes:
+    """Runs turns: one of each lane at a time, so many at once, the oldest message first."""
+
+    def __init__(self, store: Store, log: Log, most: int) -> None:
+        self._store, self._log, self._most = store, log, most
+        self._wake, self._is_over = threading.Event(), threading.Event()
+        #: Accounts that run, by id. The app changes it.
+        self.accounts: dict[str, LiveAccount] = {}
+        # Guards the fields below. Never held while the store is used.
+        self._lock = threading.Lock()
+        self._running: dict[str, Turn] = {}
+        #: Until when a lane waits for more, by time.monotonic.
+        self._quiet_s: dict[str, float] = {}
+        self._refused: set[str] = set()
+
+    def nudge(self, lane: str, quiet_s: float = 0.0) -> None:
+        """Look at a lane when it has been quiet for some time."""
+        with self._lock:
+            self._quiet_s[lane] = time.monotonic() + quiet_s
+        self._wake.set()
+
+    def running_ids(self, lane: str) -> set[int]:
+        """Return the ids of the messages that are being answered in a lane."""
+        with self._lock:
+            turn = self._running.get(lane)
+        return set(turn.ids) if turn is not None else set()
+
+    def is_first_refusal(self, lane: str) -> bool:
+        """Return whether no message of a lane was refused since its last turn."""
+        with self._lock:
+            is_first = lane not in self._refused
+            self._refused.add(lane)
+        return is_first
+
+    def stop_lane(self, lane: str) -> None:
+        """Stop the turn that runs in a lane."""
+        with self._lock:
+            turn = self._running.get(lane)
+        if turn is not None:
+            turn.stop()
+        self._wake.set()
+
+    def count(self) -> int:
+        """Return how many turns run."""
+        with self._lock:
+            return len(self._running)
+
+    def run(self) -> None:
+        """Start turns until the end."""
+        while not self._is_over.is_set():
+            try:
+                wait_s = self._start_due()
+            except OSError as problem:
+                self._log.event("error", "cannot look for messages", why=problem)
+                wait_s = _RETRY_TURN_S
+            self._wake.wait(wait_s)
+            self._wake.clear()
+
+    def _start_due(self) -> float:
+        """Start the turns that are due, and return when to look again."""
+        wait_s = 60.0
+        for lane, account in self._store.open_lanes():
+            live = self.accounts.get(account)
+            with self._lock:
+                if self._is_over.is_set() or len(self._running) >= self._most:
+                    return wait_s
+                due_s = self._quiet_s.get(lane, 0.0) - time.monotonic()
+                if live is None or live.stop.is_set() or lane in self._running:
+                    continue
+            if due_s > 0:
+                wait_s = min(wait_s, due_s)
+                continue
+            turn = Turn(live, lane, batch_of(self._store.waiting(lane)))
+            with self._lock:
+                self._running[lane] = turn
+                self._quiet_s.pop(lane, None)
+                self._refused.discard(lane)
+            threading.Thread(target=self._run, args=(lane, turn), name="turn", daemon=True).start()
+        return wait_s
+
+    def _run(self, lane: str, turn: Turn) -> None:
+        try:
+            turn.run()
+        except Exception as problem:  # A fault in one turn must not end the others.
+            self._log.event("error", "a turn failed", lane=lane, kind=type(problem).__name__,
+                            why=problem)
+            self.nudge(lane, _RETRY_TURN_S)
+        finally:
+            with self._lock:
+                del self._running[lane]
+            self._wake.set()
+
+    def close(self, drain_s: float) -> None:
+        """Start nothing more, wait for the turns, and cut those that take longer: they are asked
+        again at the next start."""
+        self._is_over.set()
+        self._wake.set()
+        until_s = time.monotonic() + drain_s
+        while self.count() and time.monotonic() < until_s:
+            time.sleep(0.05)
+        with self._lock:
+            turns = list(self._running.values())
+        for turn in turns:
+            turn.abandon()
+        until_s = time.monotonic() + 2.0
+        while self.count() and time.monotonic() < until_s:
+            time.sleep(0.02)
+
+
+def batch_of(rows: list[sqlite3.Row]) -> list[tuple[sqlite3.Row, Message]]:
+    """Return the messages that one turn answers: a command alone, else as many as come before."""
+    batch: list[tuple[sqlite3.Row, Message]] = []
+    size = 0
+    for row in rows[:_MAX_MERGED]:
+        message = message_of(row["message"])
+        is_command = command_of(message) is not None
+        size += len(message.text)
+        if batch and (is_command or size > _MAX_MERGED_CHARS):
+            break
+        batch.append((row, message))
+        if is_command:
+            break
+    return batch
+
+
+class Growth:
+    """How an answer shows while it grows. This one does not: it comes whole at its end."""
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn, self._live = turn, turn.live
+
+    def due_s(self, text: str) -> float:
+        """Return when to show what has come, by time.monotonic."""
+        return math.inf
+
+    def show(self, text: str) -> None:
+        """Show what has come."""
+
+    def rest(self, text: str) -> list[OutRow]:
+        """Return the parts that make the whole text readable."""
+        return self._turn.out_rows(self._live.split(text))
+
+
+class Edits(Growth):
+    """An answer in messages that are edited: the last edit makes a preview the answer."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        row = self._live.account.row
+        is_direct = turn.message.kind == "direct"
+        self._every_s = row.edit_every_s if is_direct else row.edit_every_in_groups_s
+        self._due_s = time.monotonic() + _PREVIEW_AFTER_S
+        #: Id and text of each message that is on the screen, also from before a restart.
+        self._shown: list[list[str]] = turn.progress.get("shown", [])
+        self._nonce = secrets.token_hex(10)
+
+    def due_s(self, text: str) -> float:
+        """Return when the next edit may be made."""
+        return max(self._due_s, self._live.hold_until_s)
+
+    def show(self, text: str) -> None:
+        """Edit the last message, or begin the next one."""
+        if len(text) < _PREVIEW_CHARS and not self._shown or self._turn.has_parts_waiting():
+            self._due_s = time.monotonic() + 0.1
+            return
+        parts = self._live.split(text)
+        for place, part in enumerate(parts):
+            if place >= len(self._shown) or self._shown[place][1] != part:
+                self._show_part(place, part)
+                break
+        self._every_s = min(self._every_s * _PREVIEW_GROWTH, _MAX_PREVIEW_S)
+        self._due_s = max(self._due_s, time.monotonic() + self._every_s)
+
+    def _show_part(self, place: int, text: str) -> None:
+        route = reply_route(self._live.account, self._turn.message, place == 0)
+        part = Part(text, False, f"{self._nonce}{place:x}"[:25])
+        try:
+            if place < len(self._shown):
+                self._live.channel.edit(route, self._shown[place][0], part)
+                self._shown[place][1] = text
+            else:
+                self._shown.append([self._live.channel.send(route, part), text])
+                self._turn.keep_progress({"shown": self._shown})
+        except SendFailed as failed:
+            if failed.kind == "wait":
+                self._live.hold(failed.after_s)
+            else:
+                # The final text comes by the outbox, which knows what to do.
+                self._due_s = math.inf
+
+    def rest(self, text: str) -> list[OutRow]:
+        """Return the last edits, and the parts that were not begun."""
+        rows = self._turn.out_rows(self._live.split(text))
+        edits = [row._replace(edit_id=shown[0]) for row, shown in zip(rows, self._shown)
+                 if shown[1] != row.text]
+        return edits + rows[len(self._shown):]
+
+
+class Blocks(Growth):
+    """An answer in paragraphs, for platforms whose messages cannot be edited."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        budget = self._live.account.row.budget
+        #: How many more messages may come before the last ones.
+        self._left = budget - 2 - turn.released if budget else math.inf
+        #: How much of the text is given, and how many messages that took.
+        self._given = self._sent = 0
+        #: How long the text was when it was last looked at, and when it is old enough then.
+        self._seen, self._old_s = 0, math.inf
+
+    def due_s(self, text: str) -> float:
+        """Return when the next block is due: when it is large, or nothing has come for a while."""
+        if len(text) != self._seen:
+            self._seen, self._old_s = len(text), time.monotonic() + _BLOCK_SILENCE_S
+            if self._end(text) - self._given >= _BLOCK_CHARS:
+                return 0.0
+        return self._old_s
+
+    def _end(self, text: str) -> int:
+        """Return where the last paragraph ends that is whole, and not within a fence."""
+        end = text.rfind("\n\n", self._given)
+        while end > self._given and _open_fence(text[:end]) is not None:
+            end = text.rfind("\n\n", self._given, end)
+        return max(end, self._given)
+
+    def show(self, text: str) -> None:
+        """Put the paragraphs that are whole into the outbox."""
+        self._old_s, end = math.inf, self._end(text)
+        parts = self._live.split(text[self._given:end])
+        if parts and self._sent + len(parts) <= self._left:
+            self._given, self._sent = end, self._sent + len(parts)
+            self._turn.put_block(parts)
+
+    def rest(self, text: str) -> list[OutRow]:
+        """Return the parts after the blocks."""
+        return self._turn.out_rows(self._live.split(text[self._given:]), self._sent)
+
+
+_GROWTHS: Mapping[str, Callable[[Turn], Growth]] = {
+    "edit": Edits, "block": Blocks, "off": Growth,
+}
+
+
+class Abandoned(Exception):
+    """The program ends: the turn is asked again at the next start."""
+
+
+class Turn:
+    """The answer to one message, or to several that came together."""
+
+    def __init__(self, live: LiveAccount, lane: str,
+                 batch: list[tuple[sqlite3.Row, Message]]) -> None:
+        self.live, self.lane = live, lane
+        self._rows, self._messages = [row for row, _ in batch], [each for _, each in batch]
+        self.ids = [row["id"] for row in self._rows]
+        #: The newest of the messages: it is the one that is answered.
+        self.message = self._messages[-1]
+        self.progress: Json = json.loads(self._rows[0]["progress"])
+        self._shared = live.shared
+        self._store = live.shared.store
+        self.session, self._chosen_model = self._store.lane(lane)
+        self._answering: Optional[Answering] = None
+        self._is_stopped = self._is_abandoned = False
+        self._text = ""
+        #: Parts of an older answer that this message lets go.
+        self.released = 0
+        #: The hash of the token for a later answer, and whether that is waited for.
+        self._token, self._is_awaited = "", False
+
+    @property
+    def model(self) -> str:
+        """Return the model that is asked."""
+        return self._chosen_model or str(self.live.settings["model"])
+
+    @property
+    def is_owner(self) -> bool:
+        """Return whether the owner of the account asks."""
+        return self._shared.access.is_owner(self.live.account.id, self.message.sender)
+
+    def stop(self) -> None:
+        """End it, because the person wants so."""
+        self._is_stopped = True
+        self._cut()
+
+    def abandon(self) -> None:
+        """End it, because the program ends."""
+        self._is_abandoned = True
+        self._cut()
+
+    def _cut(self) -> None:
+        if self._answering is not None:
+            self._answering.cut()
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Answer. Raises OSError if the database fails."""
+        command = command_of(self.message)
+        attempts = max(row["attempts"] for row in self._rows)
+        with contextlib.suppress(Abandoned):
+            if command is not None:
+                self._finish(self.out_rows(self.live.split(command[0].run(self, command[1]))))
+            elif attempts >= _MAX_ATTEMPTS or self.progress.get("blocks"):
+                self._finish(self.out_rows([_INTERRUPTED]))
+            else:
+                for each in self.ids:
+                    self._store.run("UPDATE inbox SET attempts=attempts+1 WHERE id=?", each)
+                self.released, _ = self.release(2)
+                self._answer()
+        self.live.sender.nudge()
+
+    def release(self, spared: int) -> tuple[int, int]:
+        """Let held parts go to this message's route; `spared` of its budget stay. Returns how many
+        go, and how many stay held."""
+        budget = self.live.account.row.budget
+        most = max(1, budget - spared) if budget else 1000
+        route = reply_route(self.live.account, self.message, False)
+        with self._store.transaction():
+            found = self._store.release_held(self.live.account.id, self.message.chat, route, most)
+        self.live.sender.nudge()
+        return found
+
+    def _answer(self) -> None:
+        """Ask the agent, and put what it says into the outbox."""
+        with self._typing_over():
+            content = self._content()
+            growth = self._growth()
+            failed: Optional[AgentFailed] = None
+            lead = ""
+            try:
+                lead, content = self._ask(content, growth)
+            except AgentFailed as problem:
+                failed = problem
+            if self._is_abandoned:
+                raise Abandoned
+        if self._is_stopped:
+            self._finish([], content)
+        elif failed is not None:
+            self._tell_failure(failed, growth, content)
+        elif self.live.settings["async"] and not self._text:
+            self._is_awaited = True
+            self._finish([], content)
+        else:
+            text = self._text.strip()
+            silent = text in SILENT_ANSWERS
+            shown = self._text if text else "I have nothing to say to that."
+            self._finish([] if silent else growth.rest(lead + shown), content)
+
+    def _growth(self) -> Growth:
+        can_edit = self.live.account.row.can_edit
+        mode = self.live.settings["streaming"] or ("edit" if can_edit else "block")
+        if self.live.settings["async"]:
+            mode = "off"
+        return _GROWTHS["block" if mode == "edit" and not can_edit else mode](self)
+
+    def _ask(self, content: object, growth: Growth) -> tuple[str, object]:
+        """Ask, once more in another form where that helps. Returns what precedes the answer, and
+        the content that was asked. Raises AgentFailed."""
+        lead, tried = "", set()
+        while True:
+            try:
+                self._listen(self._question(content), growth)
+                return lead, content
+            except AgentFailed as failed:
+                form = self._other_form(failed, content)
+                if self._text or form in tried or not form or self._is_stopped:
+                    raise
+                tried.add(form)
+                if form == "shorter":
+                    self._forget_half()
+                else:
+                    lead = "(I could not read the attachment.)\n\n"
+                    content = "\n\n".join(
+                        part["text"] for part in cast(list[Json], content) if "text" in part
+                    )
+
+    def _other_form(self, failed: AgentFailed, content: object) -> str:
+        """Return what may make the agent take a question that it refused."""
+        if failed.code == "context_length_exceeded":
+            return "shorter"
+        return "bare" if failed.status in (400, 413, 422) and isinstance(content, list) else ""
+
+    def _listen(self, question: Question, growth: Growth) -> None:
+        """Take in the answer, and meanwhile show it and that it is being written. Raises
+        AgentFailed."""
+        self._text = ""
+        if self._is_stopped or self._is_abandoned:
+            return
+        row = self.live.account.row
+        now_s = time.monotonic()
+        typing_s = now_s + _COUNTED_TYPING_S * bool(row.budget) if row.typing_every_s else math.inf
+        notice_s = now_s + _NOTICE_S if self.live.settings["notice"] else math.inf
+        end_s = now_s + question.timeout_s if question.timeout_s else math.inf
+        self._answering = Answering(self.live.http, question)
+        while not (self._is_stopped or self._is_abandoned):
+            now_s = time.monotonic()
+            if now_s >= end_s:
+                self._answering.cut()
+                raise AgentFailed("timeout", "It took too long.")
+            if now_s >= typing_s:
+                self._type()
+                typing_s = now_s + row.typing_every_s
+            if now_s >= notice_s:
+                self.live.say(self.message, "I am still working on it.")
+                self.live.sender.nudge()
+                notice_s = math.inf
+            growth_s = growth.due_s(self._text) if self._text else math.inf
+            if now_s >= growth_s:
+                growth.show(self._text)
+                growth_s = growth.due_s(self._text)
+            due_s = min(typing_s, notice_s, end_s, growth_s)
+            text = self._answering.next(min(due_s - time.monotonic(), 3600.0))
+            if text is None:
+                return
+            self._text += text
+        self._answering.cut()
+
+    def _type(self) -> None:
+        with contextlib.suppress(SendFailed):
+            self.live.channel.type(self.message.route)
+
+    @contextlib.contextmanager
+    def _typing_over(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.live.account.row.typing_every_s:
+                with contextlib.suppress(SendFailed):
+                    self.live.channel.type(self.message.route, is_over=True)
+
+    # -- the question -----------------------------------------------------------------------------
+
+    def _question(self, content: object) -> Question:
+        """Return the request for chat completions."""
+        settings = self.live.settings
+        messages: list[Json] = []
+        if settings["systemPrompt"]:
+            messages.append({"role": "system", "content": settings["systemPrompt"]})
+        if settings["memory"] == "gateway":
+            messages += self._remembered()
+        messages.append({"role": "user", "content": content})
+        body: Json = {"model": self.model, "messages": messages, "stream": not settings["async"],
+                      "user": self.session}
+        if settings["memory"] == "session":
+            body["session_id"] = self.session
+        headers: dict[str, str] = {}
+        if settings["async"]:
+            headers["X-OCG-Callback"], self._token = self._shared.new_callback(
+                self.live.account.id, self.ids[0], self.session, self.message)
+        self._shared.log.line("info", f"   \u2192 {self.model} @ {settings['agentUrl']}")
+        return Question(settings["agentUrl"], settings["apiKey"], body,
+                        float(settings["agentTimeout"]), headers, bool(settings["async"]))
+
+    def _remembered(self) -> list[Json]:
+        """Return the conversation so far, without its older half if it has grown too long."""
+        settings = self.live.settings
+        history = self._store.history(self.session)
+        size = sum(len(text_of(message["content"])) for _, message in history)
+        if len(history) > settings["historyMessages"] or size > settings["historyChars"]:
+            self._forget_half()
+            history = self._store.history(self.session)
+        messages = [message for _, message in history]
+        keep = _KEPT_IMAGES
+        for message in reversed(messages):
+            if isinstance(message["content"], list):
+                message["content"], keep = without_images(message["content"], keep)
+        return messages
+
+    def _forget_half(self) -> None:
+        history = self._store.history(self.session)
+        later = [number for number, message in history[(len(history) + 1) // 2:]
+                 if message["role"] == "user"]
+        self._store.forget_before(self.session, later[0] if later else 1 << 62)
+
+    def _content(self) -> object:
+        """Return the content of the user's message: a text, or parts if there are files."""
+        texts: list[str] = []
+        parts: list[Json] = []
+        images = 0
+        for message in self._messages:
+            notes: list[Json] = []
+            for attachment in message.attachments:
+                part = self._attached(attachment, images)
+                images += part["type"] == "image_url"
+                (notes if part["type"] == "text" else parts).append(part)
+            told = said(message) + [part["text"] for part in notes]
+            texts.append("\n\n".join(filter(None, told)))
+        text = "\n\n".join(texts)
+        return [{"type": "text", "text": text or "(no text)"}, *parts] if parts else text
+
+    def _attached(self, attachment: Attachment, images: int) -> Json:
+        """Return an attachment as a part of the question; one that is not read is named."""
+        most = _MAX_IMAGE_BYTES if attachment.kind == "image" else _MAX_PDF_BYTES
+        try:
+            if not self.live.settings["attachments"]:
+                raise ValueError("files are not passed on")
+            if attachment.size_bytes > most or attachment.kind == "image" and (
+                    images >= _MAX_IMAGES):
+                raise ValueError("too large, or too many")
+            return attachment_part(attachment, self.live.channel.fetch(attachment, most))
+        except (ValueError, SendFailed, NotImplementedError) as problem:
+            size = f"{attachment.size_bytes / 1e6:.1f} MB, " if attachment.size_bytes else ""
+            name = clean(attachment.name)[:100]
+            text = f"[{attachment.kind}: {name}, {size}not read: {clean(problem)}]"
+            return {"type": "text", "text": text}
+
+    # -- the answer -------------------------------------------------------------------------------
+
+    def out_rows(self, parts: list[str], used: int = 0) -> list[OutRow]:
+        """Return parts for the outbox; those beyond the platform's budget are held."""
+        rows = [OutRow(text, reply_route(self.live.account, self.message, number == 0))
+                for number, text in enumerate(parts)]
+        return self.live.within_budget(rows, used + self.released)
+
+    def put_block(self, parts: list[str]) -> None:
+        """Put a part of the answer into the outbox before its end."""
+        with self._store.transaction():
+            rows = [OutRow(text, reply_route(self.live.account, self.message,
+                                             not self.progress.get("blocks"))) for text in parts]
+            self._store.put_out(self.live.account.id, self.message.chat, self.ids[0], rows)
+            self.progress["blocks"] = self.progress.get("blocks", 0) + len(parts)
+            self.keep_progress(self.progress)
+        self.live.sender.nudge()
+
+    def has_parts_waiting(self) -> bool:
+        """Return whether something else has to be sent to this chat first."""
+        return self._store.has_out(self.live.account.id, self.message.chat)
+
+    def keep_progress(self, progress: Json) -> None:
+        """Keep what the person has seen, for a start after a kill."""
+        self._store.run("UPDATE inbox SET progress=? WHERE id=?", compact(progress), self.ids[0])
+
+    def _tell_failure(self, failed: AgentFailed, growth: Growth, content: object) -> None:
+        reference = new_reference()
+        self.live.log("error", "the agent failed", ref=reference, code=failed.code,
+                      status=failed.status or "", why=failed)
+        if self._text:
+            self._finish(growth.rest(f"{self._text}\n\n(cut off, {reference})"), content)
+            return
+        self._finish(growth.rest(
+            failure_text(failed, self.model, reference, is_owner=self.is_owner)))
+
+    def _finish(self, rows: list[OutRow], content: object = None) -> None:
+        """Commit the parts, the conversation and the end of the messages together."""
+        said_all = f"{self._text} {_STOPPED}".strip() if self._is_stopped else self._text.strip()
+        with self._store.transaction():
+            self._store.put_out(self.live.account.id, self.message.chat, self.ids[0], rows)
+            if content is not None and self.live.settings["memory"] == "gateway":
+                self._store.remember(self.session, "user", content)
+                if said_all:
+                    self._store.remember(self.session, "assistant", said_all)
+            if self._token and not self._is_awaited:
+                self._shared.drop_callback(self._token)
+            self._store.finish(self.ids)
+        log = self._shared.log
+        if rows or self._text:
+            log.line("info", f"\U0001f4e4 [OUT] {len(self._text)} chars, {len(rows)} blocks")
+        if log.is_verbose and self._text:
+            log.line("info", f"   Text: {self._text}")
+
+
+def said(message: Message) -> list[str]:
+    """Return what a message says: what it quotes, and its text with the name in a group."""
+    quoted = message.quoted.strip()[:_MAX_QUOTED_CHARS]
+    quote = "\n".join(f"> {line}" for line in quoted.splitlines())
+    name = f"[{clean(message.sender_name)[:80]}]: " if message.kind != "direct" else ""
+    return [quote, f"{name}{message.text}" if message.text or name else ""]
+
+
+def without_images(parts: list[Json], keep: int) -> tuple[list[Json], int]:
+    """Return parts of which only `keep` images are left, and how many more may be kept."""
+    left: list[Json] = []
+    for part in reversed(parts):
+        is_image = part.get("type") == "image_url"
+        left.append({"type": "text", "text": "[photo]"} if is_image and not keep else part)
+        keep -= is_image and keep > 0
+    return left[::-1], keep
+
+
+# -- commands in the chat -------------------------------------------------------------------------
+
+
+class ChatCommand(NamedTuple):
+    """A command that somebody writes in a chat."""
+
+    #: With the words of other languages that mean the same.
+    names: tuple[str, ...]
+    about: str
+    #: Returns the answer, from the turn and what follows the name.
+    run: Callable[[Turn, str], str]
+    takes_argument: bool = False
+    #: Whether it is done when it arrives, and not in its lane.
+    is_at_once: bool = False
+
+
+def say_new(turn: Turn, argument: str) -> str:
+    """Begin a new conversation."""
+    turn.live.shared.store.begin_session(turn.lane)
+    return "A new conversation begins."
+
+
+def say_model(turn: Turn, argument: str) -> str:
+    """Show the models, or choose one."""
+    settings, store = turn.live.settings, turn.live.shared.store
+    names = list(settings["models"])
+    if not names:
+        with contextlib.suppress(NetworkFailed, ValueError):
+            names = models_of(turn.live.http, settings["agentUrl"], settings["apiKey"])
+    if not argument:
+        return f"Model: {turn.model}\n\nThere are: {', '.join(names) or 'not known'}"
+    if argument == "default":
+        store.choose_model(turn.lane, "")
+        return f"Model: {settings['model']}"
+    if names and argument not in names:
+        return f'There is no model "{clean(argument)}". There are: {", ".join(names)}'
+    store.choose_model(turn.lane, argument)
+    return f"Model: {argument}"
+
+
+def say_more(turn: Turn, argument: str) -> str:
+    """Send what was held back."""
+    released, left = turn.release(1)
+    return "" if released else "There is nothing more."
+
+
+def say_status(turn: Turn, argument: str) -> str:
+    """Show how things are."""
+    store, live = turn.live.shared.store, turn.live
+    lines = [f"Model: {turn.model}", f"Messages remembered: {len(store.history(turn.session))}"]
+    if turn.is_owner:
+        counts = store.rows("SELECT status, COUNT(*) FROM outbox WHERE account=? AND"
+                            " status<>'sent' GROUP BY status", live.account.id)
+        lines += [f"Agent: {live.settings['agentUrl']}", f"Account: {live.account.id}",
+                  *(f"Parts {row[0]}: {row[1]}" for row in counts),
+                  *(f"Not answered, {reason}: {count}" for reason, count in live.dropped.items())]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def say_help(turn: Turn, argument: str) -> str:
+    """List the commands."""
+    return "\n".join(f"{each.names[0]}: {each.about}" for each in CHAT_COMMANDS)
+
+
+def say_whoami(turn: Turn, argument: str) -> str:
+    """Show the ids of the person and of the conversation."""
+    return f"Your id is {turn.message.sender}. This conversation is {turn.session}."
+
+
+CHAT_COMMANDS = (
+    ChatCommand(("/new", "/reset", "/clear", "\u65b0\u5bf9\u8bdd", "\u65b0\u4f1a\u8bdd",
+                 "\u91cd\u65b0\u5f00\u59cb", "\u6e05\u7a7a"),
+                "begin a new conversation", say_new),
+    ChatCommand(("/stop", "\u505c\u6b62"), "stop the answer", lambda turn, argument: "Stopped.",
+                is_at_once=True),
+    ChatCommand(("/model",), "show the models, or choose one: /model NAME", say_model, True),
+    ChatCommand(("/more",), "the rest of the last answer", say_more),
+    ChatCommand(("/status",), "how things are", say_status),
+    ChatCommand(("/help", "/start"), "this list", say_help),
+    ChatCommand(("/whoami",), "your id, for the owner's settings", say_whoami),
+)
+
+
+def command_of(message: Message) -> Optional[tuple[ChatCommand, str]]:
+    """Return the command that a whole message is, and its argument. In a group only for the bot."""
+    if message.attachments or message.kind != "direct" and not message.is_mentioned:
+        return None
+    name, _, argument = message.text.strip().partition(" ")
+    for command in CHAT_COMMANDS:
+        if name.lower() in command.names and (command.takes_argument or not argument.strip()):
+            return command, argument.strip()
+    return None
 
 
 # ==== 20. Callbacks ==========================================================
+# With `async` an agent may answer later: it gets an address with a token that works once, and posts
+# {"reply": ..} to it. The database keeps only the token's hash.
+
+CALLBACK_PATH = "/ocg/callback"
+_TOKEN = re.compile(r"[0-9a-f]{64}")
+_SIGNATURE = re.compile(r"sha256=([0-9a-fA-F]{64})")
+_MAX_CALLBACK_BYTES = 1024 * 1024
+_CALLBACK_READ_S = 30.0
+#: What browsers may send, as in the original gateway.
+_CORS = {
+    "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, OPTIONS",
+    "Access-Control-Allow-Headers": "Content-Type, X-OCG-Signature",
+}
+_UNKNOWN_TOKEN = (404, {"error": "unknown or expired callback token"})
+
+
+class Callbacks:
+    """Gives out tokens, and takes what agents post to them."""
+
+    def __init__(self, store: Store, log: Log, top: Mapping[str, Any],
+                 accounts: Mapping[str, LiveAccount]) -> None:
+        self._store, self._log, self._top, self._accounts = store, log, top, accounts
+        self._server: Optional[http.server.ThreadingHTTPServer] = None
+
+    def start(self) -> None:
+        """Listen. Raises Problem if the port is taken."""
+        host, port = self._top["callbackHost"], self._top["callbackPort"]
+
+        class Handler(_CallbackHandler):
+            callbacks = self
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+            def server_bind(self) -> None:
+                # Not that of HTTPServer, which asks the network for its name.
+                socketserver.TCPServer.server_bind(self)
+
+        try:
+            self._server = Server((host, port), Handler)
+        except OSError as problem:
+            raise Problem(Exit.FAILED, f"callbackPort {port} on {host}: {reason_of(problem)}. Set "
+                          "callbackPort to a free port.") from None
+        if not is_loopback(host) and not self._top["callbackSecret"]:
+            self._log.line("warning", f"callbacks listen on {host} without callbackSecret: whoever "
+                                      "reaches the port and knows a token can answer")
+        threading.Thread(target=self._server.serve_forever, args=(0.2,), name="callbacks",
+                         daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def new(self, account: str, inbox: int, session: str, message: Message) -> tuple[str, str]:
+        """Return an address for the answer to a message, and the hash of its token."""
+        if self._server is None:
+            raise OSError("callbacks do not listen: restart the gateway")
+        token = secrets.token_hex(32)
+        digest = hashlib.sha256(token.encode("ascii")).hexdigest()
+        until_s = time.time() + self._top["callbackTokenTTL"]
+        self._store.run("INSERT INTO tokens VALUES (?,?,?,?,?,?)", digest, account, inbox, session,
+                        message_json(message), until_s)
+        bound = self._top["callbackHost"]
+        host = self._top["callbackPublicHost"] or {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+            bound, bound)
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        port = self._top["callbackPublicPort"] or self._server.server_address[1]
+        return f"http://{host}:{port}{CALLBACK_PATH}/{token}", digest
+
+    def drop(self, digest: str) -> None:
+        """Make a token worthless."""
+        self._store.run("DELETE FROM tokens WHERE hash=?", digest)
+
+    def answer(self, method: str, path: str, signature: str, body: Optional[bytes]
+               ) -> tuple[int, Optional[Json]]:
+        """Return status and body of the answer to a call; `body` is None if it is too large."""
+        bare = path.partition("?")[0]
+        token = bare[len(CALLBACK_PATH) + 1:] if bare.startswith(f"{CALLBACK_PATH}/") else ""
+        if method == "OPTIONS":
+            return 204, None
+        if method == "POST" and bare.rstrip("/") == CALLBACK_PATH:
+            told = "the token belongs in the path: POST /ocg/callback/{token}"
+            return 400, {"error": told}
+        if not _TOKEN.fullmatch(token):
+            return 404, {"error": "not found"}
+        if method != "POST":
+            return 405, {"error": "use POST"}
+        if body is None:
+            return 413, {"error": f"more than {_MAX_CALLBACK_BYTES} bytes"}
+        if not self._is_signed(signature, body):
+            return 401, {"error": "signature verification failed"}
+        try:
+            reply = reply_of(body)
+        except ValueError as problem:
+            return 400, {"error": str(problem)}
+        try:
+            return self._take(hashlib.sha256(token.encode("ascii")).hexdigest(), reply)
+        except OSError as problem:
+            self._log.event("error", "a callback was not stored", why=problem)
+            return 500, {"error": "the answer could not be stored; call again"}
+
+    def _is_signed(self, signature: str, body: bytes) -> bool:
+        secret = self._top["callbackSecret"]
+        if not secret:
+            return True
+        found = _SIGNATURE.fullmatch(signature.strip())
+        expected = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+        return found is not None and hmac.compare_digest(found.group(1).lower(), expected)
+
+    def _take(self, digest: str, reply: str) -> tuple[int, Json]:
+        """Commit an answer and the end of its token together."""
+        with self._store.transaction():
+            found = self._store.rows("SELECT * FROM tokens WHERE hash=? AND until_s>?", digest,
+                                     time.time())
+            live = self._accounts.get(found[0]["account"]) if found else None
+            if live is None:
+                return _UNKNOWN_TOKEN
+            message = message_of(found[0]["message"])
+            rows = [OutRow(text, reply_route(live.account, message, number == 0))
+                    for number, text in enumerate(live.split(reply))]
+            self._store.put_out(live.account.id, message.chat, found[0]["inbox"],
+                                live.within_budget(rows, 0))
+            if live.settings["memory"] == "gateway":
+                self._store.remember(found[0]["session"], "assistant", reply)
+            self.drop(digest)
+        live.sender.nudge()
+        return 200, {"ok": True}
+
+    def expire(self) -> None:
+        """Tell those whose answer has not come in time."""
+        with self._store.transaction():
+            for row in self._store.rows("SELECT * FROM tokens WHERE until_s<=?", time.time()):
+                live, reference = self._accounts.get(row["account"]), new_reference()
+                self._log.event("error", "no callback came in time", ref=reference,
+                                session=row["session"])
+                if live is not None:
+                    live.say(message_of(row["message"]), f"No answer came in time. ({reference})",
+                             row["inbox"])
+                    live.sender.nudge()
+                self.drop(row["hash"])
+
+
+def reply_of(body: bytes) -> str:
+    """Return the text that a call brings. Raises ValueError naming what is wrong with it."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        raise ValueError("the body is not JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("the body is not a JSON object")
+    reply, is_error = content.get("reply"), content.get("isError", False)
+    if not isinstance(is_error, bool):
+        raise ValueError("isError: use true or false")
+    if isinstance(reply, dict):
+        reply = reply.get("text") or text_of(reply.get("content")) or compact(reply)
+    if not isinstance(reply, str) or not reply.strip():
+        raise ValueError("reply: use a text, or an object with text or content")
+    return f"\u26a0\ufe0f {reply}" if is_error else reply
+
+
+class _CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Reads one call and writes its answer."""
+
+    callbacks: ClassVar[Callbacks]
+    timeout = _CALLBACK_READ_S
+    server_version, sys_version = "ocp_channels", ""
+
+    def _answer(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        size = int(length) if length.isdigit() else 0
+        body = self.rfile.read(size) if size <= _MAX_CALLBACK_BYTES else None
+        status, content = self.callbacks.answer(
+            self.command, self.path, self.headers.get("X-OCG-Signature", ""), body)
+        data = b"" if content is None else compact(content).encode("ascii")
+        self.close_connection = self.close_connection or body is None
+        self.send_response(status)
+        for name, value in {**_CORS, "Content-Type": "application/json"}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_OPTIONS = do_GET = do_PUT = do_DELETE = do_HEAD = _answer  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Write nothing: the address has the token in it."""
 
 
 # ==== 21. App ================================================================
+# Owns every long-lived object. Each account has a thread that receives and one that sends; a
+# socket in OCP's folder lets the commands of another shell act on the gateway.
+
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+#: A connection that held so long begins the pauses anew.
+_HEALTHY_S = 60.0
+_DRAIN_S = 20.0
+_TEND_S, _SWEEP_S = 10.0, 3600.0
+_SOCKET_TIMEOUT_S = 60.0
+_MAX_SOCKET_PATH = 100
+
+
+class Paths(NamedTuple):
+    """Where the files of one gateway are."""
+
+    home: str
+
+    def of(self, name: str) -> str:
+        """Return the path of a file, such as channels.db."""
+        return os.path.join(self.home, name)
+
+    @property
+    def database(self) -> str:
+        """Return the path of the database."""
+        return self.of("channels.db")
+
+    @property
+    def socket(self) -> str:
+        """Return the path of the control socket. Raises Problem if it is too long for one."""
+        path = self.of("channels.sock")
+        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+            raise Problem(Exit.USAGE, f"{self.home}: too long for the path of a socket; set "
+                          "OCP_HOME to a shorter one")
+        return path
+
+
+class App:
+    """The gateway."""
+
+    def __init__(
+        self, paths: Paths, load: Callable[[], Settings], log: Log, environ: Mapping[str, str]
+    ) -> None:
+        """`load` reads the settings anew. Raises SettingsError, OSError, and Problem if a gateway
+        runs already."""
+        self._paths, self._load, self._log, self._environ = paths, load, log, environ
+        self.settings = load()
+        self._lock_file = open(paths.of("channels.lock"), "a")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.close()
+            raise Problem(Exit.FAILED, "a gateway runs already; see: status") from None
+        self._store = Store(paths.database)
+        self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"])
+        #: Every account, also one that does not run; by id.
+        self._accounts: dict[str, LiveAccount] = {}
+        self._callbacks = Callbacks(self._store, log, self.settings.top, self.lanes.accounts)
+        self._shared = Shared(self._store, Access(self._store), log, environ,
+                              self._callbacks.new, self._callbacks.drop)
+        #: Guards starting and stopping of accounts.
+        self._change = threading.Lock()
+        self._threads: dict[str, list[threading.Thread]] = {}
+        self.is_over = threading.Event()
+        self._started_s = time.time()
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def run(self, only: str = "") -> None:
+        """Serve until `is_over` is set. `only` is the channel that is started. Raises Problem."""
+        control = Control(self._paths.socket, self.perform)
+        try:
+            if any(each.settings["async"] for each in self.settings.accounts):
+                self._callbacks.start()
+            self._spawn("lanes", self.lanes.run)
+            self.start_accounts(only, "")
+            self._spawn("control", control.run)
+            self._tend()
+        finally:
+            control.close()
+            self._close()
+
+    def _spawn(self, name: str, run: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _tend(self) -> None:
+        """Do what is due from time to time, until the end."""
+        sweep_s = 0.0
+        while not self.is_over.wait(_TEND_S if sweep_s else 0.0):
+            try:
+                self._callbacks.expire()
+                if time.monotonic() >= sweep_s:
+                    sweep_s = time.monotonic() + _SWEEP_S
+                    self._store.sweep()
+            except OSError as problem:
+                sweep_s = time.monotonic() + _SWEEP_S
+                self._log.event("error", "cannot clean up", why=problem)
+
+    def _close(self) -> None:
+        """Receive nothing more, let turns come to their end, send what is there, and close."""
+        for live in self._accounts.values():
+            live.end()
+        self.lanes.close(_DRAIN_S)
+        until_s = time.monotonic() + 3.0
+        while time.monotonic() < until_s and any(
+                self._store.next_out(each) for each, live in self._accounts.items()
+                if live.status in SENDING_STATES):
+            time.sleep(0.05)
+        for live in self._accounts.values():
+            live.sender.end()
+        for thread in itertools.chain(*self._threads.values()):
+            thread.join(2.0)
+        self._callbacks.close()
+        for live in self._accounts.values():
+            live.http.close()
+        self._store.close()
+        self._lock_file.close()
+
+    # -- accounts ---------------------------------------------------------------------------------
+
+    def start_accounts(self, channel: str, account: str) -> list[str]:
+        """Read the settings and start the accounts of a channel that do not run; empty = all.
+        Returns their ids. Raises SettingsError."""
+        with self._change:
+            self.settings = self._load()
+            chosen = [each for each in self.settings.accounts if is_chosen(each, channel, account)]
+            return [each.id for each in chosen if self._start(each)]
+
+    def _start(self, account: Account) -> bool:
+        old = self._accounts.get(account.id)
+        if old is not None and not old.stop.is_set():
+            return False
+        self._log.hide([str(account.settings[key]) for key in account.row.credentials])
+        self._log.hide([account.settings["apiKey"], self.settings.top["callbackSecret"]])
+        live = LiveAccount(account, self._shared, self.lanes)
+        self._accounts[account.id] = live
+        if account.missing or not account.is_enabled:
+            live.status = "not configured" if account.missing else "stopped"
+            live.why = f"{', '.join(account.missing)} missing" if account.missing else "not enabled"
+            live.stop.set()
+            self._log.event("warning", f"{account.id} {live.status}", why=live.why)
+            return False
+        live.started_s = time.time()
+        self.lanes.accounts[account.id] = live
+        self._threads[account.id] = [
+            self._spawn(f"receive {account.id}", lambda: self._supervise(live)),
+            self._spawn(f"send {account.id}", live.sender.run),
+        ]
+        self.lanes.nudge("")
+        return True
+
+    def stop_accounts(self, channel: str, account: str) -> list[str]:
+        """Stop the accounts of a channel that run, and return their ids."""
+        with self._change:
+            chosen = [each for each in self._accounts.values()
+                      if is_chosen(each.account, channel, account) and not each.stop.is_set()]
+            for live in chosen:
+                live.end()
+                live.sender.end()
+                live.status, live.why = "stopped", ""
+                self.lanes.accounts.pop(live.account.id, None)
+            for live in chosen:
+                for thread in self._threads.pop(live.account.id, []):
+                    thread.join(5.0)
+                live.http.close()
+            return [live.account.id for live in chosen]
+
+    def _supervise(self, live: LiveAccount) -> None:
+        """Keep a channel receiving until its account has to stop."""
+        failures = 0
+        while not live.stop.is_set():
+            began_s, after_s = time.monotonic(), 0.0
+            try:
+                live.channel.run()
+                if live.stop.is_set():
+                    return
+                why = "it ended"
+            except Fatal as fatal:
+                live.status = "login needed" if fatal.needs_login else "failed"
+                live.why = f"{fatal}: {fatal.fix}"
+                live.log("error", live.status, why=live.why)
+                live.stop.wait()
+                return
+            except Retry as retry:
+                why, after_s = str(retry), retry.after_s
+            except Exception as problem:  # A fault in one channel must not end the others.
+                why = f"{type(problem).__name__}: {problem}"
+            failures = 0 if time.monotonic() - began_s > _HEALTHY_S else failures
+            pause_s = after_s or _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+            failures += 1
+            if not live.stop.is_set():
+                live.status, live.why = "retrying", clean(why)
+                live.log("warning", "connection lost", why=why, again_in_s=round(pause_s, 1))
+            live.stop.wait(pause_s)
+
+    # -- the control socket -----------------------------------------------------------------------
+
+    def perform(self, request: Json) -> Json:
+        """Do what a command of another shell asks, and return what it is told."""
+        channel, account = str(request.get("channel", "")), str(request.get("account", ""))
+        wish = request.get("do")
+        if wish == "status":
+            return self.status(is_probing=bool(request.get("probe")))
+        if wish == "stop":
+            self.is_over.set()
+            return {"pid": os.getpid()}
+        if wish == "nudge":
+            for live in list(self._accounts.values()):
+                live.sender.nudge()
+            return {}
+        if wish not in ("start account", "stop account", "restart account"):
+            return {"error": "this gateway does not know that command; restart it"}
+        stopped = self.stop_accounts(channel, account) if wish != "start account" else []
+        started: list[str] = []
+        if wish != "stop account":
+            try:
+                started = self.start_accounts(channel, account)
+            except SettingsError as problem:
+                return {"error": str(problem)}
+        return {"started": started, "stopped": stopped}
+
+    def status(self, *, is_probing: bool = False) -> Json:
+        """Return how everything is."""
+        channels = [self._status_of(live, is_probing) for live in list(self._accounts.values())]
+        people = self._shared.access.people()
+        return {
+            "pid": os.getpid(), "version": VERSION, "settings": self.settings.path,
+            "uptime": round(time.time() - self._started_s),
+            "agentUrl": self.settings.top["agentUrl"], "model": self.settings.top["model"],
+            "configured": len(channels), "turns": self.lanes.count(),
+            "running": sum(each["status"] == "running" for each in channels),
+            "pairing": [person["code"] for person in people if person["code"]],
+            "channels": channels,
+        }
+
+    def _status_of(self, live: LiveAccount, is_probing: bool) -> Json:
+        account = live.account
+        counts = {row[0]: row[1] for row in self._store.rows(
+            "SELECT status, COUNT(*) FROM outbox WHERE account=? GROUP BY status", account.id)}
+        found: Json = {
+            "id": account.row.id, "accountId": account.name, "status": live.status,
+            "uptime": round(time.time() - live.started_s) if live.started_s else 0,
+            "error": live.why, "note": live.word, "agentUrl": account.settings["agentUrl"],
+            "lastInboundAt": live.last_inbound_s, "lastFrameAt": live.last_frame_s,
+            "pending": counts.get("pending", 0) + counts.get("sending", 0),
+            "held": counts.get("held", 0), "dead": counts.get("dead", 0),
+            "dropped": dict(live.dropped), "origins": dict(account.origins),
+        }
+        if is_probing and not live.stop.is_set():
+            try:
+                found["bot"] = live.channel.probe()
+            except (Fatal, Retry) as problem:
+                found["error"] = found["error"] or str(problem)
+        return found
+
+
+def is_chosen(account: Account, channel: str, name: str) -> bool:
+    """Return whether an account is meant by the id of a channel and a name; empty = any."""
+    is_channel = channel in ("", account.row.id, *account.row.aliases)
+    return is_channel and name in ("", account.name)
+
+
+class Control:
+    """The socket by which commands reach the gateway: a line of JSON each way."""
+
+    def __init__(self, path: str, perform: Callable[[Json], Json]) -> None:
+        """Listen, for the owner alone. The caller holds the lock, so an old socket is nobody's."""
+        self._path, self._perform = path, perform
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Bound under a mask, because a mode that is set later comes too late.
+        mask = os.umask(0o177)
+        try:
+            self._socket.bind(path)
+        finally:
+            os.umask(mask)
+        self._socket.listen(16)
+
+    def run(self) -> None:
+        """Answer until it is closed."""
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(peer,), name="command",
+                             daemon=True).start()
+
+    def _answer(self, peer: socket.socket) -> None:
+        with peer, contextlib.suppress(OSError, ValueError):
+            peer.settimeout(_SOCKET_TIMEOUT_S)
+            with peer.makefile("rb") as file:
+                request = json.loads(file.readline(65_536))
+            peer.sendall(compact(self._perform(request)).encode("ascii") + b"\n")
+
+    def close(self) -> None:
+        """Answer no more."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+
+def ask_gateway(paths: Paths, request: Json) -> Optional[Json]:
+    """Return what the running gateway answers, None if none runs."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_SOCKET_TIMEOUT_S)
+        try:
+            sock.connect(paths.socket)
+            sock.sendall(compact(request).encode("ascii") + b"\n")
+            with sock.makefile("rb") as file:
+                answer = json.loads(file.readline())
+        except (OSError, ValueError):
+            return None
+    return answer if isinstance(answer, dict) else None
 
 
 # ==== 22. Plugins ============================================================
+# A channel in a file of the owner's: API = 1, and `def channel(api)` that returns a Row. It runs
+# with all rights of this program, so a file is loaded only if its hash is the one on record.
+
+PLUGIN_API = 1
+_MAX_PLUGIN_BYTES = 1024 * 1024
+_PLUGIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+#: Packages that the original gateway's instructions install, and the channel that does their work.
+BUILT_IN_PACKAGES: Mapping[str, str] = {
+    "grammy": "telegram", "@tencent-weixin/openclaw-weixin": "openclaw-weixin",
+    "@dingtalk-real-ai/dingtalk-connector": "dingtalk-connector", "@openclaw/qqbot": "qqbot",
+    "@tencent-connect/openclaw-qqbot": "qqbot",
+}
+
+
+class Plugins:
+    """The folder of plugins, and the record of their hashes."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.folder = paths.of("channels")
+        self._record = os.path.join(self.folder, "plugins.json")
+
+    def path(self, name: str) -> str:
+        """Return the path of a plugin's file."""
+        return os.path.join(self.folder, f"{name}.py")
+
+    def hashes(self) -> dict[str, str]:
+        """Return the hashes on record, by name. Raises SettingsError."""
+        return {str(name): str(value) for name, value in read_file(self._record).items()}
+
+    def load(self) -> tuple[list[Row], list[str]]:
+        """Return the rows of all plugins, and why others were not loaded."""
+        rows: list[Row] = []
+        refused: list[str] = []
+        hashes = self.hashes()
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        for name in sorted(each[:-3] for each in names if each.endswith(".py")):
+            try:
+                rows.append(self._load(name, hashes.get(name, "")))
+            except Exception as problem:  # Whatever is wrong with one must not end the others.
+                refused.append(f"plugin {name} is not loaded: {clean(problem)}")
+        return rows, refused
+
+    def _load(self, name: str, digest: str) -> Row:
+        with open(self.path(name), "rb") as file:
+            source = file.read()
+        # The bytes that were checked are the bytes that run.
+        if hashlib.sha256(source).hexdigest() != digest:
+            raise ValueError("its content is not what was installed; install it again")
+        values: dict[str, Any] = {"__name__": f"ocp_channel_{name}", "__file__": self.path(name)}
+        exec(compile(source, self.path(name), "exec"), values)
+        if values.get("API") != PLUGIN_API:
+            raise ValueError(f"it is for another version of this program (API {PLUGIN_API})")
+        row = values["channel"](PLUGIN_TOOLS)
+        if not isinstance(row, Row):
+            raise ValueError("channel(api) has to return a Row")
+        return row
+
+    def install(self, source: str, name: str) -> None:
+        """Copy a file and put its hash on record; replaces one of the same name."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        content = source.encode()
+        hashes = {**self.hashes(), name: hashlib.sha256(content).hexdigest()}
+        write_whole(self._record, json.dumps(hashes, indent=2).encode() + b"\n")
+        write_whole(self.path(name), content)
+
+    def remove(self, name: str) -> bool:
+        """Remove a plugin; return whether it was there."""
+        hashes = self.hashes()
+        was_there = hashes.pop(name, None) is not None
+        if was_there:
+            write_whole(self._record, json.dumps(hashes, indent=2).encode() + b"\n")
+        if _PLUGIN_NAME.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(name))
+        return was_there
+
+
+#: What a plugin may use of this program.
+PLUGIN_TOOLS = types.SimpleNamespace(
+    Message=Message, Attachment=Attachment, Part=Part, Row=Row, Channel=Channel, Fatal=Fatal,
+    Retry=Retry, SendFailed=SendFailed, NetworkFailed=NetworkFailed, Http=Http, WebSocket=WebSocket,
+    WebSocketClosed=WebSocketClosed, render=render, Markup=Markup, PLAIN=PLAIN,
+    text_value=text_value, flag_value=flag_value, mapping_value=mapping_value,
+    platform_url_value=platform_url_value,
+)
 
 
 # ==== 23. Command line =======================================================
+# What the owner types. Commands that concern a running gateway reach it by its socket; those that
+# change settings or people write the file or the database, and then tell it.
+
+_START_S = 15.0
+_STOP_S = 40.0
+_LOGIN_COLUMNS = 80
+
+
+class Here(NamedTuple):
+    """Where a command runs."""
+
+    environ: Mapping[str, str]
+    paths: Paths
+    settings_path: str
+    rows: tuple[Row, ...]
+    #: Why plugins were not loaded.
+    refused: tuple[str, ...]
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str], named: str) -> Here:
+        """Return it for an environment and the file that --config names. Raises Problem."""
+        home = os.path.abspath(os.path.expanduser(environ.get("OCP_HOME") or "~/.ocp"))
+        try:
+            os.makedirs(home, mode=0o700, exist_ok=True)
+            paths = Paths(home)
+            rows, refused = Plugins(paths).load()
+        except OSError as problem:
+            raise Problem(Exit.FAILED, f"{home}: {reason_of(problem)}") from None
+        path = settings_path(named, environ, home)
+        return cls(environ, paths, path, (*ROWS, *rows), tuple(refused))
+
+    def load(self) -> Settings:
+        """Return the settings. Raises SettingsError."""
+        return load_settings(self.settings_path, self.environ, self.rows)
+
+    def row(self, name: str) -> Row:
+        """Return a channel by its id or another name of it. Raises Problem."""
+        found = next((row for row in self.rows if name in (row.id, *row.aliases)), None)
+        if found is None:
+            known = ", ".join(row.id for row in self.rows)
+            raise Problem(Exit.FAILED, f'no channel "{clean(name)}"; there are: {known}')
+        return found
+
+    def ask(self, request: Json) -> Json:
+        """Return what the running gateway answers. Raises Problem."""
+        answer = ask_gateway(self.paths, request)
+        if answer is None:
+            raise Problem(Exit.UNREACHABLE, "no gateway runs here; start one with: start")
+        if "error" in answer:
+            raise Problem(Exit.FAILED, str(answer["error"]))
+        return answer
+
+    @contextlib.contextmanager
+    def store(self) -> Iterator[Store]:
+        """Open the database."""
+        store = Store(self.paths.database)
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+Arguments = argparse.Namespace
+
+
+# -- the gateway ----------------------------------------------------------------------------------
+
+
+def do_start(here: Here, arguments: Arguments) -> int:
+    """Start the gateway, here or in the background."""
+    if arguments.channel:
+        row = here.row(arguments.channel)
+        arguments.channel = row.id
+        running = ask_gateway(here.paths, {"do": "start account", "channel": row.id})
+        if running is not None:
+            return tell_changed(running)
+    if arguments.background:
+        return start_in_background(here, arguments)
+    settings = here.load()
+    if not any(each.is_enabled and not each.missing for each in settings.accounts):
+        lines = [f"{each.id}: not configured ({', '.join(each.missing) or 'not enabled'})"
+                 for each in settings.accounts]
+        add = "Add one with: channels add --channel telegram --botToken TOKEN"
+        raise Problem(Exit.USAGE, "\n".join([*lines, "no channel is configured.", add]))
+    folder = os.path.abspath(arguments.log_dir or here.paths.home)
+    stream = None if arguments.is_child else sys.stderr
+    path = os.path.join(folder, "channels.log") if arguments.log_file or stream is None else ""
+    log = Log(path, stream, bool(settings.top["verbose"]))
+    for warning in (*settings.warnings, *here.refused):
+        log.line("warning", warning)
+    app = App(here.paths, here.load, log, here.environ)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: app.is_over.set())
+    log.line("info", f"ocp_channels {VERSION}, settings {settings.path}, agent "
+                     f"{settings.top['agentUrl']}, model {settings.top['model']}")
+    app.run(arguments.channel)
+    return Exit.OK
+
+
+def start_in_background(here: Here, arguments: Arguments) -> int:
+    """Start the gateway in a process of its own, and return when it answers."""
+    if ask_gateway(here.paths, {"do": "nudge"}) is not None:
+        raise Problem(Exit.FAILED, "a gateway runs already; see: status")
+    command = [sys.executable, os.path.abspath(__file__), "--config", here.settings_path, "start",
+               "--is-child", "--log-dir", arguments.log_dir or here.paths.home]
+    command += ["--channel", arguments.channel] if arguments.channel else []
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+            start_new_session=True, env=dict(here.environ), cwd=here.paths.home)
+        until_s = time.monotonic() + _START_S
+        while ask_gateway(here.paths, {"do": "nudge"}) is None:
+            if child.poll() is not None or time.monotonic() > until_s:
+                errors.seek(0)
+                told = errors.read().decode(errors="replace").strip()
+                code = child.returncode or Exit.FAILED
+                child.returncode = code
+                raise Problem(Exit(code) if code in set(Exit) else Exit.FAILED,
+                              told or "the gateway did not start in time")
+            time.sleep(0.05)
+    # It goes on without this process.
+    child.returncode = 0
+    log = os.path.join(os.path.abspath(arguments.log_dir or here.paths.home), "channels.log")
+    print(f"Started: pid {child.pid}, log {log}")
+    return Exit.OK
+
+
+def do_stop(here: Here, arguments: Arguments) -> int:
+    """Stop the gateway, after the answers that are being written; or one channel of it."""
+    if arguments.channel:
+        return do_change(here, arguments)
+    pid = here.ask({"do": "stop"})["pid"]
+    until_s = time.monotonic() + _STOP_S
+    while is_locked(here.paths.of("channels.lock")):
+        if time.monotonic() > until_s:
+            raise Problem(Exit.FAILED, f"process {pid} does not end; kill it: kill -9 {pid}")
+        time.sleep(0.05)
+    print("Stopped.")
+    return Exit.OK
+
+
+def is_locked(path: str) -> bool:
+    """Return whether a gateway holds the lock."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def do_restart(here: Here, arguments: Arguments) -> int:
+    """Stop the gateway and start it in the background; or one channel of it."""
+    if arguments.channel:
+        return do_change(here, arguments)
+    if ask_gateway(here.paths, {"do": "nudge"}) is not None:
+        do_stop(here, arguments)
+    arguments.channel, arguments.log_dir = "", ""
+    return start_in_background(here, arguments)
+
+
+def do_status(here: Here, arguments: Arguments) -> int:
+    """Print how the gateway and its accounts are."""
+    status = here.ask({"do": "status", "probe": arguments.probe})
+    if arguments.channel:
+        row = here.row(arguments.channel)
+        status["channels"] = [each for each in status["channels"] if each["id"] == row.id]
+    if arguments.json:
+        print(json.dumps(status, indent=2))
+        return Exit.OK
+    print(f"Agent: {status['agentUrl']}\nModel: {status['model']}")
+    print(f"Channels configured: {status['configured']}, running: {status['running']}")
+    for each in status["channels"]:
+        print(status_line(each, status["agentUrl"]))
+    for code in status["pairing"]:
+        print(f"Somebody waits for approval: pairing approve {code}")
+    for line in here.refused:
+        print(line)
+    return Exit.OK
+
+
+def status_line(each: Json, agent_url: str) -> str:
+    """Return what is told of one account, with what its owner has to do about it."""
+    name = each["id"] + ("" if each["accountId"] == "default" else f" ({each['accountId']})")
+    words = [f"{name}  {each['status']}", each.get("bot", "")]
+    words.append(f"uptime: {each['uptime']}s" if each["status"] == "running" else each["error"])
+    words.append(f"agent: {each['agentUrl']}" if each["agentUrl"] != agent_url else "")
+    words += [f"{each[key]} {key}" for key in ("pending", "held", "dead") if each[key]]
+    words += [f"not answered, {reason}: {count}" for reason, count in each["dropped"].items()]
+    return "  ".join(clean(word) for word in (*words, each["note"]) if word)
+
+
+def do_version(here: Here, arguments: Arguments) -> int:
+    """Print the version."""
+    print(f"ocp_channels {VERSION}")
+    return Exit.OK
+
+
+# -- channels -------------------------------------------------------------------------------------
+
+
+def do_list(here: Here, arguments: Arguments) -> int:
+    """Print the channels that are configured, or all."""
+    configured = [account.row.id for account in here.load().accounts]
+    ids = [row.id for row in here.rows if arguments.all or row.id in configured]
+    print(json.dumps(ids) if arguments.json else "\n".join(ids) or "no channel is configured")
+    return Exit.OK
+
+
+def do_change(here: Here, arguments: Arguments) -> int:
+    """Start, stop or restart the accounts of a channel in the running gateway."""
+    row = here.row(arguments.channel)
+    return tell_changed(here.ask({"do": f"{arguments.verb} account", "channel": row.id,
+                                  "account": arguments.account}))
+
+
+def tell_changed(answer: Json) -> int:
+    """Print what a gateway started and stopped."""
+    if "error" in answer:
+        raise Problem(Exit.FAILED, str(answer["error"]))
+    for word in ("stopped", "started"):
+        if answer[word]:
+            print(f"{word.capitalize()}: {', '.join(answer[word])}")
+    if not answer["started"] and not answer["stopped"]:
+        print("Nothing changed; see: status")
+    return Exit.OK
+
+
+def do_add(here: Here, arguments: Arguments) -> int:
+    """Write an account into the settings, when its platform knows the bot."""
+    row = here.row(arguments.channel)
+    content = read_file(here.settings_path)
+    values = values_of(row, arguments.rest)
+    merge_account(content, row, arguments.account, values)
+    account = checked(here, content, row, arguments.account)
+    if account.missing:
+        raise Problem(Exit.USAGE, f"{', '.join(account.missing)} missing. {row.help}")
+    if not arguments.no_probe and not (row.has_login and not row.credentials):
+        try:
+            print(f"The bot is {clean(probe_account(here, account))}.")
+        except Fatal as fatal:
+            raise Problem(Exit.FAILED, f"not saved: {fatal}; {fatal.fix}") from None
+        except Retry as problem:
+            print(f"Warning: the platform could not be asked ({problem}).")
+    save_settings(here.settings_path, content)
+    print(f"Saved {account.id} in {here.settings_path}.")
+    return take_over(here, row, arguments.account)
+
+
+def take_over(here: Here, row: Row, account: str) -> int:
+    """Let a running gateway use the new settings of an account."""
+    answer = ask_gateway(here.paths, {"do": "restart account", "channel": row.id,
+                                      "account": account})
+    if answer is None:
+        print("Start the gateway with: start")
+        return Exit.OK
+    return tell_changed(answer)
+
+
+def checked(here: Here, content: Json, row: Row, name: str) -> Account:
+    """Return an account as it would be with this content of the file. Raises SettingsError."""
+    reader = _Reader(here.settings_path, here.environ, list(here.rows))
+    accounts = reader.read(content).accounts
+    if reader.errors:
+        raise SettingsError(reader.errors)
+    return next(each for each in accounts if each.row.id == row.id and each.name == name)
+
+
+def values_of(row: Row, rest: list[str]) -> Json:
+    """Return the settings that flags name: --KEY VALUE, or --KEY=VALUE. Raises Problem."""
+    values: Json = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise Problem(Exit.USAGE, f"{clean(word)}: use --KEY VALUE")
+        key, has_value, text = word[2:].partition("=")
+        text = text if has_value else next(words, "")
+        if key == "token" and "token" not in row.credentials:
+            pieces = text.split(":", 1) if len(row.credentials) > 1 else [text]
+            values.update(zip(row.credentials, pieces))
+        else:
+            values[key] = written_value(text)
+    return values
+
+
+def written_value(text: str) -> object:
+    """Return the JSON value that a flag's text stands for."""
+    if text in ("true", "false"):
+        return text == "true"
+    if text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return text
+
+
+def merge_account(content: Json, row: Row, account: str, values: Json) -> None:
+    """Put the settings of an account into the content of the file, where it has its place."""
+    channels = content.setdefault("channels", {})
+    name = next((each for each in channels if each in (row.id, *row.aliases)), row.id)
+    place = channels.setdefault(name, {"enabled": True})
+    accounts = place.get("accounts") or {}
+    if account != "default" or account in accounts:
+        place = place.setdefault("accounts", {}).setdefault(account, {})
+    place.update(values)
+
+
+def save_settings(path: str, content: Json) -> None:
+    """Replace the file; the one that was there before the first change stays as .bak."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    if os.path.exists(path) and not os.path.exists(f"{path}.bak"):
+        with open(path, "rb") as file:
+            write_whole(f"{path}.bak", file.read())
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+class LooseTools:
+    """The tools of a channel that is only asked who it is, or logged in."""
+
+    def __init__(self, account: Account, state: Json) -> None:
+        self.settings, self.stop = account.settings, threading.Event()
+        self._state = state
+
+    def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
+        """Take over nothing."""
+
+    def state(self) -> Json:
+        """Return the state of the account."""
+        return self._state
+
+    def on_stop(self, wake: Callable[[], None]) -> None:
+        """Never stop."""
+
+    def note_frame(self) -> None:
+        """Note nothing."""
+
+    def note(self, word: str) -> None:
+        """Note nothing."""
+
+    def log(self, level: str, event: str, **fields: object) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def loose_channel(here: Here, account: Account, state: Json) -> Iterator[Channel]:
+    """Yield the channel of an account that does not run."""
+    web = Http(Connector(account.settings["proxy"], here.environ))
+    try:
+        yield account.row.make(LooseTools(account, state), web)
+    finally:
+        web.close()
+
+
+def probe_account(here: Here, account: Account) -> str:
+    """Return who the bot is. Raises Fatal, Retry."""
+    with loose_channel(here, account, {}) as channel:
+        return channel.probe()
+
+
+def do_remove(here: Here, arguments: Arguments) -> int:
+    """Take a channel or an account out of the settings."""
+    row = here.row(arguments.channel)
+    content = read_file(here.settings_path)
+    channels = content.get("channels", {})
+    name = next((each for each in channels if each in (row.id, *row.aliases)), None)
+    accounts = channels[name].get("accounts") or {} if name else {}
+    if name is None or arguments.account not in ("", "default", *accounts):
+        raise Problem(Exit.FAILED, "the settings have no such account")
+    target = f"{row.id}{f':{arguments.account}' if arguments.account else ' with all accounts'}"
+    confirm(f"Remove {target}?", arguments.yes)
+    if arguments.account in accounts:
+        del accounts[arguments.account]
+    elif arguments.account and accounts:
+        for key in row.credentials:
+            channels[name].pop(key, None)
+    if not arguments.account or not accounts:
+        del channels[name]
+    save_settings(here.settings_path, content)
+    ask_gateway(here.paths, {"do": "stop account", "channel": row.id,
+                             "account": arguments.account})
+    if arguments.purge:
+        purge(here, f"{row.id}:{arguments.account or '%'}")
+    print(f"Removed {target}.")
+    return Exit.OK
+
+
+def purge(here: Here, account: str) -> None:
+    """Delete everything that the database has of accounts; % = all of a channel."""
+    with here.store() as store, store.transaction():
+        for table in ("states", "seen", "inbox", "outbox", "people", "tokens"):
+            store.run(f"DELETE FROM {table} WHERE account LIKE ?", account)
+        for table, column in (("history", "session"), ("lanes", "lane")):
+            store.run(f"DELETE FROM {table} WHERE {column} LIKE ?", f"{account}:%")
+
+
+def confirm(question: str, is_yes: bool) -> None:
+    """Ask on a terminal. Raises Problem unless the answer is yes."""
+    if is_yes:
+        return
+    if not sys.stdin.isatty():
+        raise Problem(Exit.USAGE, "nobody to ask here: add --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Problem(Exit.FAILED, "nothing was changed")
+
+
+class Terminal:
+    """The console of a login."""
+
+    def show_link(self, url: str) -> None:
+        """Show a link as a QR code on a terminal, and as text."""
+        if sys.stdout.isatty():
+            columns = shutil.get_terminal_size((_LOGIN_COLUMNS, 24)).columns
+            with contextlib.suppress(ValueError):
+                print("\n".join(qr_lines(url.encode(), columns)))
+        print(url, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(clean(text), flush=True)
+
+    def ask(self, question: str) -> str:
+        """Return a line that the user types."""
+        return input(f"{clean(question)} ").strip()
+
+
+def do_login(here: Here, arguments: Arguments) -> int:
+    """Log an account in by a QR code."""
+    row = here.row(arguments.channel)
+    if not row.has_login:
+        raise Problem(Exit.USAGE, f"{row.label} has no login. {row.help}")
+    content = read_file(here.settings_path)
+    merge_account(content, row, arguments.account, {})
+    account = checked(here, content, row, arguments.account)
+    with here.store() as store:
+        state = {} if arguments.force else store.state(account.id)
+        with loose_channel(here, account, state) as channel:
+            try:
+                found = dict(channel.login(Terminal()))
+            except Fatal as fatal:
+                raise Problem(Exit.FAILED, f"{fatal}: {fatal.fix}") from None
+        owner = str(found.pop("owner", ""))
+        credentials = {key: found.pop(key) for key in row.credentials if key in found}
+        merge_account(content, row, arguments.account, credentials)
+        save_settings(here.settings_path, content)
+        with store.transaction():
+            store.put_state(account.id, {**state, **found})
+            if owner:
+                store.run("INSERT OR REPLACE INTO people VALUES (?,?,'','{}','','',1,?)",
+                          account.id, owner, time.time())
+    print(f"{account.id} is logged in.")
+    return take_over(here, row, arguments.account)
+
+
+# -- people and parts -----------------------------------------------------------------------------
+
+
+def do_pairing_list(here: Here, arguments: Arguments) -> int:
+    """Print who waits for approval and who has it."""
+    with here.store() as store:
+        people = Access(store).people()
+    for person in people:
+        role = f"waits: pairing approve {person['code']}" if person["code"] else (
+            "owner" if person["is_owner"] else "approved")
+        print(f"{person['account']}  {clean(person['sender'])}  {person['name']}  {role}")
+    if not people:
+        print("Nobody has written yet.")
+    return Exit.OK
+
+
+def do_approve(here: Here, arguments: Arguments) -> int:
+    """Let somebody in by the code that he was given."""
+    with here.store() as store:
+        person = Access(store).approve(arguments.code, is_owner=arguments.owner)
+    if person is None:
+        raise Problem(Exit.FAILED, "nobody waits with this code; codes hold for an hour")
+    ask_gateway(here.paths, {"do": "nudge"})
+    role = " and owns the account" if person["is_owner"] else ""
+    print(f"{person['name']} ({clean(person['sender'])}) may write to {person['account']}{role}.")
+    return Exit.OK
+
+
+def do_revoke(here: Here, arguments: Arguments) -> int:
+    """Shut somebody out."""
+    row = here.row(arguments.channel)
+    with here.store() as store:
+        done = [Access(store).revoke(f"{row.id}:{name}", arguments.sender)
+                for name in {each.name for each in here.load().accounts if each.row.id == row.id}]
+    if not any(done):
+        raise Problem(Exit.FAILED, "nobody with this id was approved")
+    print("Revoked.")
+    return Exit.OK
+
+
+def do_outbox(here: Here, arguments: Arguments) -> int:
+    """Print the parts of answers that are not sent."""
+    with here.store() as store:
+        found = store.rows("SELECT id, account, chat, status, attempts, why, at_s, LENGTH(text)"
+                           " AS chars FROM outbox WHERE status<>'sent' ORDER BY id")
+    if arguments.json:
+        print(json.dumps([dict(row) for row in found], indent=2))
+        return Exit.OK
+    for row in found:
+        print(f"{row['id']}  {row['status']}  {row['account']}  {clean(row['chat'])}  "
+              f"{row['chars']} chars  {row['why']}")
+    if not found:
+        print("Everything is sent.")
+    return Exit.OK
+
+
+def do_outbox_change(here: Here, arguments: Arguments) -> int:
+    """Send a part again, or give it up."""
+    with here.store() as store:
+        if arguments.verb == "drop":
+            done = store.run("DELETE FROM outbox WHERE id=? AND status<>'sent'", arguments.id)
+        else:
+            done = store.run("UPDATE outbox SET status='pending', due_s=0, attempts=0, at_s=?"
+                             " WHERE id=? AND status<>'sent'", time.time(), arguments.id)
+    if not done:
+        raise Problem(Exit.FAILED, f"there is no part {arguments.id} that is not sent; see: outbox")
+    ask_gateway(here.paths, {"do": "nudge"})
+    print("Done.")
+    return Exit.OK
+
+
+# -- plugins --------------------------------------------------------------------------------------
+
+
+def do_plugins_install(here: Here, arguments: Arguments) -> int:
+    """Install a channel from a file or an https address."""
+    place = arguments.source
+    if place in BUILT_IN_PACKAGES:
+        print(f"Built in: {BUILT_IN_PACKAGES[place]}. Nothing has to be installed.")
+        return Exit.OK
+    source = read_plugin(here, place, arguments.sha256)
+    name = os.path.basename(urllib.parse.urlsplit(place).path)[:-3]
+    if not _PLUGIN_NAME.fullmatch(name):
+        raise Problem(Exit.USAGE, "name the file with letters, digits, - and _, and .py")
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    if arguments.sha256 and arguments.sha256.lower() != digest:
+        raise Problem(Exit.FAILED, f"its hash is {digest}, not the one that was given")
+    print(f"{name}: {len(source.encode())} bytes, sha256 {digest}.\n"
+          "It runs with all rights of this program.")
+    confirm("Install it?", arguments.yes)
+    Plugins(here.paths).install(source, name)
+    print(f"Installed {name}. Restart the gateway to load it.")
+    return Exit.OK
+
+
+def read_plugin(here: Here, place: str, digest: str) -> str:
+    """Return the source of a plugin. Raises Problem."""
+    try:
+        if place.startswith("https://"):
+            if not digest:
+                raise Problem(Exit.USAGE, "give the hash of what you expect: --sha256 HEX")
+            web = Http(Connector("", here.environ))
+            answer = web.call("GET", place, max_bytes=_MAX_PLUGIN_BYTES)
+            if answer.status != 200:
+                raise Problem(Exit.FAILED, f"the server answers {answer.status}")
+            return answer.body.decode()
+        if place.endswith(".py"):
+            with open(place, encoding="utf-8") as file:
+                return file.read(_MAX_PLUGIN_BYTES)
+    except (OSError, NetworkFailed, ValueError) as problem:
+        raise Problem(Exit.FAILED, f"{clean(place)}: {reason_of(problem)}") from None
+    raise Problem(
+        Exit.USAGE, f"{clean(place)} is no Python file, and packages of npm cannot run here. Every "
+        "channel of OpenClaw reaches OCP another way: install OpenClaw, run `openclaw plugins "
+        f"install {clean(place)}`, and `ocp connect openclaw` makes OCP its model provider.")
+
+
+def do_plugins_list(here: Here, arguments: Arguments) -> int:
+    """Print the plugins."""
+    hashes = Plugins(here.paths).hashes()
+    for name, digest in hashes.items():
+        print(f"{name}  sha256 {digest}")
+    for line in here.refused:
+        print(line)
+    if not hashes and not here.refused:
+        print("No plugin is installed; Telegram, Discord, WeChat, DingTalk and QQ are built in.")
+    return Exit.OK
+
+
+def do_plugins_remove(here: Here, arguments: Arguments) -> int:
+    """Remove a plugin."""
+    if not Plugins(here.paths).remove(arguments.name):
+        raise Problem(Exit.FAILED, f"there is no plugin {clean(arguments.name)}")
+    print("Removed.")
+    return Exit.OK
+
+
+# -- the self-test --------------------------------------------------------------------------------
+
+_TEST_DELTAS = ("Every ", "delta ", "comes ", "through.")
+_TEST_WAIT_S = 10.0
+
+
+class _TestAgent(http.server.BaseHTTPRequestHandler):
+    """A made-up agent: it streams, or calls back if it is asked to answer later."""
+
+    def do_POST(self) -> None:  # noqa: N802
+        """Answer a question."""
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        later = self.headers.get("X-OCG-Callback", "")
+        chunks = [compact({"choices": [{"delta": {"content": text}}]}) for text in _TEST_DELTAS]
+        body = "".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]")).encode()
+        self.send_response(202 if later else 200)
+        self.send_header("Content-Type", "application/json" if later else "text/event-stream")
+        self.send_header("Content-Length", "0" if later else str(len(body)))
+        self.end_headers()
+        if later:
+            web = Http(Connector("", {}))
+            web.call("POST", later, {"reply": "".join(_TEST_DELTAS)})
+            web.close()
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Write nothing."""
+
+
+class _TestChannel(Channel):
+    """A made-up platform: what is written in it, and what it was told to send."""
+
+    def __init__(self, tools: Tools, http: Http) -> None:
+        super().__init__(tools, http)
+        self.sent: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Receive nothing by itself."""
+        self.tools.note_frame()
+        self.tools.stop.wait()
+
+    def send(self, route: Json, part: Part) -> str:
+        """Keep a part."""
+        self.sent.put(part.text)
+        return "1"
+
+    def exchange(self, sender: str, text: str) -> str:
+        """Write a message and return the first part of its answer, empty if none comes."""
+        message = Message(secrets.token_hex(8), sender, "direct", sender, sender, text, True, "",
+                          (), time.time(), {})
+        self.tools.accept(message)
+        try:
+            return self.sent.get(timeout=_TEST_WAIT_S)
+        except queue.Empty:
+            return ""
+
+
+_TestChannel.row = Row("test", (), "Test", _TestChannel, 4000, {}, {})
+
+
+def do_test(here: Here, arguments: Arguments) -> int:
+    """Check this program with a made-up channel, and a made-up agent or that of --agent."""
+    agent = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _TestAgent)
+    threading.Thread(target=agent.serve_forever, args=(0.05,), daemon=True).start()
+    made_up = f"http://127.0.0.1:{agent.server_address[1]}/v1/chat/completions"
+    with tempfile.TemporaryDirectory(prefix="ocp-test-") as folder:
+        accounts = {"friend": {"allowFrom": ["1"], "agentUrl": arguments.agent or made_up},
+                    "later": {"allowFrom": ["1"], "async": True}}
+        path = os.path.join(folder, "channels.json")
+        save_settings(path, {"agentUrl": made_up, "callbackPort": 0,
+                             "channels": {"test": {"accounts": accounts}}})
+        app = App(Paths(folder), lambda: load_settings(path, {}, [_TestChannel.row]),
+                  Log(os.path.join(folder, "log"), None), {})
+        server = threading.Thread(target=app.run, daemon=True)
+        server.start()
+        try:
+            is_good = all([*run_checks(app.lanes, is_made_up=not arguments.agent)])
+        finally:
+            app.is_over.set()
+            server.join()
+            agent.shutdown()
+            agent.server_close()
+    return Exit.OK if is_good else Exit.FAILED
+
+
+def run_checks(lanes: Lanes, *, is_made_up: bool) -> Iterator[bool]:
+    """Print a line for each check and yield whether it passed."""
+    whole = "".join(_TEST_DELTAS)
+    until_s = time.monotonic() + _TEST_WAIT_S
+    while len(lanes.accounts) < 2 and time.monotonic() < until_s:
+        time.sleep(0.02)
+    friend, later = (cast(_TestChannel, lanes.accounts[f"test:{name}"].channel)
+                     for name in ("friend", "later"))
+    checks: tuple[tuple[str, Callable[[], str], str], ...] = (
+        ("the agent's answer arrives", lambda: friend.exchange("1", "Say hello."),
+         whole if is_made_up else ""),
+        ("a later answer arrives by callback", lambda: later.exchange("1", "hello"), whole),
+        ("a stranger gets a code", lambda: friend.exchange("2", "hello").partition(" Code")[0],
+         "This bot is private."),
+    )
+    for name, run, expected in checks:
+        found = run()
+        failing = [row.text.partition(".")[0] for row in FAILURES]
+        is_good = found == expected if expected else bool(found) and not found.startswith(
+            tuple(failing))
+        print(f"{'ok' if is_good else 'FAILED':7} {name}"
+              + ("" if is_good else f": {clean(found) or 'nothing came'}"))
+        yield is_good
+
+
+# -- reading the command line ---------------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """An argument of a command, as argparse takes it."""
+
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+def flag(*names: str, **options: Any) -> Flag:
+    """Return an argument."""
+    return Flag(names, options)
+
+
+class Command(NamedTuple):
+    """A command, by its one or two words."""
+
+    words: tuple[str, ...]
+    run: Callable[[Here, Arguments], int]
+    flags: tuple[Flag, ...] = ()
+
+
+_ONE_CHANNEL = flag("--channel", required=True, metavar="ID")
+_ANY_CHANNEL = flag("--channel", default="", metavar="ID")
+_ACCOUNT = flag("--account", default="default", metavar="NAME")
+_ANY_ACCOUNT = flag("--account", default="", metavar="NAME")
+_JSON = flag("--json", action="store_true", help="as JSON")
+_YES = flag("--yes", "-y", action="store_true", help="do not ask")
+_BACKGROUND = flag("-d", "--background", "--bg", "--daemon", action="store_true",
+                   help="in a process of its own")
+COMMANDS = (
+    Command(("start",), do_start, (
+        _BACKGROUND, _ANY_CHANNEL, flag("--account", default="", help=argparse.SUPPRESS),
+        flag("--log-file", action="store_true", help="write channels.log too"),
+        flag("--log-dir", default="", metavar="FOLDER"),
+        flag("--is-child", action="store_true", help=argparse.SUPPRESS))),
+    Command(("stop",), do_stop, (_ANY_CHANNEL, _ANY_ACCOUNT)),
+    Command(("restart",), do_restart, (_ANY_CHANNEL, _ANY_ACCOUNT)),
+    Command(("status",), do_status, (
+        _ANY_CHANNEL, _JSON, flag("--probe", action="store_true", help="ask the platforms too"))),
+    Command(("test",), do_test, (flag("--agent", default="", metavar="URL",
+                                      help="check this agent instead of a made-up one"),)),
+    Command(("version",), do_version),
+    Command(("list",), do_list, (
+        flag("--all", action="store_true", help="also what is not configured"), _JSON)),
+    Command(("add",), do_add, (
+        _ONE_CHANNEL, _ACCOUNT,
+        flag("--no-probe", action="store_true", help="do not ask the platform who the bot is"))),
+    Command(("remove",), do_remove, (
+        _ONE_CHANNEL, _ANY_ACCOUNT, _YES,
+        flag("--purge", action="store_true", help="delete its messages and people too"))),
+    Command(("login",), do_login, (
+        _ONE_CHANNEL, _ACCOUNT,
+        flag("--force", action="store_true", help="forget the former login first"))),
+    Command(("pairing", "list"), do_pairing_list),
+    Command(("pairing", "approve"), do_approve, (
+        flag("code"), flag("--owner", action="store_true", help="owns the account"))),
+    Command(("pairing", "revoke"), do_revoke, (flag("channel"), flag("sender"))),
+    Command(("outbox", "list"), do_outbox, (_JSON,)),
+    Command(("outbox", "retry"), do_outbox_change, (flag("id", type=int),)),
+    Command(("outbox", "drop"), do_outbox_change, (flag("id", type=int),)),
+    Command(("plugins", "install"), do_plugins_install, (
+        flag("source", metavar="FILE|URL"), flag("--sha256", default="", metavar="HEX"), _YES)),
+    Command(("plugins", "list"), do_plugins_list),
+    Command(("plugins", "remove"), do_plugins_remove, (flag("name"),)),
+)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    about = (__doc__ or "").split("\n\n")[0]
+    whole = argparse.ArgumentParser(prog="ocp_channels.py", description=about, allow_abbrev=False)
+    whole.add_argument("--config", default="", metavar="FILE", help="the settings")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    groups: dict[str, Any] = {}
+    for command in COMMANDS:
+        place = commands
+        if len(command.words) > 1:
+            word = command.words[0]
+            if word not in groups:
+                verbs = [each.words[1] for each in COMMANDS if each.words[0] == word]
+                group = commands.add_parser(word, help=", ".join(verbs), allow_abbrev=False)
+                groups[word] = group.add_subparsers(required=True, metavar="COMMAND")
+            place = groups[word]
+        told = (command.run.__doc__ or "").partition(".")[0]
+        parser = place.add_parser(command.words[-1], help=told, description=f"{told}.",
+                                  allow_abbrev=False)
+        for each in command.flags:
+            parser.add_argument(*each.names, **each.options)
+        parser.set_defaults(run=command.run, verb=command.words[-1])
+    return whole
+
+
+def read_arguments(argv: list[str]) -> Arguments:
+    """Return the arguments of a command; the word "channels" in front of it may be left out."""
+    words = [each for place, each in enumerate(argv) if each != "channels" or "channels" in
+             argv[:place] or any(not word.startswith("-") for word in argv[:place])]
+    if words == ["outbox"] or words == ["outbox", "--json"]:
+        words.insert(1, "list")
+    parser = command_parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and arguments.run is not do_add:
+        parser.error(f"not understood: {' '.join(rest)}")
+    arguments.rest = rest
+    return arguments
+
+
+def main(argv: list[str], environ: Mapping[str, str]) -> int:
+    """Run a command and return its exit code."""
+    arguments = read_arguments(argv)
+    try:
+        return int(arguments.run(Here.of(environ, arguments.config), arguments))
+    except SettingsError as problem:
+        print(problem, file=sys.stderr)
+        return Exit.USAGE
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return problem.code
+    except OSError as problem:
+        print(reason_of(problem), file=sys.stderr)
+        return Exit.FAILED
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
