@@ -3533,7 +3533,7 @@ class Turn:
         else:
             text = self._text.strip()
             silent = text in SILENT_ANSWERS
-            shown = self._text if text else "I have nothing to say to that."
+            shown = self._text.rstrip() or "I have nothing to say to that."
             self._finish([] if silent else growth.rest(lead + shown), content)
 
     def _growth(self) -> Growth:
