@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from typing import Iterator
 
 import pytest
@@ -22,16 +23,27 @@ def shared() -> Iterator[Gateway]:
             yield running
 
 
+def talk(gateway: Gateway, sender: int, *texts: str) -> None:
+    """Let somebody write one message after the other, each when the last one is answered."""
+    for text in texts:
+        count = len(gateway.telegram.screen(sender))
+        gateway.telegram.say(text, sender=sender)
+        eventually(functools.partial(has_more, gateway, sender, count))
+
+
+def has_more(gateway: Gateway, chat: int, count: int) -> bool:
+    """Whether more than so many messages are on a screen."""
+    return len(gateway.telegram.screen(chat)) > count
+
+
 def test_a_message_is_answered_by_the_agent(shared: Gateway) -> None:
     shared.telegram.say("hello", sender=1)
     eventually(lambda: shared.telegram.screen(1) == ["You said: hello"])
 
 
 def test_the_agent_gets_the_conversation_so_far(shared: Gateway) -> None:
-    telegram, agent = shared.telegram, shared.agent
-    for number, text in enumerate(("one", "two"), 1):
-        telegram.say(text, sender=2)
-        eventually(lambda: len(telegram.screen(2)) == number)
+    agent = shared.agent
+    talk(shared, 2, "one", "two")
     body = agent.requests[-1].body
     assert body["messages"] == [
         {"role": "user", "content": "one"}, {"role": "assistant", "content": "You said: one"},
@@ -41,10 +53,8 @@ def test_the_agent_gets_the_conversation_so_far(shared: Gateway) -> None:
 
 
 def test_new_begins_another_conversation(shared: Gateway) -> None:
-    telegram, agent = shared.telegram, shared.agent
-    for number, text in enumerate(("one", "/new", "two"), 1):
-        telegram.say(text, sender=3)
-        eventually(lambda: len(telegram.screen(3)) == number)
+    agent = shared.agent
+    talk(shared, 3, "one", "/new", "two")
     assert [message["content"] for message in agent.requests[-1].body["messages"]] == ["two"]
     assert agent.requests[-1].body["user"] == "telegram:default:3#2"
 
@@ -70,9 +80,7 @@ def test_stop_ends_a_running_turn_and_the_agent_sees_it(shared: Gateway) -> None
 
 def test_the_model_can_be_chosen_for_a_conversation(shared: Gateway) -> None:
     telegram = shared.telegram
-    for number, text in enumerate(("/model", "/model nothing", "/model opus", "hello"), 1):
-        telegram.say(text, sender=6)
-        eventually(lambda: len(telegram.screen(6)) == number)
+    talk(shared, 6, "/model", "/model nothing", "/model opus", "hello")
     listed, unknown, chosen, _ = telegram.screen(6)
     assert "sonnet, opus" in listed and 'no model "nothing"' in unknown and chosen == "Model: opus"
     assert shared.agent.requests[-1].body["model"] == "opus"

@@ -102,6 +102,10 @@ class FakeAgent:
         """The last text of each request."""
         return [request.text for request in list(self.requests)]
 
+    def was_asked(self, count: int) -> bool:
+        """Whether so many questions have come."""
+        return len(self.requests) == count
+
     def take(self, request: Request) -> Reply:
         with self._lock:
             self.requests.append(request)

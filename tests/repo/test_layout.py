@@ -17,7 +17,7 @@ SCRIPTS = sorted(REPO.glob("*.py"))
 SERVER = REPO / "ocp_server.py"
 TESTS = REPO / "tests"
 #: Where test files lie.
-ROOMS = ("unit", "server", "contract", "scripts", "clients", "repo")
+ROOMS = ("unit", "server", "channels", "contract", "scripts", "clients", "repo")
 #: What a test in unit has no use for: it starts no process. A module, or a name in one.
 STARTS_PROCESSES = {
     "subprocess", "multiprocessing", "pty", "forks", "server", "rig", "browser", "claude_driver",
@@ -88,7 +88,8 @@ _OF_THE_SERVICE = ["ocp.py", "setup.py_install.py", "uninstall.py"]
 #: Scripts that have to work alone, and therefore hold copies of a few functions.
 SHARED = {
     "drain": ["ocp.py", "setup.py_install.py"],
-    "exit": _OF_THE_SERVICE, "run_program": _OF_THE_SERVICE, "write_whole": _OF_THE_SERVICE,
+    "exit": sorted([*_OF_THE_SERVICE, "ocp_channels.py"]), "run_program": _OF_THE_SERVICE,
+    "write_whole": sorted([*_OF_THE_SERVICE, "ocp_channels.py"]),
     "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
     "env_file": ["ocp.py", "ocp_server.py", "setup.py_install.py"],
     "wrong_lines": ["ocp_server.py", "setup.py_install.py"],
@@ -116,7 +117,7 @@ def test_what_scripts_share_is_the_same_to_the_byte() -> None:
         assert len({pieces[script][name] for script in scripts}) == 1, name
 
 
-@pytest.mark.parametrize("name", _OF_THE_SERVICE)
+@pytest.mark.parametrize("name", [*_OF_THE_SERVICE, "ocp_channels.py"])
 def test_the_index_of_a_script_lists_its_sections_in_order(name: str) -> None:
     text = (REPO / name).read_text()
     titles = re.findall(r"^# ==== (\d+)\. (.+?) =+$", text, re.M)
@@ -339,6 +340,9 @@ def names_defined_by(node: ast.stmt) -> Iterator[str]:
     elif isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         for target in targets:
+            if isinstance(target, ast.Attribute):
+                # Belongs to what was defined before.
+                continue
             yield from (each.id for each in ast.walk(target) if isinstance(each, ast.Name))
     elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
         for child in ast.iter_child_nodes(node):

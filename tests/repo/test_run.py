@@ -98,7 +98,7 @@ def test_an_expected_failure_is_none(tmp_path: Path, spread: tuple[str, ...]) ->
 # What is chosen
 # ---------------------------------------------------------------------------
 
-QUICK_ROOMS = ["unit", "server", "scripts", "repo"]
+QUICK_ROOMS = ["unit", "server", "scripts", "channels", "repo"]
 
 
 @pytest.mark.parametrize(("arguments", "depth", "rooms"), [
