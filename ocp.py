@@ -286,6 +286,10 @@ COMMANDS = (
         argument("rest", nargs="+", metavar="HOST",
                  help="HOST and the other arguments of ocp_connect.py, such as --list and --undo"),
     )),
+    Command("channels", "talk to OCP from Telegram and other chats", (
+        argument("rest", nargs="*", metavar="ARGUMENT",
+                 help="arguments of ocp_channels.py; none = its help"),
+    )),
     Command("sync", "update the list of models in OpenClaw",
             (flag("--dry-run", help="only show what would change"), REPORT),
             examples=("sync --dry-run", "sync")),
@@ -334,7 +338,7 @@ ROOT = Command("", "", (
 #: How the help groups the commands; what is named in none comes last.
 GROUPS = (
     ("Everyday", ("status", "usage", "ask", "dashboard", "models", "logs", "errors")),
-    ("Devices", ("keys", "lan", "connect", "sync", "tls")),
+    ("Devices", ("keys", "lan", "connect", "channels", "sync", "tls")),
     ("Server", ("start", "stop", "restart", "health", "settings", "sessions", "clear", "cache")),
     ("Care", ("doctor", "update", "version", "completion", "help")),
 )
@@ -2494,10 +2498,15 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
 
 def connect_command(env: Env, *words: str) -> list[str]:
     """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
-    script = env.beside("ocp_connect.py")
+    return _beside_command(env, "ocp_connect.py", "HOST", *words)
+
+
+def _beside_command(env: Env, name: str, example: str, *words: str) -> list[str]:
+    """Return the command that runs another of OCP's scripts. Raises Problem if it is not there."""
+    script = env.beside(name)
     if not os.path.exists(script):
-        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
-                     "OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
+        raise failed(f"{script} is not there. Copy {name} from the server's checkout of OCP beside "
+                     f"this ocp.py, or run it alone: python3 {name} {example}")
     return [sys.executable, script, *words]
 
 
@@ -2517,6 +2526,12 @@ def _run_attached(env: Env, command: Sequence[str]) -> Exit:
 
 def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
     return _run_attached(env, connect_command(env, *args.rest))
+
+
+def cmd_channels(env: Env, args: argparse.Namespace) -> Exit:
+    """Run ocp_channels.py, which joins chat platforms to the server."""
+    words = args.rest or ["--help"]
+    return _run_attached(env, _beside_command(env, "ocp_channels.py", "--help", *words))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
@@ -4873,9 +4888,9 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line. Raises Problem, and SystemExit after a --help."""
     command = behind_options(words)
     _refuse_unknown(command)
-    if command[:1] == ["connect"]:
+    if command[:1] in (["connect"], ["channels"]):
         # The options behind it, --help too, are another program's.
-        words = [*words[:len(words) - len(command)], "connect", "--", *command[1:]]
+        words = [*words[:len(words) - len(command)], command[0], "--", *command[1:]]
     whole = filled(Whole(prog="ocp", allow_abbrev=False), ROOT, "cmd")
     whole.set_defaults(url=None, debug=False)
     with contextlib.redirect_stdout(env.stdout):

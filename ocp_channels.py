@@ -540,7 +540,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("historyChars", number_between(1000, 10_000_000), 120_000,
             "characters that are remembered"),
     Setting("perSenderHour", number_between(0, 100_000), 60,
-            "answers for one person in an hour, not for the owner; 0 = no limit"),
+            "messages of one person in an hour, without a limit for the owner; 0 = no limit"),
     Setting("streaming", one_of("edit", "block", "off"), "", "how an answer grows: edited "
             "messages, paragraphs, or whole; by default the best that the platform can"),
     Setting("attachments", flag_value, True, "pass photos and files on to the agent"),
@@ -4100,7 +4100,8 @@ class App:
         runs already."""
         self._paths, self._load, self._log, self._environ = paths, load, log, environ
         self.settings = load()
-        self._lock_file = open(paths.of("channels.lock"), "a")  # noqa: SIM115
+        descriptor = os.open(paths.of("channels.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock_file = os.fdopen(descriptor, "a")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -4638,7 +4639,7 @@ def do_status(here: Here, arguments: Arguments) -> int:
     for each in status["channels"]:
         print(status_line(each, status["agentUrl"]))
     for code in status["pairing"]:
-        print(f"Somebody waits for approval: pairing approve {code}")
+        print(f"Somebody waits for approval: ocp channels pairing approve {code}")
     for line in here.refused:
         print(line)
     return Exit.OK
@@ -4651,7 +4652,7 @@ def status_line(each: Json, agent_url: str) -> str:
     words.append(f"uptime: {each['uptime']}s" if each["status"] == "running" else each["error"])
     words.append(f"agent: {each['agentUrl']}" if each["agentUrl"] != agent_url else "")
     words += [f"{each[key]} {key}" for key in ("pending", "held", "dead") if each[key]]
-    words += [f"not answered, {reason}: {count}" for reason, count in each["dropped"].items()]
+    words += [f"{count} not answered ({reason})" for reason, count in each["dropped"].items()]
     return "  ".join(clean(word) for word in (*words, each["note"]) if word)
 
 

@@ -126,7 +126,7 @@ def test_two_depths_at_once_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ([], "Quick: unit, server, scripts, repo; without slow tests."),
+    ([], "Quick: unit, server, scripts, channels, repo; without slow tests."),
     ([], "Left to --all: contract, clients, slow tests"),
     (["--gate", "unit"], "Gate: unit; each claim once."),
     (["--all"], "everything that this machine can run"),
