@@ -168,6 +168,11 @@ def clean(text: object) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
 
 
+def encodable(text: str) -> str:
+    """Return a text in which halves of a character are joined, or replaced if they are alone."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a host is this machine, by its name or address alone."""
     try:
@@ -942,6 +947,16 @@ def message_json(message: Message) -> str:
     return compact({**message._asdict(), "attachments": attachments})
 
 
+def encodable_message(message: Message) -> Message:
+    """Return a message of which every text can be stored and sent."""
+    texts: dict[str, Any] = {
+        name: encodable(value) for name, value in message._asdict().items()
+        if isinstance(value, str)
+    }
+    named = tuple(each._replace(name=encodable(each.name)) for each in message.attachments)
+    return message._replace(attachments=named, **texts)
+
+
 def message_of(content: str) -> Message:
     """Return a message that the database has kept."""
     values = json.loads(content)
@@ -1058,6 +1073,11 @@ class Store:
         """Return the messages of a lane that are not answered, in order."""
         return self.rows("SELECT * FROM inbox WHERE lane=? AND NOT is_done ORDER BY id", lane)
 
+    def begin(self, ids: Iterable[int]) -> bool:
+        """Count an attempt to answer messages; return whether any of them still waits."""
+        return sum(self.run("UPDATE inbox SET attempts=attempts+1 WHERE id=? AND NOT is_done",
+                            each) for each in ids) > 0
+
     def finish(self, ids: Iterable[int]) -> None:
         """Mark messages as answered."""
         for each in ids:
@@ -1143,6 +1163,10 @@ class Store:
                           session)
         return [(row["id"], {"role": row["role"], "content": json.loads(row["content"])})
                 for row in found]
+
+    def change_memory(self, number: int, content: object) -> None:
+        """Replace the content of a message of a conversation."""
+        self.run("UPDATE history SET content=? WHERE id=?", compact(content), number)
 
     def forget_before(self, session: str, first_id: int) -> None:
         """Forget what was said before a message of a conversation."""
@@ -2195,7 +2219,8 @@ class TelegramRefused(Exception):
         #: The error's code, which is the HTTP status too.
         self.code = int(content.get("error_code") or answer.status)
         self.description = str(content.get("description") or f"status {answer.status}")
-        self.parameters: Json = content.get("parameters") or {}
+        found = content.get("parameters")
+        self.parameters: Json = found if isinstance(found, dict) else {}
         super().__init__(self.description)
 
     @property
@@ -2236,6 +2261,8 @@ class Telegram(Channel):
             if refused.code in (401, 404):
                 raise Fatal("the token is refused", "take a new one from @BotFather") from None
             raise Retry(refused.description, refused.wait_s) from None
+        if not isinstance(self._bot, dict):
+            raise Retry("no answer of the Bot API")
         return f"@{self._bot.get('username', '?')}"
 
     # -- receiving ------------------------------------------------------------------------------
@@ -2287,7 +2314,10 @@ class Telegram(Channel):
                 return []
             raise
         self.tools.note_frame()
-        return list(self._result(answer) or [])
+        found = self._result(answer)
+        # What has no number can neither be answered nor acknowledged.
+        return [each for each in found if isinstance(each, dict)
+                and isinstance(each.get("update_id"), int)] if isinstance(found, list) else []
 
     def _take(self, updates: list[Json], state: Json) -> Json:
         """Hand the messages of updates over and return the state after them."""
@@ -2296,10 +2326,17 @@ class Telegram(Channel):
             # larger one would acknowledge messages that are not safe yet.
             self.tools.stop.wait(_TELEGRAM_ALBUM_S)
             updates = self._poll(state["offset"], 0) or updates
-        for _, group in itertools.groupby(updates, key=lambda each: _album_of(each) or id(each)):
+        for _, group in itertools.groupby(
+                updates, key=lambda each: _album_of(each) or each["update_id"]):
             album = list(group)
             state = {**state, "offset": int(album[-1]["update_id"]) + 1}
-            self.tools.accept(self._message(album), state)
+            try:
+                message = self._message(album)
+            except (AttributeError, KeyError, TypeError, ValueError) as problem:
+                # One message in a form that nobody knows must not come again for ever.
+                self.tools.log("warning", "a message was not understood", why=repr(problem))
+                message = None
+            self.tools.accept(message, state)
         return state
 
     def _recover(self, refused: TelegramRefused) -> None:
@@ -2445,7 +2482,8 @@ class Telegram(Channel):
 
 
 def _album_of(update: Json) -> str:
-    return str((update.get("message") or {}).get("media_group_id") or "")
+    message = update.get("message")
+    return str(message.get("media_group_id") or "") if isinstance(message, dict) else ""
 
 
 def _telegram_attachments(message: Json) -> Iterator[Attachment]:
@@ -2936,7 +2974,8 @@ _LATER_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 _GIVE_UP_S = 6 * 3600.0
 _MORE = "(more: write anything)"
 _MAX_QUOTED_CHARS = 500
-_KEPT_IMAGES = 2
+#: Photos and PDFs that stay in a conversation.
+_KEPT_FILES = 2
 _STOPPED = "[stopped]"
 _INTERRUPTED = "I was interrupted; please send that again."
 #: States of an account in which its parts are sent.
@@ -2979,6 +3018,7 @@ class LiveAccount:
     def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
         """Take over a message and the state of the account in one transaction. Raises OSError."""
         store, after = self.shared.store, self.sender.nudge
+        message = encodable_message(message) if message is not None else None
         with store.transaction():
             if message is not None and store.is_new(self.account.id, message.id):
                 after = self._take(message)
@@ -3120,7 +3160,7 @@ class Sender:
         while not self._is_over.is_set():
             try:
                 wait_s = self._send_due()
-            except OSError as problem:
+            except Exception as problem:  # Nothing may end the loop that sends every answer.
                 self._live.log("error", "cannot send", why=problem)
                 wait_s = _RETRY_TURN_S
             self._wake.wait(wait_s)
@@ -3239,7 +3279,7 @@ class Lanes:
         while not self._is_over.is_set():
             try:
                 wait_s = self._start_due()
-            except OSError as problem:
+            except Exception as problem:  # Nothing may end the loop that starts every turn.
                 self._log.event("error", "cannot look for messages", why=problem)
                 wait_s = _RETRY_TURN_S
             self._wake.wait(wait_s)
@@ -3259,7 +3299,10 @@ class Lanes:
             if due_s > 0:
                 wait_s = min(wait_s, due_s)
                 continue
-            turn = Turn(live, lane, batch_of(self._store.waiting(lane)))
+            batch = batch_of(self._store.waiting(lane))
+            if not batch:
+                continue
+            turn = Turn(live, lane, batch)
             with self._lock:
                 self._running[lane] = turn
                 self._quiet_s.pop(lane, None)
@@ -3374,8 +3417,9 @@ class Edits(Growth):
             if failed.kind == "wait":
                 self._live.hold(failed.after_s)
             else:
-                # The final text comes by the outbox, which knows what to do.
                 self._due_s = math.inf
+        except Exception:  # The final text comes by the outbox, which knows what to do.
+            self._due_s = math.inf
 
     def rest(self, text: str) -> list[OutRow]:
         """Return the last edits, and the parts that were not begun."""
@@ -3493,10 +3537,9 @@ class Turn:
             elif attempts >= _MAX_ATTEMPTS or self.progress.get("blocks"):
                 self._finish(self.out_rows([_INTERRUPTED]))
             else:
-                for each in self.ids:
-                    self._store.run("UPDATE inbox SET attempts=attempts+1 WHERE id=?", each)
-                self.released, _ = self.release(2)
-                self._answer()
+                if self._store.begin(self.ids):
+                    self.released, _ = self.release(2)
+                    self._answer()
         self.live.sender.nudge()
 
     def release(self, spared: int) -> tuple[int, int]:
@@ -3596,17 +3639,19 @@ class Turn:
                 notice_s = math.inf
             growth_s = growth.due_s(self._text) if self._text else math.inf
             if now_s >= growth_s:
-                growth.show(self._text)
+                growth.show(encodable(self._text))
                 growth_s = growth.due_s(self._text)
             due_s = min(typing_s, notice_s, end_s, growth_s)
             text = self._answering.next(min(due_s - time.monotonic(), 3600.0))
             if text is None:
+                self._text = encodable(self._text)
                 return
             self._text += text
         self._answering.cut()
 
     def _type(self) -> None:
-        with contextlib.suppress(SendFailed):
+        # Whatever it is, it may not cost the answer.
+        with contextlib.suppress(Exception):
             self.live.channel.type(self.message.route)
 
     @contextlib.contextmanager
@@ -3615,7 +3660,7 @@ class Turn:
             yield
         finally:
             if self.live.account.row.typing_every_s:
-                with contextlib.suppress(SendFailed):
+                with contextlib.suppress(Exception):
                     self.live.channel.type(self.message.route, is_over=True)
 
     # -- the question -----------------------------------------------------------------------------
@@ -3649,12 +3694,14 @@ class Turn:
         if len(history) > settings["historyMessages"] or size > settings["historyChars"]:
             self._forget_half()
             history = self._store.history(self.session)
-        messages = [message for _, message in history]
-        keep = _KEPT_IMAGES
-        for message in reversed(messages):
-            if isinstance(message["content"], list):
-                message["content"], keep = without_images(message["content"], keep)
-        return messages
+        keep = _KEPT_FILES
+        for number, message in reversed(history):
+            content = message["content"]
+            if isinstance(content, list):
+                message["content"], keep = without_files(content, keep)
+                if message["content"] != content:
+                    self._store.change_memory(number, message["content"])
+        return [message for _, message in history]
 
     def _forget_half(self) -> None:
         history = self._store.history(self.session)
@@ -3688,7 +3735,7 @@ class Turn:
                     images >= _MAX_IMAGES):
                 raise ValueError("too large, or too many")
             return attachment_part(attachment, self.live.channel.fetch(attachment, most))
-        except (ValueError, SendFailed, NotImplementedError) as problem:
+        except Exception as problem:  # A file that cannot be had must not cost the question.
             size = f"{attachment.size_bytes / 1e6:.1f} MB, " if attachment.size_bytes else ""
             name = clean(attachment.name)[:100]
             text = f"[{attachment.kind}: {name}, {size}not read: {clean(problem)}]"
@@ -3757,13 +3804,14 @@ def said(message: Message) -> list[str]:
     return [quote, f"{name}{message.text}" if message.text or name else ""]
 
 
-def without_images(parts: list[Json], keep: int) -> tuple[list[Json], int]:
-    """Return parts of which only `keep` images are left, and how many more may be kept."""
+def without_files(parts: list[Json], keep: int) -> tuple[list[Json], int]:
+    """Return parts of which only `keep` files are left, and how many more may be kept."""
     left: list[Json] = []
     for part in reversed(parts):
-        is_image = part.get("type") == "image_url"
-        left.append({"type": "text", "text": "[photo]"} if is_image and not keep else part)
-        keep -= is_image and keep > 0
+        is_file = part.get("type") != "text"
+        name = "[photo]" if part.get("type") == "image_url" else "[file]"
+        left.append({"type": "text", "text": name} if is_file and not keep else part)
+        keep -= is_file and keep > 0
     return left[::-1], keep
 
 
@@ -3887,7 +3935,9 @@ class Callbacks:
         self._server: Optional[http.server.ThreadingHTTPServer] = None
 
     def start(self) -> None:
-        """Listen. Raises Problem if the port is taken."""
+        """Listen, unless it does already. Raises Problem if the port is taken."""
+        if self._server is not None:
+            return
         host, port = self._top["callbackHost"], self._top["callbackPort"]
 
         class Handler(_CallbackHandler):
@@ -4126,8 +4176,6 @@ class App:
         """Serve until `is_over` is set. `only` is the channel that is started. Raises Problem."""
         control = Control(self._paths.socket, self.perform)
         try:
-            if any(each.settings["async"] for each in self.settings.accounts):
-                self._callbacks.start()
             self._spawn("lanes", self.lanes.run)
             self.start_accounts(only, "")
             self._spawn("control", control.run)
@@ -4150,7 +4198,7 @@ class App:
                 if time.monotonic() >= sweep_s:
                     sweep_s = time.monotonic() + _SWEEP_S
                     self._store.sweep()
-            except OSError as problem:
+            except Exception as problem:  # It does not matter for answers.
                 sweep_s = time.monotonic() + _SWEEP_S
                 self._log.event("error", "cannot clean up", why=problem)
 
@@ -4178,9 +4226,15 @@ class App:
 
     def start_accounts(self, channel: str, account: str) -> list[str]:
         """Read the settings and start the accounts of a channel that do not run; empty = all.
-        Returns their ids. Raises SettingsError."""
+        Returns their ids. Raises SettingsError, Problem."""
         with self._change:
             self.settings = self._load()
+            known = {each.id for each in self.settings.accounts}
+            for name in [each for each, live in self._accounts.items()
+                         if live.stop.is_set() and each not in known]:
+                del self._accounts[name]
+            if any(each.settings["async"] for each in self.settings.accounts):
+                self._callbacks.start()
             chosen = [each for each in self.settings.accounts if is_chosen(each, channel, account)]
             return [each.id for each in chosen if self._start(each)]
 
@@ -4273,7 +4327,7 @@ class App:
         if wish != "stop account":
             try:
                 started = self.start_accounts(channel, account)
-            except SettingsError as problem:
+            except (SettingsError, Problem) as problem:
                 return {"error": str(problem)}
         return {"started": started, "stopped": stopped}
 
@@ -4841,7 +4895,8 @@ def do_remove(here: Here, arguments: Arguments) -> int:
     if not arguments.account or not accounts:
         del channels[name]
     save_settings(here.settings_path, content)
-    ask_gateway(here.paths, {"do": "stop account", "channel": row.id,
+    # It finds no settings any more, so it only stops.
+    ask_gateway(here.paths, {"do": "restart account", "channel": row.id,
                              "account": arguments.account})
     if arguments.purge:
         purge(here, f"{row.id}:{arguments.account or '%'}")

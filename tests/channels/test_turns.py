@@ -198,9 +198,9 @@ def test_a_conversation_loses_its_older_half_at_the_limit(agent: FakeAgent) -> N
 def test_only_the_two_newest_photos_stay_in_a_conversation() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:x"}}
     text = {"type": "text", "text": "look"}
-    left, keep = channels.without_images([text, image, image, image], 2)
+    left, keep = channels.without_files([text, image, image, image], 2)
     assert left == [text, {"type": "text", "text": "[photo]"}, image, image] and keep == 0
-    assert channels.without_images([image], keep)[0] == [{"type": "text", "text": "[photo]"}]
+    assert channels.without_files([image], keep)[0] == [{"type": "text", "text": "[photo]"}]
 
 
 @pytest.mark.parametrize(("memory", "has_session"), [("session", True), ("agent", False)])
@@ -246,3 +246,12 @@ def test_a_part_that_was_sent_but_not_marked_is_not_sent_again(chat: Chat) -> No
         channels._RETRY_TURN_S = channels_pause
     time.sleep(0.2)
     assert chat.channel.sent == ["You said: hello"]
+
+
+def test_halves_of_a_character_in_two_pieces_of_a_stream_are_joined(
+    chat: Chat, agent: FakeAgent
+) -> None:
+    agent.enqueue(streamed("a\ud83d", "\ude00 b\ud83d"))
+    chat.say("hello \ud83d")
+    eventually(lambda: chat.channel.sent == ["a\U0001f600 b\ufffd"])
+    assert agent.asked()[-1] == "hello \ufffd"

@@ -142,6 +142,11 @@ class FakeTelegram:
                 **({"text": text} if text else {}), **fields})
         return message_id
 
+    def say_raw(self, message: Json) -> None:
+        """Deliver a message of any form."""
+        with self._changed:
+            self._push(message)
+
     def _push(self, message: Json) -> None:
         self.last_id = next(self._update_ids)
         self._updates.append({"update_id": self.last_id, "message": message})
