@@ -2529,9 +2529,13 @@ def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_channels(env: Env, args: argparse.Namespace) -> Exit:
-    """Run ocp_channels.py, which joins chat platforms to the server."""
-    words = args.rest or ["--help"]
-    return _run_attached(env, _beside_command(env, "ocp_channels.py", "--help", *words))
+    """Become ocp_channels.py, which joins chat platforms to the server.
+
+    It may run for long, and ends in good order only if signals reach it alone.
+    """
+    command = _beside_command(env, "ocp_channels.py", "--help", *(args.rest or ["--help"]))
+    env.stdout.flush()
+    os.execve(command[0], command, dict(env.environ))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:

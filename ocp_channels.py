@@ -4609,8 +4609,15 @@ def do_start(here: Here, arguments: Arguments) -> int:
     for warning in (*settings.warnings, *here.refused):
         log.line("warning", warning)
     app = App(here.paths, here.load, log, here.environ)
+
+    def end(*_: object) -> None:
+        if app.is_over.is_set():
+            # Somebody does not want to wait for the answers that are being written.
+            raise KeyboardInterrupt
+        app.is_over.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: app.is_over.set())
+        signal.signal(number, end)
     log.line("info", f"ocp_channels {VERSION}, settings {settings.path}, agent "
                      f"{settings.top['agentUrl']}, model {settings.top['model']}")
     app.run(arguments.channel)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Iterator
 
@@ -140,3 +142,17 @@ def test_messages_of_another_bot_with_smaller_ids_are_answered(gateway: Gateway)
     telegram.say("two")
     gateway.start()
     eventually(lambda: telegram.screen(1000) == ["You said: one", "You said: two"])
+
+
+def test_a_second_signal_ends_it_at_once_and_the_question_stays(gateway: Gateway) -> None:
+    gateway.agent.enqueue(streamed("a", "b", pause_s=30))
+    gateway.start()
+    gateway.telegram.say("hello")
+    eventually(lambda: gateway.agent.running)
+    process = gateway.process
+    assert process is not None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert gateway.rows("SELECT is_done FROM inbox") == [(0,)]

@@ -150,9 +150,10 @@ def test_an_answer_of_which_a_part_was_read_is_not_asked_again_after_a_kill(
     agent: FakeAgent,
 ) -> None:
     with Chat(agent.url) as chat:
-        chat.store.put_in(chat.live.account.id, "made-up:default:1000", message("old"))
-        chat.store.run("UPDATE inbox SET attempts=1, progress=?", '{"blocks": 2}')
         asked = len(agent.requests)
+        with chat.store.transaction():
+            chat.store.put_in(chat.live.account.id, "made-up:default:1000", message("old"))
+            chat.store.run("UPDATE inbox SET attempts=1, progress=?", '{"blocks": 2}')
         chat.app.lanes.nudge("made-up:default:1000")
         eventually(lambda: chat.channel.sent == ["I was interrupted; please send that again."])
         assert len(agent.requests) == asked
