@@ -2550,6 +2550,8 @@ class Verdict(NamedTuple):
     reason: str = ""
     #: What the person is told; empty = nothing.
     reply: str = ""
+    #: Whether the message counts for the limit of an hour although it is not answered.
+    is_counted: bool = False
 
 
 def bare_id(text: str) -> str:
@@ -2580,10 +2582,11 @@ class Access:
         count = self._store.messages_of(account.id, message.sender, _HOUR_S)
         if count < most:
             return verdict
-        # The one message beyond the limit is counted too, so that the next ones are not answered.
-        is_first = count == most
+        if count > most:
+            return Verdict(False, "too many in an hour")
+        # Counted, so that the next one is beyond the limit in silence.
         told = f"That is enough for now: {most} messages an hour. Later again, please."
-        return Verdict(False, "too many in an hour", told if is_first else "")
+        return Verdict(False, "too many in an hour", told, is_counted=True)
 
     def _judge_direct(self, account: Account, message: Message) -> Verdict:
         policy = account.settings["dmPolicy"]
@@ -3041,6 +3044,7 @@ class LiveAccount:
             self.log("info", "not answered", reason=verdict.reason)
             if verdict.reply:
                 self.say(message, verdict.reply)
+            if verdict.is_counted:
                 store.put_in(self.account.id, lane, message, is_done=True)
             return self.sender.nudge
         waiting = store.waiting(lane)
@@ -3444,11 +3448,12 @@ class Blocks(Growth):
 
     def due_s(self, text: str) -> float:
         """Return when the next block is due: when it is large, or nothing has come for a while."""
-        if len(text) != self._seen:
-            self._seen, self._old_s = len(text), time.monotonic() + _BLOCK_SILENCE_S
-            if self._end(text) - self._given >= _BLOCK_CHARS:
-                return 0.0
-        return self._old_s
+        if len(text) == self._seen:
+            return self._old_s
+        has_break = text.find("\n\n", max(self._given, self._seen - 1)) >= 0
+        self._seen, self._old_s = len(text), time.monotonic() + _BLOCK_SILENCE_S
+        is_large = has_break and self._end(text) - self._given >= _BLOCK_CHARS
+        return 0.0 if is_large else self._old_s
 
     def _end(self, text: str) -> int:
         """Return where the last paragraph ends that is whole, and not within a fence."""
@@ -3473,10 +3478,6 @@ class Blocks(Growth):
 _GROWTHS: Mapping[str, Callable[[Turn], Growth]] = {
     "edit": Edits, "block": Blocks, "off": Growth,
 }
-
-
-class Abandoned(Exception):
-    """The program ends: the turn is asked again at the next start."""
 
 
 class Turn:
@@ -3531,15 +3532,13 @@ class Turn:
         """Answer. Raises OSError if the database fails."""
         command = command_of(self.message)
         attempts = max(row["attempts"] for row in self._rows)
-        with contextlib.suppress(Abandoned):
-            if command is not None:
-                self._finish(self.out_rows(self.live.split(command[0].run(self, command[1]))))
-            elif attempts >= _MAX_ATTEMPTS or self.progress.get("blocks"):
-                self._finish(self.out_rows([_INTERRUPTED]))
-            else:
-                if self._store.begin(self.ids):
-                    self.released, _ = self.release(2)
-                    self._answer()
+        if command is not None:
+            self._finish(self.out_rows(self.live.split(command[0].run(self, command[1]))))
+        elif attempts >= _MAX_ATTEMPTS or self.progress.get("blocks"):
+            self._finish(self.out_rows([_INTERRUPTED]))
+        elif self._store.begin(self.ids):
+            self.released, _ = self.release(2)
+            self._answer()
         self.live.sender.nudge()
 
     def release(self, spared: int) -> tuple[int, int]:
@@ -3564,8 +3563,9 @@ class Turn:
                 lead, content = self._ask(content, growth)
             except AgentFailed as problem:
                 failed = problem
-            if self._is_abandoned:
-                raise Abandoned
+        if self._is_abandoned:
+            # The messages stay in the inbox, and are asked again at the next start.
+            return
         if self._is_stopped:
             self._finish([], content)
         elif failed is not None:
@@ -4107,7 +4107,7 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
 # Owns every long-lived object. Each account has a thread that receives and one that sends; a
 # socket in OCP's folder lets the commands of another shell act on the gateway.
 
-_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: A connection that held so long begins the pauses anew.
 _HEALTHY_S = 60.0
 _DRAIN_S = 20.0

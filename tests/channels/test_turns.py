@@ -256,3 +256,26 @@ def test_halves_of_a_character_in_two_pieces_of_a_stream_are_joined(
     chat.say("hello \ud83d")
     eventually(lambda: chat.channel.sent == ["a\U0001f600 b\ufffd"])
     assert agent.asked()[-1] == "hello \ufffd"
+
+
+def test_what_a_stranger_writes_is_not_kept(chat: Chat) -> None:
+    chat.say("a private matter", sender="77")
+    eventually(lambda: chat.channel.sent)
+    assert "This bot is private" in chat.channel.sent[0]
+    assert not chat.store.rows("SELECT 1 FROM inbox")
+    assert chat.live.dropped == {"not approved": 1}
+
+
+def test_beyond_the_limit_of_an_hour_one_sentence_is_said(agent: FakeAgent) -> None:
+    with Chat(agent.url, perSenderHour=1) as chat:
+        for text in ("one", "two", "three", "four"):
+            chat.say(text)
+            eventually(lambda: not chat.store.open_lanes())
+        eventually(lambda: len(chat.channel.sent) == 2)
+        assert "enough for now" in stays(lambda: chat.channel.sent, 0.3)[1]
+
+
+@pytest.mark.parametrize("word", ["/NEW", "/reset", "\u65b0\u5bf9\u8bdd"])
+def test_commands_in_any_case_and_in_chinese(chat: Chat, word: str) -> None:
+    chat.say(word)
+    eventually(lambda: chat.channel.sent == ["A new conversation begins."])
