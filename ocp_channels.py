@@ -3923,7 +3923,6 @@ _CORS = {
     "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, OPTIONS",
     "Access-Control-Allow-Headers": "Content-Type, X-OCG-Signature",
 }
-_UNKNOWN_TOKEN = (404, {"error": "unknown or expired callback token"})
 
 
 class Callbacks:
@@ -4029,9 +4028,11 @@ class Callbacks:
         with self._store.transaction():
             found = self._store.rows("SELECT * FROM tokens WHERE hash=? AND until_s>?", digest,
                                      time.time())
-            live = self._accounts.get(found[0]["account"]) if found else None
+            if not found:
+                return 404, {"error": "unknown or expired callback token"}
+            live = self._accounts.get(found[0]["account"])
             if live is None:
-                return _UNKNOWN_TOKEN
+                raise OSError("the account does not run")
             message = message_of(found[0]["message"])
             rows = [OutRow(text, reply_route(live.account, message, number == 0))
                     for number, text in enumerate(live.split(reply))]

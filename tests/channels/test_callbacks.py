@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import socket
 from typing import Any, Iterator, Optional
 
 import pytest
 
 from channel_rows import Chat, channels
 from fake_agent import FakeAgent, refused, whole
+from fake_telegram import FakeTelegram
+from gateway import Gateway
 from waiting import eventually, in_parallel, stays
 
 ACCEPTED = whole({"status": "accepted"}, 202)
@@ -162,3 +165,38 @@ def test_the_database_has_no_token(chat: Chat, agent: FakeAgent) -> None:
     assert len(token) == 64
     assert token.encode() not in b"".join(
         path.read_bytes() for path in chat.folder.glob("channels.*") if path.is_file())
+
+
+def test_an_address_still_works_after_a_kill(agent: FakeAgent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with FakeTelegram() as telegram:
+        with Gateway(telegram, agent, {"callbackPort": port, "async": True}) as gateway:
+            telegram.say("hello from afar")
+            eventually(lambda: gateway.rows("SELECT 1 FROM inbox WHERE is_done"))
+            url = agent.requests[-1].headers["x-ocg-callback"]
+            assert url.startswith(f"http://127.0.0.1:{port}/ocg/callback/")
+            gateway.kill()
+            gateway.start()
+            eventually(lambda: is_taken(url))
+            eventually(lambda: telegram.screen(1000) == ["after the kill"])
+
+
+def is_taken(url: str) -> bool:
+    """Whether a call is taken; at first nobody listens, and then the account does not run yet."""
+    try:
+        status, _ = call(url, {"reply": "after the kill"})
+    except channels.NetworkFailed:
+        return False
+    assert status in (200, 500)
+    return status == 200
+
+
+def test_a_port_that_is_taken_is_named(agent: FakeAgent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, FakeTelegram() as telegram:
+        port = taken.getsockname()[1]
+        gateway = Gateway(telegram, agent, {"callbackPort": port, "async": True})
+        gateway.write()
+        done = gateway.run("start")
+        assert done.code == 1 and f"callbackPort {port} on 127.0.0.1" in done.stderr
+        gateway.__exit__()

@@ -191,3 +191,38 @@ def test_calls_share_a_connection(telegram: FakeTelegram, channel: Any) -> None:
     for _ in range(3):
         channel.send({"chat_id": 1}, channels.Part("a", True, "n"))
     assert not made
+
+
+def test_a_poll_that_nothing_ends_is_given_up(
+    telegram: FakeTelegram, channel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "_TELEGRAM_HOLD_S", 20)
+    monkeypatch.setattr(channels, "_TELEGRAM_SLACK_S", -19.7)
+    telegram.hold_s = 20
+    with pytest.raises(channels.Retry, match="timed out"):
+        channel.run()
+
+
+def test_an_offset_is_asked_for_only_when_its_message_is_safe(
+    telegram: FakeTelegram, channel: Any
+) -> None:
+    telegram.say("one")
+    accept = channel.tools.accept
+
+    def fail_once(message: Any, state: Any = None) -> None:
+        channel.tools.accept = accept
+        raise OSError("disk full")
+
+    channel.tools.accept = fail_once
+    with pytest.raises(OSError, match="disk full"):
+        channel.run()
+    assert [body["offset"] for body in telegram.called("getUpdates")] == [0]
+    accepted: list[str] = []
+
+    def accept_one(message: Any, state: Any = None) -> None:
+        accepted.append(message.text)
+        channel.tools.stop.set()
+
+    channel.tools.accept = accept_one
+    channel.run()
+    assert accepted == ["one"]

@@ -96,7 +96,7 @@ class FakeTelegram:
     """The API for one bot."""
 
     def __init__(self, token: str = f"{BOT_ID}:TEST-token-of-the-fake", hold_s: float = 30) -> None:
-        self.token, self._hold_s = token, hold_s
+        self.token, self.hold_s = token, hold_s
         self.bot: Json = {"id": BOT_ID, "is_bot": True, "first_name": "Test",
                           "username": BOT_NAME, "can_read_all_group_messages": False}
         self.calls: list[Call] = []
@@ -200,7 +200,7 @@ class FakeTelegram:
         return self.bot
 
     def do_getUpdates(self, body: Json) -> Json:  # noqa: N802
-        until_s = time.monotonic() + min(body["timeout"], self._hold_s)
+        until_s = time.monotonic() + min(body["timeout"], self.hold_s)
         with self._changed:
             # A larger offset acknowledges everything before it.
             self._updates = [each for each in self._updates if each["update_id"] >= body["offset"]]
