@@ -3053,7 +3053,8 @@ class LiveAccount:
             running = self._lanes.running_ids(lane)
             store.finish(row["id"] for row in waiting if row["id"] not in running)
             self.say(message, "Stopped." if waiting else "There is nothing to stop.")
-            return lambda: self._lanes.stop_lane(lane)
+            self._lanes.stop_lane(lane)
+            return self.sender.nudge
         if len(waiting) >= _MAX_WAITING:
             self.dropped["too many waiting"] += 1
             if len(waiting) == _MAX_WAITING and self._lanes.is_first_refusal(lane):
@@ -4149,7 +4150,7 @@ class App:
     ) -> None:
         """`load` reads the settings anew. Raises SettingsError, OSError, and Problem if a gateway
         runs already."""
-        self._paths, self._load, self._log, self._environ = paths, load, log, environ
+        self._paths, self._load, self._log = paths, load, log
         self.settings = load()
         descriptor = os.open(paths.of("channels.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         self._lock_file = os.fdopen(descriptor, "a")
@@ -4245,7 +4246,12 @@ class App:
             return False
         self._log.hide([str(account.settings[key]) for key in account.row.credentials])
         self._log.hide([account.settings["apiKey"], self.settings.top["callbackSecret"]])
-        live = LiveAccount(account, self._shared, self.lanes)
+        try:
+            live = LiveAccount(account, self._shared, self.lanes)
+        except Exception as problem:  # A fault in one channel must not end the others.
+            self._log.event("error", f"{account.id} cannot be made", kind=type(problem).__name__,
+                            why=problem)
+            return False
         self._accounts[account.id] = live
         if account.missing or not account.is_enabled:
             live.status = "not configured" if account.missing else "stopped"

@@ -279,3 +279,8 @@ def test_beyond_the_limit_of_an_hour_one_sentence_is_said(agent: FakeAgent) -> N
 def test_commands_in_any_case_and_in_chinese(chat: Chat, word: str) -> None:
     chat.say(word)
     eventually(lambda: chat.channel.sent == ["A new conversation begins."])
+
+
+def test_stop_without_a_turn_is_answered_at_once(chat: Chat) -> None:
+    chat.say("/stop")
+    eventually(lambda: chat.channel.sent == ["There is nothing to stop."], timeout_s=5)
