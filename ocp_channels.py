@@ -2973,6 +2973,8 @@ _BLOCK_CHARS, _BLOCK_SILENCE_S = 200, 3.0
 _NOTICE_S = 600.0
 #: Where "typing" counts as a message it is shown only when an answer takes longer.
 _COUNTED_TYPING_S = 3.0
+#: How long it is shown for an answer that comes later.
+_AWAITED_TYPING_S = 60.0
 _LATER_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 _GIVE_UP_S = 6 * 3600.0
 _MORE = "(more: write anything)"
@@ -3326,6 +3328,7 @@ class Lanes:
             with self._lock:
                 del self._running[lane]
             self._wake.set()
+        turn.type_until_called()
 
     def close(self, drain_s: float) -> None:
         """Start nothing more, wait for the turns, and cut those that take longer: they are asked
@@ -3654,6 +3657,18 @@ class Turn:
         # Whatever it is, it may not cost the answer.
         with contextlib.suppress(Exception):
             self.live.channel.type(self.message.route)
+
+    def type_until_called(self) -> None:
+        """Show that an answer is being written while an agent is expected to call."""
+        row, until_s = self.live.account.row, time.monotonic() + _AWAITED_TYPING_S
+        if not row.typing_every_s or row.budget or not self._is_awaited:
+            return
+        with contextlib.suppress(OSError):
+            while time.monotonic() < until_s and self._store.rows(
+                    "SELECT 1 FROM tokens WHERE hash=?", self._token):
+                self._type()
+                if self.live.stop.wait(row.typing_every_s):
+                    return
 
     @contextlib.contextmanager
     def _typing_over(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import Any, Iterator, Optional
 
 import pytest
 
-from channel_rows import Chat, channels
+from channel_rows import ROW, Chat, channels
 from fake_agent import FakeAgent, refused, whole
 from fake_telegram import FakeTelegram
 from gateway import Gateway
@@ -157,6 +157,16 @@ def test_a_reply_to_a_conversation_that_has_ended_still_arrives(
     eventually(lambda: chat.channel.sent)
     call(url, {"reply": "late"})
     eventually(lambda: chat.channel.sent[1:] == ["late"])
+
+
+def test_typing_shows_until_the_call_comes(agent: FakeAgent) -> None:
+    row = ROW._replace(typing_every_s=0.05)
+    with Chat(agent.url, row=row, **{"async": True}) as chat:
+        url = ask(chat, agent)
+        eventually(lambda: chat.channel.typed > 5)
+        call(url, {"reply": "later"})
+        eventually(lambda: chat.channel.sent)
+        assert stays(lambda: chat.channel.typed, 0.3)
 
 
 def test_the_database_has_no_token(chat: Chat, agent: FakeAgent) -> None:
