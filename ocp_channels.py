@@ -4828,18 +4828,20 @@ def values_of(row: Row, rest: list[str]) -> Json:
             pieces = text.split(":", 1) if len(row.credentials) > 1 else [text]
             values.update(zip(row.credentials, pieces))
         else:
-            values[key] = written_value(text)
+            kinds = {each.key: each.kind for each in SETTINGS}
+            is_list = {**kinds, **row.settings}.get(key) in (texts_value, mapping_value)
+            values[key] = written_value(text, is_list)
     return values
 
 
-def written_value(text: str) -> object:
-    """Return the JSON value that a flag's text stands for."""
+def written_value(text: str, is_list: bool) -> object:
+    """Return the JSON value that a flag's text stands for; a list may be written with commas."""
     if text in ("true", "false"):
         return text == "true"
     if text[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
             return json.loads(text)
-    return text
+    return [each.strip() for each in text.split(",")] if is_list else text
 
 
 def merge_account(content: Json, row: Row, account: str, values: Json) -> None:

@@ -234,3 +234,12 @@ def test_everything_on_disk_is_for_the_owner_alone(gateway: Gateway) -> None:
     gateway.start()
     for name in ("channels.db", "channels.sock", "channels.log", "channels.json"):
         assert os.stat(gateway.home / name).st_mode & 0o077 == 0, name
+
+
+def test_flags_become_the_values_that_the_settings_have(gateway: Gateway) -> None:
+    add(gateway, "--allowFrom", "1,2", "--requireMention=false", "--groups", "-100,-200",
+        "--perSenderHour", "5")
+    saved = json.loads((gateway.home / "channels.json").read_text())["channels"]["telegram"]
+    del saved["botToken"], saved["apiRoot"]
+    assert saved == {"enabled": True, "allowFrom": ["1", "2"], "requireMention": False,
+                     "groups": ["-100", "-200"], "perSenderHour": "5"}
