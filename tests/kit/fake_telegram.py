@@ -15,6 +15,7 @@ import json
 import re
 import threading
 import time
+import urllib.parse
 from collections import defaultdict
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,8 @@ BOT_NAME = "ocp_test_bot"
 _MAX_TEXT = 4096
 _TAGS = {"b", "i", "u", "s", "code", "pre", "a", "blockquote", "tg-spoiler"}
 _ATTRIBUTES = {"a": {"href"}, "code": {"class"}}
+#: Fields that a form has as they are; the others of a form are JSON.
+_TEXTS = {"text", "parse_mode", "action", "file_id"}
 #: The fields that each method takes.
 _FIELDS = {
     "getMe": set(), "deleteWebhook": {"drop_pending_updates"}, "setMyCommands": {"commands"},
@@ -101,8 +104,8 @@ class FakeTelegram:
                           "username": BOT_NAME, "can_read_all_group_messages": False}
         self.calls: list[Call] = []
         self.files: dict[str, bytes] = {}
-        #: Scripted refusals by method.
-        self._failures: dict[str, list[Refusal]] = defaultdict(list)
+        #: Scripted refusals by method; None for a call that is answered.
+        self._failures: dict[str, list[Optional[Refusal]]] = defaultdict(list)
         #: Guards everything, and wakes up polls.
         self._changed = threading.Condition()
         self._updates: list[Json] = []
@@ -164,6 +167,14 @@ class FakeTelegram:
         with self._changed:
             self._failures[method] += [Refusal(code, description, **parameters)] * times
 
+    def fail_later(self, method: str, code: int, description: str, skip: int,
+                   **parameters: Json) -> None:
+        """Refuse a call of a method after `skip` calls that are answered."""
+        with self._changed:
+            queued = self._failures[method]
+            queued += [None] * (skip - sum(each is None for each in queued))
+            queued.append(Refusal(code, description, **parameters))
+
     def screen(self, chat: int) -> list[str]:
         """What the bot's messages in a chat say, in order."""
         with self._changed:
@@ -186,8 +197,9 @@ class FakeTelegram:
             unknown = set(body) - _FIELDS[method]
             assert not unknown, f"{method} does not take {unknown}"
             with self._changed:
-                if self._failures[method]:
-                    raise self._failures[method].pop(0)
+                refusal = self._failures[method].pop(0) if self._failures[method] else None
+            if refusal is not None:
+                raise refusal
             result = getattr(self, f"do_{method}", lambda body: True)(body)
         except Refusal as refusal:
             content = {"ok": False, "error_code": refusal.code, "description": refusal.description}
@@ -200,20 +212,26 @@ class FakeTelegram:
         return self.bot
 
     def do_getUpdates(self, body: Json) -> Json:  # noqa: N802
-        until_s = time.monotonic() + min(body["timeout"], self.hold_s)
+        until_s = time.monotonic() + min(body.get("timeout", 0), self.hold_s)
         with self._changed:
             # A larger offset acknowledges everything before it.
-            self._updates = [each for each in self._updates if each["update_id"] >= body["offset"]]
+            first = body.get("offset", 0)
+            self._updates = [each for each in self._updates if each["update_id"] >= first]
             while not self._updates and time.monotonic() < until_s and not self._is_closed:
                 self._changed.wait(until_s - time.monotonic())
-            return self._updates[:body["limit"]]
+            return self._updates[:body.get("limit", 100)]
 
     def do_sendMessage(self, body: Json) -> Json:  # noqa: N802
         text = shown_text(body)
         with self._changed:
             message_id = next(self._message_ids)
             self._screens[str(body["chat_id"])][message_id] = text
-        return {"message_id": message_id, "chat": {"id": body["chat_id"]}, "text": text}
+        return self._message(body, message_id, text)
+
+    def _message(self, body: Json, message_id: int, text: str) -> Json:
+        kind = "supergroup" if int(body["chat_id"]) < 0 else "private"
+        return {"message_id": message_id, "date": int(time.time()), "from": self.bot,
+                "chat": {"id": body["chat_id"], "type": kind}, "text": text}
 
     def do_editMessageText(self, body: Json) -> Json:  # noqa: N802
         text = shown_text(body)
@@ -224,12 +242,13 @@ class FakeTelegram:
             if screen[body["message_id"]] == text:
                 raise Refusal(400, "Bad Request: message is not modified: the text is the same")
             screen[body["message_id"]] = text
-        return {"message_id": body["message_id"]}
+        return self._message(body, body["message_id"], text)
 
     def do_getFile(self, body: Json) -> Json:  # noqa: N802
         if body["file_id"] not in self.files:
             raise Refusal(400, "Bad Request: invalid file_id")
-        return {"file_id": body["file_id"], "file_path": f"files/{body['file_id']}"}
+        return {"file_id": body["file_id"], "file_unique_id": "u",
+                "file_path": f"files/{body['file_id']}"}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -237,13 +256,19 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:  # noqa: N802
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", "0"))) or b"{}")
+        data = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        if "form" in self.headers.get("Content-Type", ""):
+            body = {name: value if name in _TEXTS else json.loads(value)
+                    for name, value in urllib.parse.parse_qsl(data.decode())}
+        else:
+            body = json.loads(data or b"{}")
         found = re.fullmatch(r"/bot([^/]+)/(\w+)", self.path)
         status, content = self.fake.answer(found[1], found[2], body) if found else (404, {})
         self._send(status, json.dumps(content).encode())
 
     def do_GET(self) -> None:  # noqa: N802
-        found = re.fullmatch(r"/file/bot([^/]+)/files/(\w+)", self.path)
+        path = urllib.parse.unquote(self.path)
+        found = re.fullmatch(r"/file/bot([^/]+)/files/(\w+)", path)
         data = self.fake.files.get(found[2]) if found and found[1] == self.fake.token else None
         self._send(404 if data is None else 200, data or b"")
 
