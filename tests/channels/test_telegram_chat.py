@@ -130,6 +130,7 @@ def test_markup_that_telegram_refuses_is_sent_as_plain_text(shared: Gateway) -> 
     assert "parse_mode" not in shared.telegram.called("sendMessage")[-1]
 
 
+@pytest.mark.slow
 def test_typing_shows_until_the_answer_and_not_longer(shared: Gateway) -> None:
     telegram = shared.telegram
     shared.agent.enqueue(streamed("a", "b", pause_s=5))
