@@ -4848,11 +4848,18 @@ def merge_account(content: Json, row: Row, account: str, values: Json) -> None:
     """Put the settings of an account into the content of the file, where it has its place."""
     channels = content.setdefault("channels", {})
     name = next((each for each in channels if each in (row.id, *row.aliases)), row.id)
+    is_new = name not in channels
     place = channels.setdefault(name, {"enabled": True})
     accounts = place.get("accounts") or {}
-    if account != "default" or account in accounts:
-        place = place.setdefault("accounts", {}).setdefault(account, {})
-    place.update(values)
+    has_flat = any(place.get(key) for key in row.credentials)
+    if account == "default" and account not in accounts and (has_flat or not accounts):
+        place.update(values)
+        return
+    if not (is_new or accounts or row.credentials):
+        # Beside named accounts, one that is only logged in has to be named too.
+        accounts["default"] = {}
+    accounts.setdefault(account, {}).update(values)
+    place["accounts"] = accounts
 
 
 def save_settings(path: str, content: Json) -> None:

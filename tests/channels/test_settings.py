@@ -135,3 +135,27 @@ def test_a_file_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / "channels.json").chmod(0o644)
     settings = channels.load_settings(str(tmp_path / "channels.json"), {}, [ROW, *channels.ROWS])
     assert "others can read it" in settings.warnings[0]
+
+
+LOGIN_ROW = ROW._replace(credentials={}, has_login=True)
+
+
+@pytest.mark.parametrize(("row", "before", "account", "after"), [
+    (ROW, {}, "default", {"enabled": True, "k": 1}),
+    (ROW, {}, "a", {"enabled": True, "accounts": {"a": {"k": 1}}}),
+    (ROW, {"made-up": {"token": "t"}}, "default", {"token": "t", "k": 1}),
+    (ROW, {"made-up": {"token": "t"}}, "a", {"token": "t", "accounts": {"a": {"k": 1}}}),
+    (ROW, {"mu": {"accounts": {"a": {}}}}, "default",
+     {"accounts": {"a": {}, "default": {"k": 1}}}),
+    (LOGIN_ROW, {"made-up": {}}, "a", {"accounts": {"default": {}, "a": {"k": 1}}}),
+    (LOGIN_ROW, {}, "a", {"enabled": True, "accounts": {"a": {"k": 1}}}),
+])
+def test_an_account_that_is_added_takes_none_away(
+    row: Any, before: Any, account: str, after: Any
+) -> None:
+    content, had_any = {"channels": before}, bool(before)
+    channels.merge_account(content, row, account, {"k": 1})
+    assert list(content["channels"].values()) == [after]
+    names = [each.name for each in channels._Reader("", {}, [row]).read(content).accounts]
+    if row is LOGIN_ROW:
+        assert account in names and ("default" in names) == had_any
