@@ -8,12 +8,13 @@ import subprocess
 import pytest
 
 from fake_telegram import BOT_NAME, FakeTelegram
+from programs import CLIENTS, how_to_install
 from project import REPO
 
-CLIENT = REPO / ".channels" / "bin" / "python"
+CLIENT = REPO / CLIENTS["telegram"] / "bin" / "python"
 
 
-@pytest.mark.skipif(not CLIENT.exists(), reason="python3 .ci/install.py .channels installs it")
+@pytest.mark.skipif(not CLIENT.exists(), reason=how_to_install("telegram"))
 def test_python_telegram_bot_reads_all_that_the_fake_says() -> None:
     with FakeTelegram() as telegram:
         telegram.say("hello", sender=9)
