@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
 """ocp_channels joins chat platforms to OCP, or to any agent that speaks chat completions.
 
     python3 ocp_channels.py channels add --channel telegram --botToken TOKEN
@@ -102,7 +105,7 @@ from typing import (
     cast,
 )
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 
 Json = dict[str, Any]
 
