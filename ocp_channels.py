@@ -404,6 +404,8 @@ class Row(NamedTuple):
     has_login: bool = False
     #: Where the owner gets the credentials, one sentence.
     help: str = ""
+    #: Other words for settings, which files for OpenClaw have: the word here by the other one.
+    synonyms: Mapping[str, str] = {}
 
 
 # ==== 3. Settings ============================================================
@@ -712,7 +714,7 @@ class _Reader:
         if not isinstance(values, dict):
             self.errors.append(f"{place}: use an object")
             return
-        channel = _Level("channel", place, without_comments(values))
+        channel = _Level("channel", place, without_comments(values, row.synonyms))
         known_names = {*(each.key for each in SETTINGS), *row.settings, *row.credentials}
         self._check_names(channel, {*known_names, "enabled", "accounts", "name"})
         accounts = channel.values.get("accounts", {})
@@ -729,7 +731,7 @@ class _Reader:
                     f"{level.place}: use an object, and a name of letters, digits, - and _"
                 )
                 continue
-            level = level._replace(values=without_comments(own))
+            level = level._replace(values=without_comments(own, row.synonyms))
             self._check_names(level, {*known_names, "enabled", "name"})
             shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
             yield self._account(row, account, [level, channel._replace(values=shared)], top)
@@ -842,9 +844,12 @@ class _Reader:
                     self.errors.append(f"{account.id}: {key} is that of {owner} too; use it once")
 
 
-def without_comments(values: Json) -> Json:
-    """Return an object without the keys that begin with _, which are comments."""
-    return {str(key): value for key, value in values.items() if not str(key).startswith("_")}
+def without_comments(values: Json, synonyms: Optional[Mapping[str, str]] = None) -> Json:
+    """Return an object without the keys that begin with _, which are comments, and with one word
+    for each setting."""
+    words = synonyms or {}
+    return {words.get(str(key), str(key)): value for key, value in values.items()
+            if not str(key).startswith("_")}
 
 
 # ==== 4. Log =================================================================
@@ -2167,6 +2172,234 @@ def _closed(text: str) -> str:
 
 
 # ==== 10. Opcode gateway =====================================================
+# Discord and QQ push events over a WebSocket as {"op", "d", "s", "t"}; `s` numbers the events of a
+# session. A connection that broke is followed by one that resumes the session after the last event
+# that is safe here, and the platform sends again what came after it. One `run` is one connection.
+# https://discord.com/developers/docs/events/gateway, https://bot.q.qq.com/wiki/develop/api-v2/
+
+
+class Op(enum.IntEnum):
+    """What a frame is for."""
+
+    DISPATCH = 0
+    HEARTBEAT = 1
+    IDENTIFY = 2
+    RESUME = 6
+    RECONNECT = 7
+    INVALID_SESSION = 9
+    HELLO = 10
+    HEARTBEAT_ACK = 11
+
+
+#: How long the first frame may take, and then the first event.
+_HELLO_S, _READY_S = 15.0, 30.0
+#: Closes a connection and leaves its session open; 1000 and 1001 would end both.
+_CLOSE_TO_RESUME = 4000
+#: The pause before a new session, and the one when connections are cut as soon as they are made.
+_NEW_SESSION_S, _CUT_PAUSE_S = 3.0, 60.0
+_CUT_WITHIN_S, _MAX_CUTS = 5.0, 3
+
+
+class Ending(NamedTuple):
+    """What follows the end of a connection. By default its session is resumed at once."""
+
+    #: What is wrong, and what the owner has to do first; empty if nothing.
+    why: str = ""
+    fix: str = ""
+    #: Whether another session has to begin.
+    is_session_over: bool = False
+    after_s: float = 0.0
+
+
+_NEW_SESSION = Ending(is_session_over=True, after_s=_NEW_SESSION_S)
+_TOO_FAST = Ending(after_s=60.0)
+
+
+class OpcodeChannel(Channel):
+    """A channel that receives by such a gateway. The state of its account is the session:
+    {"session_id", "seq", "url", "bot_id"}, {} without one."""
+
+    #: What follows each code that the platform closes with, if it is not to resume.
+    endings: ClassVar[Mapping[int, Ending]] = {}
+    #: Added to the address of the gateway.
+    query: ClassVar[str] = ""
+
+    def __init__(
+        self, tools: Tools, http: Http, root: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`root` is the address of the platform's API."""
+        super().__init__(tools, http)
+        self._root, self._clock = root, clock
+        self._session: Json = {}
+        self._began_s = 0.0
+        #: How many connections in a row ended as soon as they were made.
+        self._cuts = 0
+        #: How often to send a heartbeat, when the next one is due, and whether the last was heard.
+        self._beat_every_s, self._beat_s, self._is_beat_heard = 0.0, math.inf, True
+        #: Until when the connection has to come to its first event.
+        self._ready_by_s = math.inf
+
+    # -- what a platform adds ---------------------------------------------------------------------
+
+    def gateway_url(self) -> str:
+        """Return where a new session begins. Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def token(self) -> str:
+        """Return the token of the bot as the gateway takes it. Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def identity(self) -> Json:
+        """Return what begins a session, besides the token."""
+        raise NotImplementedError
+
+    def message(self, event: str, data: Json) -> Optional[Message]:
+        """Return the message in an event, None for what is no message of a person."""
+        raise NotImplementedError
+
+    def disconnected(self) -> None:
+        """Forget what may be the reason for the end of a connection."""
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive over one connection until it ends. Raises Fatal, Retry."""
+        self._session, self._began_s = self.tools.state(), self._clock()
+        url = str(self._session.get("url") or self.gateway_url())
+        try:
+            connection = WebSocket.connect(self.http.connector, url.rstrip("/") + self.query)
+        except NetworkFailed as problem:
+            # The address that was given for the session may be gone; the session need not be.
+            self._session = {**self._session, "url": ""}
+            self._keep()
+            raise Retry(str(problem)) from None
+        self.tools.on_stop(lambda: connection.close(_CLOSE_TO_RESUME))
+        try:
+            self._serve(connection)
+        except WebSocketClosed as closed:
+            if not self.tools.stop.is_set():
+                self._end(str(closed), self.endings.get(closed.code, Ending()))
+        finally:
+            connection.close(_CLOSE_TO_RESUME)
+            self._keep()
+
+    def _keep(self) -> None:
+        """Keep the session; what came since then comes again if that fails."""
+        with contextlib.suppress(OSError):
+            if self._session != self.tools.state():
+                self.tools.accept(None, self._session)
+
+    def _end(self, why: str, ending: Ending) -> NoReturn:
+        """Raise what follows the end of a connection."""
+        self.disconnected()
+        if ending.fix:
+            raise Fatal(ending.why, ending.fix)
+        if ending.is_session_over:
+            self._session = {}
+        self._cuts = self._cuts + 1 if self._clock() - self._began_s < _CUT_WITHIN_S else 0
+        raise Retry(why, _CUT_PAUSE_S if self._cuts >= _MAX_CUTS else ending.after_s)
+
+    def _serve(self, connection: WebSocket) -> None:
+        """Take frames, and send heartbeats. Raises Fatal, Retry, WebSocketClosed."""
+        self._beat_s, self._is_beat_heard = math.inf, True
+        self._ready_by_s = self._clock() + _HELLO_S
+        while True:
+            now_s = self._clock()
+            if now_s >= self._ready_by_s:
+                self._end("no word from the gateway", Ending())
+            if now_s >= self._beat_s:
+                if not self._is_beat_heard:
+                    self._end("no answer to the heartbeat", Ending())
+                self._beat(connection, {})
+                self._keep()
+            text = connection.receive(min(self._beat_s, self._ready_by_s) - self._clock())
+            if text is not None:
+                self._take(connection, text)
+
+    def _take(self, connection: WebSocket, text: str) -> None:
+        try:
+            frame = json.loads(text)
+            react = self._reactions.get(frame["op"])
+        except (KeyError, TypeError, ValueError, RecursionError):
+            self.tools.log("warning", "a frame was not understood")
+            return
+        if react is not None:
+            react(self, connection, frame)
+        if self._ready_by_s == math.inf:
+            self.tools.note_frame()
+
+    def _greet(self, connection: WebSocket, frame: Json) -> None:
+        """Answer the first frame: resume the session, or begin one."""
+        try:
+            self._beat_every_s = max(1.0, float(frame["d"]["heartbeat_interval"]) / 1000)
+        except (KeyError, TypeError, ValueError):
+            self._end("a greeting was not understood", Ending())
+        now_s = self._clock()
+        # Not all clients at once, after the platform has cut all of them off.
+        self._beat_s = now_s + self._beat_every_s * secrets.randbelow(1000) / 1000
+        self._ready_by_s = now_s + _READY_S
+        found = {name: self._session.get(name) for name in ("session_id", "seq")}
+        content = found if found["session_id"] else self.identity()
+        op = Op.RESUME if found["session_id"] else Op.IDENTIFY
+        connection.send(compact({"op": op, "d": {"token": self.token(), **content}}))
+
+    def _beat(self, connection: WebSocket, frame: Json) -> None:
+        connection.send(compact({"op": Op.HEARTBEAT, "d": self._session.get("seq")}))
+        self._is_beat_heard, self._beat_s = False, self._clock() + self._beat_every_s
+
+    def _hear_beat(self, connection: WebSocket, frame: Json) -> None:
+        self._is_beat_heard = True
+
+    def _reconnect(self, connection: WebSocket, frame: Json) -> None:
+        self._end("the platform wants another connection", Ending())
+
+    def _invalidate(self, connection: WebSocket, frame: Json) -> None:
+        can_resume = frame.get("d") is True
+        self._end("the session is not valid", Ending(after_s=_NEW_SESSION_S) if can_resume
+                  else _NEW_SESSION)
+
+    def _dispatch(self, connection: WebSocket, frame: Json) -> None:
+        """Take an event: hand over its message, and count it. Raises OSError."""
+        event, seq = str(frame.get("t")), frame.get("s")
+        data = frame["d"] if isinstance(frame.get("d"), dict) else {}
+        session = {**self._session, "seq": seq} if isinstance(seq, int) else self._session
+        message = None
+        try:
+            if event == "READY":
+                session = {"session_id": str(data["session_id"]), "seq": seq,
+                           "url": str(data.get("resume_gateway_url") or ""),
+                           "bot_id": str(data["user"]["id"])}
+            else:
+                message = self.message(event, data)
+        except (AttributeError, KeyError, TypeError, ValueError) as problem:
+            # An event in a form that nobody knows must not come again for ever.
+            self.tools.log("warning", "an event was not understood", why=repr(problem))
+        if message is not None or event == "READY":
+            self.tools.accept(message, session)
+        # After a failure it is asked for again.
+        self._session, self._ready_by_s = session, math.inf
+
+    _reactions: ClassVar[Mapping[Op, Callable[[Any, WebSocket, Json], None]]] = {
+        Op.DISPATCH: _dispatch, Op.HEARTBEAT: _beat, Op.RECONNECT: _reconnect,
+        Op.INVALID_SESSION: _invalidate, Op.HELLO: _greet, Op.HEARTBEAT_ACK: _hear_beat,
+    }
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
+        url = str(attachment.ref["url"])
+        # A stranger's message must not make this program ask its own network.
+        is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
+        if not (url.startswith("https://") or is_local):
+            raise SendFailed("never", "not an https address")
+        try:
+            answer = self.http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        if answer.status != 200:
+            raise SendFailed("never", f"status {answer.status}")
+        return answer.body
 
 
 # ==== 11. Telegram ===========================================================
@@ -2517,6 +2750,238 @@ Telegram.row = Row(
 
 
 # ==== 12. Discord ============================================================
+# Events by the opcode gateway, everything else by REST. https://discord.com/developers/docs
+
+_DISCORD_API = "https://discord.com/api/v10"
+#: Guilds, messages in them, direct messages, and what messages say.
+_DISCORD_INTENTS = 1 | 1 << 9 | 1 << 12 | 1 << 15
+_DISCORD_TOKEN = Ending(
+    "the token is refused", "take a new one at discord.com/developers/applications: Bot, Reset "
+    "Token")
+_DISCORD_CLIENT = Ending(
+    "the gateway refuses how this program connects", "use a newer version of it")
+#: Types of messages that people write: a plain one, and a reply.
+_DISCORD_TYPES = (0, 19)
+_DISCORD_MENTION = re.compile(r"<@!?(\d+)>")
+#: Suppresses the previews of links.
+_DISCORD_NO_EMBEDS = 4
+#: An error's code: the bot may not quote, because it may not read the history of the channel.
+_DISCORD_NO_QUOTE = 160_002
+#: How many new sessions of a day are left for other programs of the bot.
+_DISCORD_SPARED_SESSIONS = 10
+#: The pause after a 429 that did not come from Discord itself, but from the network before it.
+_DISCORD_BANNED_S = 600.0
+
+#: The Markdown that Discord shows: three levels of headings, and links whose label is no link.
+DISCORD_MARKDOWN = Markup(
+    heading=lambda level, text: f"{'#' * level} {text}" if level <= 3 else f"**{text}**",
+    link=lambda label, url: url if label in ("", url) else f"[{label}]({url})",
+)
+
+
+class DiscordLimits:
+    """Until when the platform takes no more calls, by route; the route "" is all of them.
+    https://discord.com/developers/docs/topics/rate-limits"""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # Guards the field below.
+        self._lock = threading.Lock()
+        self._until_s: dict[str, float] = {}
+
+    def check(self, route: str) -> None:
+        """Raise SendFailed if a call would come too early."""
+        with self._lock:
+            until_s = max(self._until_s.get(route, 0.0), self._until_s.get("", 0.0))
+        if until_s > self._clock():
+            raise SendFailed("wait", "as many calls as are allowed", until_s - self._clock())
+
+    def note(self, route: str, answer: HttpAnswer) -> None:
+        """Take in what an answer tells of the limits. Raises SendFailed if the call was over."""
+        is_over = answer.status == 429
+        if not is_over and answer.headers.get("x-ratelimit-remaining") != "0":
+            return
+        content = answer.json()
+        try:
+            wait_s = float(content["retry_after"] if is_over
+                           else answer.headers["x-ratelimit-reset-after"])
+        except (KeyError, TypeError, ValueError):
+            wait_s = 1.0
+        is_of_all = is_over and bool(content.get("global"))
+        if is_over and ("via" not in answer.headers or not content):
+            is_of_all, wait_s = True, _DISCORD_BANNED_S
+        now_s = self._clock()
+        with self._lock:
+            self._until_s = {each: s for each, s in self._until_s.items() if s > now_s}
+            self._until_s["" if is_of_all else route] = now_s + wait_s
+        if is_over:
+            raise SendFailed("wait", "too many calls", wait_s)
+
+
+class Discord(OpcodeChannel):
+    """A bot of Discord."""
+
+    query = "/?v=10&encoding=json"
+    endings = {
+        4003: _NEW_SESSION, 4004: _DISCORD_TOKEN, 4007: _NEW_SESSION, 4008: _TOO_FAST,
+        4009: _NEW_SESSION, 4010: _DISCORD_CLIENT, 4011: _DISCORD_CLIENT, 4012: _DISCORD_CLIENT,
+        4013: _DISCORD_CLIENT,
+        4014: Ending("the bot may not read what messages say", "switch Message Content Intent on "
+                     "at discord.com/developers/applications: Bot, Privileged Gateway Intents"),
+    }
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http, tools.settings.get("apiRoot") or _DISCORD_API, clock)
+        self._limits = DiscordLimits(clock)
+        self._headers = {
+            "Authorization": f"Bot {tools.settings['token']}",
+            "User-Agent": f"DiscordBot (https://localhost/ocp, {VERSION})",
+        }
+
+    # -- the gateway ------------------------------------------------------------------------------
+
+    def _ask(self, path: str) -> Json:
+        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
+        try:
+            answer = self.http.call("GET", self._root + path, None, self._headers)
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        if answer.status == 401:
+            raise Fatal(_DISCORD_TOKEN.why, _DISCORD_TOKEN.fix)
+        if answer.status != 200:
+            raise Retry(f"status {answer.status}", answer.retry_after_s)
+        return answer.json()
+
+    def probe(self) -> str:
+        """Return the name of the bot. Raises Fatal, Retry."""
+        return f"@{self._ask('/users/@me').get('username', '?')}"
+
+    def gateway_url(self) -> str:
+        """Return where a new session begins, unless too many did today. Raises Fatal, Retry."""
+        found = self._ask("/gateway/bot")
+        limit = found.get("session_start_limit") or {}
+        if limit.get("remaining", _DISCORD_SPARED_SESSIONS) < _DISCORD_SPARED_SESSIONS:
+            raise Retry("too many sessions today", limit.get("reset_after", 0) / 1000)
+        return str(found.get("url") or "")
+
+    def token(self) -> str:
+        """Return the token of the bot."""
+        return str(self.tools.settings["token"])
+
+    def identity(self) -> Json:
+        """Return which events are wanted, and from what."""
+        properties = {"os": sys.platform, "browser": "ocp", "device": "ocp"}
+        return {"intents": _DISCORD_INTENTS, "properties": properties}
+
+    def message(self, event: str, data: Json) -> Optional[Message]:
+        """Return the message in an event, None for what is no message of a person."""
+        author = data.get("author") or {}
+        is_other = author.get("bot") or data.get("webhook_id") or (
+            data.get("type") not in _DISCORD_TYPES)
+        if event != "MESSAGE_CREATE" or is_other:
+            return None
+        text, is_mentioned = self._without_mention(data)
+        attachments = tuple(map(_discord_attachment, data.get("attachments") or []))
+        if not (text or attachments):
+            return None
+        guild, place = str(data.get("guild_id") or ""), str(data["channel_id"])
+        return Message(
+            id=str(data["id"]), chat=place, kind="group" if guild else "direct",
+            sender=str(author["id"]),
+            sender_name=str(author.get("global_name") or author.get("username") or author["id"]),
+            text=text, is_mentioned=is_mentioned or not guild,
+            quoted=str((data.get("referenced_message") or {}).get("content") or ""),
+            attachments=attachments, at_s=time.time(),
+            route={"channel_id": place, "message_id": str(data["id"])},
+            group=guild, place=place if guild else "",
+        )
+
+    def _without_mention(self, data: Json) -> tuple[str, bool]:
+        """Return the text without the bot's own name, and whether the message is for the bot."""
+        own = self._session.get("bot_id")
+        names = {str(each["id"]): each.get("global_name") or each.get("username")
+                 for each in data.get("mentions") or []}
+
+        def shown(found: re.Match[str]) -> str:
+            return "" if found[1] == own else f"@{names.get(found[1]) or found[1]}"
+
+        quoted = (data.get("referenced_message") or {}).get("author") or {}
+        text = _DISCORD_MENTION.sub(shown, str(data.get("content") or "")).strip()
+        return text, own in names or quoted.get("id") == own
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        # A call that is made again with the same nonce returns the message of the first one.
+        body: Json = {**self._content(part), "nonce": part.nonce[:25], "enforce_nonce": True}
+        if self.tools.settings.get("suppressEmbeds") is not False:
+            body["flags"] = _DISCORD_NO_EMBEDS
+        if route.get("is_reply"):
+            body["message_reference"] = {
+                "message_id": route["message_id"], "fail_if_not_exists": False,
+            }
+        return str(self._deliver("POST", route, "messages", body).get("id", ""))
+
+    def edit(self, route: Json, message_id: str, part: Part) -> None:
+        """Replace the text of a message. Raises SendFailed."""
+        self._deliver("PATCH", route, f"messages/{message_id}", self._content(part))
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing" for ten seconds. Raises SendFailed."""
+        if not is_over:
+            self._deliver("POST", route, "typing", {})
+
+    def _content(self, part: Part) -> Json:
+        """Return the text of a part, which rings for nobody whatever it says."""
+        text = render(part.text, PLAIN) if part.is_plain else self.render(part.text)
+        return {"content": text, "allowed_mentions": {"parse": [], "replied_user": False}}
+
+    def _deliver(self, method: str, route: Json, what: str, body: Json) -> Json:
+        """Return the answer to a call that a chat sees. Raises SendFailed."""
+        path = f"/channels/{route['channel_id']}/{what}"
+        limit = f"{method} {route['channel_id']} {what.partition('/')[0]}"
+        self._limits.check(limit)
+        try:
+            answer = self.http.call(method, self._root + path, body, self._headers)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        self._limits.note(limit, answer)
+        if answer.status < 300:
+            return answer.json()
+        content = answer.json()
+        if content.get("code") == _DISCORD_NO_QUOTE and "message_reference" in body:
+            bare = {name: value for name, value in body.items() if name != "message_reference"}
+            return self._deliver(method, route, what, bare)
+        # That the token is refused is for the receiver to find out.
+        kind = "later" if answer.status >= 500 or answer.status == 401 else "never"
+        raise SendFailed(kind, str(content.get("message") or f"status {answer.status}"))
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the Markdown that Discord shows."""
+        return render(markdown, DISCORD_MARKDOWN)
+
+
+def _discord_attachment(found: Json) -> Attachment:
+    mime = str(found.get("content_type") or "").partition(";")[0]
+    return Attachment("image" if mime.startswith("image/") else "file",
+                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
+                      {"url": found["url"]})
+
+
+Discord.row = Row(
+    "discord", (), "Discord", Discord, limit=2000,
+    credentials={"token": "DISCORD_BOT_TOKEN"},
+    settings={"apiRoot": platform_url_value, "guilds": mapping_value, "suppressEmbeds": flag_value,
+              "tokenFile": text_value},
+    # Five messages in five seconds are allowed in each channel.
+    can_edit=True, edit_every_s=1.5, edit_every_in_groups_s=1.5, typing_every_s=8.0, pace_s=1.0,
+    help="At discord.com/developers/applications: New Application, Bot, Reset Token; switch on "
+         "Message Content Intent there.",
+    synonyms={"botToken": "token"},
+)
 
 
 # ==== 13. QQ =================================================================
@@ -2530,7 +2995,7 @@ Telegram.row = Row(
 
 # ==== 16. Channel table ======================================================
 #: Each channel that is built in; plugins add rows of their own.
-ROWS: tuple[Row, ...] = (Telegram.row,)
+ROWS: tuple[Row, ...] = (Telegram.row, Discord.row)
 
 
 # ==== 17. Access =============================================================

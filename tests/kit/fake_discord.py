@@ -1,0 +1,287 @@
+"""A stand-in for Discord on loopback: the gateway and the REST API of one bot. It keeps what people
+see in each channel, and refuses what Discord refuses.
+
+    with FakeDiscord() as discord:
+        ...                                  # apiRoot: discord.url, token: discord.token
+        discord.say("hello", sender="1000")
+        discord.say("<@4242> hi", guild="7", channel="70")
+        discord.fail("POST", "messages", 500)
+        assert discord.screen(discord.dm("1000")) == ["hi"]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+import time
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Callable, NamedTuple, Optional
+
+from fake_opcodes import FakeOpcodes, Session
+
+Json = Any
+BOT_ID, BOT_NAME = "4242", "ocp_test_bot"
+INTENTS = 1 | 1 << 9 | 1 << 12 | 1 << 15
+MAX_TEXT, MAX_NONCE = 2000, 25
+#: The fields that each call takes.
+SEND_FIELDS = {"content", "nonce", "enforce_nonce", "message_reference", "allowed_mentions",
+               "flags", "tts", "embeds", "components", "attachments"}
+EDIT_FIELDS = {"content", "allowed_mentions", "flags", "embeds", "components", "attachments"}
+
+
+class Refusal(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int, body: Json, **headers: str) -> None:
+        super().__init__(f"{status} {body}")
+        self.status, self.body, self.headers = status, body, headers
+
+
+class Call(NamedTuple):
+    method: str
+    path: str
+    body: Json
+    at_s: float
+
+
+class FakeDiscord(FakeOpcodes):
+    """Discord for one bot."""
+
+    def __init__(self, token: str = "MTA0.TEST.token-of-the-fake",
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.token, self._clock = token, clock
+        self.user: Json = {"id": BOT_ID, "username": BOT_NAME, "discriminator": "0", "bot": True,
+                           "global_name": None, "avatar": None}
+        self.has_content_intent = True
+        self.sessions_left = 1000
+        self.calls: list[Call] = []
+        self.files: dict[str, bytes] = {}
+        #: What would have rung for somebody.
+        self.pings: list[str] = []
+        #: How many calls of a kind each channel takes in how long.
+        self.limit, self.window_s = 5, 5.0
+        self._windows: dict[str, tuple[float, int]] = {}
+        self._failures: list[tuple[str, str, Refusal]] = []
+        self._ids = itertools.count(1_300_000_000_000_000_001)
+        #: By channel, by id: the bot's messages, which people see.
+        self._screens: dict[str, dict[str, Json]] = defaultdict(dict)
+        self._nonces: dict[tuple[str, str], Json] = {}
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> FakeDiscord:
+        self.gateway.__enter__()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self.gateway.__exit__()
+
+    # -- what a test does ---------------------------------------------------------------------
+
+    def dm(self, sender: str) -> str:
+        """The channel of direct messages with somebody."""
+        return f"9{sender}"
+
+    def say(self, text: str, sender: str = "1000", guild: str = "", channel: str = "",
+            **fields: Json) -> str:
+        """Let somebody write; returns the id of the message."""
+        place: Json = {"channel_id": channel or self.dm(sender)}
+        if guild:
+            place["guild_id"] = guild
+        mentions = [self.person(each) for each in re.findall(r"<@!?(\d+)>", text)]
+        message = {**self.new_message(text, self.person(sender), **place, mentions=mentions),
+                   **fields}
+        self.emit("MESSAGE_CREATE", message)
+        return str(message["id"])
+
+    def person(self, user_id: str) -> Json:
+        """What the platform tells of somebody."""
+        return self.user if user_id == BOT_ID else {
+            "id": user_id, "username": f"person{user_id}", "discriminator": "0",
+            "global_name": f"Person {user_id}", "avatar": None}
+
+    def new_message(self, text: str, author: Json, **fields: Json) -> Json:
+        """A message with all fields that it always has."""
+        return {
+            "id": str(next(self._ids)), "type": 0, "content": text, "author": author,
+            "timestamp": "2026-12-01T00:00:00.000000+00:00", "edited_timestamp": None,
+            "tts": False, "mention_everyone": "@everyone" in text, "mentions": [],
+            "mention_roles": [], "attachments": [], "embeds": [], "pinned": False, "flags": 0,
+            **fields}
+
+    def attachment(self, name: str, data: bytes, mime: str) -> Json:
+        """A file that people can send."""
+        self.files[name] = data
+        url = f"{self.url}/files/{name}"
+        return {"id": str(next(self._ids)), "filename": name, "size": len(data), "url": url,
+                "proxy_url": url, "content_type": mime}
+
+    def fail(self, method: str, path: str, status: int, body: Json = None, times: int = 1,
+             **headers: str) -> None:
+        """Refuse the next calls whose path ends so."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        refusal = Refusal(status, {"message": "no", "code": 0} if body is None else body, **named)
+        self._failures += [(method, path, refusal)] * times
+
+    def screen(self, channel: str) -> list[str]:
+        """What the bot's messages in a channel say, in order."""
+        with self._lock:
+            return [message["content"] for message in self._screens[channel].values()]
+
+    def called(self, method: str, what: str) -> list[Json]:
+        """The bodies of all calls whose path ends so."""
+        return [call.body for call in list(self.calls)
+                if call.method == method and call.path.rstrip("0123456789/").endswith(what)]
+
+    # -- the gateway --------------------------------------------------------------------------
+
+    def is_token(self, token: str) -> bool:
+        return token == self.token
+
+    def check_identity(self, content: Json) -> None:
+        if not {"os", "browser", "device"} <= set(content["properties"]):
+            self.faults.append("identify without properties")
+        if content["intents"] & 1 << 15 and not self.has_content_intent:
+            self.connections[-1].close(4014)
+
+    def ready(self, session: Session) -> Json:
+        return {"v": 10, "session_id": session.id, "resume_gateway_url": self.gateway.url,
+                "user": self.user, "guilds": [], "application": {"id": BOT_ID, "flags": 0}}
+
+    # -- the REST API -------------------------------------------------------------------------
+
+    def answer(self, method: str, path: str, headers: Json, body: Json) -> tuple[int, Json, Json]:
+        """Status, headers and body of an answer."""
+        self.calls.append(Call(method, path, body, self._clock()))
+        limits: dict[str, str] = {}
+        try:
+            with self._lock:
+                self._check(method, path, headers, limits)
+                result = self._perform(method, path, body)
+        except Refusal as refusal:
+            return refusal.status, {**limits, **refusal.headers}, refusal.body
+        return 200 if result is not None else 204, limits, result
+
+    def _check(self, method: str, path: str, headers: Json, limits: dict[str, str]) -> None:
+        if not re.match(r"DiscordBot \(\S+, \S+\)", headers.get("User-Agent", "")):
+            raise Refusal(403, "<html>error code: 1010</html>")
+        if headers.get("Authorization") != f"Bot {self.token}":
+            raise Refusal(401, {"message": "401: Unauthorized", "code": 0}, Via="1.1 google")
+        for place, (wanted, end, refusal) in enumerate(self._failures):
+            if method == wanted and path.endswith(end):
+                del self._failures[place]
+                raise refusal
+        if path.startswith("/channels/"):
+            self._count(f"{method} {'/'.join(path.split('/')[:4])}", limits)
+
+    def _count(self, bucket: str, limits: dict[str, str]) -> None:
+        now_s = self._clock()
+        began_s, count = self._windows.get(bucket, (now_s, 0))
+        if now_s - began_s >= self.window_s:
+            began_s, count = now_s, 0
+        left_s = began_s + self.window_s - now_s
+        if count >= self.limit:
+            raise Refusal(429, {"message": "You are being rate limited.", "global": False,
+                                "retry_after": left_s}, Via="1.1 google",
+                          **{"Retry-After": str(int(left_s) + 1)})
+        self._windows[bucket] = began_s, count + 1
+        limits.update({"X-RateLimit-Limit": str(self.limit), "X-RateLimit-Bucket": bucket[-32:],
+                       "X-RateLimit-Remaining": str(self.limit - count - 1),
+                       "X-RateLimit-Reset-After": f"{left_s:.3f}"})
+
+    def _perform(self, method: str, path: str, body: Json) -> Optional[Json]:
+        if (method, path) == ("GET", "/users/@me"):
+            return self.user
+        if (method, path) == ("GET", "/oauth2/applications/@me"):
+            return {"id": BOT_ID, "name": BOT_NAME, "description": "", "icon": None,
+                    "bot_public": True, "bot_require_code_grant": False, "verify_key": "",
+                    "flags": 0, "owner": self.person("1")}
+        if (method, path) == ("GET", "/gateway/bot"):
+            return {"url": self.gateway.url, "shards": 1, "session_start_limit": {
+                "total": 1000, "remaining": self.sessions_left, "reset_after": 3_600_000,
+                "max_concurrency": 1}}
+        found = re.fullmatch(r"/channels/(\d+)/(messages|typing)(?:/(\d+))?", path)
+        if found is None:
+            raise Refusal(404, {"message": "404: Not Found", "code": 0})
+        if found[2] == "typing":
+            return None
+        return self._send_message(found[1], body) if method == "POST" else (
+            self._edit_message(found[1], found[3], body))
+
+    def _check_text(self, body: Json, fields: set[str]) -> str:
+        unknown = set(body) - fields
+        if unknown:
+            self.faults.append(f"fields {unknown}")
+        text, nonce = body.get("content") or "", str(body.get("nonce") or "")
+        if len(text) > MAX_TEXT or len(nonce) > MAX_NONCE:
+            raise Refusal(400, {"message": "Invalid Form Body", "code": 50035})
+        if not text.strip():
+            raise Refusal(400, {"message": "Cannot send an empty message", "code": 50006})
+        allowed = body.get("allowed_mentions") or {"parse": ["everyone", "users"]}
+        if re.search(r"@everyone|@here|<@", text) and allowed["parse"]:
+            self.pings.append(text)
+        return str(text)
+
+    def _send_message(self, channel: str, body: Json) -> Json:
+        text = self._check_text(body, SEND_FIELDS)
+        key = (channel, str(body.get("nonce")))
+        if body.get("enforce_nonce") and key in self._nonces:
+            return self._nonces[key]
+        message = self.new_message(text, self.user, channel_id=channel, nonce=body.get("nonce"),
+                                   flags=body.get("flags", 0))
+        self._screens[channel][message["id"]] = message
+        self._nonces[key] = message
+        return message
+
+    def _edit_message(self, channel: str, message_id: str, body: Json) -> Json:
+        text = self._check_text(body, EDIT_FIELDS)
+        message = self._screens[channel].get(message_id)
+        if message is None:
+            raise Refusal(404, {"message": "Unknown Message", "code": 10008})
+        message["content"] = text
+        return message
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeDiscord
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", "0"))) or b"{}")
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/files/") and name in self.fake.files:
+            self._send(200, {}, self.fake.files[name])
+            return
+        status, headers, content = self.fake.answer(self.command, self.path, self.headers, body)
+        if isinstance(content, str):
+            self._send(status, {**headers, "Content-Type": "text/html"}, content.encode())
+        else:
+            data = b"" if content is None else json.dumps(content).encode()
+            self._send(status, {**headers, "Content-Type": "application/json"}, data)
+
+    do_GET = do_POST = do_PATCH = _answer  # noqa: N815
+
+    def _send(self, status: int, headers: Json, data: bytes) -> None:
+        try:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            if status != 204:
+                self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:
+            # The bot has gone.
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Json) -> None:
+        pass
