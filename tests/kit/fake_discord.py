@@ -29,7 +29,8 @@ MAX_TEXT, MAX_NONCE = 2000, 25
 #: The fields that each call takes.
 SEND_FIELDS = {"content", "nonce", "enforce_nonce", "message_reference", "allowed_mentions",
                "flags", "tts", "embeds", "components", "attachments"}
-EDIT_FIELDS = {"content", "allowed_mentions", "flags", "embeds", "components", "attachments"}
+EDIT_FIELDS = {"content", "allowed_mentions", "flags", "embeds", "components", "attachments",
+               "tts"}
 
 
 class Refusal(Exception):
@@ -65,7 +66,8 @@ class FakeDiscord(FakeOpcodes):
         #: How many calls of a kind each channel takes in how long.
         self.limit, self.window_s = 5, 5.0
         self._windows: dict[str, tuple[float, int]] = {}
-        self._failures: list[tuple[str, str, Refusal]] = []
+        #: Method, end of the path, text, and what is answered.
+        self._failures: list[tuple[str, str, str, Refusal]] = []
         self._ids = itertools.count(1_300_000_000_000_000_001)
         #: By channel, by id: the bot's messages, which people see.
         self._screens: dict[str, dict[str, Json]] = defaultdict(dict)
@@ -126,11 +128,11 @@ class FakeDiscord(FakeOpcodes):
                 "proxy_url": url, "content_type": mime}
 
     def fail(self, method: str, path: str, status: int, body: Json = None, times: int = 1,
-             **headers: str) -> None:
-        """Refuse the next calls whose path ends so."""
+             when: str = "", **headers: str) -> None:
+        """Refuse the next calls whose path ends so, and whose text is `when` if it is given."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         refusal = Refusal(status, {"message": "no", "code": 0} if body is None else body, **named)
-        self._failures += [(method, path, refusal)] * times
+        self._failures += [(method, path, when, refusal)] * times
 
     def screen(self, channel: str) -> list[str]:
         """What the bot's messages in a channel say, in order."""
@@ -165,19 +167,20 @@ class FakeDiscord(FakeOpcodes):
         limits: dict[str, str] = {}
         try:
             with self._lock:
-                self._check(method, path, headers, limits)
+                self._check(method, path, headers, body, limits)
                 result = self._perform(method, path, body)
         except Refusal as refusal:
             return refusal.status, {**limits, **refusal.headers}, refusal.body
         return 200 if result is not None else 204, limits, result
 
-    def _check(self, method: str, path: str, headers: Json, limits: dict[str, str]) -> None:
-        if not re.match(r"DiscordBot \(\S+, \S+\)", headers.get("User-Agent", "")):
+    def _check(self, method: str, path: str, headers: Json, body: Json,
+               limits: dict[str, str]) -> None:
+        if not re.match(r"DiscordBot \(\S+ \S+\)", headers.get("User-Agent", "")):
             raise Refusal(403, "<html>error code: 1010</html>")
         if headers.get("Authorization") != f"Bot {self.token}":
             raise Refusal(401, {"message": "401: Unauthorized", "code": 0}, Via="1.1 google")
-        for place, (wanted, end, refusal) in enumerate(self._failures):
-            if method == wanted and path.endswith(end):
+        for place, (wanted, end, text, refusal) in enumerate(self._failures):
+            if method == wanted and path.endswith(end) and text in ("", body.get("content")):
                 del self._failures[place]
                 raise refusal
         if path.startswith("/channels/"):
@@ -264,8 +267,10 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers, content = self.fake.answer(self.command, self.path, self.headers, body)
         if isinstance(content, str):
             self._send(status, {**headers, "Content-Type": "text/html"}, content.encode())
+        elif content is None:
+            self._send(status, headers, b"")
         else:
-            data = b"" if content is None else json.dumps(content).encode()
+            data = json.dumps(content).encode()
             self._send(status, {**headers, "Content-Type": "application/json"}, data)
 
     do_GET = do_POST = do_PATCH = _answer  # noqa: N815

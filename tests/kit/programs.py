@@ -41,6 +41,8 @@ CLIENTS = {
     "jsqr": ".qr",
     # python-telegram-bot
     "telegram": ".channels",
+    # discord.py
+    "discord": ".channels",
 }
 
 
