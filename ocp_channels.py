@@ -2985,6 +2985,293 @@ Discord.row = Row(
 
 
 # ==== 13. QQ =================================================================
+# The official bot API: events by the opcode gateway, answers by REST. An answer is taken only as a
+# reply to a message, five times and for some time: https://bot.q.qq.com/wiki/develop/api-v2/
+
+_QQ_API, _QQ_TOKENS = "https://api.sgroup.qq.com", "https://bots.qq.com/app/getAppAccessToken"
+#: People and groups; guilds, and people in guilds.
+_QQ_INTENTS, _QQ_GUILD_INTENTS = 1 << 25, 1 << 30 | 1 << 12
+#: Codes of the token's answer: asked for too often, and credentials that do not fit.
+_QQ_TOKEN_LATER, _QQ_TOKEN_WRONG = 100_001, 100_016
+#: The pause when the platform is asked too often.
+_QQ_WAIT_S = 60.0
+#: How long before its end a token is not used.
+_QQ_TOKEN_SPARE_S = 300.0
+#: The code of a call from an address that the bot may not have.
+_QQ_WRONG_ADDRESS = 11_298
+#: What follows each code of a refused message. "done" is the same one again, "link" an address in
+#: it; the others are kinds of SendFailed.
+_QQ_REFUSALS = {
+    22_009: "held", 40_034_024: "held", 40_034_025: "held", 40_034_102: "held",
+    40_034_012: "plain", 304_041: "plain", 40_054_005: "done", 40_054_010: "link", 304_003: "link",
+}
+#: Types of messages: that are sent as text, as Markdown, as "typing"; that quote another one.
+_QQ_TEXT, _QQ_MARKED, _QQ_TYPING, _QQ_QUOTING = 0, 2, 6, 103
+_QQ_MENTION = re.compile(r"<@!?([\w-]+)>")
+_QQ_FACE = re.compile(r'<faceType=[^>]*?ext="([^">]*)"[^>]*>')
+_QQ_LINK = re.compile(r"://|(?<=\w)\.(?=[A-Za-z]{2})")
+_QQ_MARKDOWN = Markup(link=lambda label, url: f"[{label or url}]({url})")
+
+
+class QQPlace(NamedTuple):
+    """Where the messages of an event come from, and where their answers go."""
+
+    kind: str
+    #: The field with the id of the chat, in the event or its author.
+    chat: str
+    path: str
+    #: Whether the event itself says that the message is for the bot.
+    is_mention: bool = False
+
+
+_QQ_PLACES = {
+    "C2C_MESSAGE_CREATE": QQPlace("direct", "user_openid", "/v2/users/{}/messages"),
+    "GROUP_AT_MESSAGE_CREATE": QQPlace("group", "group_openid", "/v2/groups/{}/messages", True),
+    "GROUP_MESSAGE_CREATE": QQPlace("group", "group_openid", "/v2/groups/{}/messages"),
+    "AT_MESSAGE_CREATE": QQPlace("group", "channel_id", "/channels/{}/messages", True),
+    "DIRECT_MESSAGE_CREATE": QQPlace("direct", "guild_id", "/dms/{}/messages"),
+}
+
+
+class QQLinkRefused(SendFailed):
+    """A message was refused because of an address of the web in it."""
+
+
+class QQ(OpcodeChannel):
+    """A bot of QQ."""
+
+    endings = {
+        **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
+        4914: Ending("the bot is offline, or only in the sandbox", "publish it at q.qq.com, or set "
+                     "apiRoot to https://sandbox.api.sgroup.qq.com"),
+        4915: Ending("the bot is banned", "see its page at q.qq.com"),
+    }
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http, tools.settings.get("apiRoot") or _QQ_API, clock)
+        self._token_url = tools.settings.get("tokenUrl") or _QQ_TOKENS
+        self._is_markdown = tools.settings.get("markdownSupport") is not False
+        # Guards the fields below. Held while a token is fetched, so that one thread does.
+        self._token_lock = threading.Lock()
+        self._token, self._token_until_s = "", -math.inf
+
+    # -- the token --------------------------------------------------------------------------------
+
+    def token(self) -> str:
+        """Return the bot's token of these hours. Raises Fatal, Retry."""
+        with self._token_lock:
+            if self._clock() >= self._token_until_s:
+                self._token, life_s = self._new_token()
+                spare_s = min(_QQ_TOKEN_SPARE_S, life_s / 3)
+                self._token_until_s = self._clock() + life_s - spare_s
+            return f"QQBot {self._token}"
+
+    def _new_token(self) -> tuple[str, float]:
+        """Return a token, and its seconds. Raises Fatal, Retry."""
+        settings = self.tools.settings
+        body = {"appId": settings["appId"], "clientSecret": settings["clientSecret"]}
+        try:
+            content = self.http.call("POST", self._token_url, body).json()
+            if content.get("code") == _QQ_TOKEN_WRONG:
+                raise Fatal("appId and clientSecret do not fit", "copy both at q.qq.com")
+            return str(content["access_token"]), float(content["expires_in"])
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        except (KeyError, TypeError, ValueError):
+            is_early = content.get("code") == _QQ_TOKEN_LATER
+            raise Retry("no token", _QQ_WAIT_S if is_early else 0.0) from None
+
+    def disconnected(self) -> None:
+        """Forget the token: that it is not valid is a frequent reason."""
+        with self._token_lock:
+            self._token_until_s = -math.inf
+
+    # -- the gateway ------------------------------------------------------------------------------
+
+    def _call(self, method: str, path: str, body: Optional[Json] = None) -> HttpAnswer:
+        """Return the answer to a call. Raises Fatal, Retry."""
+        try:
+            answer = self.http.call(
+                method, self._root + path, body, {"Authorization": self.token()})
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        if answer.status == 401:
+            self.disconnected()
+        return answer
+
+    def _ask(self, path: str) -> Json:
+        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
+        answer = self._call("GET", path)
+        if _qq_code(answer) == _QQ_WRONG_ADDRESS:
+            raise Fatal("this machine's public address is not on the bot's list",
+                        "add it at q.qq.com: Development, IP white list")
+        if answer.status != 200:
+            raise Retry(f"status {answer.status}", answer.retry_after_s)
+        return answer.json()
+
+    def probe(self) -> str:
+        """Return the name of the bot. Raises Fatal, Retry."""
+        return f"@{self._ask('/users/@me').get('username', '?')}"
+
+    def gateway_url(self) -> str:
+        """Return where every session is. Raises Fatal, Retry."""
+        return str(self._ask("/gateway").get("url") or "")
+
+    def identity(self) -> Json:
+        """Return which events are wanted."""
+        has_guilds = bool(self.tools.settings.get("guilds"))
+        return {"intents": _QQ_INTENTS | _QQ_GUILD_INTENTS * has_guilds, "shard": [0, 1]}
+
+    def message(self, event: str, data: Json) -> Optional[Message]:
+        """Return the message in an event, None for what is no message of a person."""
+        place, author = _QQ_PLACES.get(event), data.get("author") or {}
+        if place is None or author.get("bot"):
+            return None
+        text, is_mentioned = self._without_mention(data)
+        files = data.get("attachments") or []
+        spoken = [str(each["asr_refer_text"]) for each in files if each.get("asr_refer_text")]
+        text = "\n".join(filter(None, [text, *spoken]))
+        attachments = tuple(_qq_attachment(each) for each in files
+                            if not each.get("asr_refer_text"))
+        if not (text or attachments):
+            return None
+        chat = str(data.get(place.chat) or author[place.chat])
+        sender = str(author.get("user_openid") or author.get("member_openid") or author["id"])
+        is_group = place.kind == "group"
+        elements = data.get("msg_elements") if data.get("message_type") == _QQ_QUOTING else None
+        return Message(
+            id=str(data["id"]), chat=chat, kind=place.kind, sender=sender,
+            sender_name=str(author.get("username") or sender), text=text,
+            is_mentioned=is_mentioned or place.is_mention or not is_group,
+            quoted=str(elements[0].get("content") or "") if elements else "",
+            attachments=attachments, at_s=time.time(),
+            route={"path": place.path.format(urllib.parse.quote(chat, safe="")),
+                   "msg_id": str(data["id"])},
+            group=str(data.get("guild_id") or chat) if is_group else "",
+            place=chat if is_group else "",
+        )
+
+    def _without_mention(self, data: Json) -> tuple[str, bool]:
+        """Return the text without the bot's own name, and whether that was in it."""
+        names: dict[str, str] = {}
+        is_mentioned = False
+        for each in data.get("mentions") or []:
+            user = str(each.get("member_openid") or each.get("id") or "")
+            is_own = bool(each.get("is_you")) or user == self._session.get("bot_id")
+            names[user] = "" if is_own else f"@{each.get('nickname') or each.get('username')}"
+            is_mentioned = is_mentioned or is_own
+        text = _QQ_FACE.sub(_qq_face, str(data.get("content") or ""))
+        text = _QQ_MENTION.sub(lambda found: names.get(found[1], found[0]), text)
+        return text.strip(), is_mentioned
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        # Guilds take Markdown only from some bots, and not in replies.
+        is_marked = self._is_markdown and not part.is_plain and route["path"].startswith("/v2/")
+        text = self.render(part.text) if is_marked else render(part.text, PLAIN)
+        # The same for a part that is sent again, and another one for it in another form: a refused
+        # message may count as sent.
+        number = int(part.nonce[:6], 16) * 8 + 2 * is_marked
+        try:
+            return self._reply(route, text, number, is_marked=is_marked)
+        except QQLinkRefused as refused:
+            self.tools.log("warning", "links were broken up", why=refused)
+            broken = _QQ_LINK.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+            return self._reply(route, broken, number + 1, is_marked=is_marked)
+
+    def _reply(self, route: Json, text: str, number: int, *, is_marked: bool) -> str:
+        body: Json = {"markdown": {"content": text}} if is_marked else {"content": text}
+        if route["path"].startswith("/v2/"):
+            body = {**body, "msg_type": _QQ_MARKED if is_marked else _QQ_TEXT, "msg_seq": number}
+        return str(self._deliver(route, body).get("id", ""))
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing" for a minute to a person. Counts as an answer. Raises SendFailed."""
+        if not is_over and route["path"].startswith("/v2/users/"):
+            self._deliver(route, {
+                "msg_type": _QQ_TYPING, "input_notify": {"input_type": 1, "input_second": 60},
+                "msg_seq": secrets.randbelow(1 << 24) * 8 + 7,
+            })
+
+    def _deliver(self, route: Json, body: Json) -> Json:
+        """Return the answer to a reply. Raises SendFailed."""
+        sent = {**body, "msg_id": route["msg_id"]}
+        try:
+            answer = self._call("POST", route["path"], sent)
+            if answer.status == 401:
+                # With a new token.
+                answer = self._call("POST", route["path"], sent)
+        except (Fatal, Retry) as problem:
+            raise SendFailed("later", str(problem)) from None
+        if answer.status >= 300 and _QQ_REFUSALS.get(_qq_code(answer)) != "done":
+            self._refuse(answer)
+        return answer.json()
+
+    def _refuse(self, answer: HttpAnswer) -> NoReturn:
+        """Raise what follows a refusal."""
+        content = answer.json()
+        why = str(content.get("message") or f"status {answer.status}")
+        if answer.status == 429:
+            raise SendFailed("wait", why, answer.retry_after_s or _QQ_WAIT_S)
+        kind = _QQ_REFUSALS.get(_qq_code(answer), "")
+        if kind == "link":
+            raise QQLinkRefused("never", why)
+        if kind == "plain":
+            self._is_markdown = False
+        if not kind and "msg_id" in why:
+            # There are more codes for a message that can be answered no more.
+            kind = "held"
+        # A body that is no JSON comes from before the platform.
+        is_passing = answer.status >= 500 or answer.status == 401 or not content
+        raise SendFailed(kind or ("later" if is_passing else "never"), why)
+
+    def render(self, markdown: str) -> str:
+        """Return the text as Markdown, or plain if this bot may not send that."""
+        return render(markdown, _QQ_MARKDOWN if self._is_markdown else PLAIN)
+
+
+def _qq_code(answer: HttpAnswer) -> int:
+    """Return the code of a refusal, 0 without."""
+    content = answer.json()
+    code = content.get("err_code") or content.get("code")
+    return code if isinstance(code, int) else 0
+
+
+def _qq_face(found: re.Match[str]) -> str:
+    """Return what an emoji of QQ's own is called."""
+    try:
+        return f"[{json.loads(base64.b64decode(found[1]))['text']}]"
+    except (ValueError, KeyError, TypeError):
+        return "[emoji]"
+
+
+def _qq_attachment(found: Json) -> Attachment:
+    mime, url = str(found.get("content_type") or ""), str(found["url"])
+    if "://" not in url:
+        url = f"https://{url.lstrip('/')}"
+    return Attachment("image" if mime.startswith("image/") else "file",
+                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
+                      {"url": url})
+
+
+def _qq_guilds_value(value: object) -> Json:
+    """Return the guilds that are listened to; true is all of them."""
+    return {"*": {}} if value is True else {} if value is False else mapping_value(value)
+
+
+QQ.row = Row(
+    "qqbot", ("qq",), "QQ", QQ, limit=4000,
+    credentials={"appId": "QQBOT_APP_ID", "clientSecret": "QQBOT_CLIENT_SECRET"},
+    settings={"apiRoot": platform_url_value, "tokenUrl": platform_url_value,
+              "markdownSupport": flag_value, "groups": mapping_value, "guilds": _qq_guilds_value},
+    # "Typing" counts as one of the answers, so it is shown once.
+    typing_every_s=3600.0, budget=5,
+    help="At q.qq.com: create a bot, and copy AppID and AppSecret under Development.",
+)
 
 
 # ==== 14. DingTalk ===========================================================
@@ -2995,7 +3282,7 @@ Discord.row = Row(
 
 # ==== 16. Channel table ======================================================
 #: Each channel that is built in; plugins add rows of their own.
-ROWS: tuple[Row, ...] = (Telegram.row, Discord.row)
+ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row)
 
 
 # ==== 17. Access =============================================================
@@ -3130,7 +3417,7 @@ class Access:
 def judge_group(account: Account, message: Message) -> Verdict:
     """Return whether a message in a group is answered: by its place, its sender, its mention."""
     settings = account.settings
-    places = settings.get("groups") or settings.get("guilds") or {}
+    places = {**(settings.get("guilds") or {}), **(settings.get("groups") or {})}
     if settings["groupPolicy"] == "disabled":
         return Verdict(False, "groups are off")
     named = places.get(message.group, places.get("*"))

@@ -12,15 +12,12 @@ see in each channel, and refuses what Discord refuses.
 from __future__ import annotations
 
 import itertools
-import json
 import re
-import threading
 import time
 from collections import defaultdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable
 
-from fake_opcodes import FakeOpcodes, Session
+from fake_opcodes import Call, FakeOpcodes, Refusal, Session
 
 Json = Any
 BOT_ID, BOT_NAME = "4242", "ocp_test_bot"
@@ -33,59 +30,26 @@ EDIT_FIELDS = {"content", "allowed_mentions", "flags", "embeds", "components", "
                "tts"}
 
 
-class Refusal(Exception):
-    """An answer that is no success."""
-
-    def __init__(self, status: int, body: Json, **headers: str) -> None:
-        super().__init__(f"{status} {body}")
-        self.status, self.body, self.headers = status, body, headers
-
-
-class Call(NamedTuple):
-    method: str
-    path: str
-    body: Json
-    at_s: float
-
-
 class FakeDiscord(FakeOpcodes):
     """Discord for one bot."""
 
     def __init__(self, token: str = "MTA0.TEST.token-of-the-fake",
                  clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self.token, self._clock = token, clock
+        super().__init__(clock)
+        self.token = token
         self.user: Json = {"id": BOT_ID, "username": BOT_NAME, "discriminator": "0", "bot": True,
                            "global_name": None, "avatar": None}
         self.has_content_intent = True
         self.sessions_left = 1000
-        self.calls: list[Call] = []
-        self.files: dict[str, bytes] = {}
         #: What would have rung for somebody.
         self.pings: list[str] = []
         #: How many calls of a kind each channel takes in how long.
         self.limit, self.window_s = 5, 5.0
         self._windows: dict[str, tuple[float, int]] = {}
-        #: Method, end of the path, text, and what is answered.
-        self._failures: list[tuple[str, str, str, Refusal]] = []
         self._ids = itertools.count(1_300_000_000_000_000_001)
         #: By channel, by id: the bot's messages, which people see.
         self._screens: dict[str, dict[str, Json]] = defaultdict(dict)
         self._nonces: dict[tuple[str, str], Json] = {}
-        handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> FakeDiscord:
-        self.gateway.__enter__()
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self.gateway.__exit__()
 
     # -- what a test does ---------------------------------------------------------------------
 
@@ -127,22 +91,10 @@ class FakeDiscord(FakeOpcodes):
         return {"id": str(next(self._ids)), "filename": name, "size": len(data), "url": url,
                 "proxy_url": url, "content_type": mime}
 
-    def fail(self, method: str, path: str, status: int, body: Json = None, times: int = 1,
-             when: str = "", **headers: str) -> None:
-        """Refuse the next calls whose path ends so, and whose text is `when` if it is given."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        refusal = Refusal(status, {"message": "no", "code": 0} if body is None else body, **named)
-        self._failures += [(method, path, when, refusal)] * times
-
     def screen(self, channel: str) -> list[str]:
         """What the bot's messages in a channel say, in order."""
         with self._lock:
             return [message["content"] for message in self._screens[channel].values()]
-
-    def called(self, method: str, what: str) -> list[Json]:
-        """The bodies of all calls whose path ends so."""
-        return [call.body for call in list(self.calls)
-                if call.method == method and call.path.rstrip("0123456789/").endswith(what)]
 
     # -- the gateway --------------------------------------------------------------------------
 
@@ -161,33 +113,17 @@ class FakeDiscord(FakeOpcodes):
 
     # -- the REST API -------------------------------------------------------------------------
 
-    def answer(self, method: str, path: str, headers: Json, body: Json) -> tuple[int, Json, Json]:
-        """Status, headers and body of an answer."""
-        self.calls.append(Call(method, path, body, self._clock()))
-        limits: dict[str, str] = {}
-        try:
-            with self._lock:
-                self._check(method, path, headers, body, limits)
-                result = self._perform(method, path, body)
-        except Refusal as refusal:
-            return refusal.status, {**limits, **refusal.headers}, refusal.body
-        return 200 if result is not None else 204, limits, result
-
-    def _check(self, method: str, path: str, headers: Json, body: Json,
-               limits: dict[str, str]) -> None:
+    def check(self, call: Call, headers: Json, limits: dict[str, str]) -> None:
         if not re.match(r"DiscordBot \(\S+ \S+\)", headers.get("User-Agent", "")):
             raise Refusal(403, "<html>error code: 1010</html>")
         if headers.get("Authorization") != f"Bot {self.token}":
             raise Refusal(401, {"message": "401: Unauthorized", "code": 0}, Via="1.1 google")
-        for place, (wanted, end, text, refusal) in enumerate(self._failures):
-            if method == wanted and path.endswith(end) and text in ("", body.get("content")):
-                del self._failures[place]
-                raise refusal
-        if path.startswith("/channels/"):
-            self._count(f"{method} {'/'.join(path.split('/')[:4])}", limits)
+        self.fail_as_told(call)
+        if call.path.startswith("/channels/"):
+            self._count(f"{call.method} {'/'.join(call.path.split('/')[:4])}", limits)
 
     def _count(self, bucket: str, limits: dict[str, str]) -> None:
-        now_s = self._clock()
+        now_s = self.clock()
         began_s, count = self._windows.get(bucket, (now_s, 0))
         if now_s - began_s >= self.window_s:
             began_s, count = now_s, 0
@@ -201,7 +137,8 @@ class FakeDiscord(FakeOpcodes):
                        "X-RateLimit-Remaining": str(self.limit - count - 1),
                        "X-RateLimit-Reset-After": f"{left_s:.3f}"})
 
-    def _perform(self, method: str, path: str, body: Json) -> Optional[Json]:
+    def perform(self, call: Call) -> Json:
+        method, path, body = call.method, call.path, call.body
         if (method, path) == ("GET", "/users/@me"):
             return self.user
         if (method, path) == ("GET", "/oauth2/applications/@me"):
@@ -252,41 +189,3 @@ class FakeDiscord(FakeOpcodes):
             raise Refusal(404, {"message": "Unknown Message", "code": 10008})
         message["content"] = text
         return message
-
-
-class _Handler(BaseHTTPRequestHandler):
-    fake: FakeDiscord
-    protocol_version = "HTTP/1.1"
-
-    def _answer(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", "0"))) or b"{}")
-        name = self.path.rpartition("/")[2]
-        if self.path.startswith("/files/") and name in self.fake.files:
-            self._send(200, {}, self.fake.files[name])
-            return
-        status, headers, content = self.fake.answer(self.command, self.path, self.headers, body)
-        if isinstance(content, str):
-            self._send(status, {**headers, "Content-Type": "text/html"}, content.encode())
-        elif content is None:
-            self._send(status, headers, b"")
-        else:
-            data = json.dumps(content).encode()
-            self._send(status, {**headers, "Content-Type": "application/json"}, data)
-
-    do_GET = do_POST = do_PATCH = _answer  # noqa: N815
-
-    def _send(self, status: int, headers: Json, data: bytes) -> None:
-        try:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            if status != 204:
-                self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except OSError:
-            # The bot has gone.
-            self.close_connection = True
-
-    def log_message(self, format: str, *args: Json) -> None:
-        pass
