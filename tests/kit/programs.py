@@ -43,6 +43,8 @@ CLIENTS = {
     "telegram": ".channels",
     # discord.py
     "discord": ".channels",
+    # qq-botpy
+    "botpy": ".channels",
 }
 
 
