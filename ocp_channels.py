@@ -65,6 +65,7 @@ import contextlib
 import difflib
 import enum
 import fcntl
+import functools
 import hashlib
 import hmac
 import html
@@ -4188,22 +4189,23 @@ def is_chosen(account: Account, channel: str, name: str) -> bool:
     return is_channel and name in ("", account.name)
 
 
-class Control(socketserver.ThreadingUnixStreamServer):
+class Control:
     """The socket by which commands reach the gateway: a line of JSON each way."""
-
-    daemon_threads = True
 
     def __init__(self, path: str, perform: Callable[[Json], Json]) -> None:
         """Listen, for the owner alone. The caller holds the lock, so an old socket is nobody's.
         Raises Problem."""
-        self.perform = perform
+        self._path, self._perform = path, perform
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         # Bound under a mask, because a mode that is set later comes too late.
         mask = os.umask(0o177)
         try:
-            super().__init__(path, _ControlHandler)
+            self._socket.bind(path)
+            self._socket.listen(16)
         except OSError as problem:
+            self._socket.close()
             raise Problem(Exit.USAGE, f"{path}: {reason_of(problem)}; set OCP_HOME to another or "
                           "a shorter path") from None
         finally:
@@ -4213,27 +4215,23 @@ class Control(socketserver.ThreadingUnixStreamServer):
         """Answer until the end."""
         with contextlib.suppress(OSError):
             while True:
-                self.process_request(*self.get_request())
+                peer = self._socket.accept()[0]
+                spawn(functools.partial(self._answer, peer))
+
+    def _answer(self, peer: socket.socket) -> None:
+        with peer, contextlib.suppress(OSError):
+            peer.settimeout(_SOCKET_TIMEOUT_S)
+            with peer.makefile("rb") as file:
+                answer = self._perform(json_object(file.readline(65_536)))
+            peer.sendall(compact(answer).encode("ascii") + b"\n")
 
     def end(self) -> None:
         """Answer no more."""
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.server_close()
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(str(self.server_address))
-
-
-class _ControlHandler(socketserver.StreamRequestHandler):
-    """Answers one command."""
-
-    server: Control
-    timeout = _SOCKET_TIMEOUT_S
-
-    def handle(self) -> None:
-        request = json_object(self.rfile.readline(65_536))
-        with contextlib.suppress(OSError):
-            self.wfile.write(compact(self.server.perform(request)).encode("ascii") + b"\n")
+            os.unlink(self._path)
 
 
 def ask_gateway(home: str, request: Json) -> Optional[Json]:
@@ -4246,7 +4244,8 @@ def ask_gateway(home: str, request: Json) -> Optional[Json]:
             with sock.makefile("rb") as file:
                 return json_object(file.readline())
         except OSError:
-            return None
+            pass
+    return None
 
 
 # ==== 22. Plugins ============================================================
@@ -4406,14 +4405,16 @@ Arguments = argparse.Namespace
 # -- the gateway ----------------------------------------------------------------------------------
 
 
-def do_start(here: Here, arguments: Arguments) -> int:
+def do_start(here: Here, arguments: Arguments) -> None:
     """Start the gateway, here or in the background."""
     if arguments.channel:
         arguments.channel = here.row(arguments.channel).id
         if here.is_running():
-            return do_change(here, arguments)
+            do_change(here, arguments)
+            return
     if arguments.background:
-        return start_in_background(here, arguments.channel, arguments.log_dir)
+        start_in_background(here, arguments.channel, arguments.log_dir)
+        return
     settings = here.load()
     if not any(each.is_enabled and not each.missing for each in settings.accounts):
         lines = [f"{each.id}: not configured ({', '.join(each.missing) or 'not enabled'})"
@@ -4438,10 +4439,9 @@ def do_start(here: Here, arguments: Arguments) -> int:
     log.line("info", f"ocp_channels {VERSION}, settings {settings.path}, agent "
                      f"{settings.top['agentUrl']}, model {settings.top['model']}")
     app.run(arguments.channel)
-    return Exit.OK
 
 
-def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> int:
+def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> None:
     """Start the gateway in a process of its own, and return when it answers."""
     if here.is_running():
         raise Problem(Exit.FAILED, "a gateway runs already; see: status")
@@ -4464,13 +4464,13 @@ def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> int
     # It goes on without this process.
     child.returncode = 0
     print(f"Started: pid {child.pid}, log {os.path.join(folder, LOG)}")
-    return Exit.OK
 
 
-def do_stop(here: Here, arguments: Arguments) -> int:
+def do_stop(here: Here, arguments: Arguments) -> None:
     """Stop the gateway, after the answers that are being written; or one channel of it."""
     if arguments.channel:
-        return do_change(here, arguments)
+        do_change(here, arguments)
+        return
     pid, until_s = here.ask(do="end")["pid"], time.monotonic() + _STOP_S
     with open(os.path.join(here.home, LOCK), "a") as file:
         while not lock(file):
@@ -4478,35 +4478,34 @@ def do_stop(here: Here, arguments: Arguments) -> int:
                 raise Problem(Exit.FAILED, f"process {pid} does not end; kill it: kill -9 {pid}")
             time.sleep(0.05)
     print("Stopped.")
-    return Exit.OK
 
 
-def do_restart(here: Here, arguments: Arguments) -> int:
+def do_restart(here: Here, arguments: Arguments) -> None:
     """Stop the gateway and start it in the background; or one channel of it."""
     if arguments.channel:
-        return do_change(here, arguments)
+        do_change(here, arguments)
+        return
     if here.is_running():
         do_stop(here, arguments)
-    return start_in_background(here)
+    start_in_background(here)
 
 
-def do_change(here: Here, arguments: Arguments) -> int:
+def do_change(here: Here, arguments: Arguments) -> None:
     """Start, stop or restart the accounts of a channel in the running gateway."""
-    return tell_changed(here.ask(do=arguments.verb, channel=here.row(arguments.channel).id,
-                                 account=arguments.account))
+    tell_changed(here.ask(do=arguments.verb, channel=here.row(arguments.channel).id,
+                          account=arguments.account))
 
 
-def tell_changed(answer: Json) -> int:
+def tell_changed(answer: Json) -> None:
     """Print what a gateway started and stopped."""
     for word in ("stopped", "started"):
         if answer[word]:
             print(f"{word.capitalize()}: {', '.join(answer[word])}")
     if not answer["started"] and not answer["stopped"]:
         print("Nothing changed; see: status")
-    return Exit.OK
 
 
-def do_status(here: Here, arguments: Arguments) -> int:
+def do_status(here: Here, arguments: Arguments) -> None:
     """Print how the gateway and its accounts are."""
     status = here.ask(do="status", probe=arguments.probe)
     if arguments.channel:
@@ -4514,7 +4513,7 @@ def do_status(here: Here, arguments: Arguments) -> int:
         status["channels"] = [each for each in status["channels"] if each["id"] == row.id]
     if arguments.json:
         print(json.dumps(status, indent=2))
-        return Exit.OK
+        return
     print(f"Agent: {status['agentUrl']}\nModel: {status['model']}")
     print(f"Channels configured: {status['configured']}, running: {status['running']}")
     for each in status["channels"]:
@@ -4529,28 +4528,26 @@ def do_status(here: Here, arguments: Arguments) -> int:
         print("  ".join(clean(word) for word in words if word))
     for code in status["pairing"]:
         print(f"Somebody waits for approval: ocp channels pairing approve {code}")
-    print("\n".join(here.refused), end="\n" * bool(here.refused))
-    return Exit.OK
+    for line in here.refused:
+        print(line)
 
 
-def do_version(here: Here, arguments: Arguments) -> int:
+def do_version(here: Here, arguments: Arguments) -> None:
     """Print the version."""
     print(f"ocp_channels {VERSION}")
-    return Exit.OK
 
 
 # -- settings -------------------------------------------------------------------------------------
 
 
-def do_list(here: Here, arguments: Arguments) -> int:
+def do_list(here: Here, arguments: Arguments) -> None:
     """Print the channels that are configured, or all."""
     configured = {account.row.id for account in here.load().accounts}
     ids = [row.id for row in here.rows if arguments.all or row.id in configured]
     print(json.dumps(ids) if arguments.json else "\n".join(ids) or "no channel is configured")
-    return Exit.OK
 
 
-def do_add(here: Here, arguments: Arguments) -> int:
+def do_add(here: Here, arguments: Arguments) -> None:
     """Write an account into the settings, when its platform knows the bot."""
     row, content = here.row(arguments.channel), read_file(here.settings_path)
     merge_account(content, row, arguments.account, flag_values(row, arguments.rest))
@@ -4565,17 +4562,17 @@ def do_add(here: Here, arguments: Arguments) -> int:
             raise Problem(Exit.FAILED, f"not saved: {fatal}; {fatal.fix}") from None
         except Retry as problem:
             print(f"Warning: the platform could not be asked ({problem}).")
-    return save_account(here, content, account)
+    save_account(here, content, account)
 
 
-def save_account(here: Here, content: Json, account: Account) -> int:
+def save_account(here: Here, content: Json, account: Account) -> None:
     """Write the settings, and let a running gateway use what they have of an account."""
     save_settings(here.settings_path, content)
     print(f"Saved {account.id} in {here.settings_path}.")
-    if not here.is_running():
+    if here.is_running():
+        tell_changed(here.ask(do="restart", channel=account.row.id, account=account.name))
+    else:
         print("Start the gateway with: start")
-        return Exit.OK
-    return tell_changed(here.ask(do="restart", channel=account.row.id, account=account.name))
 
 
 def flag_values(row: Row, rest: list[str]) -> Json:
@@ -4628,10 +4625,10 @@ def save_settings(path: str, content: Json) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def do_remove(here: Here, arguments: Arguments) -> int:
+def do_remove(here: Here, arguments: Arguments) -> None:
     """Take a channel or an account out of the settings."""
-    row, content, account = here.row(arguments.channel), read_file(here.settings_path), (
-        arguments.account)
+    row, content = here.row(arguments.channel), read_file(here.settings_path)
+    account: str = arguments.account
     channels = content.get("channels", {})
     name = next((each for each in channels if each in (row.id, *row.aliases)), None)
     accounts = channels[name].get("accounts") or {} if name else {}
@@ -4657,7 +4654,6 @@ def do_remove(here: Here, arguments: Arguments) -> int:
             for table, column in LANE_TABLES:
                 store.run(f"DELETE FROM {table} WHERE {column} LIKE ?", f"{pattern}:%")
     print(f"Removed {target}.")
-    return Exit.OK
 
 
 def confirm(question: str, is_yes: bool) -> None:
@@ -4670,7 +4666,7 @@ def confirm(question: str, is_yes: bool) -> None:
         raise Problem(Exit.FAILED, "nothing was changed")
 
 
-def do_login(here: Here, arguments: Arguments) -> int:
+def do_login(here: Here, arguments: Arguments) -> None:
     """Log an account in by a QR code."""
     row, content = here.row(arguments.channel), read_file(here.settings_path)
     if not row.has_login:
@@ -4692,26 +4688,24 @@ def do_login(here: Here, arguments: Arguments) -> int:
             if owner:
                 store.run("INSERT OR REPLACE INTO people VALUES (?,?,'','{}','','',1,?)",
                           account.id, owner, time.time())
-    return save_account(here, content, account)
+    save_account(here, content, account)
 
 
 # -- people and parts -----------------------------------------------------------------------------
 
 
-def do_pairing_list(here: Here, arguments: Arguments) -> int:
+def do_pairing_list(here: Here, arguments: Arguments) -> None:
     """Print who waits for approval and who has it."""
     with here.store() as store:
         people = Access(store).people()
-    for person in people:
-        role = f"waits: pairing approve {person['code']}" if person["code"] else (
-            "owner" if person["is_owner"] else "approved")
-        print(f"{person['account']}  {clean(person['sender'])}  {person['name']}  {role}")
-    if not people:
-        print("Nobody has written yet.")
-    return Exit.OK
+    roles = {1: "owner", 0: "approved"}
+    lines = [f"{person['account']}  {clean(person['sender'])}  {person['name']}  " + (
+        f"waits: pairing approve {person['code']}" if person["code"] else roles[person["is_owner"]])
+        for person in people]
+    print("\n".join(lines) or "Nobody has written yet.")
 
 
-def do_approve(here: Here, arguments: Arguments) -> int:
+def do_approve(here: Here, arguments: Arguments) -> None:
     """Let somebody in by the code that he was given."""
     with here.store() as store:
         person = Access(store).approve(arguments.code, is_owner=arguments.owner)
@@ -4720,10 +4714,9 @@ def do_approve(here: Here, arguments: Arguments) -> int:
     here.is_running()
     role = " and owns the account" if person["is_owner"] else ""
     print(f"{person['name']} ({clean(person['sender'])}) may write to {person['account']}{role}.")
-    return Exit.OK
 
 
-def do_revoke(here: Here, arguments: Arguments) -> int:
+def do_revoke(here: Here, arguments: Arguments) -> None:
     """Shut somebody out."""
     row = here.row(arguments.channel)
     with here.store() as store:
@@ -4733,26 +4726,20 @@ def do_revoke(here: Here, arguments: Arguments) -> int:
     if not any(done):
         raise Problem(Exit.FAILED, "nobody with this id was approved")
     print("Revoked.")
-    return Exit.OK
 
 
-def do_outbox(here: Here, arguments: Arguments) -> int:
+def do_outbox(here: Here, arguments: Arguments) -> None:
     """Print the parts of answers that are not sent."""
     with here.store() as store:
         found = store.rows("SELECT id, account, chat, status, attempts, why, at_s, LENGTH(text)"
                            " AS chars FROM outbox WHERE status<>'sent' ORDER BY id")
-    if arguments.json:
-        print(json.dumps([dict(row) for row in found], indent=2))
-        return Exit.OK
-    for row in found:
-        print(f"{row['id']}  {row['status']}  {row['account']}  {clean(row['chat'])}  "
-              f"{row['chars']} chars  {row['why']}")
-    if not found:
-        print("Everything is sent.")
-    return Exit.OK
+    lines = [f"{row['id']}  {row['status']}  {row['account']}  {clean(row['chat'])}  "
+             f"{row['chars']} chars  {row['why']}" for row in found]
+    print(json.dumps([dict(row) for row in found], indent=2) if arguments.json
+          else "\n".join(lines) or "Everything is sent.")
 
 
-def do_outbox_change(here: Here, arguments: Arguments) -> int:
+def do_outbox_change(here: Here, arguments: Arguments) -> None:
     """Send a part again, or give it up."""
     change = "DELETE FROM outbox" if arguments.verb == "drop" else (
         f"UPDATE outbox SET status='pending', due_s=0, attempts=0, at_s={time.time()}")
@@ -4762,18 +4749,17 @@ def do_outbox_change(here: Here, arguments: Arguments) -> int:
                           "outbox")
     here.is_running()
     print("Done.")
-    return Exit.OK
 
 
 # -- plugins --------------------------------------------------------------------------------------
 
 
-def do_plugins_install(here: Here, arguments: Arguments) -> int:
+def do_plugins_install(here: Here, arguments: Arguments) -> None:
     """Install a channel from a file."""
     place = arguments.source
     if place in BUILT_IN_PACKAGES:
         print(f"Built in: {BUILT_IN_PACKAGES[place]}. Nothing has to be installed.")
-        return Exit.OK
+        return
     name = os.path.basename(place)
     if "://" in place or not _PLUGIN_NAME.fullmatch(name):
         raise Problem(
@@ -4788,25 +4774,22 @@ def do_plugins_install(here: Here, arguments: Arguments) -> int:
     confirm("Install it?", arguments.yes)
     Plugins(here.home).put(name, source)
     print(f"Installed {name}. Restart the gateway to load it.")
-    return Exit.OK
 
 
-def do_plugins_list(here: Here, arguments: Arguments) -> int:
+def do_plugins_list(here: Here, arguments: Arguments) -> None:
     """Print the plugins."""
     lines = [f"{name}  sha256 {digest}" for name, digest in Plugins(here.home).hashes().items()]
     print("\n".join([*lines, *here.refused]) or "No plugin is installed; built in are: "
           + ", ".join(row.label for row in ROWS))
-    return Exit.OK
 
 
-def do_plugins_remove(here: Here, arguments: Arguments) -> int:
+def do_plugins_remove(here: Here, arguments: Arguments) -> None:
     """Remove a plugin."""
     name = f"{arguments.name.removesuffix('.py')}.py"
     if name not in Plugins(here.home).hashes():
         raise Problem(Exit.FAILED, f"there is no plugin {clean(arguments.name)}")
     Plugins(here.home).put(name, None)
     print("Removed.")
-    return Exit.OK
 
 
 # -- the self-test --------------------------------------------------------------------------------
@@ -4825,7 +4808,7 @@ class _TestAgent(http.server.BaseHTTPRequestHandler):
         chunks = [compact({"choices": [{"delta": {"content": text}}]}) for text in _TEST_DELTAS]
         body = "".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]")).encode()
         self.send_response(202 if later else 200)
-        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Content-Type", "application/json" if later else "text/event-stream")
         self.send_header("Content-Length", "0" if later else str(len(body)))
         self.end_headers()
         if later:
@@ -4867,7 +4850,7 @@ class _TestChannel(Channel):
 _TestChannel.row = Row("test", (), "Test", _TestChannel, 4000, {}, {})
 
 
-def do_test(here: Here, arguments: Arguments) -> int:
+def do_test(here: Here, arguments: Arguments) -> None:
     """Check this program with a made-up channel, and a made-up agent or that of --agent."""
     agent = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _TestAgent)
     spawn(lambda: agent.serve_forever(0.05))
@@ -4880,17 +4863,18 @@ def do_test(here: Here, arguments: Arguments) -> int:
         app = App(folder, lambda: settings, Log("", None), {})
         gateway = spawn(app.run)
         try:
-            is_good = all([*run_checks(app.lanes.accounts, is_made_up=not arguments.agent)])
+            failed = list(failed_checks(app.lanes.accounts, is_made_up=not arguments.agent))
         finally:
             app.is_over.set()
             gateway.join()
             agent.shutdown()
             agent.server_close()
-    return Exit.OK if is_good else Exit.FAILED
+    if failed:
+        raise Problem(Exit.FAILED, f"{len(failed)} of the checks failed")
 
 
-def run_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> Iterator[bool]:
-    """Print a line for each check and yield whether it passed."""
+def failed_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> Iterator[str]:
+    """Print a line for each check and yield the names of those that failed."""
     until_s = time.monotonic() + _TEST_WAIT_S
     while len(accounts) < 2 and time.monotonic() < until_s:
         time.sleep(0.02)
@@ -4903,9 +4887,11 @@ def run_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> Iter
         channel = cast(_TestChannel, accounts[account].channel)
         found = channel.exchange(sender, "Say hello.")
         is_good = bool(found) and found.startswith(expected) and not found.startswith(failing)
-        print(f"{'ok' if is_good else 'FAILED':7} {name}"
-              + ("" if is_good else f": {clean(found) or 'nothing came'}"))
-        yield is_good
+        if is_good:
+            print(f"ok      {name}")
+        else:
+            print(f"FAILED  {name}: {clean(found) or 'nothing came'}")
+            yield name
 
 
 # -- reading the command line ---------------------------------------------------------------------
@@ -4925,7 +4911,7 @@ class Command(NamedTuple):
     """A command, by its one or two words."""
 
     words: tuple[str, ...]
-    run: Callable[[Here, Arguments], int]
+    run: Callable[[Here, Arguments], None]
     flags: tuple[tuple[tuple[str, ...], Json], ...] = ()
 
 
@@ -5009,7 +4995,8 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     """Run a command and return its exit code."""
     arguments = read_arguments(argv)
     try:
-        return int(arguments.run(Here.of(environ, arguments.config), arguments))
+        arguments.run(Here.of(environ, arguments.config), arguments)
+        return Exit.OK
     except (SettingsError, Problem) as problem:
         print(problem, file=sys.stderr)
         return problem.code if isinstance(problem, Problem) else Exit.USAGE
