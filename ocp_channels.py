@@ -2433,7 +2433,8 @@ Telegram.row = Row(
 
 
 # ==== 16. Channel table ======================================================
-#: Each channel that is built in; plugins add rows of their own.
+# Each channel that is built in; plugins add rows of their own.
+
 ROWS: tuple[Row, ...] = (Telegram.row,)
 
 
