@@ -3792,6 +3792,36 @@ def _check_openclaw(facts: Facts) -> Finding:
     return Finding("PASS", "OpenClaw knows the same models")
 
 
+def _check_channels(facts: Facts) -> Finding:
+    script, channels = facts.env.beside("ocp_channels.py"), facts.script("ocp.py", "channels")
+    places = (os.path.join(facts.env.ocp_home, "channels.json"),
+              os.path.join(facts.env.home, ".openclaw-channel-gateway", "ocg.json"))
+    if not os.path.exists(script) or not any(map(os.path.exists, places)):
+        return Finding("INFO", "no chat is joined; `ocp channels add` joins one")
+    done = facts.env.command(sys.executable, script, "status", "--json")
+    if done.code == Exit.UNREACHABLE:
+        return Finding("WARN", "chats are configured, and their gateway does not run", Fix(
+            "fix_channels", (), (f"{channels} start -d",)))
+    if done.code != 0:
+        return Finding("FAIL", done.complaint, Fix("fix_channels", (
+            "correct what the message names",), (f"{channels} status",)))
+    status = json.loads(done.output)
+    faults = [f"{each['id']}:{each['accountId']} is {each['status']} ({each['error']})"
+              for each in status["channels"] if each["status"] not in ("running", "starting")
+              and each["error"] != "not enabled"]
+    dead, held = (sum(each[kind] for each in status["channels"]) for kind in ("dead", "held"))
+    faults += [f"{counted(dead, 'part')} of answers could not be sent"] if dead else []
+    steps = [f"{channels} pairing approve {code}" for code in status["pairing"]]
+    if faults:
+        return Finding("WARN", "; ".join(map(clean, faults)), Fix("fix_channels", (
+            f"see `{channels} status` and `{channels} outbox`", *steps)))
+    if steps:
+        return Finding("WARN", "somebody waits for your approval in a chat", Fix(
+            "fix_channels", tuple(steps)))
+    waiting = f", {counted(held, 'part')} of answers held for the next message" if held else ""
+    return Finding("PASS", f"{counted(status['running'], 'account')} running{waiting}")
+
+
 def _check_latest(facts: Facts) -> Finding:
     latest, why_not = facts.latest
     if not latest:
@@ -3842,6 +3872,8 @@ CHECKS = (
     Check("clock", "Clock", "Whether the server's clock and this one agree", _check_clock),
     Check("openclaw_models", "OpenClaw", "Whether OpenClaw, if it is here, knows the same models",
           _check_openclaw),
+    Check("channels", "Chats", "Whether the gateway to chats runs, and what waits there for you",
+          _check_channels),
     Check("current_version", "Release", "Whether there is a newer release", _check_latest),
 )
 

@@ -46,8 +46,8 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage or settings; 3
 #     16. Channel table     every channel that is built in
 #     17. Access            who may talk: policies, mentions, pairing, limits
 #     18. Agent             chat completions, streamed or not, and their failures
-#     19. Turns             lanes, previews, commands in the chat, sending
-#     20. Callbacks         answers that an agent sends later
+#     19. Callbacks         answers that an agent sends later
+#     20. Turns             lanes, previews, commands in the chat, sending
 #     21. App               owns every long-lived object; supervisors; the control socket
 #     22. Plugins           channels in files of the owner's
 #     23. Command line      commands, the self-test, main
@@ -65,6 +65,7 @@ import contextlib
 import difflib
 import enum
 import fcntl
+import functools
 import hashlib
 import hmac
 import html
@@ -99,7 +100,6 @@ from typing import (
     NamedTuple,
     NoReturn,
     Optional,
-    Protocol,
     TextIO,
     Union,
     cast,
@@ -193,14 +193,23 @@ def reason_of(problem: Exception) -> str:
     return clean(getattr(problem, "strerror", None) or problem or type(problem).__name__)
 
 
-def new_reference() -> str:
-    """Return a short id that a chat and the log show for the same failure."""
-    return secrets.token_hex(3)
-
-
 def compact(value: object) -> str:
     """Return JSON without spaces, ASCII only."""
     return json.dumps(value, separators=(",", ":"))
+
+
+def json_object(data: Union[str, bytes]) -> Json:
+    """Return the JSON object that a text is, {} if it is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def base64_text(data: bytes) -> str:
+    """Return bytes in base64."""
+    return base64.b64encode(data).decode("ascii")
 
 
 # ==== 2. Contracts ===========================================================
@@ -289,13 +298,16 @@ class SendFailed(Exception):
         self.kind, self.after_s = kind, after_s
 
 
-class Tools(Protocol):
-    """What an account's channel is given by the program."""
+class Tools:
+    """What an account's channel is given by the program. This one does nothing: it is for a
+    channel that is only asked who it is, or logged in."""
 
-    #: The settings of the account: keys of the account, else of its channel.
-    settings: Mapping[str, Any]
-    #: Set when the account has to end. A channel registers with `on_stop` what then wakes it up.
-    stop: threading.Event
+    def __init__(self, settings: Mapping[str, Any], state: Json) -> None:
+        #: The settings of the account: its own keys, else those of its channel.
+        self.settings = settings
+        #: Set when the account has to end. A channel registers with `on_stop` what wakes it up.
+        self.stop = threading.Event()
+        self._state = state
 
     def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
         """Take over a message and the state of the account in one transaction, and return when
@@ -304,6 +316,7 @@ class Tools(Protocol):
 
     def state(self) -> Json:
         """Return the state of the account that was last handed over."""
+        return self._state
 
     def on_stop(self, wake: Callable[[], None]) -> None:
         """Call `wake` from another thread when the account has to end; replaces the last one."""
@@ -364,19 +377,6 @@ class Channel:
         raise NotImplementedError
 
 
-class Console(Protocol):
-    """The terminal of a login."""
-
-    def show_link(self, url: str) -> None:
-        """Show a link as a QR code, and as text."""
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-
-    def ask(self, question: str) -> str:
-        """Return a line that the user types."""
-
-
 class Row(NamedTuple):
     """What the program knows of a platform."""
 
@@ -411,7 +411,7 @@ class Row(NamedTuple):
 # ==== 3. Settings ============================================================
 # One file, in the form of the original gateway's ocg.json. Every setting is a row of a table, and
 # one rule holds for all: account, then channel, then top level, then environment, then default.
-# All errors are collected and told at once. What only a channel knows is checked by its Row.
+# All errors are collected and told at once.
 
 DEFAULT_AGENT_URL = "http://127.0.0.1:3456/v1/chat/completions"
 _ORIGINAL_FILE = "~/.openclaw-channel-gateway/ocg.json"
@@ -419,17 +419,14 @@ _ACCOUNT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: What example files have where a credential belongs.
 _PLACEHOLDER = re.compile(r"YOUR_\w*_HERE|<[^>]*>|xxx+", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-_DM_POLICIES = ("pairing", "allowlist", "open", "disabled")
-_GROUP_POLICIES = ("allowlist", "open", "disabled")
-_REPLY_MODES = ("off", "first", "all")
 
 
 class SettingsError(Exception):
     """The settings cannot be used. `errors` has one line for each fault, with its place."""
 
-    def __init__(self, errors: list[str]) -> None:
-        super().__init__("\n".join(errors))
-        self.errors = errors
+    def __init__(self, errors: Iterable[str]) -> None:
+        self.errors = list(dict.fromkeys(errors))
+        super().__init__("\n".join(self.errors))
 
 
 # A kind of value: returns the value as the program uses it. Raises ValueError with what is
@@ -451,7 +448,7 @@ def model_value(value: object) -> str:
 def flag_value(value: object) -> bool:
     """Return a flag; the environment has "1" and "true"."""
     known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    found = value if isinstance(value, bool) else known.get(str(value).strip().lower())
+    found = known.get(str(value).strip().lower())
     if found is None:
         raise ValueError("use true or false")
     return found
@@ -460,9 +457,8 @@ def flag_value(value: object) -> bool:
 def number_between(minimum: int, maximum: int) -> Callable[[object], int]:
     """Return the kind of whole numbers between these two."""
     def number_value(value: object) -> int:
-        is_number = isinstance(value, (int, str)) and not isinstance(value, bool)
-        text = str(value).strip()
-        if not is_number or not text.isdigit() or not minimum <= int(text) <= maximum:
+        text = "" if isinstance(value, bool) else str(value).strip()
+        if not text.isdigit() or not minimum <= int(text) <= maximum:
             raise ValueError(f"use a whole number from {minimum} to {maximum}")
         return int(text)
     return number_value
@@ -479,8 +475,7 @@ def one_of(*words: str) -> Callable[[object], str]:
 
 def texts_value(value: object) -> tuple[str, ...]:
     """Return a list of texts; a single one counts as a list."""
-    each = value if isinstance(value, list) else [value]
-    return tuple(text_value(item) for item in each)
+    return tuple(text_value(item) for item in (value if isinstance(value, list) else [value]))
 
 
 def mapping_value(value: object) -> Json:
@@ -498,9 +493,7 @@ def agent_url_value(value: object) -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"use an address such as {DEFAULT_AGENT_URL}")
-    if parts.path in ("", "/v1"):
-        url += "/chat/completions" if parts.path else "/v1/chat/completions"
-    return url
+    return url + {"": "/v1/chat/completions", "/v1": "/chat/completions"}.get(parts.path, "")
 
 
 def platform_url_value(value: object) -> str:
@@ -516,7 +509,7 @@ def platform_url_value(value: object) -> str:
 def proxy_value(value: object) -> str:
     """Return the address of an http proxy."""
     url = text_value(value)
-    if url and (not url.startswith("http://") or not urllib.parse.urlsplit(url).hostname):
+    if not url.startswith("http://") or not urllib.parse.urlsplit(url).hostname:
         raise ValueError("use http://[user:password@]host:port; a socks proxy is not supported")
     return url
 
@@ -525,66 +518,63 @@ class Setting(NamedTuple):
     """One setting."""
 
     key: str
+    #: Where it may stand: "top", "any" (top level, channel, account), "channel" (the latter two).
+    level: str
     kind: Callable[[object], Any]
     default: Any
     about: str
     #: The variable of the environment, empty if there is none.
     variable: str = ""
-    #: Where it may stand: "top", "any" (top level, channel, account), "channel" (the latter two).
-    level: str = "any"
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("agentUrl", agent_url_value, DEFAULT_AGENT_URL, "where the agent answers",
+    Setting("agentUrl", "any", agent_url_value, DEFAULT_AGENT_URL, "where the agent answers",
             "OCG_AGENT_URL"),
-    Setting("model", model_value, "sonnet", "the model that is asked for", "OCG_MODEL"),
-    Setting("apiKey", text_value, "", "the agent's key; it is sent to no other origin than the one "
-            "it stands beside", "OCG_API_KEY"),
-    Setting("systemPrompt", text_value, "", "a system message in front of every conversation"),
-    Setting("models", texts_value, (), "what /model offers; empty = all models of the agent"),
-    Setting("memory", one_of("gateway", "session", "agent"), "gateway",
-            "who remembers the conversation; agent by default with async"),
-    Setting("agentTimeout", number_between(0, 86_400), 900,
+    Setting("model", "any", model_value, "sonnet", "the model that is asked for", "OCG_MODEL"),
+    Setting("apiKey", "any", text_value, "", "the agent's key; it is sent to no other origin than "
+            "the one it stands beside", "OCG_API_KEY"),
+    Setting("systemPrompt", "any", text_value, "", "a system message before each conversation"),
+    Setting("models", "any", texts_value, (), "what /model offers; by default all of the agent's"),
+    Setting("memory", "any", one_of("gateway", "session", "agent"), "gateway",
+            "who remembers the conversation; by default `agent` with async"),
+    Setting("agentTimeout", "any", number_between(0, 86_400), 900,
             "seconds for a whole answer, 0 = no limit"),
-    Setting("historyMessages", number_between(2, 10_000), 60, "messages that are remembered"),
-    Setting("historyChars", number_between(1000, 10_000_000), 120_000,
-            "characters that are remembered"),
-    Setting("perSenderHour", number_between(0, 100_000), 60,
+    Setting("historyMessages", "any", number_between(2, 10_000), 60, "messages to remember"),
+    Setting("historyChars", "any", number_between(1000, 10_000_000), 120_000,
+            "characters to remember"),
+    Setting("perSenderHour", "any", number_between(0, 100_000), 60,
             "messages of one person in an hour, without a limit for the owner; 0 = no limit"),
-    Setting("streaming", one_of("edit", "block", "off"), "", "how an answer grows: edited "
+    Setting("streaming", "any", one_of("edit", "block", "off"), "", "how an answer grows: edited "
             "messages, paragraphs, or whole; by default the best that the platform can"),
-    Setting("attachments", flag_value, True, "pass photos and files on to the agent"),
-    Setting("notice", flag_value, True, "say once after ten minutes that the agent is working"),
-    Setting("replyChunkSize", number_between(500, 20_000), 0, "characters of a message at most; by "
-            "default what the platform takes", "OCG_REPLY_CHUNK_SIZE"),
-    Setting("async", flag_value, False, "the agent answers later, by a callback"),
-    Setting("proxy", proxy_value, "", "http://[user:password@]host:port; by default HTTPS_PROXY"),
-    Setting("maxTurns", number_between(1, 100), 4, "questions to agents at once", level="top"),
-    Setting("verbose", flag_value, False, "texts of messages in the log", "OCG_VERBOSE", "top"),
-    Setting("callbackPort", number_between(0, 65_535), 3457, "the port of callbacks", level="top"),
-    Setting("callbackHost", text_value, "127.0.0.1", "the address that callbacks listen on",
-            level="top"),
-    Setting("callbackPublicHost", text_value, "", "the host in the address given to agents",
-            level="top"),
-    Setting("callbackPublicPort", number_between(0, 65_535), 0, "the port in that address",
-            level="top"),
-    Setting("callbackSecret", text_value, "", "signs callbacks (X-OCG-Signature)", level="top"),
-    Setting("callbackTokenTTL", number_between(10, 604_800), 1800,
-            "seconds in which a callback may come", level="top"),
-    Setting("dmPolicy", one_of(*_DM_POLICIES), "pairing", "who may write directly",
-            level="channel"),
-    Setting("allowFrom", texts_value, (), "ids of people who may write; \"*\" = everybody",
-            level="channel"),
-    Setting("groupPolicy", one_of(*_GROUP_POLICIES), "allowlist", "in which groups it answers",
-            level="channel"),
-    Setting("groupAllowFrom", texts_value, None, "ids of people who may write in groups; by "
-            "default allowFrom", level="channel"),
-    Setting("requireMention", flag_value, True, "answer in groups only when it is mentioned",
-            level="channel"),
-    Setting("replyToMode", one_of(*_REPLY_MODES), "first", "which parts of an answer quote the "
-            "question in groups", level="channel"),
-    Setting("textChunkLimit", number_between(500, 20_000), 0, "the same as replyChunkSize, in "
-            "OpenClaw's word", level="channel"),
+    Setting("attachments", "any", flag_value, True, "pass photos and files on to the agent"),
+    Setting("notice", "any", flag_value, True, "say once after ten minutes that the agent works"),
+    Setting("replyChunkSize", "any", number_between(500, 20_000), 0, "characters of a message at "
+            "most; by default what the platform takes", "OCG_REPLY_CHUNK_SIZE"),
+    Setting("async", "any", flag_value, False, "the agent answers later, by a callback"),
+    Setting("proxy", "any", proxy_value, "", "http://[user:password@]host:port; by default "
+            "HTTPS_PROXY"),
+    Setting("maxTurns", "top", number_between(1, 100), 4, "questions to agents at once"),
+    Setting("verbose", "top", flag_value, False, "texts of messages in the log", "OCG_VERBOSE"),
+    Setting("callbackPort", "top", number_between(0, 65_535), 3457, "the port of callbacks"),
+    Setting("callbackHost", "top", text_value, "127.0.0.1", "the address callbacks listen on"),
+    Setting("callbackPublicHost", "top", text_value, "", "the host in the address for agents"),
+    Setting("callbackPublicPort", "top", number_between(0, 65_535), 0, "the port in that address"),
+    Setting("callbackSecret", "top", text_value, "", "signs callbacks (X-OCG-Signature)"),
+    Setting("callbackTokenTTL", "top", number_between(10, 604_800), 1800,
+            "seconds in which a callback may come"),
+    Setting("dmPolicy", "channel", one_of("pairing", "allowlist", "open", "disabled"), "pairing",
+            "who may write directly"),
+    Setting("allowFrom", "channel", texts_value, (), "ids of people who may write; \"*\" = all"),
+    Setting("groupPolicy", "channel", one_of("allowlist", "open", "disabled"), "allowlist",
+            "in which groups it answers"),
+    Setting("groupAllowFrom", "channel", texts_value, None,
+            "ids of people who may write in groups; by default allowFrom"),
+    Setting("requireMention", "channel", flag_value, True,
+            "answer in groups only when it is mentioned"),
+    Setting("replyToMode", "channel", one_of("off", "first", "all"), "first",
+            "which parts of an answer quote the question in groups"),
+    Setting("textChunkLimit", "channel", number_between(500, 20_000), 0,
+            "OpenClaw's word for replyChunkSize"),
 )
 #: Settings whose misspelling would open what should be closed: near names are errors.
 _SECURITY_KEYS = {key.lower(): key for key in (
@@ -627,8 +617,7 @@ def settings_path(named: str, environ: Mapping[str, str], home: str) -> str:
     chosen = named or environ.get("OCG_CONFIG_PATH", "")
     if chosen:
         return os.path.abspath(os.path.expanduser(chosen))
-    own = os.path.join(home, "channels.json")
-    original = os.path.expanduser(_ORIGINAL_FILE)
+    own, original = os.path.join(home, "channels.json"), os.path.expanduser(_ORIGINAL_FILE)
     return original if os.path.exists(original) and not os.path.exists(own) else own
 
 
@@ -649,14 +638,23 @@ def read_file(path: str) -> Json:
     return value
 
 
-def load_settings(path: str, environ: Mapping[str, str], rows: Iterable[Row]) -> Settings:
-    """Return the settings of a file. Raises SettingsError with every fault in it."""
-    content = read_file(path)
-    reader = _Reader(path, environ, list(rows))
-    settings = reader.read(content)
+def parse_settings(
+    content: Json, path: str, environ: Mapping[str, str], rows: Iterable[Row]
+) -> Settings:
+    """Return the settings that a file's content is. Raises SettingsError with every fault."""
+    reader = _Reader(environ, {name: row for row in rows for name in (row.id, *row.aliases)})
+    top = _Level("file", "", without_comments(content))
+    reader.check_names(top, {"channels", *(each.key for each in SETTINGS)})
+    accounts = tuple(reader.accounts(top))
+    values = {each.key: reader.value(each, [top])[0] for each in SETTINGS
+              if each.level != "channel"}
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_mode & 0o077:
+            reader.warnings.append(
+                f"{path}: others can read it, and it holds credentials: chmod 600")
     if reader.errors:
-        raise SettingsError(list(dict.fromkeys(reader.errors)))
-    return settings
+        raise SettingsError(reader.errors)
+    return Settings(path, values, accounts, tuple(reader.warnings))
 
 
 class _Level(NamedTuple):
@@ -667,154 +665,137 @@ class _Level(NamedTuple):
     place: str
     values: Json
 
+    def of(self, key: str) -> str:
+        return f"{self.place}.{key}".lstrip(".")
+
+    def renamed(self, words: Mapping[str, str]) -> _Level:
+        """Return it with other words for settings."""
+        return self._replace(values={words.get(key, key): value
+                                     for key, value in self.values.items()})
+
 
 class _Reader:
     """Reads one file, and collects what is wrong with it."""
 
-    def __init__(self, path: str, environ: Mapping[str, str], rows: list[Row]) -> None:
-        self._path, self._environ, self._rows = path, environ, rows
+    def __init__(self, environ: Mapping[str, str], rows: Mapping[str, Row]) -> None:
+        self._environ, self._rows = environ, rows
         self.errors: list[str] = []
         self.warnings: list[str] = []
 
-    def read(self, content: Json) -> Settings:
-        """Return the settings."""
-        top = _Level("file", "", without_comments(content))
-        self._check_mode()
-        self._check_names(top, {"channels"} | {row.key for row in SETTINGS})
-        channels = top.values.get("channels", {})
-        if not isinstance(channels, dict):
-            self.errors.append("channels: use an object with a key for each channel")
-            channels = {}
-        accounts = [
-            account for name, values in without_comments(channels).items()
-            for account in self._channel(name, values, top)
-        ]
-        self._check_shared_credentials(accounts)
-        values = {
-            each.key: self._value(each, [top])[0] for each in SETTINGS if each.level != "channel"
-        }
-        return Settings(self._path, values, tuple(accounts), tuple(self.warnings))
+    def accounts(self, top: _Level) -> Iterator[Account]:
+        """Yield the accounts of all channels."""
+        owners: dict[tuple[str, str, str], str] = {}
+        for name, values in self._objects(top, "channels"):
+            row = self._rows.get(name)
+            if row is None:
+                known = ", ".join(dict.fromkeys(each.id for each in self._rows.values()))
+                self.errors.append(f"channels.{name}: no such channel; known are {known}")
+                continue
+            for account in self._channel(row, _Level("channel", f"channels.{name}", values), top):
+                yield account
+                for key in row.credentials:
+                    value = account.settings[key]
+                    owner = owners.setdefault((row.id, key, value), account.id)
+                    if value and owner != account.id:
+                        self.errors.append(f"{account.id}: {key} is that of {owner} too; use it "
+                                           "once")
 
-    def _check_mode(self) -> None:
-        with contextlib.suppress(OSError):
-            if os.stat(self._path).st_mode & 0o077:
-                self.warnings.append(
-                    f"{self._path}: others can read it, and it holds credentials: chmod 600"
-                )
+    def _objects(self, level: _Level, key: str) -> Iterator[tuple[str, Json]]:
+        """Yield names and values of an object of objects."""
+        found = level.values.get(key) or {}
+        if not isinstance(found, dict):
+            self.errors.append(f"{level.of(key)}: use an object")
+            return
+        for name, values in without_comments(found).items():
+            if isinstance(values, dict):
+                yield name, without_comments(values)
+            else:
+                self.errors.append(f"{level.of(key)}.{name}: use an object")
 
-    def _channel(self, name: str, values: object, top: _Level) -> Iterator[Account]:
-        """Yield the accounts of a channel: those that are named, and `default` if keys of an
-        account stand in the channel itself or nothing is named."""
-        place = f"channels.{name}"
-        row = next((row for row in self._rows if name in (row.id, *row.aliases)), None)
-        if row is None:
-            known = ", ".join(each.id for each in self._rows)
-            self.errors.append(f"{place}: no such channel; known are {known}")
-            return
-        if not isinstance(values, dict):
-            self.errors.append(f"{place}: use an object")
-            return
-        channel = _Level("channel", place, without_comments(values, row.synonyms))
-        known_names = {*(each.key for each in SETTINGS), *row.settings, *row.credentials}
-        self._check_names(channel, {*known_names, "enabled", "accounts", "name"})
-        accounts = channel.values.get("accounts", {})
-        if not isinstance(accounts, dict):
-            self.errors.append(f"{place}.accounts: use an object with a key for each account")
-            return
-        named = without_comments(accounts)
+    def _channel(self, row: Row, channel: _Level, top: _Level) -> Iterator[Account]:
+        """Yield the accounts of a channel: those that are named, and `default` if credentials
+        stand in the channel itself or nothing is named."""
+        known = {*(each.key for each in SETTINGS), *row.settings, *row.credentials, "enabled",
+                 "name"}
+        channel = channel.renamed(row.synonyms)
+        self.check_names(channel, {*known, "accounts"})
+        named = dict(self._objects(channel, "accounts"))
         if not named or any(channel.values.get(key) for key in row.credentials):
             yield self._account(row, "default", [channel], top)
-        for account, own in named.items():
-            level = _Level("account", f"{place}.accounts.{account}", {})
-            if not _ACCOUNT_NAME.fullmatch(account) or not isinstance(own, dict):
-                self.errors.append(
-                    f"{level.place}: use an object, and a name of letters, digits, - and _"
-                )
-                continue
-            level = level._replace(values=without_comments(own, row.synonyms))
-            self._check_names(level, {*known_names, "enabled", "name"})
-            shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
-            yield self._account(row, account, [level, channel._replace(values=shared)], top)
+        shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
+        for name, own in named.items():
+            level = _Level("account", f"{channel.place}.accounts.{name}", own).renamed(row.synonyms)
+            if not _ACCOUNT_NAME.fullmatch(name):
+                self.errors.append(f"{level.place}: use a name of letters, digits, - and _")
+            self.check_names(level, known)
+            yield self._account(row, name, [level, channel._replace(values=shared)], top)
 
     def _account(self, row: Row, name: str, levels: list[_Level], top: _Level) -> Account:
-        values: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        for each in SETTINGS:
-            where = levels if each.level == "channel" else [*levels, top]
-            if each.level != "top":
-                values[each.key], origins[each.key] = self._value(each, where)
+        found = {each.key: self.value(each, levels if each.level == "channel" else [*levels, top])
+                 for each in SETTINGS if each.level != "top"}
         for key, kind in row.settings.items():
-            values[key], origins[key] = self._value(Setting(key, kind, None, ""), levels)
-        if isinstance(values.get("tokenFile"), str):
-            # OpenClaw's word for a credential in a file.
-            named = {"source": "file", "path": values["tokenFile"]}
-            key = next(iter(row.credentials))
-            first = levels[0]._replace(values={key: named, **levels[0].values})
-            levels = [first, *levels[1:]]
-        for key, variable in row.credentials.items():
-            each = Setting(key, text_value, "", "", variable if name == "default" else "")
-            values[key], origins[key] = self._value(each, levels)
-        self._settle(values, origins, levels)
+            found[key] = self.value(Setting(key, "channel", kind, None, ""), levels)
+        for number, (key, variable) in enumerate(row.credentials.items()):
+            each = Setting(key, "channel", text_value, "", "", variable * (name == "default"))
+            path = found.get("tokenFile", (None, ""))[0]
+            if path and not number:
+                # OpenClaw's word for a credential in a file.
+                file = {"source": "file", "path": path}
+                levels = [levels[0]._replace(values={key: file, **levels[0].values}), *levels[1:]]
+            found[key] = self.value(each, levels)
+        values = {key: value for key, (value, _) in found.items()}
+        origins = {key: origin for key, (_, origin) in found.items()}
+        self._settle(values, origins, levels[0])
         missing = tuple(key for key in row.credentials if not values[key])
         is_enabled = all(level.values.get("enabled", True) is not False for level in levels)
         return Account(row, name, is_enabled, values, origins, missing)
 
-    def _settle(self, values: Json, origins: Json, levels: list[_Level]) -> None:
+    def _settle(self, values: Json, origins: Json, level: _Level) -> None:
         """Settle what depends on two settings at once."""
-        place = levels[0].place
         if values["dmPolicy"] == "open" and "*" not in values["allowFrom"]:
-            self.errors.append(
-                f'{place}.dmPolicy: "open" lets everybody spend your plan; if that is meant, add '
-                '"*" to allowFrom'
-            )
+            self.errors.append(f'{level.of("dmPolicy")}: "open" lets everybody spend your plan; '
+                               'if that is meant, add "*" to allowFrom')
         if values["dmPolicy"] == "allowlist" and not values["allowFrom"]:
-            self.errors.append(f"{place}.allowFrom: name somebody, or nobody may write")
+            self.errors.append(f"{level.of('allowFrom')}: name somebody, or nobody may write")
         if values["groupAllowFrom"] is None:
             values["groupAllowFrom"] = values["allowFrom"]
         if values["async"] and origins["memory"] == "default":
             values["memory"] = "agent"
+        values["replyChunkSize"] = values["replyChunkSize"] or values["textChunkLimit"]
         ranks = ("account", "channel", "file", "environment", "default")
         is_key_wider = ranks.index(origins["apiKey"]) > ranks.index(origins["agentUrl"])
         if values["apiKey"] and is_key_wider and origins["agentUrl"] in ranks[:2]:
-            self.warnings.append(
-                f"{place}.agentUrl: no key is sent there, because apiKey belongs to another level; "
-                "write one beside it if the agent needs it"
-            )
             values["apiKey"] = ""
+            self.warnings.append(
+                f"{level.of('agentUrl')}: no key is sent there, because apiKey belongs to another "
+                "level; write one beside it if the agent needs it")
 
-    def _value(self, setting: Setting, levels: list[_Level]) -> tuple[Any, str]:
+    def value(self, setting: Setting, levels: Iterable[_Level]) -> tuple[Any, str]:
         """Return the value of a setting, and where it comes from."""
-        for level in levels:
-            value = level.values.get(setting.key)
-            if value in (None, ""):
-                continue
-            place = f"{level.place}.{setting.key}".lstrip(".")
+        found = [(level.name, level.of(setting.key), level.values.get(setting.key))
+                 for level in levels]
+        variable = setting.variable
+        found.append(("environment", variable, self._environ.get(variable) if variable else None))
+        for origin, place, value in found:
             try:
                 value = self._resolved(value)
                 if value not in (None, ""):
-                    return setting.kind(value), level.name
+                    return setting.kind(value), origin
             except ValueError as problem:
                 self.errors.append(f"{place}: {json.dumps(value)[:80]}; {problem}")
-                return setting.default, "default"
-        value = self._environ.get(setting.variable, "") if setting.variable else ""
-        if not value:
-            return setting.default, "default"
-        try:
-            return setting.kind(value), "environment"
-        except ValueError as problem:
-            self.errors.append(f"{setting.variable}: {problem}")
-            return setting.default, "default"
+        return setting.default, "default"
 
-    def _resolved(self, value: object) -> object:
+    def _resolved(self, value: Any) -> object:
         """Return a value that may name where it stands: a variable or a file. Raises ValueError."""
         if isinstance(value, str):
             variable = _VARIABLE.fullmatch(value.strip())
             if variable is not None:
                 return self._environ.get(variable.group(1), "")
             return "" if _PLACEHOLDER.fullmatch(value.strip()) else value
-        if isinstance(value, dict) and value.get("source") == "env":
+        source = value.get("source") if isinstance(value, dict) else ""
+        if source == "env":
             return self._environ.get(str(value.get("id", "")), "")
-        if isinstance(value, dict) and value.get("source") == "file":
+        if source == "file":
             try:
                 with open(os.path.expanduser(str(value.get("path", ""))), encoding="utf-8") as file:
                     return file.read(65_536).strip()
@@ -822,34 +803,20 @@ class _Reader:
                 raise ValueError(f"the file cannot be read: {reason_of(problem)}") from None
         return value
 
-    def _check_names(self, level: _Level, known: Collection[str]) -> None:
+    def check_names(self, level: _Level, known: Collection[str]) -> None:
+        """Note names that no setting has."""
         for key in level.values:
-            if key in known:
-                continue
-            place = f"{level.place}.{key}".lstrip(".")
             near = difflib.get_close_matches(key.lower(), _SECURITY_KEYS, 1, 0.8)
-            if near:
-                meant = _SECURITY_KEYS[near[0]]
-                self.errors.append(f"{place}: no such setting; did you mean {meant}?")
-            else:
-                self.warnings.append(f"{place}: not used here")
-
-    def _check_shared_credentials(self, accounts: list[Account]) -> None:
-        owners: dict[tuple[str, str], str] = {}
-        for account in accounts:
-            for key in account.row.credentials:
-                value = account.settings[key]
-                owner = owners.setdefault((account.row.id, f"{key}={value}"), account.id)
-                if value and owner != account.id:
-                    self.errors.append(f"{account.id}: {key} is that of {owner} too; use it once")
+            if key not in known and near:
+                self.errors.append(f"{level.of(key)}: no such setting; did you mean "
+                                   f"{_SECURITY_KEYS[near[0]]}?")
+            elif key not in known:
+                self.warnings.append(f"{level.of(key)}: not used here")
 
 
-def without_comments(values: Json, synonyms: Optional[Mapping[str, str]] = None) -> Json:
-    """Return an object without the keys that begin with _, which are comments, and with one word
-    for each setting."""
-    words = synonyms or {}
-    return {words.get(str(key), str(key)): value for key, value in values.items()
-            if not str(key).startswith("_")}
+def without_comments(values: Json) -> Json:
+    """Return an object without the keys that begin with _, which are comments."""
+    return {str(key): value for key, value in values.items() if not str(key).startswith("_")}
 
 
 # ==== 4. Log =================================================================
@@ -872,10 +839,10 @@ class Log:
         # Guards the secrets and the order of lines.
         self._lock = threading.Lock()
 
-    def hide(self, secrets: Iterable[str]) -> None:
+    def hide(self, texts: Iterable[str]) -> None:
         """Blot these texts out of every later line."""
         with self._lock:
-            found = {*self._secrets, *(each for each in secrets if len(each) >= _MIN_SECRET_CHARS)}
+            found = {*self._secrets, *(each for each in texts if len(each) >= _MIN_SECRET_CHARS)}
             self._secrets = tuple(sorted(found, key=len, reverse=True))
 
     def event(self, level: str, event: str, **fields: object) -> None:
@@ -896,6 +863,12 @@ class Log:
                 with contextlib.suppress(OSError, ValueError):
                     self._stream.write(whole)
                     self._stream.flush()
+
+    def message(self, event: str, label: str, text: str) -> None:
+        """Write that a text came or went; the text itself only with `verbose`."""
+        self.line("info", event)
+        if self.is_verbose:
+            self.line("info", f"   {label}: {text}")
 
     def _write(self, whole: str) -> None:
         if not self._path:
@@ -931,7 +904,7 @@ MIGRATIONS = (
     " DEFAULT 0, due_s REAL NOT NULL DEFAULT 0, why TEXT NOT NULL DEFAULT '', at_s REAL NOT NULL)",
     "CREATE INDEX outbox_open ON outbox (account, status, id)",
     "CREATE TABLE history (id INTEGER PRIMARY KEY AUTOINCREMENT, session TEXT NOT NULL,"
-    " role TEXT NOT NULL, content TEXT NOT NULL, at_s REAL NOT NULL)",
+    " role TEXT NOT NULL, content TEXT NOT NULL)",
     "CREATE INDEX history_sessions ON history (session, id)",
     "CREATE TABLE lanes (lane TEXT PRIMARY KEY, number INTEGER NOT NULL DEFAULT 1,"
     " model TEXT NOT NULL DEFAULT '')",
@@ -942,27 +915,29 @@ MIGRATIONS = (
     "CREATE TABLE tokens (hash TEXT PRIMARY KEY, account TEXT NOT NULL, inbox INTEGER NOT NULL,"
     " session TEXT NOT NULL, message TEXT NOT NULL, until_s REAL NOT NULL)",
 )
+#: Tables that have rows of an account, and those that have rows of its lanes and sessions.
+ACCOUNT_TABLES = ("states", "seen", "inbox", "outbox", "people", "tokens")
+LANE_TABLES = (("history", "session"), ("lanes", "lane"))
 _DAY_S = 86_400.0
-_SEEN_S, _MAX_SEEN = 30 * _DAY_S, 20_000
+_MAX_SEEN = 20_000
 #: How long answers wait for the next message of the person.
 _HELD_S = 2 * _DAY_S
-_KEPT_S = 7 * _DAY_S
+#: What is done with rows that are older than this.
+_SWEEPS = (
+    ("DELETE FROM seen WHERE at_s<?", 30 * _DAY_S),
+    ("DELETE FROM inbox WHERE is_done AND at_s<?", _DAY_S),
+    ("UPDATE outbox SET status='dead', why='nobody wrote in time' WHERE status='held' AND at_s<?",
+     _HELD_S),
+    ("DELETE FROM outbox WHERE status='sent' AND at_s<?", _DAY_S),
+    ("DELETE FROM outbox WHERE status='dead' AND at_s<?", 7 * _DAY_S),
+)
 
 
 def message_json(message: Message) -> str:
-    """Return a message as the database keeps it."""
+    """Return a message as the database keeps it: every text in it can be stored and sent."""
     attachments = [each._asdict() for each in message.attachments]
-    return compact({**message._asdict(), "attachments": attachments})
-
-
-def encodable_message(message: Message) -> Message:
-    """Return a message of which every text can be stored and sent."""
-    texts: dict[str, Any] = {
-        name: encodable(value) for name, value in message._asdict().items()
-        if isinstance(value, str)
-    }
-    named = tuple(each._replace(name=encodable(each.name)) for each in message.attachments)
-    return message._replace(attachments=named, **texts)
+    return encodable(json.dumps({**message._asdict(), "attachments": attachments},
+                                ensure_ascii=False))
 
 
 def message_of(content: str) -> Message:
@@ -995,21 +970,17 @@ class Store:
             self._connection.row_factory = sqlite3.Row
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000"):
                 self._connection.execute(f"PRAGMA {pragma}")
-            self._migrate()
+        with self.transaction():
+            version = self.rows("PRAGMA user_version")[0][0]
+            if version > len(MIGRATIONS):
+                raise OSError("channels.db belongs to a newer version of this program")
+            for statement in (*MIGRATIONS[version:], f"PRAGMA user_version={len(MIGRATIONS)}"):
+                self._connection.execute(statement)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._connection.close()
-
-    def _migrate(self) -> None:
-        with self.transaction():
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > len(MIGRATIONS):
-                raise OSError("channels.db belongs to a newer version of this program")
-            for statement in MIGRATIONS[version:]:
-                self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -1057,19 +1028,14 @@ class Store:
 
     def is_new(self, account: str, message_id: str) -> bool:
         """Note a message, and return whether it was not known."""
-        return self.run(
-            "INSERT OR IGNORE INTO seen VALUES (?,?,?)", account, message_id, self._clock()
-        ) > 0
+        return self.run("INSERT OR IGNORE INTO seen VALUES (?,?,?)", account, message_id,
+                        self._clock()) > 0
 
-    def put_in(
-        self, account: str, lane: str, message: Message, *, is_done: bool = False
-    ) -> None:
+    def put_in(self, account: str, lane: str, message: Message, *, is_done: bool = False) -> None:
         """Put a message into the inbox."""
-        self.run(
-            "INSERT INTO inbox (account, lane, sender, message, is_done, at_s) VALUES"
-            " (?,?,?,?,?,?)", account, lane, message.sender, message_json(message), is_done,
-            self._clock(),
-        )
+        self.run("INSERT INTO inbox (account, lane, sender, message, is_done, at_s) VALUES"
+                 " (?,?,?,?,?,?)", account, lane, message.sender, message_json(message), is_done,
+                 self._clock())
 
     def open_lanes(self) -> list[tuple[str, str]]:
         """Return lane and account of what is not answered, the oldest message first."""
@@ -1081,21 +1047,10 @@ class Store:
         """Return the messages of a lane that are not answered, in order."""
         return self.rows("SELECT * FROM inbox WHERE lane=? AND NOT is_done ORDER BY id", lane)
 
-    def begin(self, ids: Iterable[int]) -> bool:
-        """Count an attempt to answer messages; return whether any of them still waits."""
-        return sum(self.run("UPDATE inbox SET attempts=attempts+1 WHERE id=? AND NOT is_done",
-                            each) for each in ids) > 0
-
     def finish(self, ids: Iterable[int]) -> None:
         """Mark messages as answered."""
         for each in ids:
             self.run("UPDATE inbox SET is_done=1, progress='{}' WHERE id=?", each)
-
-    def messages_of(self, account: str, sender: str, seconds: float) -> int:
-        """Return how many messages somebody has written in the last seconds."""
-        since_s = self._clock() - seconds
-        return int(self.rows("SELECT COUNT(*) FROM inbox WHERE account=? AND sender=? AND at_s>?",
-                             account, sender, since_s)[0][0])
 
     # -- sending --------------------------------------------------------------------------------
 
@@ -1107,30 +1062,29 @@ class Store:
                 "INSERT INTO outbox (account, chat, answer, route, text, is_last, nonce, edit_id,"
                 " status, at_s) VALUES (?,?,?,?,?,?,?,?,?,?)", account, chat, answer,
                 compact(part.route), part.text, number == len(parts), secrets.token_hex(10),
-                part.edit_id, part.status, self._clock(),
-            )
+                part.edit_id, part.status, self._clock())
 
     def next_out(self, account: str) -> list[sqlite3.Row]:
         """Return the oldest part that is not sent of each chat."""
         return self.rows("SELECT *, MIN(id) FROM outbox WHERE account=? AND"
                          " status IN ('pending','sending') GROUP BY chat ORDER BY id", account)
 
-    def has_out(self, account: str, chat: str) -> bool:
-        """Return whether parts for a chat are waiting to be sent."""
-        return bool(self.rows("SELECT 1 FROM outbox WHERE account=? AND chat=? AND"
-                              " status IN ('pending','sending') LIMIT 1", account, chat))
-
     def set_out(self, part_id: int, status: str, due_s: float = 0.0, why: str = "") -> None:
         """Set the status of a part."""
         self.run("UPDATE outbox SET status=?, due_s=?, why=?, attempts=attempts+(?='sending')"
                  " WHERE id=?", status, due_s, clean(why)[:200], status, part_id)
 
+    def counts_out(self, account: str) -> dict[str, int]:
+        """Return how many parts of an account have each status."""
+        return {row[0]: row[1] for row in self.rows(
+            "SELECT status, COUNT(*) FROM outbox WHERE account=? GROUP BY status", account)}
+
     def release_held(self, account: str, chat: str, route: Json, most: int) -> tuple[int, int]:
         """Let the oldest held parts of the newest answer go, on a new route. Returns how many go,
         and how many stay."""
-        found = self.rows("SELECT id, answer, text FROM outbox WHERE account=? AND chat=? AND"
-                          " status='held' AND at_s>? ORDER BY id", account, chat,
-                          self._clock() - _HELD_S)
+        found = self.rows(
+            "SELECT id, answer FROM outbox WHERE account=? AND chat=? AND status='held' AND at_s>?"
+            " ORDER BY id", account, chat, self._clock() - _HELD_S)
         newest = [row for row in found if row["answer"] == max(each["answer"] for each in found)]
         self.run("UPDATE outbox SET status='dead', why='a newer answer' WHERE account=? AND chat=?"
                  " AND status='held' AND answer<>?", account, chat,
@@ -1149,21 +1103,10 @@ class Store:
         number, model = tuple(found[0]) if found else (1, "")
         return lane if number == 1 else f"{lane}#{number}", str(model)
 
-    def begin_session(self, lane: str) -> None:
-        """Begin a new conversation in a lane, and forget the old one."""
-        self.run("DELETE FROM history WHERE session=?", self.lane(lane)[0])
-        self.run("INSERT INTO lanes (lane, number) VALUES (?,2) ON CONFLICT (lane) DO UPDATE SET"
-                 " number=number+1", lane)
-
-    def choose_model(self, lane: str, model: str) -> None:
-        """Set the model of a lane; empty = as in the settings."""
-        self.run("INSERT INTO lanes (lane, model) VALUES (?,?) ON CONFLICT (lane) DO UPDATE SET"
-                 " model=excluded.model", lane, model)
-
     def remember(self, session: str, role: str, content: object) -> None:
         """Append a message of chat completions to a conversation."""
-        self.run("INSERT INTO history (session, role, content, at_s) VALUES (?,?,?,?)", session,
-                 role, compact(content), self._clock())
+        self.run("INSERT INTO history (session, role, content) VALUES (?,?,?)", session, role,
+                 compact(content))
 
     def history(self, session: str) -> list[tuple[int, Json]]:
         """Return a conversation, as ids and messages of chat completions."""
@@ -1172,31 +1115,16 @@ class Store:
         return [(row["id"], {"role": row["role"], "content": json.loads(row["content"])})
                 for row in found]
 
-    def change_memory(self, number: int, content: object) -> None:
-        """Replace the content of a message of a conversation."""
-        self.run("UPDATE history SET content=? WHERE id=?", compact(content), number)
-
-    def forget_before(self, session: str, first_id: int) -> None:
-        """Forget what was said before a message of a conversation."""
-        self.run("DELETE FROM history WHERE session=? AND id<?", session, first_id)
-
-    # -- housekeeping ---------------------------------------------------------------------------
-
     def sweep(self) -> None:
         """Delete what is too old to matter."""
-        now_s = self._clock()
         with self.transaction():
-            self.run("DELETE FROM seen WHERE at_s<?", now_s - _SEEN_S)
+            for statement, age_s in _SWEEPS:
+                self.run(statement, self._clock() - age_s)
             for row in self.rows("SELECT account FROM seen GROUP BY account HAVING COUNT(*)>?",
                                  _MAX_SEEN):
                 self.run("DELETE FROM seen WHERE account=? AND at_s<=(SELECT at_s FROM seen WHERE"
                          " account=? ORDER BY at_s DESC LIMIT 1 OFFSET ?)", row[0], row[0],
                          _MAX_SEEN)
-            self.run("DELETE FROM inbox WHERE is_done AND at_s<?", now_s - _DAY_S)
-            self.run("UPDATE outbox SET status='dead', why='nobody wrote in time' WHERE"
-                     " status='held' AND at_s<?", now_s - _HELD_S)
-            self.run("DELETE FROM outbox WHERE status='sent' AND at_s<?", now_s - _DAY_S)
-            self.run("DELETE FROM outbox WHERE status='dead' AND at_s<?", now_s - _KEPT_S)
 
 
 # ==== 6. HTTP ================================================================
@@ -1227,11 +1155,7 @@ class HttpAnswer(NamedTuple):
 
     def json(self) -> Json:
         """Return the JSON object of the body, {} if it has none."""
-        try:
-            value = json.loads(self.body)
-        except ValueError:
-            return {}
-        return value if isinstance(value, dict) else {}
+        return json_object(self.body)
 
     @property
     def retry_after_s(self) -> float:
@@ -1375,11 +1299,6 @@ def read_head(sock: socket.socket) -> list[str]:
     return head.decode("latin-1").split("\r\n")[:-2]
 
 
-def base64_text(data: bytes) -> str:
-    """Return bytes in base64."""
-    return base64.b64encode(data).decode("ascii")
-
-
 def is_public(address: str) -> bool:
     """Return whether an IP address belongs to the internet."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
@@ -1475,7 +1394,7 @@ class Http:
     def open(
         self, method: str, url: str, body: Optional[bytes] = None,
         headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30.0,
-        on_open: Callable[[Wire], None] = lambda wire: None, only_public: bool = False,
+        on_open: Optional[Callable[[Wire], None]] = None, only_public: bool = False,
         wire: Optional[Wire] = None,
     ) -> Exchange:
         """Send a request and return its exchange once the head of the answer is there.
@@ -1486,7 +1405,8 @@ class Http:
         if wire is None:
             sock = self.connector.connect(target, timeout_s, only_public=only_public)
             wire = Wire(sock, target)
-        on_open(wire)
+        if on_open is not None:
+            on_open(wire)
         try:
             wire.set_timeout(timeout_s)
             wire.request(method, target.path, body, {"Host": target.authority, **(headers or {})})
@@ -1499,8 +1419,10 @@ class Http:
         self, method: str, url: str, body: Union[None, bytes, Json] = None,
         headers: Optional[Mapping[str, str]] = None, timeout_s: float = 30.0,
         max_bytes: int = _MAX_ANSWER_BYTES, only_public: bool = False,
+        on_open: Optional[Callable[[Wire], None]] = None,
     ) -> HttpAnswer:
-        """Return the answer to a request; a body that is no bytes is sent as JSON.
+        """Return the answer to a request; a body that is no bytes is sent as JSON. A call with
+        `on_open`, such as a long poll, has a connection of its own.
 
         Raises NetworkFailed, ValueError if the answer is larger than `max_bytes`."""
         sent = dict(headers or {})
@@ -1508,14 +1430,15 @@ class Http:
             sent.setdefault("Content-Type", "application/json")
             body = compact(body).encode("ascii")
         target = Target.of(url)._replace(path="")
-        wire = None if only_public else self._take_idle(target)
-        exchange = self.open(method, url, body, sent, timeout_s, only_public=only_public, wire=wire)
+        is_alone = only_public or on_open is not None
+        wire = None if is_alone else self._take_idle(target)
+        exchange = self.open(method, url, body, sent, timeout_s, on_open, only_public, wire)
         try:
             answer = HttpAnswer(exchange.status, exchange.headers, exchange.read(max_bytes))
         except BaseException:
             exchange.close()
             raise
-        if only_public or not exchange.is_read() or not exchange.wire.is_usable():
+        if is_alone or not exchange.is_read() or not exchange.wire.is_usable():
             exchange.close()
         else:
             self._keep((target, exchange.wire))
@@ -1935,6 +1858,25 @@ def qr_lines(data: bytes, columns: int) -> list[str]:
     ]
 
 
+class Console:
+    """The terminal of a login."""
+
+    def show_link(self, url: str) -> None:
+        """Show a link as a QR code on a terminal, and as text."""
+        if sys.stdout.isatty():
+            with contextlib.suppress(ValueError):
+                print("\n".join(qr_lines(url.encode(), shutil.get_terminal_size().columns)))
+        print(url, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        print(clean(text), flush=True)
+
+    def ask(self, question: str) -> str:
+        """Return a line that the user types."""
+        return input(f"{clean(question)} ").strip()
+
+
 # ==== 9. Text ================================================================
 # Answers are Markdown. A reader for what models write turns them into the markup of a platform by
 # a table of its forms, and the source is split so that each part fits after it was rendered.
@@ -2177,20 +2119,8 @@ def _closed(text: str) -> str:
 # that is safe here, and the platform sends again what came after it. One `run` is one connection.
 # https://discord.com/developers/docs/events/gateway, https://bot.q.qq.com/wiki/develop/api-v2/
 
-
-class Op(enum.IntEnum):
-    """What a frame is for."""
-
-    DISPATCH = 0
-    HEARTBEAT = 1
-    IDENTIFY = 2
-    RESUME = 6
-    RECONNECT = 7
-    INVALID_SESSION = 9
-    HELLO = 10
-    HEARTBEAT_ACK = 11
-
-
+_DISPATCH, _HEARTBEAT, _IDENTIFY, _RESUME, _RECONNECT = 0, 1, 2, 6, 7
+_INVALID_SESSION, _HELLO, _HEARTBEAT_ACK = 9, 10, 11
 #: How long the first frame may take, and then the first event.
 _HELLO_S, _READY_S = 15.0, 30.0
 #: Closes a connection and leaves its session open; 1000 and 1001 would end both.
@@ -2206,7 +2136,6 @@ class Ending(NamedTuple):
     #: What is wrong, and what the owner has to do first; empty if nothing.
     why: str = ""
     fix: str = ""
-    #: Whether another session has to begin.
     is_session_over: bool = False
     after_s: float = 0.0
 
@@ -2219,7 +2148,8 @@ class OpcodeChannel(Channel):
     """A channel that receives by such a gateway. The state of its account is the session:
     {"session_id", "seq", "url", "bot_id"}, {} without one."""
 
-    #: What follows each code that the platform closes with, if it is not to resume.
+    #: What follows each code that a connection is closed or a call is refused with, if it is not
+    #: to try again.
     endings: ClassVar[Mapping[int, Ending]] = {}
     #: Added to the address of the gateway.
     query: ClassVar[str] = ""
@@ -2231,9 +2161,8 @@ class OpcodeChannel(Channel):
         super().__init__(tools, http)
         self._root, self._clock = root, clock
         self._session: Json = {}
-        self._began_s = 0.0
-        #: How many connections in a row ended as soon as they were made.
-        self._cuts = 0
+        #: When the connection was begun, and how many in a row ended as soon as they were made.
+        self._began_s, self._cuts = 0.0, 0
         #: How often to send a heartbeat, when the next one is due, and whether the last was heard.
         self._beat_every_s, self._beat_s, self._is_beat_heard = 0.0, math.inf, True
         #: Until when the connection has to come to its first event.
@@ -2241,12 +2170,16 @@ class OpcodeChannel(Channel):
 
     # -- what a platform adds ---------------------------------------------------------------------
 
-    def gateway_url(self) -> str:
-        """Return where a new session begins. Raises Fatal, Retry."""
-        raise NotImplementedError
-
     def token(self) -> str:
         """Return the token of the bot as the gateway takes it. Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def headers(self) -> Mapping[str, str]:
+        """Return the headers of each call. Raises Fatal, Retry."""
+        return {"Authorization": self.token()}
+
+    def gateway_url(self) -> str:
+        """Return where a new session begins. Raises Fatal, Retry."""
         raise NotImplementedError
 
     def identity(self) -> Json:
@@ -2259,6 +2192,42 @@ class OpcodeChannel(Channel):
 
     def disconnected(self) -> None:
         """Forget what may be the reason for the end of a connection."""
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def call(self, method: str, path: str, body: Optional[Json] = None) -> HttpAnswer:
+        """Return the answer to a call. Raises Fatal, Retry."""
+        try:
+            return self.http.call(method, self._root + path, body, self.headers())
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+
+    def ask(self, path: str) -> Json:
+        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
+        answer = self.call("GET", path)
+        if answer.status != 200:
+            usual = Ending(after_s=answer.retry_after_s)
+            self._end(f"status {answer.status}", self.endings.get(code_of(answer), usual))
+        return answer.json()
+
+    def probe(self) -> str:
+        """Return the name of the bot. Raises Fatal, Retry."""
+        return f"@{self.ask('/users/@me').get('username', '?')}"
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
+        url = str(attachment.ref["url"])
+        # A stranger's message must not make this program ask its own network.
+        is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
+        if not (url.startswith("https://") or is_local):
+            raise SendFailed("never", "not an https address")
+        try:
+            answer = self.http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        if answer.status != 200:
+            raise SendFailed("never", f"status {answer.status}")
+        return answer.body
 
     # -- receiving --------------------------------------------------------------------------------
 
@@ -2310,21 +2279,27 @@ class OpcodeChannel(Channel):
             if now_s >= self._beat_s:
                 if not self._is_beat_heard:
                     self._end("no answer to the heartbeat", Ending())
-                self._beat(connection, {})
+                self._beat(connection)
                 self._keep()
             text = connection.receive(min(self._beat_s, self._ready_by_s) - self._clock())
             if text is not None:
-                self._take(connection, text)
+                self._take(connection, json_object(text))
 
-    def _take(self, connection: WebSocket, text: str) -> None:
-        try:
-            frame = json.loads(text)
-            react = self._reactions.get(frame["op"])
-        except (KeyError, TypeError, ValueError, RecursionError):
-            self.tools.log("warning", "a frame was not understood")
-            return
-        if react is not None:
-            react(self, connection, frame)
+    def _take(self, connection: WebSocket, frame: Json) -> None:
+        op = frame.get("op")
+        if op == _HELLO:
+            self._greet(connection, frame)
+        elif op == _DISPATCH:
+            self._dispatch(frame)
+        elif op == _HEARTBEAT:
+            self._beat(connection)
+        elif op == _HEARTBEAT_ACK:
+            self._is_beat_heard = True
+        elif op == _RECONNECT:
+            self._end("the platform wants another connection", Ending())
+        elif op == _INVALID_SESSION:
+            is_over = frame.get("d") is not True
+            self._end("the session is not valid", _NEW_SESSION._replace(is_session_over=is_over))
         if self._ready_by_s == math.inf:
             self.tools.note_frame()
 
@@ -2339,26 +2314,14 @@ class OpcodeChannel(Channel):
         self._beat_s = now_s + self._beat_every_s * secrets.randbelow(1000) / 1000
         self._ready_by_s = now_s + _READY_S
         found = {name: self._session.get(name) for name in ("session_id", "seq")}
-        content = found if found["session_id"] else self.identity()
-        op = Op.RESUME if found["session_id"] else Op.IDENTIFY
+        op, content = (_RESUME, found) if found["session_id"] else (_IDENTIFY, self.identity())
         connection.send(compact({"op": op, "d": {"token": self.token(), **content}}))
 
-    def _beat(self, connection: WebSocket, frame: Json) -> None:
-        connection.send(compact({"op": Op.HEARTBEAT, "d": self._session.get("seq")}))
+    def _beat(self, connection: WebSocket) -> None:
+        connection.send(compact({"op": _HEARTBEAT, "d": self._session.get("seq")}))
         self._is_beat_heard, self._beat_s = False, self._clock() + self._beat_every_s
 
-    def _hear_beat(self, connection: WebSocket, frame: Json) -> None:
-        self._is_beat_heard = True
-
-    def _reconnect(self, connection: WebSocket, frame: Json) -> None:
-        self._end("the platform wants another connection", Ending())
-
-    def _invalidate(self, connection: WebSocket, frame: Json) -> None:
-        can_resume = frame.get("d") is True
-        self._end("the session is not valid", Ending(after_s=_NEW_SESSION_S) if can_resume
-                  else _NEW_SESSION)
-
-    def _dispatch(self, connection: WebSocket, frame: Json) -> None:
+    def _dispatch(self, frame: Json) -> None:
         """Take an event: hand over its message, and count it. Raises OSError."""
         event, seq = str(frame.get("t")), frame.get("s")
         data = frame["d"] if isinstance(frame.get("d"), dict) else {}
@@ -2376,30 +2339,24 @@ class OpcodeChannel(Channel):
             self.tools.log("warning", "an event was not understood", why=repr(problem))
         if message is not None or event == "READY":
             self.tools.accept(message, session)
-        # After a failure it is asked for again.
+        # Not before it is safe: an event that failed is asked for again.
         self._session, self._ready_by_s = session, math.inf
 
-    _reactions: ClassVar[Mapping[Op, Callable[[Any, WebSocket, Json], None]]] = {
-        Op.DISPATCH: _dispatch, Op.HEARTBEAT: _beat, Op.RECONNECT: _reconnect,
-        Op.INVALID_SESSION: _invalidate, Op.HELLO: _greet, Op.HEARTBEAT_ACK: _hear_beat,
-    }
 
-    # -- files ------------------------------------------------------------------------------------
+def code_of(answer: HttpAnswer) -> int:
+    """Return the platform's code of a refusal, else its status."""
+    content = answer.json()
+    code = content.get("err_code") or content.get("code")
+    return code if code and isinstance(code, int) else answer.status
 
-    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
-        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        url = str(attachment.ref["url"])
-        # A stranger's message must not make this program ask its own network.
-        is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        if not (url.startswith("https://") or is_local):
-            raise SendFailed("never", "not an https address")
-        try:
-            answer = self.http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
-        if answer.status != 200:
-            raise SendFailed("never", f"status {answer.status}")
-        return answer.body
+
+def linked_file(found: Json) -> Attachment:
+    """Return a file that a message names, with its address, which may lack its first word."""
+    mime, url = str(found.get("content_type") or "").partition(";")[0], str(found["url"])
+    url = url if "://" in url else f"https://{url.lstrip('/')}"
+    return Attachment("image" if mime.startswith("image/") else "file",
+                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
+                      {"url": url})
 
 
 # ==== 11. Telegram ===========================================================
@@ -2454,15 +2411,11 @@ class TelegramRefused(Exception):
         content = answer.json()
         #: The error's code, which is the HTTP status too.
         self.code = int(content.get("error_code") or answer.status)
-        self.description = str(content.get("description") or f"status {answer.status}")
+        super().__init__(str(content.get("description") or f"status {answer.status}"))
         found = content.get("parameters")
         self.parameters: Json = found if isinstance(found, dict) else {}
-        super().__init__(self.description)
-
-    @property
-    def wait_s(self) -> float:
-        """Return the pause that the platform asks for."""
-        return float(self.parameters.get("retry_after") or 1) + 0.5
+        #: The pause that the platform asks for.
+        self.wait_s = float(self.parameters.get("retry_after") or 1) + 0.5
 
 
 class Telegram(Channel):
@@ -2470,33 +2423,41 @@ class Telegram(Channel):
 
     def __init__(self, tools: Tools, http: Http) -> None:
         super().__init__(tools, http)
-        root = tools.settings.get("apiRoot") or "https://api.telegram.org"
-        self._base = f"{root}/bot{tools.settings['botToken']}"
-        self._files = f"{root}/file/bot{tools.settings['botToken']}"
+        self._root = tools.settings.get("apiRoot") or "https://api.telegram.org"
+        self._token = f"bot{tools.settings['botToken']}"
         self._bot: Json = {}
 
-    # -- calls ----------------------------------------------------------------------------------
-
-    def _call(self, method: str, body: Json, timeout_s: float = 30.0) -> Any:
+    def _call(self, method: str, body: Json, timeout_s: float = 30.0,
+              on_open: Optional[Callable[[Wire], None]] = None) -> Any:
         """Return the result of a method. Raises NetworkFailed, TelegramRefused."""
-        return self._result(self.http.call("POST", f"{self._base}/{method}", body, {}, timeout_s))
-
-    def _result(self, answer: HttpAnswer) -> Any:
+        answer = self.http.call("POST", f"{self._root}/{self._token}/{method}", body, {}, timeout_s,
+                                on_open=on_open)
         content = answer.json()
         if not content.get("ok"):
             raise TelegramRefused(answer)
         return content.get("result")
 
-    def probe(self) -> str:
-        """Return the name of the bot. Raises Fatal, Retry."""
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn what calls raise into what the account does then. Raises Fatal, Retry."""
         try:
-            self._bot = self._call("getMe", {})
+            yield
         except NetworkFailed as problem:
             raise Retry(str(problem)) from None
         except TelegramRefused as refused:
             if refused.code in (401, 404):
                 raise Fatal("the token is refused", "take a new one from @BotFather") from None
-            raise Retry(refused.description, refused.wait_s) from None
+            if refused.code == 409:
+                self.tools.note("somebody else polls this bot, or it has a webhook")
+                with contextlib.suppress(NetworkFailed, TelegramRefused):
+                    self._call("deleteWebhook", {"drop_pending_updates": False})
+                raise Retry("somebody else polls this bot", 5.0) from None
+            raise Retry(str(refused), refused.wait_s if refused.code == 429 else 0.0) from None
+
+    def probe(self) -> str:
+        """Return the name of the bot. Raises Fatal, Retry."""
+        with self._failures():
+            self._bot = self._call("getMe", {})
         if not isinstance(self._bot, dict):
             raise Retry("no answer of the Bot API")
         return f"@{self._bot.get('username', '?')}"
@@ -2507,50 +2468,32 @@ class Telegram(Channel):
         """Receive messages until the account has to stop. Raises Fatal, Retry."""
         self.probe()
         self.tools.note_frame()
-        state = self.tools.state()
+        state, bot_id = self.tools.state(), self._bot.get("id")
         # An offset belongs to one bot: the numbers of another one may be smaller.
-        if state.get("bot_id") != self._bot.get("id"):
-            state = {"bot_id": self._bot.get("id"), "offset": 0}
+        if state.get("bot_id") != bot_id:
+            state = {"bot_id": bot_id, "offset": 0}
         commands = [{"command": name, "description": about} for name, about in _TELEGRAM_COMMANDS]
         with contextlib.suppress(NetworkFailed, TelegramRefused):
             self._call("setMyCommands", {"commands": commands})
-        self._warn_of_privacy()
+        if not (self.tools.settings["requireMention"]
+                or self._bot.get("can_read_all_group_messages")):
+            self.tools.note("in groups Telegram shows it only mentions and commands: switch "
+                            "privacy mode off at @BotFather, or leave requireMention on")
         while not self.tools.stop.is_set():
-            try:
+            with self._failures():
                 state = self._take(self._poll(state["offset"], _TELEGRAM_HOLD_S), state)
-            except NetworkFailed as problem:
-                raise Retry(str(problem)) from None
-            except TelegramRefused as refused:
-                self._recover(refused)
-
-    def _warn_of_privacy(self) -> None:
-        if not self.tools.settings["requireMention"] and not self._bot.get(
-            "can_read_all_group_messages"
-        ):
-            self.tools.note(
-                "in groups Telegram shows it only mentions and commands: switch privacy mode off "
-                "at @BotFather, or leave requireMention on"
-            )
 
     def _poll(self, offset: int, hold_s: int) -> list[Json]:
         """Return the updates from `offset` on; empty if none came in time, or at the end."""
         body = {"offset": offset, "timeout": hold_s, "limit": 100, "allowed_updates": ["message"]}
         try:
-            exchange = self.http.open(
-                "POST", f"{self._base}/getUpdates", compact(body).encode(),
-                {"Content-Type": "application/json"}, hold_s + _TELEGRAM_SLACK_S,
-                on_open=lambda opened: self.tools.on_stop(opened.cut),
-            )
-            try:
-                answer = HttpAnswer(exchange.status, exchange.headers, exchange.read())
-            finally:
-                exchange.close()
+            found = self._call("getUpdates", body, hold_s + _TELEGRAM_SLACK_S,
+                               lambda opened: self.tools.on_stop(opened.cut))
         except NetworkFailed:
             if self.tools.stop.is_set():
                 return []
             raise
         self.tools.note_frame()
-        found = self._result(answer)
         # What has no number can neither be answered nor acknowledged.
         return [each for each in found if isinstance(each, dict)
                 and isinstance(each.get("update_id"), int)] if isinstance(found, list) else []
@@ -2575,17 +2518,6 @@ class Telegram(Channel):
             self.tools.accept(message, state)
         return state
 
-    def _recover(self, refused: TelegramRefused) -> None:
-        """Deal with the refusal of a poll. Raises Fatal, Retry."""
-        if refused.code in (401, 404):
-            raise Fatal("the token is refused", "take a new one from @BotFather") from None
-        if refused.code == 409:
-            self.tools.note("somebody else polls this bot, or it has a webhook")
-            with contextlib.suppress(NetworkFailed, TelegramRefused):
-                self._call("deleteWebhook", {"drop_pending_updates": False})
-            raise Retry("somebody else polls this bot", 5.0) from None
-        raise Retry(refused.description, refused.wait_s if refused.code == 429 else 0.0) from None
-
     def _message(self, album: list[Json]) -> Optional[Message]:
         """Return the message of an update, or of the updates of an album; None for what is no
         message of a person."""
@@ -2607,8 +2539,7 @@ class Telegram(Channel):
             text=text, is_mentioned=is_mentioned or is_direct,
             quoted=str(quoted.get("text") or quoted.get("caption") or ""),
             attachments=attachments, at_s=float(message.get("date") or 0),
-            route={"chat_id": chat["id"], "thread": thread, "message_id": message["message_id"],
-                   "is_group": not is_direct},
+            route={"chat_id": chat["id"], "thread": thread, "message_id": message["message_id"]},
             group="" if is_direct else str(chat["id"]), place="" if is_direct else place,
         )
 
@@ -2616,31 +2547,29 @@ class Telegram(Channel):
         """Return the text without the bot's own name, and whether the message is for the bot."""
         text = str(message.get("text") or message.get("caption") or "")
         entities = message.get("entities") or message.get("caption_entities") or []
-        name = f"@{self._bot.get('username', '')}".lower()
+        name, bot_id = f"@{self._bot.get('username', '')}".lower(), self._bot.get("id")
+        replied = (message.get("reply_to_message") or {}).get("from") or {}
+        is_mentioned = replied.get("id") == bot_id
         # Offsets count UTF-16 units.
         units = text.encode("utf-16-le")
-        is_mentioned = (message.get("reply_to_message") or {}).get("from", {}).get(
-            "id") == self._bot.get("id")
         for entity in sorted(entities, key=lambda each: -int(each.get("offset", 0))):
             start = 2 * int(entity.get("offset", 0))
             end = start + 2 * int(entity.get("length", 0))
-            word = units[start:end].decode("utf-16-le", "replace")
+            word = units[start:end].decode("utf-16-le", "replace").lower()
             kind = entity.get("type")
-            if kind == "bot_command" and word.lower().endswith(name):
-                units, is_mentioned = units[:end - 2 * len(name)] + units[end:], True
-            elif kind == "mention" and word.lower() == name or (
-                kind == "text_mention" and entity.get("user", {}).get("id") == self._bot.get("id")
-            ):
-                units, is_mentioned = units[:start] + units[end:], True
+            if kind == "bot_command" and word.endswith(name):
+                start = end - 2 * len(name)
+            elif not (kind == "mention" and word == name or kind == "text_mention"
+                      and entity.get("user", {}).get("id") == bot_id):
+                continue
+            units, is_mentioned = units[:start] + units[end:], True
         return units.decode("utf-16-le", "replace").strip(), is_mentioned
 
     # -- sending --------------------------------------------------------------------------------
 
     def send(self, route: Json, part: Part) -> str:
         """Send a part and return the id of its message. Raises SendFailed."""
-        body: Json = {"chat_id": route["chat_id"], **self._text(part)}
-        if route.get("thread"):
-            body["message_thread_id"] = route["thread"]
+        body = self._text(route, part)
         if route.get("is_reply"):
             body["reply_parameters"] = {
                 "message_id": route["message_id"], "allow_sending_without_reply": True,
@@ -2651,33 +2580,32 @@ class Telegram(Channel):
 
     def edit(self, route: Json, message_id: str, part: Part) -> None:
         """Replace the text of a message. Raises SendFailed."""
-        body = {"chat_id": route["chat_id"], "message_id": int(message_id), **self._text(part)}
+        body = {**self._text({"chat_id": route["chat_id"]}, part), "message_id": int(message_id)}
         self._deliver("editMessageText", body)
 
     def type(self, route: Json, is_over: bool = False) -> None:
         """Show "typing" for five seconds. Raises SendFailed."""
         if not is_over:
-            thread = {"message_thread_id": route["thread"]} if route.get("thread") else {}
-            body = {"chat_id": route["chat_id"], "action": "typing", **thread}
-            self._deliver("sendChatAction", body)
+            self._deliver("sendChatAction", {**self._place(route), "action": "typing"})
 
-    def _text(self, part: Part) -> Json:
+    def _place(self, route: Json) -> Json:
+        thread = {"message_thread_id": route["thread"]} if route.get("thread") else {}
+        return {"chat_id": route["chat_id"], **thread}
+
+    def _text(self, route: Json, part: Part) -> Json:
         if part.is_plain:
-            return {"text": render(part.text, PLAIN)}
-        return {"text": self.render(part.text), "parse_mode": "HTML"}
+            return {**self._place(route), "text": render(part.text, PLAIN)}
+        return {**self._place(route), "text": self.render(part.text), "parse_mode": "HTML"}
 
     def _deliver(self, method: str, body: Json) -> Any:
-        """Return the result of a method that a chat sees. Raises SendFailed."""
+        """Return the result of a method that a chat sees, called in another form if that helps.
+        Raises SendFailed."""
         try:
             return self._call(method, body)
         except NetworkFailed as problem:
             raise SendFailed("later", str(problem)) from None
-        except TelegramRefused as refused:
-            return self._retried(method, body, refused)
-
-    def _retried(self, method: str, body: Json, refused: TelegramRefused) -> Any:
-        """Return the result of a call in another form, if that helps. Raises SendFailed."""
-        told = refused.description.lower()
+        except TelegramRefused as problem:
+            refused, told = problem, str(problem).lower()
         if "message is not modified" in told:
             return None
         if "migrate_to_chat_id" in refused.parameters:
@@ -2687,12 +2615,11 @@ class Telegram(Channel):
         if any(each in told for each in _TELEGRAM_MISSING) and optional & set(body):
             bare = {key: value for key, value in body.items() if key not in optional}
             return self._deliver(method, bare)
-        kind = next((kind for words, kind in _TELEGRAM_REFUSALS if words in told), "")
         if refused.code == 429:
-            raise SendFailed("wait", refused.description, refused.wait_s) from None
-        if not kind:
-            kind = "later" if refused.code >= 500 or refused.code in (401, 404) else "never"
-        raise SendFailed(kind, refused.description) from None
+            raise SendFailed("wait", str(refused), refused.wait_s)
+        is_later = refused.code >= 500 or refused.code in (401, 404)
+        raise SendFailed(next((kind for words, kind in _TELEGRAM_REFUSALS if words in told),
+                              "later" if is_later else "never"), str(refused))
 
     def render(self, markdown: str) -> str:
         """Return the text as the HTML that Telegram takes."""
@@ -2702,14 +2629,13 @@ class Telegram(Channel):
         """Return the length in UTF-16 units. Telegram counts without tags; this is never less."""
         return len(rendered.encode("utf-16-le")) // 2
 
-    # -- files ----------------------------------------------------------------------------------
-
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError."""
         found = self._deliver("getFile", {"file_id": attachment.ref["file_id"]}) or {}
         path = urllib.parse.quote(str(found.get("file_path", "")))
         try:
-            answer = self.http.call("GET", f"{self._files}/{path}", max_bytes=max_bytes)
+            answer = self.http.call("GET", f"{self._root}/file/{self._token}/{path}",
+                                    max_bytes=max_bytes)
         except NetworkFailed as problem:
             raise SendFailed("later", str(problem)) from None
         if answer.status != 200:
@@ -2724,19 +2650,15 @@ def _album_of(update: Json) -> str:
 
 def _telegram_attachments(message: Json) -> Iterator[Attachment]:
     """Yield the photo and the files of a message."""
-    if message.get("photo"):
-        photo = message["photo"][-1]
-        yield Attachment("image", "photo.jpg", "image/jpeg", int(photo.get("file_size") or 0),
-                         {"file_id": photo.get("file_id")})
-    for name in ("document", "voice", "audio", "video"):
-        found = message.get(name)
+    photo = {"photo": {**message["photo"][-1], "mime_type": "image/jpeg", "file_name": "photo.jpg"}
+             } if message.get("photo") else {}
+    for name in ("photo", "document", "voice", "audio", "video"):
+        found = {**message, **photo}.get(name)
         if found:
             mime = str(found.get("mime_type") or "")
-            yield Attachment(
-                "image" if mime.startswith("image/") else "file",
-                clean(found.get("file_name") or name), mime, int(found.get("file_size") or 0),
-                {"file_id": found.get("file_id")},
-            )
+            kind = "image" if mime.startswith("image/") else "file"
+            yield Attachment(kind, clean(found.get("file_name") or name), mime,
+                             int(found.get("file_size") or 0), {"file_id": found.get("file_id")})
 
 
 Telegram.row = Row(
@@ -2755,11 +2677,9 @@ Telegram.row = Row(
 _DISCORD_API = "https://discord.com/api/v10"
 #: Guilds, messages in them, direct messages, and what messages say.
 _DISCORD_INTENTS = 1 | 1 << 9 | 1 << 12 | 1 << 15
-_DISCORD_TOKEN = Ending(
-    "the token is refused", "take a new one at discord.com/developers/applications: Bot, Reset "
-    "Token")
-_DISCORD_CLIENT = Ending(
-    "the gateway refuses how this program connects", "use a newer version of it")
+_DISCORD_TOKEN = Ending("the token is refused", "take a new one at discord.com/developers/"
+                        "applications: Bot, Reset Token")
+_DISCORD_CLIENT = Ending("the gateway refuses this program", "use a newer version of it")
 #: Types of messages that people write: a plain one, and a reply.
 _DISCORD_TYPES = (0, 19)
 _DISCORD_MENTION = re.compile(r"<@!?(\d+)>")
@@ -2823,9 +2743,9 @@ class Discord(OpcodeChannel):
 
     query = "/?v=10&encoding=json"
     endings = {
-        4003: _NEW_SESSION, 4004: _DISCORD_TOKEN, 4007: _NEW_SESSION, 4008: _TOO_FAST,
-        4009: _NEW_SESSION, 4010: _DISCORD_CLIENT, 4011: _DISCORD_CLIENT, 4012: _DISCORD_CLIENT,
-        4013: _DISCORD_CLIENT,
+        **dict.fromkeys((401, 4004), _DISCORD_TOKEN), 4008: _TOO_FAST,
+        **dict.fromkeys((4003, 4007, 4009), _NEW_SESSION),
+        **dict.fromkeys((4010, 4011, 4012, 4013), _DISCORD_CLIENT),
         4014: Ending("the bot may not read what messages say", "switch Message Content Intent on "
                      "at discord.com/developers/applications: Bot, Privileged Gateway Intents"),
     }
@@ -2835,32 +2755,12 @@ class Discord(OpcodeChannel):
     ) -> None:
         super().__init__(tools, http, tools.settings.get("apiRoot") or _DISCORD_API, clock)
         self._limits = DiscordLimits(clock)
-        self._headers = {
-            "Authorization": f"Bot {tools.settings['token']}",
-            "User-Agent": f"DiscordBot (https://localhost/ocp, {VERSION})",
-        }
 
-    # -- the gateway ------------------------------------------------------------------------------
-
-    def _ask(self, path: str) -> Json:
-        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
-        try:
-            answer = self.http.call("GET", self._root + path, None, self._headers)
-        except NetworkFailed as problem:
-            raise Retry(str(problem)) from None
-        if answer.status == 401:
-            raise Fatal(_DISCORD_TOKEN.why, _DISCORD_TOKEN.fix)
-        if answer.status != 200:
-            raise Retry(f"status {answer.status}", answer.retry_after_s)
-        return answer.json()
-
-    def probe(self) -> str:
-        """Return the name of the bot. Raises Fatal, Retry."""
-        return f"@{self._ask('/users/@me').get('username', '?')}"
+    # -- receiving ------------------------------------------------------------------------------
 
     def gateway_url(self) -> str:
         """Return where a new session begins, unless too many did today. Raises Fatal, Retry."""
-        found = self._ask("/gateway/bot")
+        found = self.ask("/gateway/bot")
         limit = found.get("session_start_limit") or {}
         if limit.get("remaining", _DISCORD_SPARED_SESSIONS) < _DISCORD_SPARED_SESSIONS:
             raise Retry("too many sessions today", limit.get("reset_after", 0) / 1000)
@@ -2869,6 +2769,11 @@ class Discord(OpcodeChannel):
     def token(self) -> str:
         """Return the token of the bot."""
         return str(self.tools.settings["token"])
+
+    def headers(self) -> Mapping[str, str]:
+        """Return the headers of each call; without a form of its own the second is refused."""
+        return {"Authorization": f"Bot {self.token()}",
+                "User-Agent": f"DiscordBot (https://localhost/ocp, {VERSION})"}
 
     def identity(self) -> Json:
         """Return which events are wanted, and from what."""
@@ -2883,7 +2788,7 @@ class Discord(OpcodeChannel):
         if event != "MESSAGE_CREATE" or is_other:
             return None
         text, is_mentioned = self._without_mention(data)
-        attachments = tuple(map(_discord_attachment, data.get("attachments") or []))
+        attachments = tuple(map(linked_file, data.get("attachments") or []))
         if not (text or attachments):
             return None
         guild, place = str(data.get("guild_id") or ""), str(data["channel_id"])
@@ -2945,30 +2850,22 @@ class Discord(OpcodeChannel):
         limit = f"{method} {route['channel_id']} {what.partition('/')[0]}"
         self._limits.check(limit)
         try:
-            answer = self.http.call(method, self._root + path, body, self._headers)
-        except NetworkFailed as problem:
+            answer = self.call(method, path, body)
+        except Retry as problem:
             raise SendFailed("later", str(problem)) from None
         self._limits.note(limit, answer)
         if answer.status < 300:
             return answer.json()
-        content = answer.json()
-        if content.get("code") == _DISCORD_NO_QUOTE and "message_reference" in body:
+        if code_of(answer) == _DISCORD_NO_QUOTE and "message_reference" in body:
             bare = {name: value for name, value in body.items() if name != "message_reference"}
             return self._deliver(method, route, what, bare)
         # That the token is refused is for the receiver to find out.
         kind = "later" if answer.status >= 500 or answer.status == 401 else "never"
-        raise SendFailed(kind, str(content.get("message") or f"status {answer.status}"))
+        raise SendFailed(kind, str(answer.json().get("message") or f"status {answer.status}"))
 
     def render(self, markdown: str) -> str:
         """Return the text as the Markdown that Discord shows."""
         return render(markdown, DISCORD_MARKDOWN)
-
-
-def _discord_attachment(found: Json) -> Attachment:
-    mime = str(found.get("content_type") or "").partition(";")[0]
-    return Attachment("image" if mime.startswith("image/") else "file",
-                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
-                      {"url": found["url"]})
 
 
 Discord.row = Row(
@@ -2991,14 +2888,10 @@ Discord.row = Row(
 _QQ_API, _QQ_TOKENS = "https://api.sgroup.qq.com", "https://bots.qq.com/app/getAppAccessToken"
 #: People and groups; guilds, and people in guilds.
 _QQ_INTENTS, _QQ_GUILD_INTENTS = 1 << 25, 1 << 30 | 1 << 12
-#: Codes of the token's answer: asked for too often, and credentials that do not fit.
+#: Codes in the place of a token: it is asked for too often, and the credentials do not fit.
 _QQ_TOKEN_LATER, _QQ_TOKEN_WRONG = 100_001, 100_016
 #: The pause when the platform is asked too often.
 _QQ_WAIT_S = 60.0
-#: How long before its end a token is not used.
-_QQ_TOKEN_SPARE_S = 300.0
-#: The code of a call from an address that the bot may not have.
-_QQ_WRONG_ADDRESS = 11_298
 #: What follows each code of a refused message. "done" is the same one again, "link" an address in
 #: it; the others are kinds of SendFailed.
 _QQ_REFUSALS = {
@@ -3042,6 +2935,8 @@ class QQ(OpcodeChannel):
 
     endings = {
         **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
+        11_298: Ending("this machine's public address is not on the bot's list",
+                       "add it at q.qq.com: Development, IP white list"),
         4914: Ending("the bot is offline, or only in the sandbox", "publish it at q.qq.com, or set "
                      "apiRoot to https://sandbox.api.sgroup.qq.com"),
         4915: Ending("the bot is banned", "see its page at q.qq.com"),
@@ -3064,8 +2959,8 @@ class QQ(OpcodeChannel):
         with self._token_lock:
             if self._clock() >= self._token_until_s:
                 self._token, life_s = self._new_token()
-                spare_s = min(_QQ_TOKEN_SPARE_S, life_s / 3)
-                self._token_until_s = self._clock() + life_s - spare_s
+                # Not in the last minutes of its life.
+                self._token_until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
             return f"QQBot {self._token}"
 
     def _new_token(self) -> tuple[str, float]:
@@ -3088,36 +2983,11 @@ class QQ(OpcodeChannel):
         with self._token_lock:
             self._token_until_s = -math.inf
 
-    # -- the gateway ------------------------------------------------------------------------------
-
-    def _call(self, method: str, path: str, body: Optional[Json] = None) -> HttpAnswer:
-        """Return the answer to a call. Raises Fatal, Retry."""
-        try:
-            answer = self.http.call(
-                method, self._root + path, body, {"Authorization": self.token()})
-        except NetworkFailed as problem:
-            raise Retry(str(problem)) from None
-        if answer.status == 401:
-            self.disconnected()
-        return answer
-
-    def _ask(self, path: str) -> Json:
-        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
-        answer = self._call("GET", path)
-        if _qq_code(answer) == _QQ_WRONG_ADDRESS:
-            raise Fatal("this machine's public address is not on the bot's list",
-                        "add it at q.qq.com: Development, IP white list")
-        if answer.status != 200:
-            raise Retry(f"status {answer.status}", answer.retry_after_s)
-        return answer.json()
-
-    def probe(self) -> str:
-        """Return the name of the bot. Raises Fatal, Retry."""
-        return f"@{self._ask('/users/@me').get('username', '?')}"
+    # -- receiving ------------------------------------------------------------------------------
 
     def gateway_url(self) -> str:
         """Return where every session is. Raises Fatal, Retry."""
-        return str(self._ask("/gateway").get("url") or "")
+        return str(self.ask("/gateway").get("url") or "")
 
     def identity(self) -> Json:
         """Return which events are wanted."""
@@ -3133,8 +3003,7 @@ class QQ(OpcodeChannel):
         files = data.get("attachments") or []
         spoken = [str(each["asr_refer_text"]) for each in files if each.get("asr_refer_text")]
         text = "\n".join(filter(None, [text, *spoken]))
-        attachments = tuple(_qq_attachment(each) for each in files
-                            if not each.get("asr_refer_text"))
+        attachments = tuple(linked_file(each) for each in files if not each.get("asr_refer_text"))
         if not (text or attachments):
             return None
         chat = str(data.get(place.chat) or author[place.chat])
@@ -3201,13 +3070,13 @@ class QQ(OpcodeChannel):
         """Return the answer to a reply. Raises SendFailed."""
         sent = {**body, "msg_id": route["msg_id"]}
         try:
-            answer = self._call("POST", route["path"], sent)
+            answer = self.call("POST", route["path"], sent)
             if answer.status == 401:
-                # With a new token.
-                answer = self._call("POST", route["path"], sent)
+                self.disconnected()
+                answer = self.call("POST", route["path"], sent)
         except (Fatal, Retry) as problem:
             raise SendFailed("later", str(problem)) from None
-        if answer.status >= 300 and _QQ_REFUSALS.get(_qq_code(answer)) != "done":
+        if answer.status >= 300 and _QQ_REFUSALS.get(code_of(answer)) != "done":
             self._refuse(answer)
         return answer.json()
 
@@ -3217,7 +3086,7 @@ class QQ(OpcodeChannel):
         why = str(content.get("message") or f"status {answer.status}")
         if answer.status == 429:
             raise SendFailed("wait", why, answer.retry_after_s or _QQ_WAIT_S)
-        kind = _QQ_REFUSALS.get(_qq_code(answer), "")
+        kind = _QQ_REFUSALS.get(code_of(answer), "")
         if kind == "link":
             raise QQLinkRefused("never", why)
         if kind == "plain":
@@ -3234,28 +3103,12 @@ class QQ(OpcodeChannel):
         return render(markdown, _QQ_MARKDOWN if self._is_markdown else PLAIN)
 
 
-def _qq_code(answer: HttpAnswer) -> int:
-    """Return the code of a refusal, 0 without."""
-    content = answer.json()
-    code = content.get("err_code") or content.get("code")
-    return code if isinstance(code, int) else 0
-
-
 def _qq_face(found: re.Match[str]) -> str:
     """Return what an emoji of QQ's own is called."""
     try:
         return f"[{json.loads(base64.b64decode(found[1]))['text']}]"
     except (ValueError, KeyError, TypeError):
         return "[emoji]"
-
-
-def _qq_attachment(found: Json) -> Attachment:
-    mime, url = str(found.get("content_type") or ""), str(found["url"])
-    if "://" not in url:
-        url = f"https://{url.lstrip('/')}"
-    return Attachment("image" if mime.startswith("image/") else "file",
-                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
-                      {"url": url})
 
 
 def _qq_guilds_value(value: object) -> Json:
@@ -3281,7 +3134,8 @@ QQ.row = Row(
 
 
 # ==== 16. Channel table ======================================================
-#: Each channel that is built in; plugins add rows of their own.
+# Each channel that is built in; plugins add rows of their own.
+
 ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row)
 
 
@@ -3300,10 +3154,9 @@ _ID_PREFIX = re.compile(r"^(telegram|tg|discord|user|qqbot|dingtalk|weixin):", r
 class Verdict(NamedTuple):
     """Whether a message is answered, and what is said instead."""
 
-    is_allowed: bool
-    #: A few words for the status; empty if it is allowed.
+    #: Why it is not answered, a few words for the status; empty if it is.
     reason: str = ""
-    #: What the person is told; empty = nothing.
+    #: What the person is told instead; empty = nothing.
     reply: str = ""
     #: Whether the message counts for the limit of an hour although it is not answered.
     is_counted: bool = False
@@ -3320,58 +3173,49 @@ def is_listed(sender: str, listed: Iterable[str]) -> bool:
 
 
 class Access:
-    """Decides on messages. Every method is called within a transaction of the store."""
+    """Decides on messages. `judge` is called within a transaction of the store."""
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
         self._store, self._clock = store, clock
 
     def judge(self, account: Account, message: Message) -> Verdict:
-        """Return whether a message is answered."""
-        if message.kind == "direct":
-            verdict = self._judge_direct(account, message)
-        else:
-            verdict = judge_group(account, message)
+        """Return whether a message is answered: by its place, its sender, its mention, its rate."""
+        is_direct = message.kind == "direct"
+        verdict = self._judge_direct(account, message) if is_direct else judge_group(
+            account, message)
         most = account.settings["perSenderHour"]
-        if not verdict.is_allowed or not most or self.is_owner(account.id, message.sender):
+        if verdict.reason or not most or self.is_owner(account.id, message.sender):
             return verdict
-        count = self._store.messages_of(account.id, message.sender, _HOUR_S)
-        if count < most:
-            return verdict
-        if count > most:
-            return Verdict(False, "too many in an hour")
-        # Counted, so that the next one is beyond the limit in silence.
+        count = self._store.rows("SELECT COUNT(*) FROM inbox WHERE account=? AND sender=? AND"
+                                 " at_s>?", account.id, message.sender,
+                                 self._clock() - _HOUR_S)[0][0]
+        # The first one too many is counted, so that the next one is refused in silence.
         told = f"That is enough for now: {most} messages an hour. Later again, please."
-        return Verdict(False, "too many in an hour", told, is_counted=True)
+        return verdict if count < most else Verdict(
+            "too many in an hour", told * (count == most), is_counted=count == most)
 
     def _judge_direct(self, account: Account, message: Message) -> Verdict:
         policy = account.settings["dmPolicy"]
         if policy == "disabled":
-            return Verdict(False, "direct messages are off")
+            return Verdict("direct messages are off")
         if is_listed(message.sender, account.settings["allowFrom"]):
-            return Verdict(True)
+            return Verdict()
         if policy != "pairing":
-            return Verdict(False, "not in allowFrom")
+            return Verdict("not in allowFrom")
+        waiting = [row for row in self.people() if row["account"] == account.id and row["code"]]
         person = self._person(account.id, message.sender)
-        if person is not None and not person["code"]:
-            return Verdict(True)
-        return Verdict(False, "not approved", self._offer(account, message, person))
-
-    def _offer(self, account: Account, message: Message, person: Optional[sqlite3.Row]) -> str:
-        """Return the text with a code for a stranger, empty if he has one or others wait."""
-        now_s = self._clock()
-        self._store.run("DELETE FROM people WHERE code<>'' AND at_s<?", now_s - _CODE_S)
-        waiting = self._store.rows("SELECT sender FROM people WHERE account=? AND code<>''",
-                                   account.id)
-        is_known = person is not None and now_s - person["at_s"] < _CODE_S
-        if is_known or len(waiting) >= _MAX_WAITING_CODES:
-            return ""
+        if person is not None:
+            return Verdict("not approved" if person["code"] else "")
+        if len(waiting) >= _MAX_WAITING_CODES:
+            return Verdict("not approved")
         code = "".join(secrets.choice(_CODE_LETTERS) for _ in range(_CODE_CHARS))
         self._store.run(
-            "INSERT OR REPLACE INTO people VALUES (?,?,?,?,?,?,0,?)", account.id, message.sender,
-            clean(message.sender_name)[:80], compact(message.route), message.chat, code, now_s,
-        )
-        return (f"This bot is private. Code {code}; your id is {clean(message.sender)}. "
-                f"The owner runs: ocp channels pairing approve {code}")
+            "INSERT INTO people VALUES (?,?,?,?,?,?,0,?)", account.id, message.sender,
+            clean(message.sender_name)[:80], compact(message.route), message.chat, code,
+            self._clock())
+        return Verdict("not approved", f"This bot is private. Code {code}; your id is "
+                       f"{clean(message.sender)}. The owner runs: ocp channels pairing approve "
+                       f"{code}")
 
     def _person(self, account: str, sender: str) -> Optional[sqlite3.Row]:
         found = self._store.rows("SELECT * FROM people WHERE account=? AND sender=?", account,
@@ -3384,28 +3228,25 @@ class Access:
         return person is not None and bool(person["is_owner"])
 
     def people(self) -> list[sqlite3.Row]:
-        """Return who waits for approval, with a code, and who has it."""
-        self._store.run("DELETE FROM people WHERE code<>'' AND at_s<?", self._clock() - _CODE_S)
+        """Return who waits for approval, with a code, and who has it. Codes end after an hour."""
+        self._store.run("DELETE FROM people WHERE code<>'' AND at_s<=?", self._clock() - _CODE_S)
         return self._store.rows("SELECT * FROM people ORDER BY at_s")
 
     def approve(self, code: str, *, is_owner: bool) -> Optional[sqlite3.Row]:
         """Let somebody in and tell him; return who it is, None if nobody waits with this code. The
         first one who is let in owns the account."""
         with self._store.transaction():
-            code = code.strip().upper()
-            found = [row for row in self.people() if code and row["code"] == code]
-            if not found:
+            people, code = self.people(), code.strip().upper()
+            found = next((row for row in people if code and row["code"] == code), None)
+            if found is None:
                 return None
-            account, sender = found[0]["account"], found[0]["sender"]
-            has_owner = self._store.rows("SELECT 1 FROM people WHERE account=? AND is_owner",
-                                         account)
-            self._store.run(
-                "UPDATE people SET code='', is_owner=? WHERE account=? AND sender=?",
-                is_owner or not has_owner, account, sender,
-            )
-            welcome = OutRow("You may write to me now. /help shows what I understand.",
-                             json.loads(found[0]["route"]))
-            self._store.put_out(account, found[0]["chat"], 0, [welcome])
+            account, sender = found["account"], found["sender"]
+            has_owner = any(row["is_owner"] for row in people if row["account"] == account)
+            self._store.run("UPDATE people SET code='', is_owner=? WHERE account=? AND sender=?",
+                            is_owner or not has_owner, account, sender)
+            self._store.put_out(account, found["chat"], 0, [OutRow(
+                "You may write to me now. /help shows what I understand.",
+                json.loads(found["route"]))])
             return self._person(account, sender)
 
     def revoke(self, account: str, sender: str) -> bool:
@@ -3414,29 +3255,36 @@ class Access:
                                bare_id(sender)) > 0
 
 
+def is_shut(place: object) -> bool:
+    """Return whether the settings of a place say that nothing in it is answered; `allow` and
+    `enabled` are OpenClaw's words."""
+    return place is False or isinstance(place, dict) and False in (
+        place.get("allow"), place.get("enabled"))
+
+
 def judge_group(account: Account, message: Message) -> Verdict:
     """Return whether a message in a group is answered: by its place, its sender, its mention."""
     settings = account.settings
-    places = {**(settings.get("guilds") or {}), **(settings.get("groups") or {})}
     if settings["groupPolicy"] == "disabled":
-        return Verdict(False, "groups are off")
-    named = places.get(message.group, places.get("*"))
-    if named is None and settings["groupPolicy"] == "allowlist":
-        return Verdict(False, "the group is not listed")
-    group = named if isinstance(named, dict) else {}
-    channels = group.get("channels")
-    place = group
+        return Verdict("groups are off")
+    places = {**(settings.get("guilds") or {}), **(settings.get("groups") or {})}
+    group = places.get(message.group, places.get("*"))
+    if group is None and settings["groupPolicy"] == "allowlist":
+        return Verdict("the group is not listed")
+    levels: list[Any] = [group]
+    channels = group.get("channels") if isinstance(group, dict) else None
     if isinstance(channels, dict):
-        found = channels.get(message.place, channels.get("*"))
-        if found is None or found is False:
-            return Verdict(False, "the channel is not listed")
-        place = found if isinstance(found, dict) else {}
+        levels.append(channels.get(message.place, channels.get("*", False)))
+    if any(map(is_shut, levels)):
+        return Verdict("the channel is not listed")
     if not is_listed(message.sender, settings["groupAllowFrom"]):
-        return Verdict(False, "not in groupAllowFrom")
-    default = group.get("requireMention", settings["requireMention"])
-    if place.get("requireMention", default) and not message.is_mentioned:
-        return Verdict(False, "not mentioned")
-    return Verdict(True)
+        return Verdict("not in groupAllowFrom")
+    has_to_be_mentioned = settings["requireMention"]
+    for level in levels:
+        if isinstance(level, dict):
+            has_to_be_mentioned = level.get("requireMention", has_to_be_mentioned)
+    is_answered = message.is_mentioned or not has_to_be_mentioned
+    return Verdict("" if is_answered else "not mentioned")
 
 
 # ==== 18. Agent ==============================================================
@@ -3585,7 +3433,7 @@ class Answering:
 
     def _opened(self, wire: Wire) -> None:
         self._wake = wire.cut
-        # Cut while it was connecting.
+        # It may have been cut while it was connecting.
         if self._is_cut.is_set():
             wire.cut()
 
@@ -3613,10 +3461,9 @@ def refusal_of(answer: HttpAnswer) -> AgentFailed:
     if answer.status == 404 and "model" in message.lower():
         code = "model_not_found"
     is_busy = answer.status == 429 and code.startswith("rate_limit")
-    can_retry = is_busy or answer.status in _RETRIED_STATUSES
     is_final = answer.headers.get("x-should-retry", "").lower() == "false"
-    return AgentFailed(code, message, answer.status, answer.retry_after_s,
-                       can_retry=can_retry and not is_final)
+    can_retry = not is_final and (is_busy or answer.status in _RETRIED_STATUSES)
+    return AgentFailed(code, message, answer.status, answer.retry_after_s, can_retry=can_retry)
 
 
 def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
@@ -3626,54 +3473,45 @@ def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
     for line in lines:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         if text.startswith("data:"):
-            data.append(text[5:][1:] if text[5:6] == " " else text[5:])
+            data.append(text[5:])
         elif not text and data:
             event, data = "\n".join(data), []
             if event.strip() == "[DONE]":
                 return
-            found, is_last = _event_text(event)
-            is_over = is_over or is_last
+            choice = _choice_of(event)
+            is_over = is_over or bool(choice.get("finish_reason"))
+            found = text_of((choice.get("delta") or choice.get("message") or {}).get("content"))
             if found:
                 yield found
     if not is_over:
         raise AgentFailed("cut_off", "The answer broke off.", can_retry=True)
 
 
-def _event_text(event: str) -> tuple[str, bool]:
-    """Return the text of one event, and whether the answer ends with it. Raises AgentFailed."""
-    try:
-        content = json.loads(event)
-    except ValueError:
-        return "", False
-    if not isinstance(content, dict):
-        return "", False
+def _choice_of(body: Union[str, bytes]) -> Json:
+    """Return the first choice of a whole answer or an event, {} if it has none. Raises
+    AgentFailed for an error."""
+    content = json_object(body)
     if content.get("error"):
-        body = compact(content).encode("ascii")
-        raise refusal_of(HttpAnswer(500, {}, body))
+        raise refusal_of(HttpAnswer(500, {}, compact(content).encode("ascii")))
     choices = content.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else {}
-    if not isinstance(choice, dict):
-        return "", False
-    delta = choice.get("delta") or choice.get("message") or {}
-    return text_of(delta.get("content")), bool(choice.get("finish_reason"))
+    first = choices[0] if isinstance(choices, list) and choices else {}
+    return first if isinstance(first, dict) else {}
 
 
 def whole_text(body: bytes) -> str:
     """Return the text of an answer that came at once, in any of the forms that agents use."""
+    choice = _choice_of(body)
+    if choice:
+        return text_of((choice.get("message") or {}).get("content"))
     raw = body.decode("utf-8", "replace")
-    try:
+    with contextlib.suppress(ValueError):
         content = json.loads(raw)
-    except ValueError:
-        return raw
-    if not isinstance(content, dict):
-        return content if isinstance(content, str) else raw
-    if content.get("error"):
-        raise refusal_of(HttpAnswer(500, {}, body))
-    choices = content.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        return text_of((choices[0].get("message") or {}).get("content"))
-    names = ("text", "content", "response", "output")
-    return next((text_of(content[name]) for name in names if content.get(name)), raw)
+        if isinstance(content, str):
+            return content
+        for name in ("text", "content", "response", "output"):
+            if isinstance(content, dict) and content.get(name):
+                return text_of(content[name])
+    return raw
 
 
 def text_of(content: object) -> str:
@@ -3708,13 +3546,210 @@ def models_of(http: Http, url: str, key: str) -> list[str]:
     """Return the names of the agent's models. Raises NetworkFailed, ValueError."""
     base = url[: -len("/chat/completions")] if url.endswith("/chat/completions") else url
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    content = http.call("GET", f"{base}/models", None, headers).json()
-    found = content.get("data")
-    return [str(each["id"]) for each in found if isinstance(each, dict) and each.get("id")] if (
-        isinstance(found, list)) else []
+    found = http.call("GET", f"{base}/models", None, headers).json().get("data")
+    return [str(each["id"]) for each in (found if isinstance(found, list) else [])
+            if isinstance(each, dict) and each.get("id")]
 
 
-# ==== 19. Turns ==============================================================
+# ==== 19. Callbacks ==========================================================
+# With `async` an agent may answer later: it gets an address with a token that works once, and posts
+# {"reply": ..} to it. The database keeps only the token's hash.
+
+CALLBACK_PATH = "/ocg/callback"
+_TOKEN_PATH = re.compile(rf"{CALLBACK_PATH}/([0-9a-f]{{64}})")
+_MAX_CALLBACK_BYTES = 1024 * 1024
+_CALLBACK_READ_S = 30.0
+#: What browsers may send, as in the original gateway.
+_CORS = {
+    "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, OPTIONS",
+    "Access-Control-Allow-Headers": "Content-Type, X-OCG-Signature",
+}
+
+
+class CallRefused(Exception):
+    """A call is not taken: the status of its answer, and why."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class Callbacks:
+    """Gives out tokens, and takes what agents post to them."""
+
+    def __init__(self, store: Store, log: Log, top: Mapping[str, Any],
+                 accounts: Mapping[str, LiveAccount]) -> None:
+        self._store, self._log, self._top, self._accounts = store, log, top, accounts
+        self._server: Optional[_CallbackServer] = None
+
+    def start(self) -> None:
+        """Listen, unless it does already. Raises Problem if the port is taken."""
+        if self._server is not None:
+            return
+        host, port = self._top["callbackHost"], self._top["callbackPort"]
+        try:
+            self._server = _CallbackServer(host, port, self)
+        except OSError as problem:
+            raise Problem(Exit.FAILED, f"callbackPort {port} on {host}: {reason_of(problem)}. Set "
+                          "callbackPort to a free port.") from None
+        if not is_loopback(host) and not self._top["callbackSecret"]:
+            self._log.line("warning", f"callbacks listen on {host} without callbackSecret: whoever "
+                                      "reaches the port and knows a token can answer")
+        threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def new(self, account: str, inbox: int, session: str, message: Message) -> tuple[str, str]:
+        """Return an address for the answer to a message, and the hash of its token."""
+        if self._server is None:
+            raise OSError("callbacks do not listen: restart the gateway")
+        token, top = secrets.token_hex(32), self._top
+        digest = _digest_of(token)
+        self._store.run("INSERT INTO tokens VALUES (?,?,?,?,?,?)", digest, account, inbox, session,
+                        message_json(message), time.time() + top["callbackTokenTTL"])
+        bound = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(top["callbackHost"], top["callbackHost"])
+        host = top["callbackPublicHost"] or bound
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        port = top["callbackPublicPort"] or self._server.server_address[1]
+        return f"http://{host}:{port}{CALLBACK_PATH}/{token}", digest
+
+    def is_open(self, digest: str) -> bool:
+        """Return whether a call may still come to a token."""
+        return bool(self._store.rows("SELECT 1 FROM tokens WHERE hash=?", digest))
+
+    def drop(self, digest: str) -> None:
+        """Make a token worthless."""
+        self._store.run("DELETE FROM tokens WHERE hash=?", digest)
+
+    def take(self, method: str, path: str, signature: str, body: Optional[bytes]) -> None:
+        """Take a call; `body` is None if it is too large. Raises CallRefused."""
+        bare = path.partition("?")[0].rstrip("/")
+        found = _TOKEN_PATH.fullmatch(bare)
+        if method == "POST" and bare == CALLBACK_PATH:
+            raise CallRefused(400, f"the token belongs in the path: POST {CALLBACK_PATH}/{{token}}")
+        if found is None:
+            raise CallRefused(404, "not found")
+        if method != "POST":
+            raise CallRefused(405, "use POST")
+        if body is None:
+            raise CallRefused(413, f"more than {_MAX_CALLBACK_BYTES} bytes")
+        secret = self._top["callbackSecret"]
+        expected = "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+        given = signature.strip().lower().encode("latin-1", "replace")
+        if secret and not hmac.compare_digest(given, expected.encode("ascii")):
+            raise CallRefused(401, "signature verification failed")
+        try:
+            self._deliver(_digest_of(found.group(1)), reply_of(body))
+        except ValueError as problem:
+            raise CallRefused(400, str(problem)) from None
+        except OSError as problem:
+            self._log.event("error", "a callback was not stored", why=problem)
+            raise CallRefused(500, "the answer could not be stored; call again") from None
+
+    def _deliver(self, digest: str, reply: str) -> None:
+        """Commit an answer and the end of its token together. Raises CallRefused, OSError."""
+        with self._store.transaction():
+            found = self._store.rows("SELECT * FROM tokens WHERE hash=? AND until_s>?", digest,
+                                     time.time())
+            if not found:
+                raise CallRefused(404, "unknown or expired callback token")
+            live = self._accounts.get(found[0]["account"])
+            if live is None:
+                raise OSError("the account does not run")
+            message = message_of(found[0]["message"])
+            self._store.put_out(live.id, message.chat, found[0]["inbox"],
+                                live.out_rows(message, live.split(reply)))
+            if live.settings["memory"] == "gateway":
+                self._store.remember(found[0]["session"], "assistant", reply)
+            self.drop(digest)
+        live.sender.nudge()
+
+    def expire(self) -> None:
+        """Tell those whose answer has not come in time."""
+        with self._store.transaction():
+            for row in self._store.rows("SELECT * FROM tokens WHERE until_s<=?", time.time()):
+                live, reference = self._accounts.get(row["account"]), secrets.token_hex(3)
+                self._log.event("error", "no callback came in time", ref=reference,
+                                session=row["session"])
+                if live is not None:
+                    live.say(message_of(row["message"]), f"No answer came in time. ({reference})",
+                             row["inbox"])
+                    live.sender.nudge()
+                self.drop(row["hash"])
+
+
+def _digest_of(token: str) -> str:
+    return hashlib.sha256(token.encode("ascii")).hexdigest()
+
+
+def reply_of(body: bytes) -> str:
+    """Return the text that a call brings. Raises ValueError naming what is wrong with it."""
+    content = json_object(body)
+    if not content:
+        raise ValueError("the body is not a JSON object")
+    reply, is_error = content.get("reply"), content.get("isError", False)
+    if not isinstance(is_error, bool):
+        raise ValueError("isError: use true or false")
+    if isinstance(reply, dict):
+        reply = reply.get("text") or text_of(reply.get("content")) or compact(reply)
+    if not isinstance(reply, str) or not reply.strip():
+        raise ValueError("reply: use a text, or an object with text or content")
+    return encodable(f"\u26a0\ufe0f {reply}" if is_error else reply)
+
+
+class _CallbackServer(http.server.ThreadingHTTPServer):
+    """Listens for calls."""
+
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, callbacks: Callbacks) -> None:
+        self.callbacks = callbacks
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _CallbackHandler)
+
+    def server_bind(self) -> None:
+        # Not that of HTTPServer, which asks the network for its name.
+        socketserver.TCPServer.server_bind(self)
+
+
+class _CallbackHandler(http.server.BaseHTTPRequestHandler):
+    """Reads one call and writes its answer."""
+
+    server: _CallbackServer
+    timeout = _CALLBACK_READ_S
+    server_version, sys_version = "ocp_channels", ""
+
+    def _answer(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        size = int(length) if length.isdigit() else 0
+        body = self.rfile.read(size) if size <= _MAX_CALLBACK_BYTES else None
+        self.close_connection = self.close_connection or body is None
+        status, data = 204, b""
+        if self.command != "OPTIONS":
+            status, data = 200, b'{"ok":true}'
+            try:
+                self.server.callbacks.take(self.command, self.path,
+                                           self.headers.get("X-OCG-Signature", ""), body)
+            except CallRefused as refused:
+                status, data = refused.status, compact({"error": str(refused)}).encode("ascii")
+        self.send_response(status)
+        for name, value in {**_CORS, "Content-Type": "application/json"}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_OPTIONS = do_GET = do_PUT = do_DELETE = do_HEAD = _answer  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Write nothing: the address has the token in it."""
+
+
+# ==== 20. Turns ==============================================================
 # A lane is the messages of one conversation: one turn of it runs at a time, in a thread of its own.
 # Whatever a person reads goes through the outbox, except "typing" and previews of an answer.
 
@@ -3736,8 +3771,6 @@ _MORE = "(more: write anything)"
 _MAX_QUOTED_CHARS = 500
 #: Photos and PDFs that stay in a conversation.
 _KEPT_FILES = 2
-_STOPPED = "[stopped]"
-_INTERRUPTED = "I was interrupted; please send that again."
 #: States of an account in which its parts are sent.
 SENDING_STATES = ("running", "retrying")
 
@@ -3749,27 +3782,26 @@ class Shared(NamedTuple):
     access: Access
     log: Log
     environ: Mapping[str, str]
-    #: Return the address for an agent's later answer, and its token's hash; make it worthless.
-    new_callback: Callable[[str, int, str, Message], tuple[str, str]]
-    drop_callback: Callable[[str], None]
+    callbacks: Callbacks
 
 
-class LiveAccount:
-    """An account as it runs: the Tools of its channel, and what the status tells of it."""
+class LiveAccount(Tools):
+    """An account as it runs: the tools of its channel, and what the status tells of it."""
 
     def __init__(self, account: Account, shared: Shared, lanes: Lanes) -> None:
-        self.account, self.settings = account, account.settings
-        self.shared, self._lanes = shared, lanes
-        self.stop = threading.Event()
+        super().__init__(account.settings, {})
+        self.account, self.id, self.shared, self._lanes = account, account.id, shared, lanes
         self.http = Http(Connector(self.settings["proxy"], shared.environ))
         self.channel = account.row.make(self, self.http)
-        self.sender = Sender(self, shared)
+        self.sender = Sender(self)
         self._wake: Callable[[], None] = lambda: None
         #: "starting", "running", "retrying", "failed", "login needed", "not configured", "stopped".
         self.status, self.why, self.word = "starting", "", ""
         self.started_s = self.last_frame_s = self.last_inbound_s = 0.0
         #: How many messages were not answered, by reason.
         self.dropped: collections.Counter[str] = collections.Counter()
+        #: Lanes of which somebody was told that they are full.
+        self._full: set[str] = set()
         #: Until when the platform wants nothing to be sent, by time.monotonic.
         self.hold_until_s = 0.0
 
@@ -3778,52 +3810,53 @@ class LiveAccount:
     def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
         """Take over a message and the state of the account in one transaction. Raises OSError."""
         store, after = self.shared.store, self.sender.nudge
-        message = encodable_message(message) if message is not None else None
         with store.transaction():
-            if message is not None and store.is_new(self.account.id, message.id):
-                after = self._take(message)
+            if message is not None:
+                message = message_of(message_json(message))
+                if store.is_new(self.id, message.id):
+                    after = self._take(message)
             if state is not None:
-                store.put_state(self.account.id, state)
+                store.put_state(self.id, state)
         if message is not None:
             self.last_inbound_s = time.time()
             after()
 
     def _take(self, message: Message) -> Callable[[], None]:
         """Take over a new message, and return what follows when it is safe."""
-        store, log, lane = self.shared.store, self.shared.log, lane_of(self.account, message)
-        log.line("info", f"\U0001f4e5 [IN] From: {self.account.row.id}:{message.sender} | "
-                         f"Session: {lane} | {len(message.text)} chars")
-        if log.is_verbose:
-            log.line("info", f"   Body: {message.text}")
+        store, lane = self.shared.store, lane_of(self.account, message)
+        self.shared.log.message(
+            f"\U0001f4e5 [IN] From: {self.account.row.id}:{message.sender} | Session: {lane} | "
+            f"{len(message.text)} chars", "Body", message.text)
         verdict = self.shared.access.judge(self.account, message)
-        if not verdict.is_allowed:
-            self.dropped[verdict.reason] += 1
-            self.log("info", "not answered", reason=verdict.reason)
-            if verdict.reply:
-                self.say(message, verdict.reply)
-            if verdict.is_counted:
-                store.put_in(self.account.id, lane, message, is_done=True)
-            return self.sender.nudge
-        waiting = store.waiting(lane)
-        command = command_of(message)
+        if verdict.is_counted:
+            store.put_in(self.id, lane, message, is_done=True)
+        if verdict.reason:
+            return self._refuse(message, verdict.reason, verdict.reply)
+        waiting, command = store.waiting(lane), command_of(message)
         if command is not None and command[0].is_at_once:
-            running = self._lanes.running_ids(lane)
+            running = self._lanes.stop(lane)
             store.finish(row["id"] for row in waiting if row["id"] not in running)
             self.say(message, "Stopped." if waiting else "There is nothing to stop.")
-            self._lanes.stop_lane(lane)
             return self.sender.nudge
         if len(waiting) >= _MAX_WAITING:
-            self.dropped["too many waiting"] += 1
-            if len(waiting) == _MAX_WAITING and self._lanes.is_first_refusal(lane):
-                self.say(message, "Too many messages are waiting; please send this one later.")
-            return self.sender.nudge
-        store.put_in(self.account.id, lane, message)
+            is_told, told = lane in self._full, "Too many messages are waiting; please send this "
+            self._full.add(lane)
+            return self._refuse(message, "too many waiting", "" if is_told else f"{told}one later.")
+        self._full.discard(lane)
+        store.put_in(self.id, lane, message)
         quiet_s = _LONG_QUIET_S if len(message.text) >= _LONG_CHARS else _QUIET_S
         return lambda: self._lanes.nudge(lane, 0.0 if command else quiet_s)
 
+    def _refuse(self, message: Message, reason: str, reply: str) -> Callable[[], None]:
+        self.dropped[reason] += 1
+        self.log("info", "not answered", reason=reason)
+        if reply:
+            self.say(message, reply)
+        return self.sender.nudge
+
     def state(self) -> Json:
         """Return the state that was last handed over."""
-        return self.shared.store.state(self.account.id)
+        return self.shared.store.state(self.id)
 
     def on_stop(self, wake: Callable[[], None]) -> None:
         """Call `wake` when the account has to end, at once if it has to already."""
@@ -3845,7 +3878,7 @@ class LiveAccount:
 
     def log(self, level: str, event: str, **fields: object) -> None:
         """Write an event of this account to the log."""
-        self.shared.log.event(level, f"{self.account.id} {event}", **fields)
+        self.shared.log.event(level, f"{self.id} {event}", **fields)
 
     # -- what turns need --------------------------------------------------------------------------
 
@@ -3856,8 +3889,7 @@ class LiveAccount:
 
     def say(self, message: Message, text: str, answer: int = 0) -> None:
         """Put a short text for the chat of a message into the outbox."""
-        rows = [OutRow(text, reply_route(self.account, message, True))]
-        self.shared.store.put_out(self.account.id, message.chat, answer, rows)
+        self.shared.store.put_out(self.id, message.chat, answer, self.out_rows(message, [text]))
 
     def hold(self, seconds: float) -> None:
         """Send nothing for some time."""
@@ -3865,15 +3897,24 @@ class LiveAccount:
 
     def split(self, text: str) -> list[str]:
         """Return Markdown in parts of the platform's size, or that of the settings."""
-        row, settings = self.account.row, self.settings
-        limit = settings["replyChunkSize"] or settings["textChunkLimit"] or row.limit
-        limit = min(limit, row.limit) - (len(_MORE) + 2 if row.budget else 0)
-        channel = self.channel
+        row, channel = self.account.row, self.channel
+        limit = min(self.settings["replyChunkSize"] or row.limit, row.limit)
+        limit -= len(_MORE) + 2 if row.budget else 0
         return split_markdown(text, lambda part: channel.length(channel.render(part)) <= limit)
 
-    def within_budget(self, rows: list[OutRow], used: int) -> list[OutRow]:
-        """Return parts of which those are held that the platform would not take after one message.
-        `used` parts have been sent for it."""
+    def route(self, message: Message, is_first: bool) -> Json:
+        """Return the route of a part that answers a message; it says whether to quote it."""
+        mode = self.settings["replyToMode"]
+        is_reply = message.kind != "direct" and (mode == "all" or mode == "first" and is_first)
+        return {**message.route, "is_reply": is_reply}
+
+    def out_rows(
+        self, message: Message, parts: list[str], used: int = 0, *, is_begun: bool = False
+    ) -> list[OutRow]:
+        """Return parts that answer a message, for the outbox. Those are held that the platform
+        would not take after one message, for which `used` parts were sent already."""
+        rows = [OutRow(text, self.route(message, number == 0 and not is_begun))
+                for number, text in enumerate(parts)]
         allowed = max(1, self.account.row.budget - 1 - used)
         if not self.account.row.budget or len(rows) <= allowed:
             return rows
@@ -3887,21 +3928,14 @@ def lane_of(account: Account, message: Message) -> str:
     if message.kind == "direct":
         return f"{account.id}:{message.chat}"
     by_sender = account.settings.get("groupSessionScope") == "group_sender"
-    return f"{account.id}:{message.kind}:{message.chat}" + (f":{message.sender}" * by_sender)
-
-
-def reply_route(account: Account, message: Message, is_first: bool) -> Json:
-    """Return the route of a part that answers a message; it says whether to quote it."""
-    mode = account.settings["replyToMode"]
-    is_reply = message.kind != "direct" and (mode == "all" or mode == "first" and is_first)
-    return {**message.route, "is_reply": is_reply}
+    return f"{account.id}:{message.kind}:{message.chat}" + f":{message.sender}" * by_sender
 
 
 class Sender:
     """Sends what the outbox has for one account: in order for each chat, at the platform's pace."""
 
-    def __init__(self, live: LiveAccount, shared: Shared) -> None:
-        self._live, self._shared = live, shared
+    def __init__(self, live: LiveAccount) -> None:
+        self._live, self._store = live, live.shared.store
         self._wake, self._is_over = threading.Event(), threading.Event()
         #: Parts that were sent, and could not be marked so yet.
         self._unmarked: set[int] = set()
@@ -3930,46 +3964,40 @@ class Sender:
 
     def _send_due(self) -> float:
         """Send the parts that are due, and return when to look again."""
-        wait_s = 60.0
         if self._live.status not in SENDING_STATES:
             return 1.0
-        for row in self._shared.store.next_out(self._live.account.id):
-            if self._is_over.is_set():
-                break
+        wait_s = 60.0
+        for row in self._store.next_out(self._live.id):
             now_s = time.monotonic()
             due_s = max(row["due_s"] - time.time(), self._live.hold_until_s - now_s,
                         self._pace_s.get(row["chat"], 0.0) - now_s)
-            if due_s > 0:
-                wait_s = min(wait_s, due_s)
-            else:
+            if due_s <= 0 and not self._is_over.is_set():
                 self._send(row)
-                wait_s = 0.0
+            wait_s = max(0.0, min(wait_s, due_s))
         return wait_s
 
     def _send(self, row: sqlite3.Row) -> None:
-        store, channel = self._shared.store, self._live.channel
+        channel, route = self._live.channel, json.loads(row["route"])
         if row["id"] not in self._unmarked:
-            store.set_out(row["id"], "sending")
+            self._store.set_out(row["id"], "sending")
             part = Part(row["text"], bool(row["is_last"]), row["nonce"], bool(row["is_plain"]))
             try:
                 if row["edit_id"]:
-                    channel.edit(json.loads(row["route"]), row["edit_id"], part)
+                    channel.edit(route, row["edit_id"], part)
                 else:
-                    channel.send(json.loads(row["route"]), part)
-            except SendFailed as failed:
-                self._failed(row, failed)
-                return
+                    channel.send(route, part)
             except Exception as problem:  # A fault of one channel must not end the sender.
-                self._failed(row, SendFailed("later", f"{type(problem).__name__}: {problem}"))
+                self._failed(row, problem if isinstance(problem, SendFailed) else SendFailed(
+                    "later", f"{type(problem).__name__}: {problem}"))
                 return
             self._unmarked.add(row["id"])
             self._pace_s[row["chat"]] = time.monotonic() + self._live.account.row.pace_s
-        store.set_out(row["id"], "sent")
+        self._store.set_out(row["id"], "sent")
         self._unmarked.discard(row["id"])
 
     def _failed(self, row: sqlite3.Row, failed: SendFailed) -> None:
         """Settle what follows a part that was not sent."""
-        store, kind = self._shared.store, failed.kind
+        store, kind = self._store, failed.kind
         self._live.log("warning", "not sent", part=row["id"], kind=kind, why=failed)
         if kind == "wait":
             self._live.hold(failed.after_s)
@@ -3992,44 +4020,30 @@ class Sender:
 class Lanes:
     """Runs turns: one of each lane at a time, so many at once, the oldest message first."""
 
-    def __init__(self, store: Store, log: Log, most: int) -> None:
-        self._store, self._log, self._most = store, log, most
+    def __init__(self, store: Store, log: Log, most: int, accounts: dict[str, LiveAccount]) -> None:
+        """`accounts` are those that run, by id; the app changes them."""
+        self._store, self._log, self._most, self.accounts = store, log, most, accounts
         self._wake, self._is_over = threading.Event(), threading.Event()
-        #: Accounts that run, by id. The app changes it.
-        self.accounts: dict[str, LiveAccount] = {}
         # Guards the fields below. Never held while the store is used.
         self._lock = threading.Lock()
         self._running: dict[str, Turn] = {}
         #: Until when a lane waits for more, by time.monotonic.
         self._quiet_s: dict[str, float] = {}
-        self._refused: set[str] = set()
 
-    def nudge(self, lane: str, quiet_s: float = 0.0) -> None:
+    def nudge(self, lane: str = "", quiet_s: float = 0.0) -> None:
         """Look at a lane when it has been quiet for some time."""
         with self._lock:
             self._quiet_s[lane] = time.monotonic() + quiet_s
         self._wake.set()
 
-    def running_ids(self, lane: str) -> set[int]:
-        """Return the ids of the messages that are being answered in a lane."""
+    def stop(self, lane: str) -> set[int]:
+        """Stop the turn that runs in a lane, and return the ids of the messages it answers."""
         with self._lock:
             turn = self._running.get(lane)
-        return set(turn.ids) if turn is not None else set()
-
-    def is_first_refusal(self, lane: str) -> bool:
-        """Return whether no message of a lane was refused since its last turn."""
-        with self._lock:
-            is_first = lane not in self._refused
-            self._refused.add(lane)
-        return is_first
-
-    def stop_lane(self, lane: str) -> None:
-        """Stop the turn that runs in a lane."""
-        with self._lock:
-            turn = self._running.get(lane)
-        if turn is not None:
-            turn.stop()
-        self._wake.set()
+        if turn is None:
+            return set()
+        turn.end("stopped")
+        return set(turn.ids)
 
     def count(self) -> int:
         """Return how many turns run."""
@@ -4055,21 +4069,19 @@ class Lanes:
             with self._lock:
                 if self._is_over.is_set() or len(self._running) >= self._most:
                     return wait_s
-                due_s = self._quiet_s.get(lane, 0.0) - time.monotonic()
                 if live is None or live.stop.is_set() or lane in self._running:
                     continue
-            if due_s > 0:
+                due_s = self._quiet_s.get(lane, 0.0) - time.monotonic()
+            batch = batch_of(self._store.waiting(lane)) if due_s <= 0 else []
+            if batch:
+                turn = Turn(live, lane, batch)
+                with self._lock:
+                    self._running[lane] = turn
+                    self._quiet_s.pop(lane, None)
+                threading.Thread(target=self._run, args=(lane, turn), name="turn",
+                                 daemon=True).start()
+            elif due_s > 0:
                 wait_s = min(wait_s, due_s)
-                continue
-            batch = batch_of(self._store.waiting(lane))
-            if not batch:
-                continue
-            turn = Turn(live, lane, batch)
-            with self._lock:
-                self._running[lane] = turn
-                self._quiet_s.pop(lane, None)
-                self._refused.discard(lane)
-            threading.Thread(target=self._run, args=(lane, turn), name="turn", daemon=True).start()
         return wait_s
 
     def _run(self, lane: str, turn: Turn) -> None:
@@ -4090,14 +4102,15 @@ class Lanes:
         again at the next start."""
         self._is_over.set()
         self._wake.set()
-        until_s = time.monotonic() + drain_s
-        while self.count() and time.monotonic() < until_s:
-            time.sleep(0.05)
+        self._wait_for_turns(drain_s)
         with self._lock:
             turns = list(self._running.values())
         for turn in turns:
-            turn.abandon()
-        until_s = time.monotonic() + 2.0
+            turn.end("abandoned")
+        self._wait_for_turns(2.0)
+
+    def _wait_for_turns(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
         while self.count() and time.monotonic() < until_s:
             time.sleep(0.02)
 
@@ -4155,19 +4168,19 @@ class Edits(Growth):
 
     def show(self, text: str) -> None:
         """Edit the last message, or begin the next one."""
-        if len(text) < _PREVIEW_CHARS and not self._shown or self._turn.has_parts_waiting():
+        is_short = len(text) < _PREVIEW_CHARS and not self._shown
+        if is_short or self._turn.has_parts_waiting():
             self._due_s = time.monotonic() + 0.1
             return
-        parts = self._live.split(text)
-        for place, part in enumerate(parts):
+        self._due_s = time.monotonic() + self._every_s
+        self._every_s = min(self._every_s * _PREVIEW_GROWTH, _MAX_PREVIEW_S)
+        for place, part in enumerate(self._live.split(text)):
             if place >= len(self._shown) or self._shown[place][1] != part:
                 self._show_part(place, part)
-                break
-        self._every_s = min(self._every_s * _PREVIEW_GROWTH, _MAX_PREVIEW_S)
-        self._due_s = max(self._due_s, time.monotonic() + self._every_s)
+                return
 
     def _show_part(self, place: int, text: str) -> None:
-        route = reply_route(self._live.account, self._turn.message, place == 0)
+        route = self._live.route(self._turn.message, place == 0)
         part = Part(text, False, f"{self._nonce}{place:x}"[:25])
         try:
             if place < len(self._shown):
@@ -4175,18 +4188,17 @@ class Edits(Growth):
                 self._shown[place][1] = text
             else:
                 self._shown.append([self._live.channel.send(route, part), text])
-                self._turn.keep_progress({"shown": self._shown})
-        except SendFailed as failed:
-            if failed.kind == "wait":
-                self._live.hold(failed.after_s)
+                self._turn.keep_progress(shown=self._shown)
+        except Exception as problem:
+            # The final text comes by the outbox, which knows what to do.
+            if isinstance(problem, SendFailed) and problem.kind == "wait":
+                self._live.hold(problem.after_s)
             else:
                 self._due_s = math.inf
-        except Exception:  # The final text comes by the outbox, which knows what to do.
-            self._due_s = math.inf
 
     def rest(self, text: str) -> list[OutRow]:
         """Return the last edits, and the parts that were not begun."""
-        rows = self._turn.out_rows(self._live.split(text))
+        rows = super().rest(text)
         edits = [row._replace(edit_id=shown[0]) for row, shown in zip(rows, self._shown)
                  if shown[1] != row.text]
         return edits + rows[len(self._shown):]
@@ -4202,19 +4214,20 @@ class Blocks(Growth):
         self._left = budget - 2 - turn.released if budget else math.inf
         #: How much of the text is given, and how many messages that took.
         self._given = self._sent = 0
-        #: How long the text was when it was last looked at, and when it is old enough then.
-        self._seen, self._old_s = 0, math.inf
+        #: How much of it has come, where its whole paragraphs end, and when it is old enough.
+        self._seen, self._end, self._old_s = 0, 0, math.inf
 
     def due_s(self, text: str) -> float:
         """Return when the next block is due: when it is large, or nothing has come for a while."""
-        if len(text) == self._seen:
-            return self._old_s
-        has_break = text.find("\n\n", max(self._given, self._seen - 1)) >= 0
-        self._seen, self._old_s = len(text), time.monotonic() + _BLOCK_SILENCE_S
-        is_large = has_break and self._end(text) - self._given >= _BLOCK_CHARS
-        return 0.0 if is_large else self._old_s
+        if len(text) > self._seen:
+            if "\n\n" in text[max(self._given, self._seen - 1):]:
+                self._end = self._whole_end(text)
+            self._seen, self._old_s = len(text), time.monotonic() + _BLOCK_SILENCE_S
+        if self._end == self._given:
+            return math.inf
+        return 0.0 if self._end - self._given >= _BLOCK_CHARS else self._old_s
 
-    def _end(self, text: str) -> int:
+    def _whole_end(self, text: str) -> int:
         """Return where the last paragraph ends that is whole, and not within a fence."""
         end = text.rfind("\n\n", self._given)
         while end > self._given and _open_fence(text[:end]) is not None:
@@ -4223,20 +4236,16 @@ class Blocks(Growth):
 
     def show(self, text: str) -> None:
         """Put the paragraphs that are whole into the outbox."""
-        self._old_s, end = math.inf, self._end(text)
-        parts = self._live.split(text[self._given:end])
-        if parts and self._sent + len(parts) <= self._left:
-            self._given, self._sent = end, self._sent + len(parts)
+        parts = self._live.split(text[self._given:self._end])
+        if self._sent + len(parts) <= self._left:
             self._turn.put_block(parts)
+            self._given, self._sent = self._end, self._sent + len(parts)
+        else:
+            self._left, self._end = 0, self._given
 
     def rest(self, text: str) -> list[OutRow]:
         """Return the parts after the blocks."""
         return self._turn.out_rows(self._live.split(text[self._given:]), self._sent)
-
-
-_GROWTHS: Mapping[str, Callable[[Turn], Growth]] = {
-    "edit": Edits, "block": Blocks, "off": Growth,
-}
 
 
 class Turn:
@@ -4244,48 +4253,33 @@ class Turn:
 
     def __init__(self, live: LiveAccount, lane: str,
                  batch: list[tuple[sqlite3.Row, Message]]) -> None:
-        self.live, self.lane = live, lane
+        self.live, self.lane, self.store = live, lane, live.shared.store
         self._rows, self._messages = [row for row, _ in batch], [each for _, each in batch]
         self.ids = [row["id"] for row in self._rows]
         #: The newest of the messages: it is the one that is answered.
         self.message = self._messages[-1]
+        #: What the person has seen before a restart.
         self.progress: Json = json.loads(self._rows[0]["progress"])
-        self._shared = live.shared
-        self._store = live.shared.store
-        self.session, self._chosen_model = self._store.lane(lane)
+        self.session, model = self.store.lane(lane)
+        self.model = model or str(live.settings["model"])
         self._answering: Optional[Answering] = None
-        self._is_stopped = self._is_abandoned = False
+        #: "stopped" by the person, "abandoned" because the program ends.
+        self._ended = ""
         self._text = ""
         #: Parts of an older answer that this message lets go.
         self.released = 0
         #: The hash of the token for a later answer, and whether that is waited for.
         self._token, self._is_awaited = "", False
 
-    @property
-    def model(self) -> str:
-        """Return the model that is asked."""
-        return self._chosen_model or str(self.live.settings["model"])
-
-    @property
     def is_owner(self) -> bool:
         """Return whether the owner of the account asks."""
-        return self._shared.access.is_owner(self.live.account.id, self.message.sender)
+        return self.live.shared.access.is_owner(self.live.id, self.message.sender)
 
-    def stop(self) -> None:
-        """End it, because the person wants so."""
-        self._is_stopped = True
-        self._cut()
-
-    def abandon(self) -> None:
-        """End it, because the program ends."""
-        self._is_abandoned = True
-        self._cut()
-
-    def _cut(self) -> None:
+    def end(self, how: str) -> None:
+        """End it from another thread: "stopped" or "abandoned"."""
+        self._ended = how
         if self._answering is not None:
             self._answering.cut()
-
-    # -- running ----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Answer. Raises OSError if the database fails."""
@@ -4294,10 +4288,14 @@ class Turn:
         if command is not None:
             self._finish(self.out_rows(self.live.split(command[0].run(self, command[1]))))
         elif attempts >= _MAX_ATTEMPTS or self.progress.get("blocks"):
-            self._finish(self.out_rows([_INTERRUPTED]))
-        elif self._store.begin(self.ids):
+            self._finish(self.out_rows(["I was interrupted; please send that again."]))
+        elif sum(self.store.run("UPDATE inbox SET attempts=attempts+1 WHERE id=? AND NOT is_done",
+                                each) for each in self.ids):
             self.released, _ = self.release(2)
-            self._answer()
+            try:
+                self._answer()
+            finally:
+                self._type(is_over=True)
         self.live.sender.nudge()
 
     def release(self, spared: int) -> tuple[int, int]:
@@ -4305,89 +4303,80 @@ class Turn:
         go, and how many stay held."""
         budget = self.live.account.row.budget
         most = max(1, budget - spared) if budget else 1000
-        route = reply_route(self.live.account, self.message, False)
-        with self._store.transaction():
-            found = self._store.release_held(self.live.account.id, self.message.chat, route, most)
+        with self.store.transaction():
+            found = self.store.release_held(self.live.id, self.message.chat,
+                                            self.live.route(self.message, False), most)
         self.live.sender.nudge()
         return found
 
     def _answer(self) -> None:
         """Ask the agent, and put what it says into the outbox."""
-        with self._typing_over():
-            content = self._content()
-            growth = self._growth()
-            failed: Optional[AgentFailed] = None
-            lead = ""
-            try:
-                lead, content = self._ask(content, growth)
-            except AgentFailed as problem:
-                failed = problem
-        if self._is_abandoned:
+        content, lead = self._content(), ""
+        growth = self._growth()
+        try:
+            lead, content = self._ask(content, growth)
+            told = self._text.rstrip() or "I have nothing to say to that."
+        except AgentFailed as failed:
+            told = "" if self._ended else self._failure(failed)
+            # A question without an answer is not remembered.
+            content = content if self._text or self._ended else None
+        if self._ended == "abandoned":
             # The messages stay in the inbox, and are asked again at the next start.
             return
-        if self._is_stopped:
-            self._finish([], content)
-        elif failed is not None:
-            self._tell_failure(failed, growth, content)
-        elif self.live.settings["async"] and not self._text:
-            self._is_awaited = True
-            self._finish([], content)
-        else:
-            text = self._text.strip()
-            silent = text in SILENT_ANSWERS
-            shown = self._text.rstrip() or "I have nothing to say to that."
-            self._finish([] if silent else growth.rest(lead + shown), content)
+        self._is_awaited = bool(self._token and content is not None and not self._text)
+        is_silent = self._ended or self._is_awaited or self._text.strip() in SILENT_ANSWERS
+        self._finish([] if is_silent else growth.rest(lead + told), content)
+
+    def _failure(self, failed: AgentFailed) -> str:
+        """Log a failure, and return what the person is told of it."""
+        reference = secrets.token_hex(3)
+        self.live.log("error", "the agent failed", ref=reference, code=failed.code,
+                      status=failed.status or "", why=failed)
+        if self._text:
+            return f"{self._text}\n\n(cut off, {reference})"
+        return failure_text(failed, self.model, reference, is_owner=self.is_owner())
 
     def _growth(self) -> Growth:
         can_edit = self.live.account.row.can_edit
-        mode = self.live.settings["streaming"] or ("edit" if can_edit else "block")
-        if self.live.settings["async"]:
-            mode = "off"
-        return _GROWTHS["block" if mode == "edit" and not can_edit else mode](self)
+        mode = self.live.settings["streaming"] or "edit"
+        if mode == "off" or self.live.settings["async"]:
+            return Growth(self)
+        return Edits(self) if mode == "edit" and can_edit else Blocks(self)
 
     def _ask(self, content: object, growth: Growth) -> tuple[str, object]:
         """Ask, once more in another form where that helps. Returns what precedes the answer, and
         the content that was asked. Raises AgentFailed."""
-        lead, tried = "", set()
+        lead = ""
+        tried = {""}
         while True:
             try:
                 self._listen(self._question(content), growth)
                 return lead, content
             except AgentFailed as failed:
-                form = self._other_form(failed, content)
-                if self._text or form in tried or not form or self._is_stopped:
+                is_long = failed.code == "context_length_exceeded"
+                has_files = failed.status in (400, 413, 422) and isinstance(content, list)
+                form = "shorter" if is_long else "bare" if has_files else ""
+                if self._text or self._ended or form in tried:
                     raise
                 tried.add(form)
                 if form == "shorter":
                     self._forget_half()
                 else:
                     lead = "(I could not read the attachment.)\n\n"
-                    content = "\n\n".join(
-                        part["text"] for part in cast(list[Json], content) if "text" in part
-                    )
-
-    def _other_form(self, failed: AgentFailed, content: object) -> str:
-        """Return what may make the agent take a question that it refused."""
-        if failed.code == "context_length_exceeded":
-            return "shorter"
-        return "bare" if failed.status in (400, 413, 422) and isinstance(content, list) else ""
+                    content = text_of(content)
 
     def _listen(self, question: Question, growth: Growth) -> None:
         """Take in the answer, and meanwhile show it and that it is being written. Raises
         AgentFailed."""
-        self._text = ""
-        if self._is_stopped or self._is_abandoned:
-            return
-        row = self.live.account.row
-        now_s = time.monotonic()
+        row, now_s, self._text = self.live.account.row, time.monotonic(), ""
         typing_s = now_s + _COUNTED_TYPING_S * bool(row.budget) if row.typing_every_s else math.inf
         notice_s = now_s + _NOTICE_S if self.live.settings["notice"] else math.inf
         end_s = now_s + question.timeout_s if question.timeout_s else math.inf
-        self._answering = Answering(self.live.http, question)
-        while not (self._is_stopped or self._is_abandoned):
+        answering = self._answering = Answering(self.live.http, question)
+        while not self._ended:
             now_s = time.monotonic()
             if now_s >= end_s:
-                self._answering.cut()
+                answering.cut()
                 raise AgentFailed("timeout", "It took too long.")
             if now_s >= typing_s:
                 self._type()
@@ -4396,22 +4385,22 @@ class Turn:
                 self.live.say(self.message, "I am still working on it.")
                 self.live.sender.nudge()
                 notice_s = math.inf
-            growth_s = growth.due_s(self._text) if self._text else math.inf
-            if now_s >= growth_s:
+            if self._text and now_s >= growth.due_s(self._text):
                 growth.show(encodable(self._text))
-                growth_s = growth.due_s(self._text)
-            due_s = min(typing_s, notice_s, end_s, growth_s)
-            text = self._answering.next(min(due_s - time.monotonic(), 3600.0))
+            growth_s = growth.due_s(self._text) if self._text else math.inf
+            due_s = min(typing_s, notice_s, end_s, growth_s, now_s + 3600.0)
+            text = answering.next(due_s - time.monotonic())
             if text is None:
                 self._text = encodable(self._text)
                 return
             self._text += text
-        self._answering.cut()
+        answering.cut()
 
-    def _type(self) -> None:
+    def _type(self, *, is_over: bool = False) -> None:
         # Whatever it is, it may not cost the answer.
         with contextlib.suppress(Exception):
-            self.live.channel.type(self.message.route)
+            if self.live.account.row.typing_every_s:
+                self.live.channel.type(self.message.route, is_over)
 
     def type_until_called(self) -> None:
         """Show that an answer is being written while an agent is expected to call."""
@@ -4419,26 +4408,16 @@ class Turn:
         if not row.typing_every_s or row.budget or not self._is_awaited:
             return
         with contextlib.suppress(OSError):
-            while time.monotonic() < until_s and self._store.rows(
-                    "SELECT 1 FROM tokens WHERE hash=?", self._token):
+            while time.monotonic() < until_s and self.live.shared.callbacks.is_open(self._token):
                 self._type()
                 if self.live.stop.wait(row.typing_every_s):
                     return
-
-    @contextlib.contextmanager
-    def _typing_over(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if self.live.account.row.typing_every_s:
-                with contextlib.suppress(Exception):
-                    self.live.channel.type(self.message.route, is_over=True)
 
     # -- the question -----------------------------------------------------------------------------
 
     def _question(self, content: object) -> Question:
         """Return the request for chat completions."""
-        settings = self.live.settings
+        settings, headers = self.live.settings, {}
         messages: list[Json] = []
         if settings["systemPrompt"]:
             messages.append({"role": "system", "content": settings["systemPrompt"]})
@@ -4449,52 +4428,52 @@ class Turn:
                       "user": self.session}
         if settings["memory"] == "session":
             body["session_id"] = self.session
-        headers: dict[str, str] = {}
         if settings["async"]:
-            headers["X-OCG-Callback"], self._token = self._shared.new_callback(
-                self.live.account.id, self.ids[0], self.session, self.message)
-        self._shared.log.line("info", f"   \u2192 {self.model} @ {settings['agentUrl']}")
+            headers["X-OCG-Callback"], self._token = self.live.shared.callbacks.new(
+                self.live.id, self.ids[0], self.session, self.message)
+        self.live.shared.log.line("info", f"   \u2192 {self.model} @ {settings['agentUrl']}")
         return Question(settings["agentUrl"], settings["apiKey"], body,
                         float(settings["agentTimeout"]), headers, bool(settings["async"]))
 
     def _remembered(self) -> list[Json]:
         """Return the conversation so far, without its older half if it has grown too long."""
-        settings = self.live.settings
-        history = self._store.history(self.session)
+        settings, history = self.live.settings, self.store.history(self.session)
         size = sum(len(text_of(message["content"])) for _, message in history)
         if len(history) > settings["historyMessages"] or size > settings["historyChars"]:
             self._forget_half()
-            history = self._store.history(self.session)
+            history = self.store.history(self.session)
         keep = _KEPT_FILES
         for number, message in reversed(history):
             content = message["content"]
             if isinstance(content, list):
                 message["content"], keep = without_files(content, keep)
                 if message["content"] != content:
-                    self._store.change_memory(number, message["content"])
+                    self.store.run("UPDATE history SET content=? WHERE id=?",
+                                   compact(message["content"]), number)
         return [message for _, message in history]
 
     def _forget_half(self) -> None:
-        history = self._store.history(self.session)
+        history = self.store.history(self.session)
         later = [number for number, message in history[(len(history) + 1) // 2:]
                  if message["role"] == "user"]
-        self._store.forget_before(self.session, later[0] if later else 1 << 62)
+        self.store.run("DELETE FROM history WHERE session=? AND id<?", self.session,
+                       later[0] if later else 1 << 62)
 
     def _content(self) -> object:
         """Return the content of the user's message: a text, or parts if there are files."""
         texts: list[str] = []
-        parts: list[Json] = []
-        images = 0
+        files: list[Json] = []
         for message in self._messages:
-            notes: list[Json] = []
+            texts += said(message)
             for attachment in message.attachments:
+                images = sum(part["type"] == "image_url" for part in files)
                 part = self._attached(attachment, images)
-                images += part["type"] == "image_url"
-                (notes if part["type"] == "text" else parts).append(part)
-            told = said(message) + [part["text"] for part in notes]
-            texts.append("\n\n".join(filter(None, told)))
-        text = "\n\n".join(texts)
-        return [{"type": "text", "text": text or "(no text)"}, *parts] if parts else text
+                if part["type"] == "text":
+                    texts.append(part["text"])
+                else:
+                    files.append(part)
+        text = "\n\n".join(filter(None, texts))
+        return [{"type": "text", "text": text or "(no text)"}, *files] if files else text
 
     def _attached(self, attachment: Attachment, images: int) -> Json:
         """Return an attachment as a part of the question; one that is not read is named."""
@@ -4502,8 +4481,8 @@ class Turn:
         try:
             if not self.live.settings["attachments"]:
                 raise ValueError("files are not passed on")
-            if attachment.size_bytes > most or attachment.kind == "image" and (
-                    images >= _MAX_IMAGES):
+            is_one_too_many = attachment.kind == "image" and images >= _MAX_IMAGES
+            if attachment.size_bytes > most or is_one_too_many:
                 raise ValueError("too large, or too many")
             return attachment_part(attachment, self.live.channel.fetch(attachment, most))
         except Exception as problem:  # A file that cannot be had must not cost the question.
@@ -4516,55 +4495,44 @@ class Turn:
 
     def out_rows(self, parts: list[str], used: int = 0) -> list[OutRow]:
         """Return parts for the outbox; those beyond the platform's budget are held."""
-        rows = [OutRow(text, reply_route(self.live.account, self.message, number == 0))
-                for number, text in enumerate(parts)]
-        return self.live.within_budget(rows, used + self.released)
+        return self.live.out_rows(self.message, parts, used + self.released, is_begun=used > 0)
 
     def put_block(self, parts: list[str]) -> None:
         """Put a part of the answer into the outbox before its end."""
-        with self._store.transaction():
-            rows = [OutRow(text, reply_route(self.live.account, self.message,
-                                             not self.progress.get("blocks"))) for text in parts]
-            self._store.put_out(self.live.account.id, self.message.chat, self.ids[0], rows)
-            self.progress["blocks"] = self.progress.get("blocks", 0) + len(parts)
-            self.keep_progress(self.progress)
+        count = self.progress.get("blocks", 0)
+        with self.store.transaction():
+            rows = [OutRow(text, self.live.route(self.message, not count)) for text in parts]
+            self.store.put_out(self.live.id, self.message.chat, self.ids[0], rows)
+            self.keep_progress(blocks=count + len(parts))
         self.live.sender.nudge()
 
     def has_parts_waiting(self) -> bool:
         """Return whether something else has to be sent to this chat first."""
-        return self._store.has_out(self.live.account.id, self.message.chat)
+        return bool(self.store.rows("SELECT 1 FROM outbox WHERE account=? AND chat=? AND status IN"
+                                    " ('pending','sending') LIMIT 1", self.live.id,
+                                    self.message.chat))
 
-    def keep_progress(self, progress: Json) -> None:
+    def keep_progress(self, **progress: object) -> None:
         """Keep what the person has seen, for a start after a kill."""
-        self._store.run("UPDATE inbox SET progress=? WHERE id=?", compact(progress), self.ids[0])
-
-    def _tell_failure(self, failed: AgentFailed, growth: Growth, content: object) -> None:
-        reference = new_reference()
-        self.live.log("error", "the agent failed", ref=reference, code=failed.code,
-                      status=failed.status or "", why=failed)
-        if self._text:
-            self._finish(growth.rest(f"{self._text}\n\n(cut off, {reference})"), content)
-            return
-        self._finish(growth.rest(
-            failure_text(failed, self.model, reference, is_owner=self.is_owner)))
+        self.progress.update(progress)
+        self.store.run("UPDATE inbox SET progress=? WHERE id=?", compact(self.progress),
+                       self.ids[0])
 
     def _finish(self, rows: list[OutRow], content: object = None) -> None:
         """Commit the parts, the conversation and the end of the messages together."""
-        said_all = f"{self._text} {_STOPPED}".strip() if self._is_stopped else self._text.strip()
-        with self._store.transaction():
-            self._store.put_out(self.live.account.id, self.message.chat, self.ids[0], rows)
+        answer = f"{self._text} [stopped]".strip() if self._ended else self._text.strip()
+        with self.store.transaction():
+            self.store.put_out(self.live.id, self.message.chat, self.ids[0], rows)
             if content is not None and self.live.settings["memory"] == "gateway":
-                self._store.remember(self.session, "user", content)
-                if said_all:
-                    self._store.remember(self.session, "assistant", said_all)
+                self.store.remember(self.session, "user", content)
+                if answer:
+                    self.store.remember(self.session, "assistant", answer)
             if self._token and not self._is_awaited:
-                self._shared.drop_callback(self._token)
-            self._store.finish(self.ids)
-        log = self._shared.log
+                self.live.shared.callbacks.drop(self._token)
+            self.store.finish(self.ids)
         if rows or self._text:
-            log.line("info", f"\U0001f4e4 [OUT] {len(self._text)} chars, {len(rows)} blocks")
-        if log.is_verbose and self._text:
-            log.line("info", f"   Text: {self._text}")
+            self.live.shared.log.message(
+                f"\U0001f4e4 [OUT] {len(self._text)} chars, {len(rows)} blocks", "Text", self._text)
 
 
 def said(message: Message) -> list[str]:
@@ -4603,44 +4571,44 @@ class ChatCommand(NamedTuple):
 
 
 def say_new(turn: Turn, argument: str) -> str:
-    """Begin a new conversation."""
-    turn.live.shared.store.begin_session(turn.lane)
+    """Begin a new conversation, and forget the old one."""
+    turn.store.run("DELETE FROM history WHERE session=?", turn.session)
+    turn.store.run("INSERT INTO lanes (lane, number) VALUES (?,2) ON CONFLICT (lane) DO UPDATE SET"
+                   " number=number+1", turn.lane)
     return "A new conversation begins."
 
 
 def say_model(turn: Turn, argument: str) -> str:
     """Show the models, or choose one."""
-    settings, store = turn.live.settings, turn.live.shared.store
-    names = list(settings["models"])
+    settings, names = turn.live.settings, list(turn.live.settings["models"])
     if not names:
         with contextlib.suppress(NetworkFailed, ValueError):
             names = models_of(turn.live.http, settings["agentUrl"], settings["apiKey"])
+    there_are = f"There are: {', '.join(names) or 'not known'}"
     if not argument:
-        return f"Model: {turn.model}\n\nThere are: {', '.join(names) or 'not known'}"
+        return f"Model: {turn.model}\n\n{there_are}"
     if argument == "default":
-        store.choose_model(turn.lane, "")
-        return f"Model: {settings['model']}"
+        argument, names = "", []
     if names and argument not in names:
-        return f'There is no model "{clean(argument)}". There are: {", ".join(names)}'
-    store.choose_model(turn.lane, argument)
-    return f"Model: {argument}"
+        return f'There is no model "{clean(argument)}". {there_are}'
+    turn.store.run("INSERT INTO lanes (lane, model) VALUES (?,?) ON CONFLICT (lane) DO UPDATE SET"
+                   " model=excluded.model", turn.lane, argument)
+    return f"Model: {argument or settings['model']}"
 
 
 def say_more(turn: Turn, argument: str) -> str:
     """Send what was held back."""
-    released, left = turn.release(1)
-    return "" if released else "There is nothing more."
+    return "" if turn.release(1)[0] else "There is nothing more."
 
 
 def say_status(turn: Turn, argument: str) -> str:
     """Show how things are."""
-    store, live = turn.live.shared.store, turn.live
+    live, store = turn.live, turn.store
     lines = [f"Model: {turn.model}", f"Messages remembered: {len(store.history(turn.session))}"]
-    if turn.is_owner:
-        counts = store.rows("SELECT status, COUNT(*) FROM outbox WHERE account=? AND"
-                            " status<>'sent' GROUP BY status", live.account.id)
-        lines += [f"Agent: {live.settings['agentUrl']}", f"Account: {live.account.id}",
-                  *(f"Parts {row[0]}: {row[1]}" for row in counts),
+    if turn.is_owner():
+        counts = store.counts_out(live.id)
+        lines += [f"Agent: {live.settings['agentUrl']}", f"Account: {live.id}",
+                  *(f"Parts {status}: {counts[status]}" for status in counts if status != "sent"),
                   *(f"Not answered, {reason}: {count}" for reason, count in live.dropped.items())]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -4659,7 +4627,7 @@ CHAT_COMMANDS = (
     ChatCommand(("/new", "/reset", "/clear", "\u65b0\u5bf9\u8bdd", "\u65b0\u4f1a\u8bdd",
                  "\u91cd\u65b0\u5f00\u59cb", "\u6e05\u7a7a"),
                 "begin a new conversation", say_new),
-    ChatCommand(("/stop", "\u505c\u6b62"), "stop the answer", lambda turn, argument: "Stopped.",
+    ChatCommand(("/stop", "\u505c\u6b62"), "stop the answer", lambda turn, argument: "",
                 is_at_once=True),
     ChatCommand(("/model",), "show the models, or choose one: /model NAME", say_model, True),
     ChatCommand(("/more",), "the rest of the last answer", say_more),
@@ -4680,201 +4648,6 @@ def command_of(message: Message) -> Optional[tuple[ChatCommand, str]]:
     return None
 
 
-# ==== 20. Callbacks ==========================================================
-# With `async` an agent may answer later: it gets an address with a token that works once, and posts
-# {"reply": ..} to it. The database keeps only the token's hash.
-
-CALLBACK_PATH = "/ocg/callback"
-_TOKEN = re.compile(r"[0-9a-f]{64}")
-_SIGNATURE = re.compile(r"sha256=([0-9a-fA-F]{64})")
-_MAX_CALLBACK_BYTES = 1024 * 1024
-_CALLBACK_READ_S = 30.0
-#: What browsers may send, as in the original gateway.
-_CORS = {
-    "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, OPTIONS",
-    "Access-Control-Allow-Headers": "Content-Type, X-OCG-Signature",
-}
-
-
-class Callbacks:
-    """Gives out tokens, and takes what agents post to them."""
-
-    def __init__(self, store: Store, log: Log, top: Mapping[str, Any],
-                 accounts: Mapping[str, LiveAccount]) -> None:
-        self._store, self._log, self._top, self._accounts = store, log, top, accounts
-        self._server: Optional[http.server.ThreadingHTTPServer] = None
-
-    def start(self) -> None:
-        """Listen, unless it does already. Raises Problem if the port is taken."""
-        if self._server is not None:
-            return
-        host, port = self._top["callbackHost"], self._top["callbackPort"]
-
-        class Handler(_CallbackHandler):
-            callbacks = self
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-            def server_bind(self) -> None:
-                # Not that of HTTPServer, which asks the network for its name.
-                socketserver.TCPServer.server_bind(self)
-
-        try:
-            self._server = Server((host, port), Handler)
-        except OSError as problem:
-            raise Problem(Exit.FAILED, f"callbackPort {port} on {host}: {reason_of(problem)}. Set "
-                          "callbackPort to a free port.") from None
-        if not is_loopback(host) and not self._top["callbackSecret"]:
-            self._log.line("warning", f"callbacks listen on {host} without callbackSecret: whoever "
-                                      "reaches the port and knows a token can answer")
-        threading.Thread(target=self._server.serve_forever, args=(0.2,), name="callbacks",
-                         daemon=True).start()
-
-    def close(self) -> None:
-        """Listen no more."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-
-    def new(self, account: str, inbox: int, session: str, message: Message) -> tuple[str, str]:
-        """Return an address for the answer to a message, and the hash of its token."""
-        if self._server is None:
-            raise OSError("callbacks do not listen: restart the gateway")
-        token = secrets.token_hex(32)
-        digest = hashlib.sha256(token.encode("ascii")).hexdigest()
-        until_s = time.time() + self._top["callbackTokenTTL"]
-        self._store.run("INSERT INTO tokens VALUES (?,?,?,?,?,?)", digest, account, inbox, session,
-                        message_json(message), until_s)
-        bound = self._top["callbackHost"]
-        host = self._top["callbackPublicHost"] or {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-            bound, bound)
-        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        port = self._top["callbackPublicPort"] or self._server.server_address[1]
-        return f"http://{host}:{port}{CALLBACK_PATH}/{token}", digest
-
-    def drop(self, digest: str) -> None:
-        """Make a token worthless."""
-        self._store.run("DELETE FROM tokens WHERE hash=?", digest)
-
-    def answer(self, method: str, path: str, signature: str, body: Optional[bytes]
-               ) -> tuple[int, Optional[Json]]:
-        """Return status and body of the answer to a call; `body` is None if it is too large."""
-        bare = path.partition("?")[0]
-        token = bare[len(CALLBACK_PATH) + 1:] if bare.startswith(f"{CALLBACK_PATH}/") else ""
-        if method == "OPTIONS":
-            return 204, None
-        if method == "POST" and bare.rstrip("/") == CALLBACK_PATH:
-            told = "the token belongs in the path: POST /ocg/callback/{token}"
-            return 400, {"error": told}
-        if not _TOKEN.fullmatch(token):
-            return 404, {"error": "not found"}
-        if method != "POST":
-            return 405, {"error": "use POST"}
-        if body is None:
-            return 413, {"error": f"more than {_MAX_CALLBACK_BYTES} bytes"}
-        if not self._is_signed(signature, body):
-            return 401, {"error": "signature verification failed"}
-        try:
-            reply = reply_of(body)
-        except ValueError as problem:
-            return 400, {"error": str(problem)}
-        try:
-            return self._take(hashlib.sha256(token.encode("ascii")).hexdigest(), reply)
-        except OSError as problem:
-            self._log.event("error", "a callback was not stored", why=problem)
-            return 500, {"error": "the answer could not be stored; call again"}
-
-    def _is_signed(self, signature: str, body: bytes) -> bool:
-        secret = self._top["callbackSecret"]
-        if not secret:
-            return True
-        found = _SIGNATURE.fullmatch(signature.strip())
-        expected = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
-        return found is not None and hmac.compare_digest(found.group(1).lower(), expected)
-
-    def _take(self, digest: str, reply: str) -> tuple[int, Json]:
-        """Commit an answer and the end of its token together."""
-        with self._store.transaction():
-            found = self._store.rows("SELECT * FROM tokens WHERE hash=? AND until_s>?", digest,
-                                     time.time())
-            if not found:
-                return 404, {"error": "unknown or expired callback token"}
-            live = self._accounts.get(found[0]["account"])
-            if live is None:
-                raise OSError("the account does not run")
-            message = message_of(found[0]["message"])
-            rows = [OutRow(text, reply_route(live.account, message, number == 0))
-                    for number, text in enumerate(live.split(reply))]
-            self._store.put_out(live.account.id, message.chat, found[0]["inbox"],
-                                live.within_budget(rows, 0))
-            if live.settings["memory"] == "gateway":
-                self._store.remember(found[0]["session"], "assistant", reply)
-            self.drop(digest)
-        live.sender.nudge()
-        return 200, {"ok": True}
-
-    def expire(self) -> None:
-        """Tell those whose answer has not come in time."""
-        with self._store.transaction():
-            for row in self._store.rows("SELECT * FROM tokens WHERE until_s<=?", time.time()):
-                live, reference = self._accounts.get(row["account"]), new_reference()
-                self._log.event("error", "no callback came in time", ref=reference,
-                                session=row["session"])
-                if live is not None:
-                    live.say(message_of(row["message"]), f"No answer came in time. ({reference})",
-                             row["inbox"])
-                    live.sender.nudge()
-                self.drop(row["hash"])
-
-
-def reply_of(body: bytes) -> str:
-    """Return the text that a call brings. Raises ValueError naming what is wrong with it."""
-    try:
-        content = json.loads(body)
-    except ValueError:
-        raise ValueError("the body is not JSON") from None
-    if not isinstance(content, dict):
-        raise ValueError("the body is not a JSON object")
-    reply, is_error = content.get("reply"), content.get("isError", False)
-    if not isinstance(is_error, bool):
-        raise ValueError("isError: use true or false")
-    if isinstance(reply, dict):
-        reply = reply.get("text") or text_of(reply.get("content")) or compact(reply)
-    if not isinstance(reply, str) or not reply.strip():
-        raise ValueError("reply: use a text, or an object with text or content")
-    return f"\u26a0\ufe0f {reply}" if is_error else reply
-
-
-class _CallbackHandler(http.server.BaseHTTPRequestHandler):
-    """Reads one call and writes its answer."""
-
-    callbacks: ClassVar[Callbacks]
-    timeout = _CALLBACK_READ_S
-    server_version, sys_version = "ocp_channels", ""
-
-    def _answer(self) -> None:
-        length = self.headers.get("Content-Length", "0")
-        size = int(length) if length.isdigit() else 0
-        body = self.rfile.read(size) if size <= _MAX_CALLBACK_BYTES else None
-        status, content = self.callbacks.answer(
-            self.command, self.path, self.headers.get("X-OCG-Signature", ""), body)
-        data = b"" if content is None else compact(content).encode("ascii")
-        self.close_connection = self.close_connection or body is None
-        self.send_response(status)
-        for name, value in {**_CORS, "Content-Type": "application/json"}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_POST = do_OPTIONS = do_GET = do_PUT = do_DELETE = do_HEAD = _answer  # noqa: N815
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Write nothing: the address has the token in it."""
-
-
 # ==== 21. App ================================================================
 # Owns every long-lived object. Each account has a thread that receives and one that sends; a
 # socket in OCP's folder lets the commands of another shell act on the gateway.
@@ -4885,58 +4658,32 @@ _HEALTHY_S = 60.0
 _DRAIN_S = 20.0
 _TEND_S, _SWEEP_S = 10.0, 3600.0
 _SOCKET_TIMEOUT_S = 60.0
-_MAX_SOCKET_PATH = 100
-
-
-class Paths(NamedTuple):
-    """Where the files of one gateway are."""
-
-    home: str
-
-    def of(self, name: str) -> str:
-        """Return the path of a file, such as channels.db."""
-        return os.path.join(self.home, name)
-
-    @property
-    def database(self) -> str:
-        """Return the path of the database."""
-        return self.of("channels.db")
-
-    @property
-    def socket(self) -> str:
-        """Return the path of the control socket. Raises Problem if it is too long for one."""
-        path = self.of("channels.sock")
-        if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-            raise Problem(Exit.USAGE, f"{self.home}: too long for the path of a socket; set "
-                          "OCP_HOME to a shorter one")
-        return path
+#: Files of a gateway, in its folder.
+DATABASE, LOCK, SOCKET, LOG = "channels.db", "channels.lock", "channels.sock", "channels.log"
 
 
 class App:
     """The gateway."""
 
     def __init__(
-        self, paths: Paths, load: Callable[[], Settings], log: Log, environ: Mapping[str, str]
+        self, home: str, load: Callable[[], Settings], log: Log, environ: Mapping[str, str]
     ) -> None:
         """`load` reads the settings anew. Raises SettingsError, OSError, and Problem if a gateway
-        runs already."""
-        self._paths, self._load, self._log = paths, load, log
+        runs already in the folder."""
+        self._home, self._load, self._log = home, load, log
         self.settings = load()
-        descriptor = os.open(paths.of("channels.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        self._lock_file = os.fdopen(descriptor, "a")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        self._lock_file = open(os.path.join(home, LOCK), "a")  # noqa: SIM115
+        if not lock(self._lock_file):
             self._lock_file.close()
-            raise Problem(Exit.FAILED, "a gateway runs already; see: status") from None
-        self._store = Store(paths.database)
-        self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"])
+            raise Problem(Exit.FAILED, "a gateway runs already; see: status")
+        self._store = Store(os.path.join(home, DATABASE))
+        running: dict[str, LiveAccount] = {}
+        self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"], running)
+        self._callbacks = Callbacks(self._store, log, self.settings.top, running)
+        self._shared = Shared(self._store, Access(self._store), log, environ, self._callbacks)
         #: Every account, also one that does not run; by id.
         self._accounts: dict[str, LiveAccount] = {}
-        self._callbacks = Callbacks(self._store, log, self.settings.top, self.lanes.accounts)
-        self._shared = Shared(self._store, Access(self._store), log, environ,
-                              self._callbacks.new, self._callbacks.drop)
-        #: Guards starting and stopping of accounts.
+        # Guards starting and stopping of accounts.
         self._change = threading.Lock()
         self._threads: dict[str, list[threading.Thread]] = {}
         self.is_over = threading.Event()
@@ -4946,20 +4693,15 @@ class App:
 
     def run(self, only: str = "") -> None:
         """Serve until `is_over` is set. `only` is the channel that is started. Raises Problem."""
-        control = Control(self._paths.socket, self.perform)
+        control = Control(os.path.join(self._home, SOCKET), self.perform)
         try:
-            self._spawn("lanes", self.lanes.run)
+            spawn(self.lanes.run)
             self.start_accounts(only, "")
-            self._spawn("control", control.run)
+            spawn(control.run)
             self._tend()
         finally:
-            control.close()
+            control.end()
             self._close()
-
-    def _spawn(self, name: str, run: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        thread.start()
-        return thread
 
     def _tend(self) -> None:
         """Do what is due from time to time, until the end."""
@@ -4976,20 +4718,21 @@ class App:
 
     def _close(self) -> None:
         """Receive nothing more, let turns come to their end, send what is there, and close."""
-        for live in self._accounts.values():
+        live_accounts = list(self._accounts.values())
+        for live in live_accounts:
             live.end()
         self.lanes.close(_DRAIN_S)
         until_s = time.monotonic() + 3.0
         while time.monotonic() < until_s and any(
-                self._store.next_out(each) for each, live in self._accounts.items()
+                self._store.next_out(live.id) for live in live_accounts
                 if live.status in SENDING_STATES):
             time.sleep(0.05)
-        for live in self._accounts.values():
+        for live in live_accounts:
             live.sender.end()
         for thread in itertools.chain(*self._threads.values()):
             thread.join(2.0)
         self._callbacks.close()
-        for live in self._accounts.values():
+        for live in live_accounts:
             live.http.close()
         self._store.close()
         self._lock_file.close()
@@ -5002,13 +4745,13 @@ class App:
         with self._change:
             self.settings = self._load()
             known = {each.id for each in self.settings.accounts}
-            for name in [each for each, live in self._accounts.items()
-                         if live.stop.is_set() and each not in known]:
-                del self._accounts[name]
+            for name in [each for each in self._accounts if each not in known]:
+                if self._accounts[name].stop.is_set():
+                    del self._accounts[name]
             if any(each.settings["async"] for each in self.settings.accounts):
                 self._callbacks.start()
-            chosen = [each for each in self.settings.accounts if is_chosen(each, channel, account)]
-            return [each.id for each in chosen if self._start(each)]
+            return [each.id for each in self.settings.accounts
+                    if is_chosen(each, channel, account) and self._start(each)]
 
     def _start(self, account: Account) -> bool:
         old = self._accounts.get(account.id)
@@ -5031,11 +4774,8 @@ class App:
             return False
         live.started_s = time.time()
         self.lanes.accounts[account.id] = live
-        self._threads[account.id] = [
-            self._spawn(f"receive {account.id}", lambda: self._supervise(live)),
-            self._spawn(f"send {account.id}", live.sender.run),
-        ]
-        self.lanes.nudge("")
+        self._threads[account.id] = [spawn(lambda: supervise(live)), spawn(live.sender.run)]
+        self.lanes.nudge()
         return True
 
     def stop_accounts(self, channel: str, account: str) -> list[str]:
@@ -5047,65 +4787,34 @@ class App:
                 live.end()
                 live.sender.end()
                 live.status, live.why = "stopped", ""
-                self.lanes.accounts.pop(live.account.id, None)
+                self.lanes.accounts.pop(live.id, None)
             for live in chosen:
-                for thread in self._threads.pop(live.account.id, []):
+                for thread in self._threads.pop(live.id, []):
                     thread.join(5.0)
                 live.http.close()
-            return [live.account.id for live in chosen]
+            return [live.id for live in chosen]
 
-    def _supervise(self, live: LiveAccount) -> None:
-        """Keep a channel receiving until its account has to stop."""
-        failures = 0
-        while not live.stop.is_set():
-            began_s, after_s = time.monotonic(), 0.0
-            try:
-                live.channel.run()
-                if live.stop.is_set():
-                    return
-                why = "it ended"
-            except Fatal as fatal:
-                live.status = "login needed" if fatal.needs_login else "failed"
-                live.why = f"{fatal}: {fatal.fix}"
-                live.log("error", live.status, why=live.why)
-                live.stop.wait()
-                return
-            except Retry as retry:
-                why, after_s = str(retry), retry.after_s
-            except Exception as problem:  # A fault in one channel must not end the others.
-                why = f"{type(problem).__name__}: {problem}"
-            failures = 0 if time.monotonic() - began_s > _HEALTHY_S else failures
-            pause_s = after_s or _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
-            failures += 1
-            if not live.stop.is_set():
-                live.status, live.why = "retrying", clean(why)
-                live.log("warning", "connection lost", why=why, again_in_s=round(pause_s, 1))
-            live.stop.wait(pause_s)
-
-    # -- the control socket -----------------------------------------------------------------------
+    # -- what commands of another shell ask -------------------------------------------------------
 
     def perform(self, request: Json) -> Json:
-        """Do what a command of another shell asks, and return what it is told."""
-        channel, account = str(request.get("channel", "")), str(request.get("account", ""))
-        wish = request.get("do")
+        """Do what a command asks, and return what it is told."""
+        wish, channel, account = (str(request.get(key, "")) for key in ("do", "channel", "account"))
         if wish == "status":
             return self.status(is_probing=bool(request.get("probe")))
-        if wish == "stop":
+        if wish == "end":
             self.is_over.set()
             return {"pid": os.getpid()}
         if wish == "nudge":
             for live in list(self._accounts.values()):
                 live.sender.nudge()
             return {}
-        if wish not in ("start account", "stop account", "restart account"):
+        if wish not in ("start", "stop", "restart"):
             return {"error": "this gateway does not know that command; restart it"}
-        stopped = self.stop_accounts(channel, account) if wish != "start account" else []
-        started: list[str] = []
-        if wish != "stop account":
-            try:
-                started = self.start_accounts(channel, account)
-            except (SettingsError, Problem) as problem:
-                return {"error": str(problem)}
+        stopped = self.stop_accounts(channel, account) if wish != "start" else []
+        try:
+            started = self.start_accounts(channel, account) if wish != "stop" else []
+        except (SettingsError, Problem) as problem:
+            return {"error": str(problem)}
         return {"started": started, "stopped": stopped}
 
     def status(self, *, is_probing: bool = False) -> Json:
@@ -5123,9 +4832,7 @@ class App:
         }
 
     def _status_of(self, live: LiveAccount, is_probing: bool) -> Json:
-        account = live.account
-        counts = {row[0]: row[1] for row in self._store.rows(
-            "SELECT status, COUNT(*) FROM outbox WHERE account=? GROUP BY status", account.id)}
+        account, counts = live.account, self._store.counts_out(live.id)
         found: Json = {
             "id": account.row.id, "accountId": account.name, "status": live.status,
             "uptime": round(time.time() - live.started_s) if live.started_s else 0,
@@ -5143,6 +4850,48 @@ class App:
         return found
 
 
+def supervise(live: LiveAccount) -> None:
+    """Keep a channel receiving until its account has to stop."""
+    failures = 0
+    while not live.stop.is_set():
+        began_s, after_s, why = time.monotonic(), 0.0, "it ended"
+        try:
+            live.channel.run()
+        except Fatal as fatal:
+            live.status = "login needed" if fatal.needs_login else "failed"
+            live.why = f"{fatal}: {fatal.fix}"
+            live.log("error", live.status, why=live.why)
+            live.stop.wait()
+        except Retry as retry:
+            why, after_s = str(retry), retry.after_s
+        except Exception as problem:  # A fault in one channel must not end the others.
+            why = f"{type(problem).__name__}: {problem}"
+        if live.stop.is_set():
+            return
+        failures = 0 if time.monotonic() - began_s > _HEALTHY_S else failures
+        pause_s = after_s or _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+        failures += 1
+        live.status, live.why = "retrying", clean(why)
+        live.log("warning", "connection lost", why=why, again_in_s=round(pause_s, 1))
+        live.stop.wait(pause_s)
+
+
+def spawn(run: Callable[[], None]) -> threading.Thread:
+    """Return a thread that runs, and holds up no end of the program."""
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def lock(file: TextIO) -> bool:
+    """Lock a file as long as it is open; return whether nobody else has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def is_chosen(account: Account, channel: str, name: str) -> bool:
     """Return whether an account is meant by the id of a channel and a name; empty = any."""
     is_channel = channel in ("", account.row.id, *account.row.aliases)
@@ -5153,37 +4902,39 @@ class Control:
     """The socket by which commands reach the gateway: a line of JSON each way."""
 
     def __init__(self, path: str, perform: Callable[[Json], Json]) -> None:
-        """Listen, for the owner alone. The caller holds the lock, so an old socket is nobody's."""
+        """Listen, for the owner alone. The caller holds the lock, so an old socket is nobody's.
+        Raises Problem."""
         self._path, self._perform = path, perform
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Bound under a mask, because a mode that is set later comes too late.
         mask = os.umask(0o177)
         try:
             self._socket.bind(path)
+            self._socket.listen(16)
+        except OSError as problem:
+            self._socket.close()
+            raise Problem(Exit.USAGE, f"{path}: {reason_of(problem)}; set OCP_HOME to another or "
+                          "a shorter path") from None
         finally:
             os.umask(mask)
-        self._socket.listen(16)
 
     def run(self) -> None:
-        """Answer until it is closed."""
-        while True:
-            try:
-                peer, _ = self._socket.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(peer,), name="command",
-                             daemon=True).start()
+        """Answer until the end."""
+        with contextlib.suppress(OSError):
+            while True:
+                peer = self._socket.accept()[0]
+                spawn(functools.partial(self._answer, peer))
 
     def _answer(self, peer: socket.socket) -> None:
-        with peer, contextlib.suppress(OSError, ValueError):
+        with peer, contextlib.suppress(OSError):
             peer.settimeout(_SOCKET_TIMEOUT_S)
             with peer.makefile("rb") as file:
-                request = json.loads(file.readline(65_536))
-            peer.sendall(compact(self._perform(request)).encode("ascii") + b"\n")
+                answer = self._perform(json_object(file.readline(65_536)))
+            peer.sendall(compact(answer).encode("ascii") + b"\n")
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Answer no more."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -5192,18 +4943,18 @@ class Control:
             os.unlink(self._path)
 
 
-def ask_gateway(paths: Paths, request: Json) -> Optional[Json]:
+def ask_gateway(home: str, request: Json) -> Optional[Json]:
     """Return what the running gateway answers, None if none runs."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_SOCKET_TIMEOUT_S)
         try:
-            sock.connect(paths.socket)
+            sock.connect(os.path.join(home, SOCKET))
             sock.sendall(compact(request).encode("ascii") + b"\n")
             with sock.makefile("rb") as file:
-                answer = json.loads(file.readline())
-        except (OSError, ValueError):
-            return None
-    return answer if isinstance(answer, dict) else None
+                return json_object(file.readline())
+        except OSError:
+            pass
+    return None
 
 
 # ==== 22. Plugins ============================================================
@@ -5211,79 +4962,13 @@ def ask_gateway(paths: Paths, request: Json) -> Optional[Json]:
 # with all rights of this program, so a file is loaded only if its hash is the one on record.
 
 PLUGIN_API = 1
-_MAX_PLUGIN_BYTES = 1024 * 1024
-_PLUGIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PLUGIN_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.py")
 #: Packages that the original gateway's instructions install, and the channel that does their work.
 BUILT_IN_PACKAGES: Mapping[str, str] = {
     "grammy": "telegram", "@tencent-weixin/openclaw-weixin": "openclaw-weixin",
     "@dingtalk-real-ai/dingtalk-connector": "dingtalk-connector", "@openclaw/qqbot": "qqbot",
     "@tencent-connect/openclaw-qqbot": "qqbot",
 }
-
-
-class Plugins:
-    """The folder of plugins, and the record of their hashes."""
-
-    def __init__(self, paths: Paths) -> None:
-        self.folder = paths.of("channels")
-        self._record = os.path.join(self.folder, "plugins.json")
-
-    def path(self, name: str) -> str:
-        """Return the path of a plugin's file."""
-        return os.path.join(self.folder, f"{name}.py")
-
-    def hashes(self) -> dict[str, str]:
-        """Return the hashes on record, by name. Raises SettingsError."""
-        return {str(name): str(value) for name, value in read_file(self._record).items()}
-
-    def load(self) -> tuple[list[Row], list[str]]:
-        """Return the rows of all plugins, and why others were not loaded."""
-        rows: list[Row] = []
-        refused: list[str] = []
-        hashes = self.hashes()
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        for name in sorted(each[:-3] for each in names if each.endswith(".py")):
-            try:
-                rows.append(self._load(name, hashes.get(name, "")))
-            except Exception as problem:  # Whatever is wrong with one must not end the others.
-                refused.append(f"plugin {name} is not loaded: {clean(problem)}")
-        return rows, refused
-
-    def _load(self, name: str, digest: str) -> Row:
-        with open(self.path(name), "rb") as file:
-            source = file.read()
-        # The bytes that were checked are the bytes that run.
-        if hashlib.sha256(source).hexdigest() != digest:
-            raise ValueError("its content is not what was installed; install it again")
-        values: dict[str, Any] = {"__name__": f"ocp_channel_{name}", "__file__": self.path(name)}
-        exec(compile(source, self.path(name), "exec"), values)
-        if values.get("API") != PLUGIN_API:
-            raise ValueError(f"it is for another version of this program (API {PLUGIN_API})")
-        row = values["channel"](PLUGIN_TOOLS)
-        if not isinstance(row, Row):
-            raise ValueError("channel(api) has to return a Row")
-        return row
-
-    def install(self, source: str, name: str) -> None:
-        """Copy a file and put its hash on record; replaces one of the same name."""
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        content = source.encode()
-        hashes = {**self.hashes(), name: hashlib.sha256(content).hexdigest()}
-        write_whole(self._record, json.dumps(hashes, indent=2).encode() + b"\n")
-        write_whole(self.path(name), content)
-
-    def remove(self, name: str) -> bool:
-        """Remove a plugin; return whether it was there."""
-        hashes = self.hashes()
-        was_there = hashes.pop(name, None) is not None
-        if was_there:
-            write_whole(self._record, json.dumps(hashes, indent=2).encode() + b"\n")
-        if _PLUGIN_NAME.fullmatch(name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path(name))
-        return was_there
-
-
 #: What a plugin may use of this program.
 PLUGIN_TOOLS = types.SimpleNamespace(
     Message=Message, Attachment=Attachment, Part=Part, Row=Row, Channel=Channel, Fatal=Fatal,
@@ -5294,20 +4979,70 @@ PLUGIN_TOOLS = types.SimpleNamespace(
 )
 
 
+class Plugins:
+    """The folder of plugins, and the record of their hashes."""
+
+    def __init__(self, home: str) -> None:
+        self.folder = os.path.join(home, "channels")
+        self._record = os.path.join(self.folder, "plugins.json")
+
+    def hashes(self) -> Json:
+        """Return the hashes on record, by the name of the file. Raises SettingsError."""
+        return read_file(self._record)
+
+    def load(self) -> tuple[list[Row], list[str]]:
+        """Return the rows of all plugins, and why others were not loaded."""
+        rows, refused, hashes = [], [], self.hashes()
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        for name in sorted(filter(_PLUGIN_NAME.fullmatch, names)):
+            try:
+                rows.append(self._load(name, hashes.get(name)))
+            except Exception as problem:  # Whatever is wrong with one must not end the others.
+                refused.append(f"plugin {name} is not loaded: {clean(problem)}")
+        return rows, refused
+
+    def _load(self, name: str, digest: object) -> Row:
+        path = os.path.join(self.folder, name)
+        with open(path, "rb") as file:
+            source = file.read()
+        # The bytes that were checked are the bytes that run.
+        if hashlib.sha256(source).hexdigest() != digest:
+            raise ValueError("its content is not what was installed; install it again")
+        values: dict[str, Any] = {"__name__": f"ocp_channel_{name[:-3]}", "__file__": path}
+        exec(compile(source, path, "exec"), values)
+        if values.get("API") != PLUGIN_API:
+            raise ValueError(f"it is for another version of this program (API {PLUGIN_API})")
+        row = values["channel"](PLUGIN_TOOLS)
+        if not isinstance(row, Row):
+            raise ValueError("channel(api) has to return a Row")
+        return row
+
+    def put(self, name: str, source: Optional[bytes]) -> None:
+        """Keep a file and put its hash on record; None removes it. Raises OSError."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        path, hashes = os.path.join(self.folder, name), self.hashes()
+        if source is None:
+            del hashes[name]
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        else:
+            hashes[name] = hashlib.sha256(source).hexdigest()
+            write_whole(path, source)
+        write_whole(self._record, json.dumps(hashes, indent=2).encode() + b"\n")
+
+
 # ==== 23. Command line =======================================================
 # What the owner types. Commands that concern a running gateway reach it by its socket; those that
 # change settings or people write the file or the database, and then tell it.
 
-_START_S = 15.0
-_STOP_S = 40.0
-_LOGIN_COLUMNS = 80
+_START_S, _STOP_S = 15.0, 40.0
 
 
 class Here(NamedTuple):
     """Where a command runs."""
 
     environ: Mapping[str, str]
-    paths: Paths
+    home: str
     settings_path: str
     rows: tuple[Row, ...]
     #: Why plugins were not loaded.
@@ -5319,16 +5054,25 @@ class Here(NamedTuple):
         home = os.path.abspath(os.path.expanduser(environ.get("OCP_HOME") or "~/.ocp"))
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
-            paths = Paths(home)
-            rows, refused = Plugins(paths).load()
+            rows, refused = Plugins(home).load()
         except OSError as problem:
             raise Problem(Exit.FAILED, f"{home}: {reason_of(problem)}") from None
         path = settings_path(named, environ, home)
-        return cls(environ, paths, path, (*ROWS, *rows), tuple(refused))
+        return cls(environ, home, path, (*ROWS, *rows), tuple(refused))
 
     def load(self) -> Settings:
         """Return the settings. Raises SettingsError."""
-        return load_settings(self.settings_path, self.environ, self.rows)
+        return self.parse(read_file(self.settings_path))
+
+    def parse(self, content: Json) -> Settings:
+        """Return the settings as they would be with this content of the file. Raises
+        SettingsError."""
+        return parse_settings(content, self.settings_path, self.environ, self.rows)
+
+    def account(self, content: Json, row: Row, name: str) -> Account:
+        """Return an account as it would be with this content. Raises SettingsError."""
+        return next(each for each in self.parse(content).accounts
+                    if each.row.id == row.id and each.name == name)
 
     def row(self, name: str) -> Row:
         """Return a channel by its id or another name of it. Raises Problem."""
@@ -5338,23 +5082,30 @@ class Here(NamedTuple):
             raise Problem(Exit.FAILED, f'no channel "{clean(name)}"; there are: {known}')
         return found
 
-    def ask(self, request: Json) -> Json:
+    def ask(self, **request: object) -> Json:
         """Return what the running gateway answers. Raises Problem."""
-        answer = ask_gateway(self.paths, request)
+        answer = ask_gateway(self.home, request)
         if answer is None:
             raise Problem(Exit.UNREACHABLE, "no gateway runs here; start one with: start")
         if "error" in answer:
             raise Problem(Exit.FAILED, str(answer["error"]))
         return answer
 
+    def is_running(self) -> bool:
+        """Return whether a gateway runs; it looks into its outbox."""
+        return ask_gateway(self.home, {"do": "nudge"}) is not None
+
     @contextlib.contextmanager
     def store(self) -> Iterator[Store]:
         """Open the database."""
-        store = Store(self.paths.database)
-        try:
+        with contextlib.closing(Store(os.path.join(self.home, DATABASE))) as store:
             yield store
-        finally:
-            store.close()
+
+    @contextlib.contextmanager
+    def channel(self, account: Account, state: Json) -> Iterator[Channel]:
+        """Yield the channel of an account that does not run."""
+        with contextlib.closing(Http(Connector(account.settings["proxy"], self.environ))) as web:
+            yield account.row.make(Tools(account.settings, state), web)
 
 
 Arguments = argparse.Namespace
@@ -5363,29 +5114,28 @@ Arguments = argparse.Namespace
 # -- the gateway ----------------------------------------------------------------------------------
 
 
-def do_start(here: Here, arguments: Arguments) -> int:
+def do_start(here: Here, arguments: Arguments) -> None:
     """Start the gateway, here or in the background."""
     if arguments.channel:
-        row = here.row(arguments.channel)
-        arguments.channel = row.id
-        running = ask_gateway(here.paths, {"do": "start account", "channel": row.id})
-        if running is not None:
-            return tell_changed(running)
+        arguments.channel = here.row(arguments.channel).id
+        if here.is_running():
+            do_change(here, arguments)
+            return
     if arguments.background:
-        return start_in_background(here, arguments)
+        start_in_background(here, arguments.channel, arguments.log_dir)
+        return
     settings = here.load()
     if not any(each.is_enabled and not each.missing for each in settings.accounts):
         lines = [f"{each.id}: not configured ({', '.join(each.missing) or 'not enabled'})"
                  for each in settings.accounts]
         add = "Add one with: channels add --channel telegram --botToken TOKEN"
         raise Problem(Exit.USAGE, "\n".join([*lines, "no channel is configured.", add]))
-    folder = os.path.abspath(arguments.log_dir or here.paths.home)
-    stream = None if arguments.is_child else sys.stderr
-    path = os.path.join(folder, "channels.log") if arguments.log_file or stream is None else ""
-    log = Log(path, stream, bool(settings.top["verbose"]))
+    has_file = arguments.log_file or arguments.is_child
+    path = os.path.join(os.path.abspath(arguments.log_dir or here.home), LOG) if has_file else ""
+    log = Log(path, None if arguments.is_child else sys.stderr, bool(settings.top["verbose"]))
     for warning in (*settings.warnings, *here.refused):
         log.line("warning", warning)
-    app = App(here.paths, here.load, log, here.environ)
+    app = App(here.home, here.load, log, here.environ)
 
     def end(*_: object) -> None:
         if app.is_over.is_set():
@@ -5398,180 +5148,145 @@ def do_start(here: Here, arguments: Arguments) -> int:
     log.line("info", f"ocp_channels {VERSION}, settings {settings.path}, agent "
                      f"{settings.top['agentUrl']}, model {settings.top['model']}")
     app.run(arguments.channel)
-    return Exit.OK
 
 
-def start_in_background(here: Here, arguments: Arguments) -> int:
+def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> None:
     """Start the gateway in a process of its own, and return when it answers."""
-    if ask_gateway(here.paths, {"do": "nudge"}) is not None:
+    if here.is_running():
         raise Problem(Exit.FAILED, "a gateway runs already; see: status")
+    folder = os.path.abspath(log_dir or here.home)
     command = [sys.executable, os.path.abspath(__file__), "--config", here.settings_path, "start",
-               "--is-child", "--log-dir", arguments.log_dir or here.paths.home]
-    command += ["--channel", arguments.channel] if arguments.channel else []
+               "--is-child", "--log-dir", folder, *(["--channel", channel] if channel else [])]
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-            start_new_session=True, env=dict(here.environ), cwd=here.paths.home)
+            start_new_session=True, env=dict(here.environ), cwd=here.home)
         until_s = time.monotonic() + _START_S
-        while ask_gateway(here.paths, {"do": "nudge"}) is None:
+        while not here.is_running():
             if child.poll() is not None or time.monotonic() > until_s:
                 errors.seek(0)
                 told = errors.read().decode(errors="replace").strip()
-                code = child.returncode or Exit.FAILED
-                child.returncode = code
-                raise Problem(Exit(code) if code in set(Exit) else Exit.FAILED,
+                code, child.returncode = child.returncode, 0
+                raise Problem(Exit(code) if code in set(Exit) - {Exit.OK} else Exit.FAILED,
                               told or "the gateway did not start in time")
             time.sleep(0.05)
     # It goes on without this process.
     child.returncode = 0
-    log = os.path.join(os.path.abspath(arguments.log_dir or here.paths.home), "channels.log")
-    print(f"Started: pid {child.pid}, log {log}")
-    return Exit.OK
+    print(f"Started: pid {child.pid}, log {os.path.join(folder, LOG)}")
 
 
-def do_stop(here: Here, arguments: Arguments) -> int:
+def do_stop(here: Here, arguments: Arguments) -> None:
     """Stop the gateway, after the answers that are being written; or one channel of it."""
     if arguments.channel:
-        return do_change(here, arguments)
-    pid = here.ask({"do": "stop"})["pid"]
-    until_s = time.monotonic() + _STOP_S
-    while is_locked(here.paths.of("channels.lock")):
-        if time.monotonic() > until_s:
-            raise Problem(Exit.FAILED, f"process {pid} does not end; kill it: kill -9 {pid}")
-        time.sleep(0.05)
+        do_change(here, arguments)
+        return
+    pid, until_s = here.ask(do="end")["pid"], time.monotonic() + _STOP_S
+    with open(os.path.join(here.home, LOCK), "a") as file:
+        while not lock(file):
+            if time.monotonic() > until_s:
+                raise Problem(Exit.FAILED, f"process {pid} does not end; kill it: kill -9 {pid}")
+            time.sleep(0.05)
     print("Stopped.")
-    return Exit.OK
 
 
-def is_locked(path: str) -> bool:
-    """Return whether a gateway holds the lock."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
-
-
-def do_restart(here: Here, arguments: Arguments) -> int:
+def do_restart(here: Here, arguments: Arguments) -> None:
     """Stop the gateway and start it in the background; or one channel of it."""
     if arguments.channel:
-        return do_change(here, arguments)
-    if ask_gateway(here.paths, {"do": "nudge"}) is not None:
+        do_change(here, arguments)
+        return
+    if here.is_running():
         do_stop(here, arguments)
-    arguments.channel, arguments.log_dir = "", ""
-    return start_in_background(here, arguments)
+    start_in_background(here)
 
 
-def do_status(here: Here, arguments: Arguments) -> int:
-    """Print how the gateway and its accounts are."""
-    status = here.ask({"do": "status", "probe": arguments.probe})
-    if arguments.channel:
-        row = here.row(arguments.channel)
-        status["channels"] = [each for each in status["channels"] if each["id"] == row.id]
-    if arguments.json:
-        print(json.dumps(status, indent=2))
-        return Exit.OK
-    print(f"Agent: {status['agentUrl']}\nModel: {status['model']}")
-    print(f"Channels configured: {status['configured']}, running: {status['running']}")
-    for each in status["channels"]:
-        print(status_line(each, status["agentUrl"]))
-    for code in status["pairing"]:
-        print(f"Somebody waits for approval: ocp channels pairing approve {code}")
-    for line in here.refused:
-        print(line)
-    return Exit.OK
-
-
-def status_line(each: Json, agent_url: str) -> str:
-    """Return what is told of one account, with what its owner has to do about it."""
-    name = each["id"] + ("" if each["accountId"] == "default" else f" ({each['accountId']})")
-    words = [f"{name}  {each['status']}", each.get("bot", "")]
-    words.append(f"uptime: {each['uptime']}s" if each["status"] == "running" else each["error"])
-    words.append(f"agent: {each['agentUrl']}" if each["agentUrl"] != agent_url else "")
-    words += [f"{each[key]} {key}" for key in ("pending", "held", "dead") if each[key]]
-    words += [f"{count} not answered ({reason})" for reason, count in each["dropped"].items()]
-    return "  ".join(clean(word) for word in (*words, each["note"]) if word)
-
-
-def do_version(here: Here, arguments: Arguments) -> int:
-    """Print the version."""
-    print(f"ocp_channels {VERSION}")
-    return Exit.OK
-
-
-# -- channels -------------------------------------------------------------------------------------
-
-
-def do_list(here: Here, arguments: Arguments) -> int:
-    """Print the channels that are configured, or all."""
-    configured = [account.row.id for account in here.load().accounts]
-    ids = [row.id for row in here.rows if arguments.all or row.id in configured]
-    print(json.dumps(ids) if arguments.json else "\n".join(ids) or "no channel is configured")
-    return Exit.OK
-
-
-def do_change(here: Here, arguments: Arguments) -> int:
+def do_change(here: Here, arguments: Arguments) -> None:
     """Start, stop or restart the accounts of a channel in the running gateway."""
-    row = here.row(arguments.channel)
-    return tell_changed(here.ask({"do": f"{arguments.verb} account", "channel": row.id,
-                                  "account": arguments.account}))
+    tell_changed(here.ask(do=arguments.verb, channel=here.row(arguments.channel).id,
+                          account=arguments.account))
 
 
-def tell_changed(answer: Json) -> int:
+def tell_changed(answer: Json) -> None:
     """Print what a gateway started and stopped."""
-    if "error" in answer:
-        raise Problem(Exit.FAILED, str(answer["error"]))
     for word in ("stopped", "started"):
         if answer[word]:
             print(f"{word.capitalize()}: {', '.join(answer[word])}")
     if not answer["started"] and not answer["stopped"]:
         print("Nothing changed; see: status")
-    return Exit.OK
 
 
-def do_add(here: Here, arguments: Arguments) -> int:
+def do_status(here: Here, arguments: Arguments) -> None:
+    """Print how the gateway and its accounts are."""
+    status = here.ask(do="status", probe=arguments.probe)
+    if arguments.channel:
+        row = here.row(arguments.channel)
+        status["channels"] = [each for each in status["channels"] if each["id"] == row.id]
+    if arguments.json:
+        print(json.dumps(status, indent=2))
+        return
+    print(f"Agent: {status['agentUrl']}\nModel: {status['model']}")
+    print(f"Channels configured: {status['configured']}, running: {status['running']}")
+    for each in status["channels"]:
+        name = each["id"] + ("" if each["accountId"] == "default" else f" ({each['accountId']})")
+        is_running, url = each["status"] == "running", each["agentUrl"]
+        words = [f"{name}  {each['status']}", each.get("bot", ""),
+                 f"uptime: {each['uptime']}s" if is_running else each["error"],
+                 f"agent: {url}" if url != status["agentUrl"] else "",
+                 *(f"{each[key]} {key}" for key in ("pending", "held", "dead") if each[key]),
+                 *(f"{count} not answered ({why})" for why, count in each["dropped"].items()),
+                 each["note"]]
+        print("  ".join(clean(word) for word in words if word))
+    for code in status["pairing"]:
+        print(f"Somebody waits for approval: ocp channels pairing approve {code}")
+    for line in here.refused:
+        print(line)
+
+
+def do_version(here: Here, arguments: Arguments) -> None:
+    """Print the version."""
+    print(f"ocp_channels {VERSION}")
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def do_list(here: Here, arguments: Arguments) -> None:
+    """Print the channels that are configured, or all."""
+    configured = {account.row.id for account in here.load().accounts}
+    ids = [row.id for row in here.rows if arguments.all or row.id in configured]
+    print(json.dumps(ids) if arguments.json else "\n".join(ids) or "no channel is configured")
+
+
+def do_add(here: Here, arguments: Arguments) -> None:
     """Write an account into the settings, when its platform knows the bot."""
-    row = here.row(arguments.channel)
-    content = read_file(here.settings_path)
-    values = values_of(row, arguments.rest)
-    merge_account(content, row, arguments.account, values)
-    account = checked(here, content, row, arguments.account)
+    row, content = here.row(arguments.channel), read_file(here.settings_path)
+    merge_account(content, row, arguments.account, flag_values(row, arguments.rest))
+    account = here.account(content, row, arguments.account)
     if account.missing:
         raise Problem(Exit.USAGE, f"{', '.join(account.missing)} missing. {row.help}")
-    if not arguments.no_probe and not (row.has_login and not row.credentials):
+    if not arguments.no_probe and row.credentials:
         try:
-            print(f"The bot is {clean(probe_account(here, account))}.")
+            with here.channel(account, {}) as channel:
+                print(f"The bot is {clean(channel.probe())}.")
         except Fatal as fatal:
             raise Problem(Exit.FAILED, f"not saved: {fatal}; {fatal.fix}") from None
         except Retry as problem:
             print(f"Warning: the platform could not be asked ({problem}).")
+    save_account(here, content, account)
+
+
+def save_account(here: Here, content: Json, account: Account) -> None:
+    """Write the settings, and let a running gateway use what they have of an account."""
     save_settings(here.settings_path, content)
     print(f"Saved {account.id} in {here.settings_path}.")
-    return take_over(here, row, arguments.account)
-
-
-def take_over(here: Here, row: Row, account: str) -> int:
-    """Let a running gateway use the new settings of an account."""
-    answer = ask_gateway(here.paths, {"do": "restart account", "channel": row.id,
-                                      "account": account})
-    if answer is None:
+    if here.is_running():
+        tell_changed(here.ask(do="restart", channel=account.row.id, account=account.name))
+    else:
         print("Start the gateway with: start")
-        return Exit.OK
-    return tell_changed(answer)
 
 
-def checked(here: Here, content: Json, row: Row, name: str) -> Account:
-    """Return an account as it would be with this content of the file. Raises SettingsError."""
-    reader = _Reader(here.settings_path, here.environ, list(here.rows))
-    accounts = reader.read(content).accounts
-    if reader.errors:
-        raise SettingsError(reader.errors)
-    return next(each for each in accounts if each.row.id == row.id and each.name == name)
-
-
-def values_of(row: Row, rest: list[str]) -> Json:
+def flag_values(row: Row, rest: list[str]) -> Json:
     """Return the settings that flags name: --KEY VALUE, or --KEY=VALUE. Raises Problem."""
+    kinds = {**{each.key: each.kind for each in SETTINGS}, **row.settings}
     values: Json = {}
     words = iter(rest)
     for word in words:
@@ -5579,24 +5294,17 @@ def values_of(row: Row, rest: list[str]) -> Json:
             raise Problem(Exit.USAGE, f"{clean(word)}: use --KEY VALUE")
         key, has_value, text = word[2:].partition("=")
         text = text if has_value else next(words, "")
-        if key == "token" and "token" not in row.credentials:
-            pieces = text.split(":", 1) if len(row.credentials) > 1 else [text]
-            values.update(zip(row.credentials, pieces))
-        else:
-            kinds = {each.key: each.kind for each in SETTINGS}
-            is_list = {**kinds, **row.settings}.get(key) in (texts_value, mapping_value)
-            values[key] = written_value(text, is_list)
-    return values
-
-
-def written_value(text: str, is_list: bool) -> object:
-    """Return the JSON value that a flag's text stands for; a list may be written with commas."""
-    if text in ("true", "false"):
-        return text == "true"
-    if text[:1] in ("{", "["):
+        if key == "token" and key not in row.credentials:
+            # All credentials in one, such as AppID:Secret.
+            values.update(zip(row.credentials, text.split(":", len(row.credentials) - 1)))
+            continue
+        values[key] = {"true": True, "false": False}.get(text, text)
         with contextlib.suppress(ValueError):
-            return json.loads(text)
-    return [each.strip() for each in text.split(",")] if is_list else text
+            if kinds.get(key) in (texts_value, mapping_value):
+                values[key] = [each.strip() for each in text.split(",")]
+            if text[:1] in ("{", "["):
+                values[key] = json.loads(text)
+    return values
 
 
 def merge_account(content: Json, row: Row, account: str, values: Json) -> None:
@@ -5626,84 +5334,35 @@ def save_settings(path: str, content: Json) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-class LooseTools:
-    """The tools of a channel that is only asked who it is, or logged in."""
-
-    def __init__(self, account: Account, state: Json) -> None:
-        self.settings, self.stop = account.settings, threading.Event()
-        self._state = state
-
-    def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
-        """Take over nothing."""
-
-    def state(self) -> Json:
-        """Return the state of the account."""
-        return self._state
-
-    def on_stop(self, wake: Callable[[], None]) -> None:
-        """Never stop."""
-
-    def note_frame(self) -> None:
-        """Note nothing."""
-
-    def note(self, word: str) -> None:
-        """Note nothing."""
-
-    def log(self, level: str, event: str, **fields: object) -> None:
-        """Log nothing."""
-
-
-@contextlib.contextmanager
-def loose_channel(here: Here, account: Account, state: Json) -> Iterator[Channel]:
-    """Yield the channel of an account that does not run."""
-    web = Http(Connector(account.settings["proxy"], here.environ))
-    try:
-        yield account.row.make(LooseTools(account, state), web)
-    finally:
-        web.close()
-
-
-def probe_account(here: Here, account: Account) -> str:
-    """Return who the bot is. Raises Fatal, Retry."""
-    with loose_channel(here, account, {}) as channel:
-        return channel.probe()
-
-
-def do_remove(here: Here, arguments: Arguments) -> int:
+def do_remove(here: Here, arguments: Arguments) -> None:
     """Take a channel or an account out of the settings."""
-    row = here.row(arguments.channel)
-    content = read_file(here.settings_path)
+    row, content = here.row(arguments.channel), read_file(here.settings_path)
+    account: str = arguments.account
     channels = content.get("channels", {})
     name = next((each for each in channels if each in (row.id, *row.aliases)), None)
     accounts = channels[name].get("accounts") or {} if name else {}
-    if name is None or arguments.account not in ("", "default", *accounts):
+    if name is None or account not in ("", "default", *accounts):
         raise Problem(Exit.FAILED, "the settings have no such account")
-    target = f"{row.id}{f':{arguments.account}' if arguments.account else ' with all accounts'}"
+    target = f"{row.id}:{account}" if account else f"{row.id} with all accounts"
     confirm(f"Remove {target}?", arguments.yes)
-    if arguments.account in accounts:
-        del accounts[arguments.account]
-    elif arguments.account and accounts:
+    if not account or not accounts:
+        del channels[name]
+    elif account in accounts:
+        del accounts[account]
+    else:
         for key in row.credentials:
             channels[name].pop(key, None)
-    if not arguments.account or not accounts:
-        del channels[name]
     save_settings(here.settings_path, content)
     # It finds no settings any more, so it only stops.
-    ask_gateway(here.paths, {"do": "restart account", "channel": row.id,
-                             "account": arguments.account})
+    ask_gateway(here.home, {"do": "restart", "channel": row.id, "account": account})
     if arguments.purge:
-        purge(here, f"{row.id}:{arguments.account or '%'}")
+        pattern = f"{row.id}:{account or '%'}"
+        with here.store() as store, store.transaction():
+            for table in ACCOUNT_TABLES:
+                store.run(f"DELETE FROM {table} WHERE account LIKE ?", pattern)
+            for table, column in LANE_TABLES:
+                store.run(f"DELETE FROM {table} WHERE {column} LIKE ?", f"{pattern}:%")
     print(f"Removed {target}.")
-    return Exit.OK
-
-
-def purge(here: Here, account: str) -> None:
-    """Delete everything that the database has of accounts; % = all of a channel."""
-    with here.store() as store, store.transaction():
-        for table in ("states", "seen", "inbox", "outbox", "people", "tokens"):
-            store.run(f"DELETE FROM {table} WHERE account LIKE ?", account)
-        for table, column in (("history", "session"), ("lanes", "lane")):
-            store.run(f"DELETE FROM {table} WHERE {column} LIKE ?", f"{account}:%")
 
 
 def confirm(question: str, is_yes: bool) -> None:
@@ -5716,189 +5375,130 @@ def confirm(question: str, is_yes: bool) -> None:
         raise Problem(Exit.FAILED, "nothing was changed")
 
 
-class Terminal:
-    """The console of a login."""
-
-    def show_link(self, url: str) -> None:
-        """Show a link as a QR code on a terminal, and as text."""
-        if sys.stdout.isatty():
-            columns = shutil.get_terminal_size((_LOGIN_COLUMNS, 24)).columns
-            with contextlib.suppress(ValueError):
-                print("\n".join(qr_lines(url.encode(), columns)))
-        print(url, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        print(clean(text), flush=True)
-
-    def ask(self, question: str) -> str:
-        """Return a line that the user types."""
-        return input(f"{clean(question)} ").strip()
-
-
-def do_login(here: Here, arguments: Arguments) -> int:
+def do_login(here: Here, arguments: Arguments) -> None:
     """Log an account in by a QR code."""
-    row = here.row(arguments.channel)
+    row, content = here.row(arguments.channel), read_file(here.settings_path)
     if not row.has_login:
         raise Problem(Exit.USAGE, f"{row.label} has no login. {row.help}")
-    content = read_file(here.settings_path)
     merge_account(content, row, arguments.account, {})
-    account = checked(here, content, row, arguments.account)
+    account = here.account(content, row, arguments.account)
     with here.store() as store:
         state = {} if arguments.force else store.state(account.id)
-        with loose_channel(here, account, state) as channel:
+        with here.channel(account, state) as channel:
             try:
-                found = dict(channel.login(Terminal()))
+                found = dict(channel.login(Console()))
             except Fatal as fatal:
                 raise Problem(Exit.FAILED, f"{fatal}: {fatal.fix}") from None
         owner = str(found.pop("owner", ""))
-        credentials = {key: found.pop(key) for key in row.credentials if key in found}
-        merge_account(content, row, arguments.account, credentials)
-        save_settings(here.settings_path, content)
+        merge_account(content, row, account.name,
+                      {key: found.pop(key) for key in row.credentials if key in found})
         with store.transaction():
             store.put_state(account.id, {**state, **found})
             if owner:
                 store.run("INSERT OR REPLACE INTO people VALUES (?,?,'','{}','','',1,?)",
                           account.id, owner, time.time())
-    print(f"{account.id} is logged in.")
-    return take_over(here, row, arguments.account)
+    save_account(here, content, account)
 
 
 # -- people and parts -----------------------------------------------------------------------------
 
 
-def do_pairing_list(here: Here, arguments: Arguments) -> int:
+def do_pairing_list(here: Here, arguments: Arguments) -> None:
     """Print who waits for approval and who has it."""
     with here.store() as store:
         people = Access(store).people()
-    for person in people:
-        role = f"waits: pairing approve {person['code']}" if person["code"] else (
-            "owner" if person["is_owner"] else "approved")
-        print(f"{person['account']}  {clean(person['sender'])}  {person['name']}  {role}")
-    if not people:
-        print("Nobody has written yet.")
-    return Exit.OK
+    roles = {1: "owner", 0: "approved"}
+    lines = [f"{person['account']}  {clean(person['sender'])}  {person['name']}  " + (
+        f"waits: pairing approve {person['code']}" if person["code"] else roles[person["is_owner"]])
+        for person in people]
+    print("\n".join(lines) or "Nobody has written yet.")
 
 
-def do_approve(here: Here, arguments: Arguments) -> int:
+def do_approve(here: Here, arguments: Arguments) -> None:
     """Let somebody in by the code that he was given."""
     with here.store() as store:
         person = Access(store).approve(arguments.code, is_owner=arguments.owner)
     if person is None:
         raise Problem(Exit.FAILED, "nobody waits with this code; codes hold for an hour")
-    ask_gateway(here.paths, {"do": "nudge"})
+    here.is_running()
     role = " and owns the account" if person["is_owner"] else ""
     print(f"{person['name']} ({clean(person['sender'])}) may write to {person['account']}{role}.")
-    return Exit.OK
 
 
-def do_revoke(here: Here, arguments: Arguments) -> int:
+def do_revoke(here: Here, arguments: Arguments) -> None:
     """Shut somebody out."""
     row = here.row(arguments.channel)
     with here.store() as store:
-        done = [Access(store).revoke(f"{row.id}:{name}", arguments.sender)
-                for name in {each.name for each in here.load().accounts if each.row.id == row.id}]
+        people = [row["account"] for row in Access(store).people()]
+        done = [Access(store).revoke(account, arguments.sender) for account in dict.fromkeys(people)
+                if account.startswith(f"{row.id}:")]
     if not any(done):
         raise Problem(Exit.FAILED, "nobody with this id was approved")
     print("Revoked.")
-    return Exit.OK
 
 
-def do_outbox(here: Here, arguments: Arguments) -> int:
+def do_outbox(here: Here, arguments: Arguments) -> None:
     """Print the parts of answers that are not sent."""
     with here.store() as store:
         found = store.rows("SELECT id, account, chat, status, attempts, why, at_s, LENGTH(text)"
                            " AS chars FROM outbox WHERE status<>'sent' ORDER BY id")
-    if arguments.json:
-        print(json.dumps([dict(row) for row in found], indent=2))
-        return Exit.OK
-    for row in found:
-        print(f"{row['id']}  {row['status']}  {row['account']}  {clean(row['chat'])}  "
-              f"{row['chars']} chars  {row['why']}")
-    if not found:
-        print("Everything is sent.")
-    return Exit.OK
+    lines = [f"{row['id']}  {row['status']}  {row['account']}  {clean(row['chat'])}  "
+             f"{row['chars']} chars  {row['why']}" for row in found]
+    print(json.dumps([dict(row) for row in found], indent=2) if arguments.json
+          else "\n".join(lines) or "Everything is sent.")
 
 
-def do_outbox_change(here: Here, arguments: Arguments) -> int:
+def do_outbox_change(here: Here, arguments: Arguments) -> None:
     """Send a part again, or give it up."""
+    change = "DELETE FROM outbox" if arguments.verb == "drop" else (
+        f"UPDATE outbox SET status='pending', due_s=0, attempts=0, at_s={time.time()}")
     with here.store() as store:
-        if arguments.verb == "drop":
-            done = store.run("DELETE FROM outbox WHERE id=? AND status<>'sent'", arguments.id)
-        else:
-            done = store.run("UPDATE outbox SET status='pending', due_s=0, attempts=0, at_s=?"
-                             " WHERE id=? AND status<>'sent'", time.time(), arguments.id)
-    if not done:
-        raise Problem(Exit.FAILED, f"there is no part {arguments.id} that is not sent; see: outbox")
-    ask_gateway(here.paths, {"do": "nudge"})
+        if not store.run(f"{change} WHERE id=? AND status<>'sent'", arguments.id):
+            raise Problem(Exit.FAILED, f"there is no part {arguments.id} that is not sent; see: "
+                          "outbox")
+    here.is_running()
     print("Done.")
-    return Exit.OK
 
 
 # -- plugins --------------------------------------------------------------------------------------
 
 
-def do_plugins_install(here: Here, arguments: Arguments) -> int:
-    """Install a channel from a file or an https address."""
+def do_plugins_install(here: Here, arguments: Arguments) -> None:
+    """Install a channel from a file."""
     place = arguments.source
     if place in BUILT_IN_PACKAGES:
         print(f"Built in: {BUILT_IN_PACKAGES[place]}. Nothing has to be installed.")
-        return Exit.OK
-    source = read_plugin(here, place, arguments.sha256)
-    name = os.path.basename(urllib.parse.urlsplit(place).path)[:-3]
-    if not _PLUGIN_NAME.fullmatch(name):
-        raise Problem(Exit.USAGE, "name the file with letters, digits, - and _, and .py")
-    digest = hashlib.sha256(source.encode()).hexdigest()
-    if arguments.sha256 and arguments.sha256.lower() != digest:
-        raise Problem(Exit.FAILED, f"its hash is {digest}, not the one that was given")
-    print(f"{name}: {len(source.encode())} bytes, sha256 {digest}.\n"
+        return
+    name = os.path.basename(place)
+    if "://" in place or not _PLUGIN_NAME.fullmatch(name):
+        raise Problem(
+            Exit.USAGE, f"{clean(place)}: name a file of letters, digits, - and _ that ends in .py;"
+            " an address has to be downloaded first. Packages of npm cannot run here: every "
+            "channel of OpenClaw reaches OCP another way. Install OpenClaw, run `openclaw plugins "
+            f"install {clean(place)}`, and `ocp connect openclaw` makes OCP its model provider.")
+    with open(place, "rb") as file:
+        source = file.read()
+    print(f"{name}: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}.\n"
           "It runs with all rights of this program.")
     confirm("Install it?", arguments.yes)
-    Plugins(here.paths).install(source, name)
+    Plugins(here.home).put(name, source)
     print(f"Installed {name}. Restart the gateway to load it.")
-    return Exit.OK
 
 
-def read_plugin(here: Here, place: str, digest: str) -> str:
-    """Return the source of a plugin. Raises Problem."""
-    try:
-        if place.startswith("https://"):
-            if not digest:
-                raise Problem(Exit.USAGE, "give the hash of what you expect: --sha256 HEX")
-            web = Http(Connector("", here.environ))
-            answer = web.call("GET", place, max_bytes=_MAX_PLUGIN_BYTES)
-            if answer.status != 200:
-                raise Problem(Exit.FAILED, f"the server answers {answer.status}")
-            return answer.body.decode()
-        if place.endswith(".py"):
-            with open(place, encoding="utf-8") as file:
-                return file.read(_MAX_PLUGIN_BYTES)
-    except (OSError, NetworkFailed, ValueError) as problem:
-        raise Problem(Exit.FAILED, f"{clean(place)}: {reason_of(problem)}") from None
-    raise Problem(
-        Exit.USAGE, f"{clean(place)} is no Python file, and packages of npm cannot run here. Every "
-        "channel of OpenClaw reaches OCP another way: install OpenClaw, run `openclaw plugins "
-        f"install {clean(place)}`, and `ocp connect openclaw` makes OCP its model provider.")
-
-
-def do_plugins_list(here: Here, arguments: Arguments) -> int:
+def do_plugins_list(here: Here, arguments: Arguments) -> None:
     """Print the plugins."""
-    hashes = Plugins(here.paths).hashes()
-    for name, digest in hashes.items():
-        print(f"{name}  sha256 {digest}")
-    for line in here.refused:
-        print(line)
-    if not hashes and not here.refused:
-        print("No plugin is installed; Telegram, Discord, WeChat, DingTalk and QQ are built in.")
-    return Exit.OK
+    lines = [f"{name}  sha256 {digest}" for name, digest in Plugins(here.home).hashes().items()]
+    print("\n".join([*lines, *here.refused]) or "No plugin is installed; built in are: "
+          + ", ".join(row.label for row in ROWS))
 
 
-def do_plugins_remove(here: Here, arguments: Arguments) -> int:
+def do_plugins_remove(here: Here, arguments: Arguments) -> None:
     """Remove a plugin."""
-    if not Plugins(here.paths).remove(arguments.name):
+    name = f"{arguments.name.removesuffix('.py')}.py"
+    if name not in Plugins(here.home).hashes():
         raise Problem(Exit.FAILED, f"there is no plugin {clean(arguments.name)}")
+    Plugins(here.home).put(name, None)
     print("Removed.")
-    return Exit.OK
 
 
 # -- the self-test --------------------------------------------------------------------------------
@@ -5921,9 +5521,8 @@ class _TestAgent(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0" if later else str(len(body)))
         self.end_headers()
         if later:
-            web = Http(Connector("", {}))
-            web.call("POST", later, {"reply": "".join(_TEST_DELTAS)})
-            web.close()
+            with contextlib.closing(Http(Connector("", {}))) as web:
+                web.call("POST", later, {"reply": "".join(_TEST_DELTAS)})
         else:
             self.wfile.write(body)
 
@@ -5932,11 +5531,11 @@ class _TestAgent(http.server.BaseHTTPRequestHandler):
 
 
 class _TestChannel(Channel):
-    """A made-up platform: what is written in it, and what it was told to send."""
+    """A made-up platform, on which somebody writes and reads."""
 
     def __init__(self, tools: Tools, http: Http) -> None:
         super().__init__(tools, http)
-        self.sent: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def run(self) -> None:
         """Receive nothing by itself."""
@@ -5945,137 +5544,120 @@ class _TestChannel(Channel):
 
     def send(self, route: Json, part: Part) -> str:
         """Keep a part."""
-        self.sent.put(part.text)
+        self._sent.put(part.text)
         return "1"
 
     def exchange(self, sender: str, text: str) -> str:
         """Write a message and return the first part of its answer, empty if none comes."""
-        message = Message(secrets.token_hex(8), sender, "direct", sender, sender, text, True, "",
-                          (), time.time(), {})
-        self.tools.accept(message)
-        try:
-            return self.sent.get(timeout=_TEST_WAIT_S)
-        except queue.Empty:
-            return ""
+        self.tools.accept(Message(secrets.token_hex(8), sender, "direct", sender, sender, text,
+                                  True, "", (), time.time(), {}))
+        with contextlib.suppress(queue.Empty):
+            return self._sent.get(timeout=_TEST_WAIT_S)
+        return ""
 
 
 _TestChannel.row = Row("test", (), "Test", _TestChannel, 4000, {}, {})
 
 
-def do_test(here: Here, arguments: Arguments) -> int:
+def do_test(here: Here, arguments: Arguments) -> None:
     """Check this program with a made-up channel, and a made-up agent or that of --agent."""
     agent = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _TestAgent)
-    threading.Thread(target=agent.serve_forever, args=(0.05,), daemon=True).start()
+    spawn(lambda: agent.serve_forever(0.05))
     made_up = f"http://127.0.0.1:{agent.server_address[1]}/v1/chat/completions"
+    accounts = {"friend": {"allowFrom": ["1"], "agentUrl": arguments.agent or made_up},
+                "later": {"allowFrom": ["1"], "async": True}}
+    content = {"agentUrl": made_up, "callbackPort": 0, "channels": {"test": {"accounts": accounts}}}
+    settings = parse_settings(content, "", {}, [_TestChannel.row])
     with tempfile.TemporaryDirectory(prefix="ocp-test-") as folder:
-        accounts = {"friend": {"allowFrom": ["1"], "agentUrl": arguments.agent or made_up},
-                    "later": {"allowFrom": ["1"], "async": True}}
-        path = os.path.join(folder, "channels.json")
-        save_settings(path, {"agentUrl": made_up, "callbackPort": 0,
-                             "channels": {"test": {"accounts": accounts}}})
-        app = App(Paths(folder), lambda: load_settings(path, {}, [_TestChannel.row]),
-                  Log(os.path.join(folder, "log"), None), {})
-        server = threading.Thread(target=app.run, daemon=True)
-        server.start()
+        app = App(folder, lambda: settings, Log("", None), {})
+        gateway = spawn(app.run)
         try:
-            is_good = all([*run_checks(app.lanes, is_made_up=not arguments.agent)])
+            failed = list(failed_checks(app.lanes.accounts, is_made_up=not arguments.agent))
         finally:
             app.is_over.set()
-            server.join()
+            gateway.join()
             agent.shutdown()
             agent.server_close()
-    return Exit.OK if is_good else Exit.FAILED
+    if failed:
+        raise Problem(Exit.FAILED, f"{len(failed)} of the checks failed")
 
 
-def run_checks(lanes: Lanes, *, is_made_up: bool) -> Iterator[bool]:
-    """Print a line for each check and yield whether it passed."""
-    whole = "".join(_TEST_DELTAS)
+def failed_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> Iterator[str]:
+    """Print a line for each check and yield the names of those that failed."""
     until_s = time.monotonic() + _TEST_WAIT_S
-    while len(lanes.accounts) < 2 and time.monotonic() < until_s:
+    while len(accounts) < 2 and time.monotonic() < until_s:
         time.sleep(0.02)
-    friend, later = (cast(_TestChannel, lanes.accounts[f"test:{name}"].channel)
-                     for name in ("friend", "later"))
-    checks: tuple[tuple[str, Callable[[], str], str], ...] = (
-        ("the agent's answer arrives", lambda: friend.exchange("1", "Say hello."),
-         whole if is_made_up else ""),
-        ("a later answer arrives by callback", lambda: later.exchange("1", "hello"), whole),
-        ("a stranger gets a code", lambda: friend.exchange("2", "hello").partition(" Code")[0],
-         "This bot is private."),
-    )
-    for name, run, expected in checks:
-        found = run()
-        failing = [row.text.partition(".")[0] for row in FAILURES]
-        is_good = found == expected if expected else bool(found) and not found.startswith(
-            tuple(failing))
-        print(f"{'ok' if is_good else 'FAILED':7} {name}"
-              + ("" if is_good else f": {clean(found) or 'nothing came'}"))
-        yield is_good
+    whole, failing = "".join(_TEST_DELTAS), tuple(row.text[:20] for row in FAILURES)
+    for name, account, sender, expected in (
+        ("the agent's answer arrives", "test:friend", "1", whole if is_made_up else ""),
+        ("a later answer arrives by callback", "test:later", "1", whole),
+        ("a stranger gets a code", "test:friend", "2", "This bot is private."),
+    ):
+        channel = cast(_TestChannel, accounts[account].channel)
+        found = channel.exchange(sender, "Say hello.")
+        is_good = bool(found) and found.startswith(expected) and not found.startswith(failing)
+        if is_good:
+            print(f"ok      {name}")
+        else:
+            print(f"FAILED  {name}: {clean(found) or 'nothing came'}")
+            yield name
 
 
 # -- reading the command line ---------------------------------------------------------------------
 
 
-class Flag(NamedTuple):
-    """An argument of a command, as argparse takes it."""
-
-    names: tuple[str, ...]
-    options: Mapping[str, Any]
+def flag(*names: str, **options: Any) -> tuple[tuple[str, ...], Json]:
+    """Return an argument of a command, as argparse takes it."""
+    return names, options
 
 
-def flag(*names: str, **options: Any) -> Flag:
-    """Return an argument."""
-    return Flag(names, options)
+def switch(*names: str, about: str = argparse.SUPPRESS) -> tuple[tuple[str, ...], Json]:
+    """Return an argument that is there or not."""
+    return flag(*names, action="store_true", help=about)
 
 
 class Command(NamedTuple):
     """A command, by its one or two words."""
 
     words: tuple[str, ...]
-    run: Callable[[Here, Arguments], int]
-    flags: tuple[Flag, ...] = ()
+    run: Callable[[Here, Arguments], None]
+    flags: tuple[tuple[tuple[str, ...], Json], ...] = ()
 
 
 _ONE_CHANNEL = flag("--channel", required=True, metavar="ID")
 _ANY_CHANNEL = flag("--channel", default="", metavar="ID")
 _ACCOUNT = flag("--account", default="default", metavar="NAME")
 _ANY_ACCOUNT = flag("--account", default="", metavar="NAME")
-_JSON = flag("--json", action="store_true", help="as JSON")
-_YES = flag("--yes", "-y", action="store_true", help="do not ask")
-_BACKGROUND = flag("-d", "--background", "--bg", "--daemon", action="store_true",
-                   help="in a process of its own")
+_JSON = switch("--json", about="as JSON")
+_YES = switch("--yes", "-y", about="do not ask")
 COMMANDS = (
     Command(("start",), do_start, (
-        _BACKGROUND, _ANY_CHANNEL, flag("--account", default="", help=argparse.SUPPRESS),
-        flag("--log-file", action="store_true", help="write channels.log too"),
-        flag("--log-dir", default="", metavar="FOLDER"),
-        flag("--is-child", action="store_true", help=argparse.SUPPRESS))),
+        switch("-d", "--background", "--bg", "--daemon", about="in a process of its own"),
+        _ANY_CHANNEL, _ANY_ACCOUNT, switch("--log-file", about="write channels.log too"),
+        flag("--log-dir", default="", metavar="FOLDER"), switch("--is-child"))),
     Command(("stop",), do_stop, (_ANY_CHANNEL, _ANY_ACCOUNT)),
     Command(("restart",), do_restart, (_ANY_CHANNEL, _ANY_ACCOUNT)),
     Command(("status",), do_status, (
-        _ANY_CHANNEL, _JSON, flag("--probe", action="store_true", help="ask the platforms too"))),
+        _ANY_CHANNEL, _JSON, switch("--probe", about="ask the platforms too"))),
     Command(("test",), do_test, (flag("--agent", default="", metavar="URL",
                                       help="check this agent instead of a made-up one"),)),
     Command(("version",), do_version),
-    Command(("list",), do_list, (
-        flag("--all", action="store_true", help="also what is not configured"), _JSON)),
+    Command(("list",), do_list, (switch("--all", about="also what is not configured"), _JSON)),
     Command(("add",), do_add, (
-        _ONE_CHANNEL, _ACCOUNT,
-        flag("--no-probe", action="store_true", help="do not ask the platform who the bot is"))),
+        _ONE_CHANNEL, _ACCOUNT, switch("--no-probe", about="do not ask the platform who it is"))),
     Command(("remove",), do_remove, (
         _ONE_CHANNEL, _ANY_ACCOUNT, _YES,
-        flag("--purge", action="store_true", help="delete its messages and people too"))),
+        switch("--purge", about="delete its messages and people too"))),
     Command(("login",), do_login, (
-        _ONE_CHANNEL, _ACCOUNT,
-        flag("--force", action="store_true", help="forget the former login first"))),
+        _ONE_CHANNEL, _ACCOUNT, switch("--force", about="forget the former login first"))),
     Command(("pairing", "list"), do_pairing_list),
     Command(("pairing", "approve"), do_approve, (
-        flag("code"), flag("--owner", action="store_true", help="owns the account"))),
+        flag("code"), switch("--owner", about="owns the account"))),
     Command(("pairing", "revoke"), do_revoke, (flag("channel"), flag("sender"))),
     Command(("outbox", "list"), do_outbox, (_JSON,)),
     Command(("outbox", "retry"), do_outbox_change, (flag("id", type=int),)),
     Command(("outbox", "drop"), do_outbox_change, (flag("id", type=int),)),
-    Command(("plugins", "install"), do_plugins_install, (
-        flag("source", metavar="FILE|URL"), flag("--sha256", default="", metavar="HEX"), _YES)),
+    Command(("plugins", "install"), do_plugins_install, (flag("source", metavar="FILE"), _YES)),
     Command(("plugins", "list"), do_plugins_list),
     Command(("plugins", "remove"), do_plugins_remove, (flag("name"),)),
 )
@@ -6086,31 +5668,29 @@ def command_parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").split("\n\n")[0]
     whole = argparse.ArgumentParser(prog="ocp_channels.py", description=about, allow_abbrev=False)
     whole.add_argument("--config", default="", metavar="FILE", help="the settings")
-    commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    groups: dict[str, Any] = {}
+    places: dict[tuple[str, ...], Any] = {(): whole.add_subparsers(required=True,
+                                                                   metavar="COMMAND")}
     for command in COMMANDS:
-        place = commands
-        if len(command.words) > 1:
-            word = command.words[0]
-            if word not in groups:
-                verbs = [each.words[1] for each in COMMANDS if each.words[0] == word]
-                group = commands.add_parser(word, help=", ".join(verbs), allow_abbrev=False)
-                groups[word] = group.add_subparsers(required=True, metavar="COMMAND")
-            place = groups[word]
+        group = command.words[:-1]
+        if group not in places:
+            verbs = ", ".join(each.words[1] for each in COMMANDS if each.words[:-1] == group)
+            parent = places[()].add_parser(group[0], help=verbs, allow_abbrev=False)
+            places[group] = parent.add_subparsers(required=True, metavar="COMMAND")
         told = (command.run.__doc__ or "").partition(".")[0]
-        parser = place.add_parser(command.words[-1], help=told, description=f"{told}.",
-                                  allow_abbrev=False)
-        for each in command.flags:
-            parser.add_argument(*each.names, **each.options)
+        parser = places[group].add_parser(command.words[-1], help=told, description=f"{told}.",
+                                          allow_abbrev=False)
+        for names, options in command.flags:
+            parser.add_argument(*names, **options)
         parser.set_defaults(run=command.run, verb=command.words[-1])
     return whole
 
 
 def read_arguments(argv: list[str]) -> Arguments:
     """Return the arguments of a command; the word "channels" in front of it may be left out."""
-    words = [each for place, each in enumerate(argv) if each != "channels" or "channels" in
-             argv[:place] or any(not word.startswith("-") for word in argv[:place])]
-    if words == ["outbox"] or words == ["outbox", "--json"]:
+    first = next((place for place, word in enumerate(argv) if word == "channels"), -1)
+    is_in_front = first >= 0 and all(word.startswith("-") for word in argv[:first])
+    words = argv[:first] + argv[first + 1:] if is_in_front else argv
+    if words in (["outbox"], ["outbox", "--json"]):
         words.insert(1, "list")
     parser = command_parser()
     arguments, rest = parser.parse_known_args(words)
@@ -6124,15 +5704,14 @@ def main(argv: list[str], environ: Mapping[str, str]) -> int:
     """Run a command and return its exit code."""
     arguments = read_arguments(argv)
     try:
-        return int(arguments.run(Here.of(environ, arguments.config), arguments))
-    except SettingsError as problem:
+        arguments.run(Here.of(environ, arguments.config), arguments)
+        return Exit.OK
+    except (SettingsError, Problem) as problem:
         print(problem, file=sys.stderr)
-        return Exit.USAGE
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return problem.code
+        return problem.code if isinstance(problem, Problem) else Exit.USAGE
     except OSError as problem:
-        print(reason_of(problem), file=sys.stderr)
+        place = f"{problem.filename}: " if problem.filename else ""
+        print(f"{place}{reason_of(problem)}", file=sys.stderr)
         return Exit.FAILED
     except KeyboardInterrupt:
         return Exit.INTERRUPTED

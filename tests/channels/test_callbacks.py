@@ -83,7 +83,7 @@ def test_forms_of_a_reply(reply: Any, text: str) -> None:
     ("POST", f"/{TOKEN.replace('0', 'A')}", {"reply": "a"}, 404, "not found"),
     ("GET", f"/{TOKEN}", None, 405, "use POST"),
     ("POST", f"/{TOKEN}", b"x" * 1_048_577, 413, "more than"),
-    ("POST", f"/{TOKEN}", b"no json", 400, "not JSON"),
+    ("POST", f"/{TOKEN}", b"no json", 400, "not a JSON object"),
     ("POST", f"/{TOKEN}", [1], 400, "not a JSON object"),
     ("POST", f"/{TOKEN}", {"reply": ""}, 400, "reply: use"),
     ("POST", f"/{TOKEN}", {"reply": 3}, 400, "reply: use"),

@@ -8,6 +8,7 @@ from typing import Any, Iterator
 
 import pytest
 
+from channel_rows import message
 from channel_tools import FakeTools, channels, receiving
 from clock import FakeClock
 from depth import by_depth
@@ -372,3 +373,50 @@ def test_a_network_that_fails_is_tried_again(channel: Any, discord: FakeDiscord)
 ])
 def test_the_markdown_that_discord_shows(channel: Any, markdown: str, shown: str) -> None:
     assert channel.render(markdown) == shown
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+def settings(**values: Json) -> Any:
+    """The accounts of a file with these settings of Discord."""
+    content = {"channels": {"discord": {"allowFrom": ["1000"], **values}}}
+    return channels.parse_settings(content, "none", {}, [channels.Discord.row]).accounts
+
+
+def test_a_token_may_have_the_name_that_it_has_elsewhere() -> None:
+    assert [each.settings["token"] for each in settings(botToken="one")] == ["one"]
+    both = settings(
+        botToken="one", accounts={"other": {"botToken": "two"}, "third": {"token": "3"}})
+    assert {each.name: each.settings["token"] for each in both} == {
+        "default": "one", "other": "two", "third": "3"}
+    assert not any(each.missing for each in both)
+
+
+@pytest.mark.parametrize(("guilds", "reason"), [
+    ({"7": {}}, ""), ({"*": {}}, ""), (["7"], ""), ({"7": {"channels": {"70": {}}}}, ""),
+    ({"7": {"channels": {"*": {"allow": True}}}}, ""),
+    ({"8": {}}, "the group is not listed"), ({}, "the group is not listed"),
+    ({"7": {"channels": {"71": {}}}}, "the channel is not listed"),
+    ({"7": {"channels": {}}}, "the channel is not listed"),
+    ({"7": {"channels": {"70": {"allow": False}}}}, "the channel is not listed"),
+    ({"7": {"channels": {"70": {"enabled": False}}}}, "the channel is not listed"),
+    ({"7": {"channels": {"70": False}}}, "the channel is not listed"),
+    ({"7": False}, "the channel is not listed"),
+    ({"7": {"enabled": False}}, "the channel is not listed"),
+])
+def test_where_in_a_guild_it_answers(guilds: Json, reason: str) -> None:
+    asked = message(kind="group", group="7", place="70", is_mentioned=True)
+    assert channels.judge_group(settings(token="x", guilds=guilds)[0], asked).reason == reason
+
+
+@pytest.mark.parametrize(("guild", "channel", "is_answered"), [
+    (None, None, False), (False, None, True), (True, None, False), (False, True, False),
+    (True, False, True)])
+def test_a_mention_is_needed_unless_the_place_says_otherwise(
+    guild: Any, channel: Any, is_answered: bool
+) -> None:
+    levels = [{} if each is None else {"requireMention": each} for each in (guild, channel)]
+    guilds = {"7": {**levels[0], "channels": {"70": levels[1]}}}
+    asked = message(kind="group", group="7", place="70", is_mentioned=False)
+    verdict = channels.judge_group(settings(token="x", guilds=guilds)[0], asked)
+    assert verdict.reason == ("" if is_answered else "not mentioned")

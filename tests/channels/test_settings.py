@@ -25,7 +25,8 @@ def load(tmp_path: Path, content: Any, environ: Optional[Mapping[str, str]] = No
     path = tmp_path / "channels.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     path.chmod(0o600)
-    return channels.load_settings(str(path), environ or {}, [ROW, *channels.ROWS])
+    content = channels.read_file(str(path))
+    return channels.parse_settings(content, str(path), environ or {}, [ROW, *channels.ROWS])
 
 
 def errors_of(tmp_path: Path, content: Any) -> list[str]:
@@ -133,7 +134,8 @@ def test_the_environment_has_the_credentials_of_the_default_account(tmp_path: Pa
 def test_a_file_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
     load(tmp_path, EXAMPLE)
     (tmp_path / "channels.json").chmod(0o644)
-    settings = channels.load_settings(str(tmp_path / "channels.json"), {}, [ROW, *channels.ROWS])
+    settings = channels.parse_settings(EXAMPLE, str(tmp_path / "channels.json"), {},
+                                       [ROW, *channels.ROWS])
     assert "others can read it" in settings.warnings[0]
 
 
@@ -156,6 +158,6 @@ def test_an_account_that_is_added_takes_none_away(
     content, had_any = {"channels": before}, bool(before)
     channels.merge_account(content, row, account, {"k": 1})
     assert list(content["channels"].values()) == [after]
-    names = [each.name for each in channels._Reader("", {}, [row]).read(content).accounts]
+    names = [each.name for each in channels.parse_settings(content, "", {}, [row]).accounts]
     if row is LOGIN_ROW:
         assert account in names and ("default" in names) == had_any

@@ -70,15 +70,13 @@ MadeUp.row = ROW
 
 def settings_of(path: Any, environ: Optional[Mapping[str, str]] = None, row: Any = ROW) -> Any:
     """The settings of a file, whose channels are the made-up one."""
-    return channels.load_settings(str(path), environ or {}, [row])
+    return channels.parse_settings(channels.read_file(str(path)), str(path), environ or {}, [row])
 
 
 def account(row: Any = ROW, **values: Json) -> Any:
     """An account with these settings of its own."""
-    reader = channels._Reader("none", {}, [row])
-    found = reader.read({"channels": {row.id: {"token": "secret-token", **values}}})
-    assert not reader.errors, reader.errors
-    return found.accounts[0]
+    content = {"channels": {row.id: {"token": "secret-token", **values}}}
+    return channels.parse_settings(content, "none", {}, [row]).accounts[0]
 
 
 class Chat:
@@ -93,7 +91,7 @@ class Chat:
             "channels": {row.id: {"token": "secret-token", "allowFrom": ["1000"], **values}}}))
         path.chmod(0o600)
         self.app = channels.App(
-            channels.Paths(str(self.folder)), lambda: settings_of(path, row=row),
+            str(self.folder), lambda: settings_of(path, row=row),
             channels.Log(str(self.folder / "channels.log"), None), {})
         self._thread = threading.Thread(target=self.app.run)
         self._ids = itertools.count(1)
