@@ -669,9 +669,10 @@ class _Level(NamedTuple):
         return f"{self.place}.{key}".lstrip(".")
 
     def renamed(self, words: Mapping[str, str]) -> _Level:
-        """Return it with other words for settings."""
-        return self._replace(values={words.get(key, key): value
-                                     for key, value in self.values.items()})
+        """Return it with the right words for settings that are called otherwise."""
+        other = {words[key]: value for key, value in self.values.items() if key in words}
+        own = {key: value for key, value in self.values.items() if key not in words}
+        return self._replace(values={**other, **own})
 
 
 class _Reader:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
@@ -390,6 +392,22 @@ def test_a_token_may_have_the_name_that_it_has_elsewhere() -> None:
     assert {each.name: each.settings["token"] for each in both} == {
         "default": "one", "other": "two", "third": "3"}
     assert not any(each.missing for each in both)
+    assert settings(botToken="one", token="two")[0].settings["token"] == "two"
+
+
+def test_an_account_is_added_when_discord_knows_the_bot(
+    discord: FakeDiscord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(token: str) -> int:
+        return int(channels.main(
+            ["add", "--channel", "discord", "--botToken", token, "--apiRoot", discord.url],
+            {"OCP_HOME": str(tmp_path), "HOME": str(tmp_path)}))
+
+    assert add("wrong") == 1 and "Reset Token" in capsys.readouterr().err
+    assert add(discord.token) == 0
+    assert f"The bot is @{BOT_NAME}." in capsys.readouterr().out
+    saved = json.loads((tmp_path / "channels.json").read_text())["channels"]["discord"]
+    assert saved["botToken"] == discord.token
 
 
 @pytest.mark.parametrize(("guilds", "reason"), [

@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import random
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
@@ -368,3 +369,18 @@ def test_a_guild_is_listed_beside_groups(guilds: Json, is_allowed: bool) -> None
     in_group = message(kind="group", group="GROUP", place="GROUP", is_mentioned=True)
     assert bool(channels.judge_group(made, in_guild).reason) != is_allowed
     assert not channels.judge_group(made, in_group).reason
+
+
+def test_an_account_is_added_by_one_word_when_qq_knows_the_bot(
+    qq: FakeQQ, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(secret: str) -> int:
+        return int(channels.main(
+            ["add", "--channel", "qq", "--token", f"{qq.app_id}:{secret}", "--apiRoot", qq.url,
+             "--tokenUrl", qq.token_url], {"OCP_HOME": str(tmp_path), "HOME": str(tmp_path)}))
+
+    assert add("wrong") == 1 and "copy both" in capsys.readouterr().err
+    assert add(qq.secret) == 0
+    assert f"The bot is @{BOT_NAME}." in capsys.readouterr().out
+    saved = json.loads((tmp_path / "channels.json").read_text())["channels"]["qqbot"]
+    assert (saved["appId"], saved["clientSecret"]) == (qq.app_id, qq.secret)
