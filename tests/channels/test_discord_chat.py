@@ -14,7 +14,7 @@ def test_a_chat_goes_on_over_cut_connections_and_a_kill() -> None:
                    "guilds": {"7": {"channels": {"70": {}}}}}
         dm = discord.dm("1000")
         with Gateway(None, agent, channels={"discord": {"accounts": {"mine": account}}}) as gateway:
-            eventually(lambda: discord.newest)
+            eventually(lambda: gateway.rows("SELECT 1 FROM states"))
             agent.enqueue(streamed(*(f"This is sentence {n}. " for n in range(6)), pause_s=0.4))
             discord.say("tell me")
             first = eventually(lambda: discord.screen(dm))

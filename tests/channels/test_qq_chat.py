@@ -13,8 +13,8 @@ def test_a_long_answer_comes_in_five_messages_and_the_rest_with_the_next_ones() 
     with FakeQQ() as qq, FakeAgent() as agent:
         account = qq.settings(allowFrom=["PERSON"], groupAllowFrom=["MEMBER"],
                               groups={"GROUP": {}})
-        with Gateway(None, agent, channels={"qq": account}):
-            eventually(lambda: qq.newest)
+        with Gateway(None, agent, channels={"qq": account}) as gateway:
+            eventually(lambda: gateway.rows("SELECT 1 FROM states"))
             agent.enqueue(streamed(*(f"{each}\n\n" for each in paragraphs), pause_s=0.05))
             qq.say("tell me everything")
             eventually(lambda: "write anything" in "".join(qq.screen("PERSON")))

@@ -1,8 +1,9 @@
-"""ocp_channels.py that ends itself as kill -9 would, at the Nth step after its first message.
+"""ocp_channels.py that ends itself as kill -9 would, at the Nth step after its first message, or at
+the first one of a name.
 
 A step is the moment before or after a change of the database, the end of a transaction, or a call
-of a platform. As a program: `killed_gateway.py N FILE ARGUMENTS..`; the step's name is written to
-FILE."""
+of a platform. As a program: `killed_gateway.py STEP FILE ARGUMENTS..`; the name of the step is
+written to FILE."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ import ocp_channels  # noqa: E402
 class Killer:
     """Counts steps."""
 
-    def __init__(self, left: int, file: str) -> None:
-        self._left, self._file = left, file
+    def __init__(self, step: str, file: str) -> None:
+        """`step` is a number or a name."""
+        self._name, self._file = step, file
+        self._left = int(step) if step.isdigit() else 0
         self.is_counting = False
 
     def step(self, name: str) -> None:
@@ -30,7 +33,7 @@ class Killer:
         if not self.is_counting:
             return
         self._left -= 1
-        if self._left == 0:
+        if self._left == 0 or name == self._name:
             Path(self._file).write_text(name)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,8 +51,8 @@ def between(killer: Killer, owner: Any, method: str, name_of: Callable[..., str]
     setattr(owner, method, counted)
 
 
-def main(count: int, file: str, arguments: list[str]) -> int:
-    killer = Killer(count, file)
+def main(step: str, file: str, arguments: list[str]) -> int:
+    killer = Killer(step, file)
     accept, transaction = ocp_channels.LiveAccount.accept, ocp_channels.Store.transaction
 
     def counted_accept(self: Any, message: Any, state: Any = None) -> None:
@@ -71,4 +74,4 @@ def main(count: int, file: str, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
