@@ -1,8 +1,7 @@
 """ocp_channels.py that ends itself as kill -9 would, at the Nth step after its first message.
 
 A step is the moment before or after a change of the database, the end of a transaction, or a call
-of a platform. As a program: `killed_gateway.py N FILE ARGUMENTS..`; the step's name is written to
-FILE."""
+of a platform. Its arguments are N, a file for the step's name, and those of ocp_channels.py."""
 
 from __future__ import annotations
 
@@ -48,8 +47,9 @@ def between(killer: Killer, owner: Any, method: str, name_of: Callable[..., str]
     setattr(owner, method, counted)
 
 
-def main(count: int, file: str, arguments: list[str]) -> int:
-    killer = Killer(count, file)
+def main(words: list[str]) -> int:
+    """Run the gateway until it ends itself."""
+    killer = Killer(int(words[0]), words[1])
     accept, transaction = ocp_channels.LiveAccount.accept, ocp_channels.Store.transaction
 
     def counted_accept(self: Any, message: Any, state: Any = None) -> None:
@@ -67,8 +67,4 @@ def main(count: int, file: str, arguments: list[str]) -> int:
     ocp_channels.Store.transaction = counted_transaction
     between(killer, ocp_channels.Store, "run", lambda statement, *_: statement.partition("(")[0])
     between(killer, ocp_channels.Http, "call", lambda method, url, *_: url.rpartition("/")[2])
-    return ocp_channels.main(arguments, os.environ)
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    return ocp_channels.main(words[2:], os.environ)
