@@ -94,16 +94,7 @@ import types
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import (
-    Any,
-    ClassVar,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    TextIO,
-    Union,
-    cast,
-)
+from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union, cast
 
 VERSION = "1.0.0"
 
@@ -164,6 +155,11 @@ def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
     os.chmod(draft, mode)
     os.replace(draft, path)
 # --- end shared
+
+
+#: How people start this program, for messages.
+PROGRAM = "ocp channels" if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(
+    __file__)), "ocp.py")) else "python3 ocp_channels.py"
 
 
 def clean(text: object) -> str:
@@ -3215,8 +3211,7 @@ class Access:
             clean(message.sender_name)[:80], compact(message.route), message.chat, code,
             self._clock())
         return Verdict("not approved", f"This bot is private. Code {code}; your id is "
-                       f"{clean(message.sender)}. The owner runs: ocp channels pairing approve "
-                       f"{code}")
+                       f"{clean(message.sender)}. The owner runs: {PROGRAM} pairing approve {code}")
 
     def _person(self, account: str, sender: str) -> Optional[sqlite3.Row]:
         found = self._store.rows("SELECT * FROM people WHERE account=? AND sender=?", account,
@@ -4588,13 +4583,11 @@ def say_model(turn: Turn, argument: str) -> str:
     there_are = f"There are: {', '.join(names) or 'not known'}"
     if not argument:
         return f"Model: {turn.model}\n\n{there_are}"
-    if argument == "default":
-        argument, names = "", []
     if names and argument not in names:
         return f'There is no model "{clean(argument)}". {there_are}'
     turn.store.run("INSERT INTO lanes (lane, model) VALUES (?,?) ON CONFLICT (lane) DO UPDATE SET"
                    " model=excluded.model", turn.lane, argument)
-    return f"Model: {argument or settings['model']}"
+    return f"Model: {argument}"
 
 
 def say_more(turn: Turn, argument: str) -> str:
@@ -4673,10 +4666,11 @@ class App:
         runs already in the folder."""
         self._home, self._load, self._log = home, load, log
         self.settings = load()
-        self._lock_file = open(os.path.join(home, LOCK), "a")  # noqa: SIM115
+        descriptor = os.open(os.path.join(home, LOCK), os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock_file = os.fdopen(descriptor, "a")
         if not lock(self._lock_file):
             self._lock_file.close()
-            raise Problem(Exit.FAILED, "a gateway runs already; see: status")
+            raise Problem(Exit.FAILED, f"A gateway runs already; see `{PROGRAM} status`.")
         self._store = Store(os.path.join(home, DATABASE))
         running: dict[str, LiveAccount] = {}
         self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"], running)
@@ -4810,7 +4804,7 @@ class App:
                 live.sender.nudge()
             return {}
         if wish not in ("start", "stop", "restart"):
-            return {"error": "this gateway does not know that command; restart it"}
+            return {"error": "The gateway does not know that command; restart it."}
         stopped = self.stop_accounts(channel, account) if wish != "start" else []
         try:
             started = self.start_accounts(channel, account) if wish != "stop" else []
@@ -4916,8 +4910,8 @@ class Control:
             self._socket.listen(16)
         except OSError as problem:
             self._socket.close()
-            raise Problem(Exit.USAGE, f"{path}: {reason_of(problem)}; set OCP_HOME to another or "
-                          "a shorter path") from None
+            raise Problem(Exit.USAGE, f"{path}: {reason_of(problem)}. Set OCP_HOME to another "
+                          "or a shorter path.") from None
         finally:
             os.umask(mask)
 
@@ -5080,20 +5074,20 @@ class Here(NamedTuple):
         found = next((row for row in self.rows if name in (row.id, *row.aliases)), None)
         if found is None:
             known = ", ".join(row.id for row in self.rows)
-            raise Problem(Exit.FAILED, f'no channel "{clean(name)}"; there are: {known}')
+            raise Problem(Exit.FAILED, f'There is no channel "{clean(name)}". Known are: {known}')
         return found
 
     def ask(self, **request: object) -> Json:
         """Return what the running gateway answers. Raises Problem."""
         answer = ask_gateway(self.home, request)
         if answer is None:
-            raise Problem(Exit.UNREACHABLE, "no gateway runs here; start one with: start")
+            raise Problem(Exit.UNREACHABLE, f"No gateway runs here. Start one: {PROGRAM} start -d")
         if "error" in answer:
             raise Problem(Exit.FAILED, str(answer["error"]))
         return answer
 
-    def is_running(self) -> bool:
-        """Return whether a gateway runs; it looks into its outbox."""
+    def nudge(self) -> bool:
+        """Let the gateway look into its outbox, and return whether one runs."""
         return ask_gateway(self.home, {"do": "nudge"}) is not None
 
     @contextlib.contextmanager
@@ -5119,7 +5113,7 @@ def do_start(here: Here, arguments: Arguments) -> None:
     """Start the gateway, here or in the background."""
     if arguments.channel:
         arguments.channel = here.row(arguments.channel).id
-        if here.is_running():
+        if here.nudge():
             do_change(here, arguments)
             return
     if arguments.background:
@@ -5129,8 +5123,8 @@ def do_start(here: Here, arguments: Arguments) -> None:
     if not any(each.is_enabled and not each.missing for each in settings.accounts):
         lines = [f"{each.id}: not configured ({', '.join(each.missing) or 'not enabled'})"
                  for each in settings.accounts]
-        add = "Add one with: channels add --channel telegram --botToken TOKEN"
-        raise Problem(Exit.USAGE, "\n".join([*lines, "no channel is configured.", add]))
+        add = f"{PROGRAM} add --channel telegram --botToken TOKEN"
+        raise Problem(Exit.USAGE, "\n".join([*lines, f"No channel is configured. Add one: {add}"]))
     has_file = arguments.log_file or arguments.is_child
     path = os.path.join(os.path.abspath(arguments.log_dir or here.home), LOG) if has_file else ""
     log = Log(path, None if arguments.is_child else sys.stderr, bool(settings.top["verbose"]))
@@ -5153,8 +5147,8 @@ def do_start(here: Here, arguments: Arguments) -> None:
 
 def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> None:
     """Start the gateway in a process of its own, and return when it answers."""
-    if here.is_running():
-        raise Problem(Exit.FAILED, "a gateway runs already; see: status")
+    if here.nudge():
+        raise Problem(Exit.FAILED, f"A gateway runs already; see `{PROGRAM} status`.")
     folder = os.path.abspath(log_dir or here.home)
     command = [sys.executable, os.path.abspath(__file__), "--config", here.settings_path, "start",
                "--is-child", "--log-dir", folder, *(["--channel", channel] if channel else [])]
@@ -5163,13 +5157,13 @@ def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> Non
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
             start_new_session=True, env=dict(here.environ), cwd=here.home)
         until_s = time.monotonic() + _START_S
-        while not here.is_running():
+        while not here.nudge():
             if child.poll() is not None or time.monotonic() > until_s:
                 errors.seek(0)
                 told = errors.read().decode(errors="replace").strip()
                 code, child.returncode = child.returncode, 0
                 raise Problem(Exit(code) if code in set(Exit) - {Exit.OK} else Exit.FAILED,
-                              told or "the gateway did not start in time")
+                              told or f"The gateway did not start within {_START_S:.0f} s.")
             time.sleep(0.05)
     # It goes on without this process.
     child.returncode = 0
@@ -5185,7 +5179,7 @@ def do_stop(here: Here, arguments: Arguments) -> None:
     with open(os.path.join(here.home, LOCK), "a") as file:
         while not lock(file):
             if time.monotonic() > until_s:
-                raise Problem(Exit.FAILED, f"process {pid} does not end; kill it: kill -9 {pid}")
+                raise Problem(Exit.FAILED, f"Process {pid} does not end. Kill it: kill -9 {pid}")
             time.sleep(0.05)
     print("Stopped.")
 
@@ -5195,7 +5189,7 @@ def do_restart(here: Here, arguments: Arguments) -> None:
     if arguments.channel:
         do_change(here, arguments)
         return
-    if here.is_running():
+    if here.nudge():
         do_stop(here, arguments)
     start_in_background(here)
 
@@ -5212,7 +5206,7 @@ def tell_changed(answer: Json) -> None:
         if answer[word]:
             print(f"{word.capitalize()}: {', '.join(answer[word])}")
     if not answer["started"] and not answer["stopped"]:
-        print("Nothing changed; see: status")
+        print(f"Nothing changed; see `{PROGRAM} status`.")
 
 
 def do_status(here: Here, arguments: Arguments) -> None:
@@ -5237,7 +5231,7 @@ def do_status(here: Here, arguments: Arguments) -> None:
                  each["note"]]
         print("  ".join(clean(word) for word in words if word))
     for code in status["pairing"]:
-        print(f"Somebody waits for approval: ocp channels pairing approve {code}")
+        print(f"Somebody waits for approval: {PROGRAM} pairing approve {code}")
     for line in here.refused:
         print(line)
 
@@ -5254,22 +5248,22 @@ def do_list(here: Here, arguments: Arguments) -> None:
     """Print the channels that are configured, or all."""
     configured = {account.row.id for account in here.load().accounts}
     ids = [row.id for row in here.rows if arguments.all or row.id in configured]
-    print(json.dumps(ids) if arguments.json else "\n".join(ids) or "no channel is configured")
+    print(json.dumps(ids) if arguments.json else "\n".join(ids) or "No channel is configured.")
 
 
 def do_add(here: Here, arguments: Arguments) -> None:
-    """Write an account into the settings, when its platform knows the bot."""
+    """Save an account after asking its platform who it is; any setting is a flag: --KEY VALUE."""
     row, content = here.row(arguments.channel), read_file(here.settings_path)
     merge_account(content, row, arguments.account, flag_values(row, arguments.rest))
     account = here.account(content, row, arguments.account)
     if account.missing:
-        raise Problem(Exit.USAGE, f"{', '.join(account.missing)} missing. {row.help}")
+        raise Problem(Exit.USAGE, f"{' and '.join(account.missing)} missing. {row.help}")
     if not arguments.no_probe and row.credentials:
         try:
             with here.channel(account, {}) as channel:
                 print(f"The bot is {clean(channel.probe())}.")
         except Fatal as fatal:
-            raise Problem(Exit.FAILED, f"not saved: {fatal}; {fatal.fix}") from None
+            raise Problem(Exit.FAILED, f"Not saved: {fatal}; {fatal.fix}.") from None
         except Retry as problem:
             print(f"Warning: the platform could not be asked ({problem}).")
     save_account(here, content, account)
@@ -5279,10 +5273,10 @@ def save_account(here: Here, content: Json, account: Account) -> None:
     """Write the settings, and let a running gateway use what they have of an account."""
     save_settings(here.settings_path, content)
     print(f"Saved {account.id} in {here.settings_path}.")
-    if here.is_running():
+    if here.nudge():
         tell_changed(here.ask(do="restart", channel=account.row.id, account=account.name))
     else:
-        print("Start the gateway with: start")
+        print(f"Start the gateway: {PROGRAM} start -d")
 
 
 def flag_values(row: Row, rest: list[str]) -> Json:
@@ -5292,7 +5286,7 @@ def flag_values(row: Row, rest: list[str]) -> Json:
     words = iter(rest)
     for word in words:
         if not word.startswith("--"):
-            raise Problem(Exit.USAGE, f"{clean(word)}: use --KEY VALUE")
+            raise Problem(Exit.USAGE, f"{clean(word)}: write settings as --KEY VALUE.")
         key, has_value, text = word[2:].partition("=")
         text = text if has_value else next(words, "")
         if key == "token" and key not in row.credentials:
@@ -5343,7 +5337,7 @@ def do_remove(here: Here, arguments: Arguments) -> None:
     name = next((each for each in channels if each in (row.id, *row.aliases)), None)
     accounts = channels[name].get("accounts") or {} if name else {}
     if name is None or account not in ("", "default", *accounts):
-        raise Problem(Exit.FAILED, "the settings have no such account")
+        raise Problem(Exit.FAILED, "The settings have no such account.")
     target = f"{row.id}:{account}" if account else f"{row.id} with all accounts"
     confirm(f"Remove {target}?", arguments.yes)
     if not account or not accounts:
@@ -5371,9 +5365,9 @@ def confirm(question: str, is_yes: bool) -> None:
     if is_yes:
         return
     if not sys.stdin.isatty():
-        raise Problem(Exit.USAGE, "nobody to ask here: add --yes")
+        raise Problem(Exit.USAGE, "There is nobody to ask here: add --yes.")
     if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Problem(Exit.FAILED, "nothing was changed")
+        raise Problem(Exit.FAILED, "Nothing was changed.")
 
 
 def do_login(here: Here, arguments: Arguments) -> None:
@@ -5389,7 +5383,7 @@ def do_login(here: Here, arguments: Arguments) -> None:
             try:
                 found = dict(channel.login(Console()))
             except Fatal as fatal:
-                raise Problem(Exit.FAILED, f"{fatal}: {fatal.fix}") from None
+                raise Problem(Exit.FAILED, f"{fatal}: {fatal.fix}.") from None
         owner = str(found.pop("owner", ""))
         merge_account(content, row, account.name,
                       {key: found.pop(key) for key in row.credentials if key in found})
@@ -5420,8 +5414,8 @@ def do_approve(here: Here, arguments: Arguments) -> None:
     with here.store() as store:
         person = Access(store).approve(arguments.code, is_owner=arguments.owner)
     if person is None:
-        raise Problem(Exit.FAILED, "nobody waits with this code; codes hold for an hour")
-    here.is_running()
+        raise Problem(Exit.FAILED, "Nobody waits with this code. A code expires after an hour.")
+    here.nudge()
     role = " and owns the account" if person["is_owner"] else ""
     print(f"{person['name']} ({clean(person['sender'])}) may write to {person['account']}{role}.")
 
@@ -5434,7 +5428,7 @@ def do_revoke(here: Here, arguments: Arguments) -> None:
         done = [Access(store).revoke(account, arguments.sender) for account in dict.fromkeys(people)
                 if account.startswith(f"{row.id}:")]
     if not any(done):
-        raise Problem(Exit.FAILED, "nobody with this id was approved")
+        raise Problem(Exit.FAILED, "Nobody with this id was approved.")
     print("Revoked.")
 
 
@@ -5455,9 +5449,9 @@ def do_outbox_change(here: Here, arguments: Arguments) -> None:
         f"UPDATE outbox SET status='pending', due_s=0, attempts=0, at_s={time.time()}")
     with here.store() as store:
         if not store.run(f"{change} WHERE id=? AND status<>'sent'", arguments.id):
-            raise Problem(Exit.FAILED, f"there is no part {arguments.id} that is not sent; see: "
-                          "outbox")
-    here.is_running()
+            raise Problem(Exit.FAILED, f"There is no part {arguments.id} that waits; see "
+                          f"`{PROGRAM} outbox`.")
+    here.nudge()
     print("Done.")
 
 
@@ -5497,7 +5491,7 @@ def do_plugins_remove(here: Here, arguments: Arguments) -> None:
     """Remove a plugin."""
     name = f"{arguments.name.removesuffix('.py')}.py"
     if name not in Plugins(here.home).hashes():
-        raise Problem(Exit.FAILED, f"there is no plugin {clean(arguments.name)}")
+        raise Problem(Exit.FAILED, f"There is no plugin {clean(arguments.name)}.")
     Plugins(here.home).put(name, None)
     print("Removed.")
 
@@ -5580,7 +5574,7 @@ def do_test(here: Here, arguments: Arguments) -> None:
             agent.shutdown()
             agent.server_close()
     if failed:
-        raise Problem(Exit.FAILED, f"{len(failed)} of the checks failed")
+        raise Problem(Exit.FAILED, f"Failed: {', '.join(failed)}.")
 
 
 def failed_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> Iterator[str]:
@@ -5690,7 +5684,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     """Return the arguments of a command; the word "channels" in front of it may be left out."""
     first = next((place for place, word in enumerate(argv) if word == "channels"), -1)
     is_in_front = first >= 0 and all(word.startswith("-") for word in argv[:first])
-    words = argv[:first] + argv[first + 1:] if is_in_front else argv
+    words = (argv[:first] + argv[first + 1:] if is_in_front else argv) or ["--help"]
     if words in (["outbox"], ["outbox", "--json"]):
         words.insert(1, "list")
     parser = command_parser()

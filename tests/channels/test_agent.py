@@ -8,6 +8,7 @@ from typing import Any, Iterable, Iterator
 import pytest
 
 from channel_rows import channels
+from depth import by_depth
 from fake_agent import FakeAgent, chunk, raw_stream, refused, streamed, whole
 
 TEXT = "Gr\u00fc\u00dfe, \u4f60\u597d, and \U0001f600."
@@ -36,7 +37,7 @@ def lines_of(data: bytes) -> Iterable[bytes]:
 
 
 def test_a_stream_cut_at_every_byte_gives_the_same_text(agent: FakeAgent) -> None:
-    for cut in range(1, len(STREAM), 7):
+    for cut in range(1, len(STREAM), by_depth(29, 17, 3)):
         agent.enqueue(raw_stream([(0.0, STREAM[:cut]), (0.001, STREAM[cut:])]))
         assert answer_of(agent) == TEXT
 

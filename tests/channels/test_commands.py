@@ -135,20 +135,20 @@ def test_a_platform_that_cannot_be_reached_is_a_warning(gateway: Gateway) -> Non
 
 
 @pytest.mark.parametrize(("arguments", "code", "told"), [
-    (("start",), 2, "no channel is configured"),
+    (("start",), 2, "No channel is configured"),
     (("add", "--channel", "telegram"), 2, "botToken missing. Talk to @BotFather"),
-    (("add", "--channel", "telegramm"), 1, 'no channel "telegramm"'),
+    (("add", "--channel", "telegramm"), 1, 'no channel "telegramm". Known are: telegram'),
     (("add", "--channel", "telegram", "--botToken", "x", "--dmPolicy", "opn"), 2, "dmPolicy"),
     (("remove", "--channel", "telegram"), 1, "no such account"),
     (("login", "--channel", "telegram"), 2, "Telegram has no login. Talk to @BotFather"),
-    (("pairing", "approve", "ABCDEFGH"), 1, "nobody waits"),
+    (("pairing", "approve", "ABCDEFGH"), 1, "Nobody waits"),
     (("outbox", "retry", "3"), 1, "no part 3"),
     (("start", "--wrong"), 2, "not understood: --wrong"),
     (("nonsense",), 2, "invalid choice"),
     (("plugins", "install", "left-pad"), 2, "openclaw plugins install left-pad"),
     (("plugins", "install", "https://127.0.0.1:1/echo.py"), 2, "has to be downloaded first"),
     (("plugins", "install", "/nowhere/echo.py"), 1, "/nowhere/echo.py: No such file"),
-    (("plugins", "remove", "x"), 1, "no plugin x"),
+    (("plugins", "remove", "x"), 1, "no plugin x."),
 ])
 def test_what_cannot_be_done_says_what_to_do(
     gateway: Gateway, arguments: tuple[str, ...], code: int, told: str

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Iterator
@@ -15,6 +14,7 @@ import pytest
 from depth import by_depth
 from fake_agent import FakeAgent, streamed
 from fake_telegram import FakeTelegram
+from forks import forker
 from gateway import Gateway
 from waiting import eventually, stays
 
@@ -41,9 +41,9 @@ def killed_at(gateway: Gateway, step: int) -> str:
     answered without having come to that step."""
     file = gateway.home / "step"
     file.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, str(KILLED), str(step), str(file), "start"], env=gateway.env,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nothing = Path(os.devnull)
+    process = forker(KILLED).fork([str(step), str(file), "start"], gateway.env, gateway.home,
+                                  nothing, nothing)
     try:
         eventually(lambda: process.poll() is not None or is_all_done(gateway))
     finally:
@@ -72,7 +72,7 @@ def times_answered(gateway: Gateway, text: str) -> int:
 @pytest.mark.slow
 def test_a_message_is_answered_once_wherever_the_gateway_was_killed(gateway: Gateway) -> None:
     steps: list[str] = []
-    every = by_depth(4, 2, 1)
+    every = by_depth(8, 5, 1)
     for step in range(1, 200, every):
         gateway.telegram.say(f"message {step}")
         steps.append(killed_at(gateway, step))

@@ -3,8 +3,7 @@ both know the part by its number."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -13,6 +12,7 @@ import pytest
 from fake_agent import FakeAgent
 from fake_discord import FakeDiscord
 from fake_qq import FakeQQ
+from forks import forker
 from gateway import Gateway
 from waiting import eventually, stays
 
@@ -83,9 +83,9 @@ def killed_at(gateway: Gateway, step: str, fake: Any, chat: str) -> str:
     answered without having come to that step."""
     file = gateway.home / "step"
     file.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, str(KILLED), step, str(file), "start"], env=gateway.env,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nothing = Path(os.devnull)
+    process = forker(KILLED).fork(
+        [step, str(file), "start"], gateway.env, gateway.home, nothing, nothing)
     unfinished = ("SELECT 1 FROM inbox WHERE NOT is_done UNION "
                   "SELECT 1 FROM outbox WHERE status<>'sent'")
     try:

@@ -130,17 +130,6 @@ def test_markup_that_telegram_refuses_is_sent_as_plain_text(shared: Gateway) -> 
     assert "parse_mode" not in shared.telegram.called("sendMessage")[-1]
 
 
-@pytest.mark.slow
-def test_typing_shows_until_the_answer_and_not_longer(shared: Gateway) -> None:
-    telegram = shared.telegram
-    shared.agent.enqueue(streamed("a", "b", pause_s=5))
-    telegram.say("hello", sender=12)
-    eventually(lambda: telegram.screen(12) == ["ab"])
-    typed = [body for body in telegram.called("sendChatAction") if body["chat_id"] == 12]
-    assert len(typed) == 2
-    assert stays(lambda: len(telegram.called("sendChatAction")), 1.0)
-
-
 def test_a_photo_reaches_the_agent_byte_for_byte(shared: Gateway) -> None:
     telegram, data = shared.telegram, b"\xff\xd8\xff" + bytes(range(256))
     telegram.files["photo1"] = data

@@ -88,7 +88,7 @@ def mutated(value: Any, chance: random.Random) -> Any:
 def test_no_message_of_any_form_stops_the_next_one() -> None:
     chance = random.Random(7)
     with FakeTelegram(hold_s=0.2) as telegram, FakeAgent() as agent:
-        for _ in range(by_depth(100, 200, 500)):
+        for _ in range(by_depth(50, 100, 500)):
             telegram.say_raw(mutated(copy.deepcopy(GOOD), chance))
         with Gateway(telegram, agent) as gateway:
             telegram.say("still there?")
@@ -110,7 +110,7 @@ def test_markup_of_2000_texts_is_what_telegram_takes() -> None:
     pieces = ["**", "*", "_", "`", "```\n", "~~", "[a](http://b/c_d)", "<b>", "&", ">", "\n", " ",
               "# ", "- ", "| a | b |\n|---|---|\n| 1 | 2 |\n", "x_y_z", "\U0001f600", "](", "\\",
               "[<i>](javascript:x)", '"', "1. ", "http://a.b/c?d=e&f=g"]
-    for _ in range(by_depth(400, 1000, 2000)):
+    for _ in range(by_depth(200, 500, 2000)):
         text = "a" + "".join(chance.choice(pieces) for _ in range(chance.randint(1, 25)))
         shown_text({"text": channels.render(text, channels.TELEGRAM_HTML), "parse_mode": "HTML"})
 

@@ -110,6 +110,15 @@ def test_what_the_platform_will_not_take_is_held_for_the_next_message(agent: Fak
         eventually(lambda: chat.channel.sent[4:] == [*paragraphs[4:], "You said: go on"])
 
 
+def test_typing_shows_until_the_answer_and_not_longer(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=ROW._replace(typing_every_s=0.1)) as chat:
+        agent.enqueue(streamed("a", "b", pause_s=0.5))
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent == ["ab"])
+        assert chat.channel.typed >= 4
+        assert stays(lambda: chat.channel.typed, 0.3)
+
+
 def test_more_sends_only_what_was_held(agent: FakeAgent) -> None:
     with Chat(agent.url, row=BUDGET_ROW, streaming="off") as chat:
         agent.enqueue(streamed("\n\n".join(f"{n}" * 3900 for n in range(5))))

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -16,15 +14,13 @@ from typing import Any, Mapping, Optional
 
 from fake_agent import FakeAgent
 from fake_telegram import FakeTelegram
+from forks import Fork, forker
 from processes import Ran
 from project import REPO, clean_env
 from waiting import eventually
 
 Json = Any
 SCRIPT = REPO / "ocp_channels.py"
-#: Runs the program as a module, which Python compiles only once.
-PROGRAM = ("-c", f"import os, sys; sys.path.insert(0, {str(REPO)!r}); import ocp_channels; "
-                 "sys.exit(ocp_channels.main(sys.argv[1:], os.environ))")
 
 
 class Gateway:
@@ -43,7 +39,7 @@ class Gateway:
             "channels": channels or {"telegram": {
                 "botToken": self.telegram.token, "apiRoot": self.telegram.url,
                 "allowFrom": ["1000"], **channel}}}
-        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.process: Optional[Fork] = None
 
     def __enter__(self) -> Gateway:
         return self.start()
@@ -56,12 +52,9 @@ class Gateway:
     def env(self) -> dict[str, str]:
         return {**clean_env(), "HOME": str(self.home), "OCP_HOME": str(self.home)}
 
-    def run(self, *arguments: str, env: Optional[Mapping[str, str]] = None, stdin: str = "") -> Ran:
+    def run(self, *arguments: str, env: Optional[Mapping[str, str]] = None) -> Ran:
         """Run a command to its end."""
-        done = subprocess.run(
-            [sys.executable, *PROGRAM, *arguments], env={**self.env, **(env or {})},
-            input=stdin, capture_output=True, text=True, timeout=60)
-        return Ran(done.returncode, done.stdout, done.stderr)
+        return forker(SCRIPT).run(arguments, {**self.env, **(env or {})}, self.home, 60)
 
     def write(self) -> None:
         """Write the settings."""
@@ -74,9 +67,9 @@ class Gateway:
         self.write()
         # A killed one leaves its socket behind.
         (self.home / "channels.sock").unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, *PROGRAM, "start", "--log-file", *arguments],
-            env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        nothing = Path(os.devnull)
+        self.process = forker(SCRIPT).fork(["start", "--log-file", *arguments], self.env, self.home,
+                                           nothing, nothing)
         eventually(lambda: (self.home / "channels.sock").exists())
         return self
 

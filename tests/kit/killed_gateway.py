@@ -2,8 +2,7 @@
 the first one of a name.
 
 A step is the moment before or after a change of the database, the end of a transaction, or a call
-of a platform. As a program: `killed_gateway.py STEP FILE ARGUMENTS..`; the name of the step is
-written to FILE."""
+of a platform. Its arguments are the step, a file for its name, and those of ocp_channels.py."""
 
 from __future__ import annotations
 
@@ -51,8 +50,9 @@ def between(killer: Killer, owner: Any, method: str, name_of: Callable[..., str]
     setattr(owner, method, counted)
 
 
-def main(step: str, file: str, arguments: list[str]) -> int:
-    killer = Killer(step, file)
+def main(words: list[str]) -> int:
+    """Run the gateway until it ends itself."""
+    killer = Killer(words[0], words[1])
     accept, transaction = ocp_channels.LiveAccount.accept, ocp_channels.Store.transaction
 
     def counted_accept(self: Any, message: Any, state: Any = None) -> None:
@@ -70,8 +70,4 @@ def main(step: str, file: str, arguments: list[str]) -> int:
     ocp_channels.Store.transaction = counted_transaction
     between(killer, ocp_channels.Store, "run", lambda statement, *_: statement.partition("(")[0])
     between(killer, ocp_channels.Http, "call", lambda method, url, *_: url.rpartition("/")[2])
-    return ocp_channels.main(arguments, os.environ)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    return ocp_channels.main(words[2:], os.environ)
