@@ -4319,7 +4319,8 @@ class Turn:
         if self._ended == "abandoned":
             # The messages stay in the inbox, and are asked again at the next start.
             return
-        self._is_awaited = bool(self._token and content is not None and not self._text)
+        has_failed = content is None
+        self._is_awaited = bool(self._token) and not (self._ended or has_failed or self._text)
         is_silent = self._ended or self._is_awaited or self._text.strip() in SILENT_ANSWERS
         self._finish([] if is_silent else growth.rest(lead + told), content)
 
@@ -5424,8 +5425,9 @@ def do_revoke(here: Here, arguments: Arguments) -> None:
     """Shut somebody out."""
     row = here.row(arguments.channel)
     with here.store() as store:
-        people = [row["account"] for row in Access(store).people()]
-        done = [Access(store).revoke(account, arguments.sender) for account in dict.fromkeys(people)
+        access = Access(store)
+        accounts = {person["account"] for person in access.people()}
+        done = [access.revoke(account, arguments.sender) for account in accounts
                 if account.startswith(f"{row.id}:")]
     if not any(done):
         raise Problem(Exit.FAILED, "Nobody with this id was approved.")

@@ -15374,6 +15374,8 @@ class Connection:
         self._has_sender = False
         self._is_read_closed = False
         self._is_broken = False
+        #: Whether `cancel` ended it: no further request can be read.
+        self.is_cancelled = False
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -15403,7 +15405,7 @@ class Connection:
 
     def cancel(self) -> None:
         """Make `gone` return True from now on. Bytes sent to the client still arrive."""
-        self._is_read_closed = True
+        self.is_cancelled = self._is_read_closed = True
         with contextlib.suppress(OSError):
             # Not SSLSocket.shutdown, which would end the encryption too.
             socket.socket.shutdown(self._socket, socket.SHUT_RD)
@@ -17667,7 +17669,7 @@ class Response:
 
     def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Make the head. It is sent with the first part of the body, in one system call."""
-        if self.has_unread_body or self.version == "HTTP/1.0":
+        if self.has_unread_body or self.version == "HTTP/1.0" or self._client.is_cancelled:
             self.must_close = True
         self.status = status
         every: dict[str, str] = {
@@ -20131,6 +20133,39 @@ def _login_words(program: ClaudeProgram, environ: Mapping[str, str]) -> str:
     }[state]
 
 
+#: What to do when the server cannot listen, by the number of the error.
+_LISTEN_ADVICE = {
+    errno.EADDRINUSE:
+        "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port; `ocp doctor` "
+        "names the program that has this one.",
+    errno.EACCES:
+        "Only root may use ports below 1024: --port N, or CLAUDE_PROXY_PORT, sets another port.",
+}
+_OTHER_LISTEN_ADVICE = (
+    "--host ADDR, or CLAUDE_BIND, has to be an address of this machine: 127.0.0.1, or 0.0.0.0 for "
+    "all of them.")
+
+
+def _listen_failure(config: Config, problem: OSError) -> str:
+    """Return what prevents the server from listening, and what to do."""
+    return (
+        f"cannot listen on {config.bind} port {config.port}: {problem.strerror}. "
+        f"{_LISTEN_ADVICE.get(problem.errno or 0, _OTHER_LISTEN_ADVICE)}"
+    )
+
+
+def _check_address(config: Config) -> str:
+    """Return what would prevent the server from listening. A port in use is fine: OCP may run."""
+    family = socket.AF_INET6 if ":" in config.bind else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.bind, config.port))
+    except OSError as problem:
+        return "" if problem.errno == errno.EADDRINUSE else _listen_failure(config, problem)
+    return ""
+
+
 def check(config: Config, environment: Environment, demo_command: tuple[str, ...]) -> int:
     """Print what a start would use; return the exit code: 0 = it would work, 2 = it would not."""
     environ = environment.variables
@@ -20145,6 +20180,9 @@ def check(config: Config, environment: Environment, demo_command: tuple[str, ...
         print(f"{name}={printable(value)} (from {source})")
     for sentence in advice_on_settings(environ):
         print(f"ATTENTION: {sentence}")
+    unusable = _check_address(config)
+    if unusable:
+        return _fail_start(unusable)
     program = ClaudeProgram(config, environ, demo_command)
     try:
         found = program.resolve()
@@ -20236,19 +20274,6 @@ def raise_descriptor_limit(config: Config) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-#: What to do when the server cannot listen, by the number of the error.
-_LISTEN_ADVICE = {
-    errno.EADDRINUSE:
-        "Is OCP running already? --port N, or CLAUDE_PROXY_PORT, sets another port; `ocp doctor` "
-        "names the program that has this one.",
-    errno.EACCES:
-        "Only root may use ports below 1024: --port N, or CLAUDE_PROXY_PORT, sets another port.",
-}
-_OTHER_LISTEN_ADVICE = (
-    "--host ADDR, or CLAUDE_BIND, has to be an address of this machine: 127.0.0.1, or 0.0.0.0 for "
-    "all of them.")
-
-
 def serve(app: App, tls: ssl.SSLContext | None) -> int:
     """Serve until a signal stops the server; return the exit code."""
     raise_descriptor_limit(app.config)
@@ -20257,11 +20282,7 @@ def serve(app: App, tls: ssl.SSLContext | None) -> int:
         server = Server(app, ROUTES, tls)
     except OSError as problem:
         app.close()
-        print(
-            f"ocp: cannot listen on {app.config.bind} port {app.config.port}: {problem.strerror}. "
-            f"{_LISTEN_ADVICE.get(problem.errno or 0, _OTHER_LISTEN_ADVICE)}",
-            file=sys.stderr,
-        )
+        print(f"ocp: {_listen_failure(app.config, problem)}", file=sys.stderr)
         return 1
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # A signal that is ignored already, by nohup for example, stays ignored.

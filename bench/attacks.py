@@ -72,7 +72,7 @@ def fill_usage(home: Path, key_id: int) -> None:
     """Put rows of usage into the database of a running server, spread over a year."""
     with contextlib.closing(sqlite3.connect(home / "ocp.db", timeout=60)) as database, database:
         columns = [row[1] for row in database.execute("pragma table_info(usage)")]
-        given = {name: 0 for name in columns if name != "id"}
+        given: dict[str, object] = {name: 0 for name in columns if name != "id"}
         given.update(
             request_id="req_x", key_id=key_id, caller="bad", model=load.MODEL,
             dialect="chat", outcome="ok", status=200, path="fresh", stop_reason="end_turn")

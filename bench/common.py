@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 Json = Any
 
@@ -184,6 +184,9 @@ def memory_of(pid: int) -> Memory | None:
     return Memory(int(found.get("Rss", 0)) * 1024, int(found.get("Pss", 0)) * 1024)
 
 
+_Server = TypeVar("_Server", bound="Ocp")
+
+
 class Ocp:
     """ocp_server.py on a free port; to be used in a `with`."""
 
@@ -206,7 +209,7 @@ class Ocp:
         self.port = int(line_within(self._process, r"http://127\.0\.0\.1:(\d+)", "OCP")[1])
         self.model_id = str(self.get(f"/v1/models/{model}")["id"])
 
-    def __enter__(self) -> Ocp:
+    def __enter__(self: _Server) -> _Server:
         return self
 
     def __exit__(

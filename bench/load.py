@@ -217,7 +217,7 @@ class Crowd:
                 return f"lost: {type(problem).__name__}"
             if response.status != 429:
                 break
-            dishonest = dishonesty(response.headers)
+            dishonest = dishonesty(dict(response.headers.items()))
             with self._lock:
                 self.refusals[name] += 1
             if dishonest or time.monotonic() > self.ends_s + GRACE_S:

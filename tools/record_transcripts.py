@@ -170,7 +170,7 @@ class Session:
         raw = self._arrived.get(timeout=timeout_s)
         if raw is None:
             return None
-        line = json.loads(raw)
+        line: Line = json.loads(raw)
         self.transcript.append({"dir": "out", "line": line})
         if line["type"] == "control_request":
             self._answer(line)
@@ -193,7 +193,7 @@ TOOLS = [
 def answer_as_mcp_server(message: Line) -> Line:
     """The JSON-RPC answer of the client's tool server to the CLI."""
     params = message.get("params", {})
-    results = {
+    results: dict[str, Callable[[], Line]] = {
         "initialize": lambda: {
             "protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}},
             "serverInfo": {"name": "client", "version": "1"}},
@@ -201,7 +201,7 @@ def answer_as_mcp_server(message: Line) -> Line:
         "tools/call": lambda: {"content": [{
             "type": "text", "text": f"{params['name']} of {params['arguments']['city']}"}]},
     }
-    result = results.get(message["method"], dict)()
+    result = results.get(message["method"], dict[str, Any])()
     return {"jsonrpc": "2.0", "id": message.get("id", 0), "result": result}
 
 
@@ -210,11 +210,12 @@ def answer_as_mcp_server(message: Line) -> Line:
 # ---------------------------------------------------------------------------
 
 def is_result(line: Line) -> bool:
-    return line["type"] == "result"
+    return bool(line["type"] == "result")
 
 
 def is_delta(line: Line) -> bool:
-    return line["type"] == "stream_event" and line["event"]["type"] == "content_block_delta"
+    is_event = line["type"] == "stream_event"
+    return bool(is_event and line["event"]["type"] == "content_block_delta")
 
 
 def is_response_to(request_id: str) -> Callable[[Line], bool]:
@@ -400,7 +401,8 @@ class Scrubber:
             short = {name: [] if isinstance(value, list) else value
                      for name, value in response.items()}
             line = dict(line, response=dict(line["response"], response=short))
-        return self._value("", line)
+        plain: Line = self._value("", line)
+        return plain
 
     def _value(self, name: str, value: Json) -> Json:
         if isinstance(value, dict):

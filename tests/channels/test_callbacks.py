@@ -11,7 +11,7 @@ from typing import Any, Iterator, Optional
 import pytest
 
 from channel_rows import ROW, Chat, channels
-from fake_agent import FakeAgent, refused, whole
+from fake_agent import FakeAgent, raw_stream, refused, whole
 from fake_telegram import FakeTelegram
 from gateway import Gateway
 from waiting import eventually, in_parallel, stays
@@ -129,6 +129,15 @@ def test_a_refusal_is_told_and_ends_the_token(chat: Chat, agent: FakeAgent) -> N
     url = ask(chat, agent)
     assert "needs its owner" in eventually(lambda: chat.channel.sent)[0]
     assert call(url, {"reply": "too"})[0] == 404
+
+
+def test_a_turn_that_is_stopped_waits_for_no_call(chat: Chat, agent: FakeAgent) -> None:
+    agent.enqueue(raw_stream([(30.0, b"")]))
+    chat.say("hello")
+    eventually(lambda: agent.running)
+    chat.say("/stop")
+    eventually(lambda: chat.channel.sent == ["Stopped."] and not chat.app.lanes.count())
+    assert not chat.store.rows("SELECT 1 FROM tokens")
 
 
 def test_an_answer_that_does_not_come_is_told_once(chat: Chat, agent: FakeAgent) -> None:

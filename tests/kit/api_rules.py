@@ -20,7 +20,7 @@ from typing import Any, Callable, NamedTuple, Optional
 try:
     import jsonschema_rs
 except ImportError:  # It comes with the tools of .venv; without it one rule is silent.
-    jsonschema_rs = None
+    jsonschema_rs = None  # type: ignore[assignment]
 
 Json = Any
 Body = Mapping[str, Json]
@@ -488,7 +488,7 @@ _JSON_SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 
 def is_custom(tool: Body) -> bool:
     """Return whether the client runs this tool, and says what it takes."""
-    return tool.get("type", "custom") == "custom"
+    return bool(tool.get("type", "custom") == "custom")
 
 
 def tool_names(request: Request) -> Complaints:

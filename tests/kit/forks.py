@@ -167,8 +167,8 @@ def become(
     os.environ.update(env)
     time.tzset()
     # The tests themselves may have been started by nohup or in the background of a script.
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    for interrupt in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(interrupt, signal.SIG_DFL)
     sys.argv = [str(script), *arguments]
     new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     opened = [os.open(os.devnull, os.O_RDONLY), *(os.open(path, new, 0o666) for path in outputs)]

@@ -500,7 +500,8 @@ class _Server(ThreadingHTTPServer):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name = str(self.server_address[0])
+        self.server_port = self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
@@ -711,7 +712,7 @@ def thinks_first(body: Body) -> bool:
     """Whether a model such as Sonnet 5.5 thinks before it answers this request: at effort low it
     mostly does not, from medium up it almost always does."""
     effort = body.get("output_config", {}).get("effort")
-    return body.get("thinking", {}).get("type") == "adaptive" and effort != "low"
+    return bool(body.get("thinking", {}).get("type") == "adaptive" and effort != "low")
 
 
 def think_for(thinking_s: float) -> Reply:

@@ -356,6 +356,23 @@ def test_a_check_without_claude_says_how_to_get_it(alone: Alone) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_check_fails_where_the_server_could_not_listen(alone: Alone) -> None:
+    # An address of the documentation, which no machine has.
+    done = alone.run("--check", "--demo", CLAUDE_BIND="192.0.2.1", PROXY_API_KEY="k" * 40,
+                     CLAUDE_AUTH_MODE="shared")
+
+    assert done.returncode == 2
+    assert "cannot listen on 192.0.2.1" in done.stderr
+    assert "has to be an address of this machine" in done.stderr
+
+
+def test_a_check_passes_beside_a_running_server(alone: Alone) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = alone.run("--check", "--demo", CLAUDE_PROXY_PORT=str(listener.getsockname()[1]))
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_check_names_every_bad_setting_at_once(alone: Alone) -> None:
     done = alone.run("--check", "--demo", CLAUDE_PROXY_PORT="http", CLAUDE_TIMEOUT="5",
                      CLAUDE_AUTH_MODE="open", CLAUDE_IMAGE_ALLOW_URL="maybe")

@@ -389,6 +389,8 @@ def test_revoking_a_key_ends_what_waits_for_it(house: Server) -> None:
 
             reply = wire.reply()
         assert (reply.status, len(house.queries())) == (401, count)
+        # A client that has sent its next request already learns that nobody reads it.
+        assert reply.headers["connection"] == "close"
         quota = as_admin(house, "GET", f"/api/keys/{made['id']}/quota").json()["quota"]
         assert quota["daily"]["used"] == 0
 
