@@ -2934,6 +2934,7 @@ class QQ(OpcodeChannel):
         **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
         11_298: Ending("this machine's public address is not on the bot's list",
                        "add it at q.qq.com: Development, IP white list"),
+        4014: Ending("the bot may not hear of guilds", "take guilds out of its settings"),
         4914: Ending("the bot is offline, or only in the sandbox", "publish it at q.qq.com, or set "
                      "apiRoot to https://sandbox.api.sgroup.qq.com"),
         4915: Ending("the bot is banned", "see its page at q.qq.com"),
