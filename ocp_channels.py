@@ -94,7 +94,7 @@ import types
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union, cast
+from typing import Any, ClassVar, NamedTuple, Optional, TextIO, Union, cast
 
 VERSION = "1.0.0"
 
@@ -1363,10 +1363,6 @@ class Exchange:
             raise ValueError(f"larger than {max_bytes} bytes")
         return body
 
-    def is_read(self) -> bool:
-        """Return whether the answer was read to its end."""
-        return self._answer.isclosed()
-
     def close(self) -> None:
         """Close the connection."""
         self._answer.close()
@@ -1435,7 +1431,7 @@ class Http:
         except BaseException:
             exchange.close()
             raise
-        if is_alone or not exchange.is_read() or not exchange.wire.is_usable():
+        if is_alone or not exchange.wire.is_usable():
             exchange.close()
         else:
             self._keep((target, exchange.wire))
@@ -1601,31 +1597,25 @@ class WebSocket:
         if opcode == _PING:
             self._send_frame(_PONG, payload)
         elif opcode == _CLOSE:
-            self._raise_close(payload)
+            with contextlib.suppress(WebSocketClosed):
+                self._send_frame(_CLOSE, payload[:2])
+            code = int.from_bytes(payload[:2], "big") if len(payload) >= 2 else _NO_CODE
+            raise WebSocketClosed(code, clean(payload[2:].decode(errors="replace")))
         elif opcode in (_TEXT, _BINARY, _CONTINUATION):
             if (opcode == _CONTINUATION) != bool(self._opcode):
                 raise WebSocketClosed(_PROTOCOL_ERROR, "fragments out of order")
             self._opcode = self._opcode or opcode
             self._message += payload
             if is_final:
-                return self._finish_message()
+                data, self._opcode = bytes(self._message), 0
+                self._message.clear()
+                try:
+                    return data.decode()
+                except UnicodeDecodeError:
+                    raise WebSocketClosed(_NOT_UTF8) from None
         elif opcode != _PONG:
             raise WebSocketClosed(_PROTOCOL_ERROR, "an unknown opcode")
         return None
-
-    def _finish_message(self) -> str:
-        data, self._opcode = bytes(self._message), 0
-        self._message.clear()
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            raise WebSocketClosed(_NOT_UTF8) from None
-
-    def _raise_close(self, payload: bytes) -> NoReturn:
-        code = int.from_bytes(payload[:2], "big") if len(payload) >= 2 else _NO_CODE
-        with contextlib.suppress(WebSocketClosed):
-            self._send_frame(_CLOSE, payload[:2])
-        raise WebSocketClosed(code, clean(payload[2:].decode(errors="replace")))
 
     def _send_frame(self, opcode: int, payload: bytes) -> None:
         size = len(payload)
@@ -3724,7 +3714,11 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "0")
         size = int(length) if length.isdigit() else 0
         body = self.rfile.read(size) if size <= _MAX_CALLBACK_BYTES else None
-        self.close_connection = self.close_connection or body is None
+        if body is None:
+            # Who is still sending would not get the answer. A body without end is cut off.
+            for left in range(min(size, 16 * _MAX_CALLBACK_BYTES), 0, -65_536):
+                self.rfile.read(min(left, 65_536))
+            self.close_connection = True
         status, data = 204, b""
         if self.command != "OPTIONS":
             status, data = 200, b'{"ok":true}'
@@ -3928,39 +3922,50 @@ def lane_of(account: Account, message: Message) -> str:
     return f"{account.id}:{message.kind}:{message.chat}" + f":{message.sender}" * by_sender
 
 
-class Sender:
+class Loop:
+    """Does what is due, again and again, in a thread that runs `run`."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._wake, self._is_over = threading.Event(), threading.Event()
+
+    def nudge(self) -> None:
+        """Look at once for what is due."""
+        self._wake.set()
+
+    def end(self) -> None:
+        """Make `run` return after what is being done."""
+        self._is_over.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        """Work until the end."""
+        while not self._is_over.is_set():
+            try:
+                wait_s = self._do_due()
+            except Exception as problem:  # Nothing may end a loop on which every answer depends.
+                self._log.event("error", f"{type(self).__name__} failed", why=problem)
+                wait_s = _RETRY_TURN_S
+            self._wake.wait(wait_s)
+            self._wake.clear()
+
+    def _do_due(self) -> float:
+        """Do what is due, and return when to look again."""
+        raise NotImplementedError
+
+
+class Sender(Loop):
     """Sends what the outbox has for one account: in order for each chat, at the platform's pace."""
 
     def __init__(self, live: LiveAccount) -> None:
+        super().__init__(live.shared.log)
         self._live, self._store = live, live.shared.store
-        self._wake, self._is_over = threading.Event(), threading.Event()
         #: Parts that were sent, and could not be marked so yet.
         self._unmarked: set[int] = set()
         #: By chat: when the next part may go, by time.monotonic.
         self._pace_s: dict[str, float] = {}
 
-    def nudge(self) -> None:
-        """Look into the outbox at once."""
-        self._wake.set()
-
-    def end(self) -> None:
-        """Make `run` return after the part that is being sent."""
-        self._is_over.set()
-        self._wake.set()
-
-    def run(self) -> None:
-        """Send until the end."""
-        while not self._is_over.is_set():
-            try:
-                wait_s = self._send_due()
-            except Exception as problem:  # Nothing may end the loop that sends every answer.
-                self._live.log("error", "cannot send", why=problem)
-                wait_s = _RETRY_TURN_S
-            self._wake.wait(wait_s)
-            self._wake.clear()
-
-    def _send_due(self) -> float:
-        """Send the parts that are due, and return when to look again."""
+    def _do_due(self) -> float:
         if self._live.status not in SENDING_STATES:
             return 1.0
         wait_s = 60.0
@@ -4014,13 +4019,13 @@ class Sender:
             store.set_out(row["id"], "dead", 0.0, str(failed))
 
 
-class Lanes:
+class Lanes(Loop):
     """Runs turns: one of each lane at a time, so many at once, the oldest message first."""
 
     def __init__(self, store: Store, log: Log, most: int, accounts: dict[str, LiveAccount]) -> None:
         """`accounts` are those that run, by id; the app changes them."""
-        self._store, self._log, self._most, self.accounts = store, log, most, accounts
-        self._wake, self._is_over = threading.Event(), threading.Event()
+        super().__init__(log)
+        self._store, self._most, self.accounts = store, most, accounts
         # Guards the fields below. Never held while the store is used.
         self._lock = threading.Lock()
         self._running: dict[str, Turn] = {}
@@ -4047,19 +4052,7 @@ class Lanes:
         with self._lock:
             return len(self._running)
 
-    def run(self) -> None:
-        """Start turns until the end."""
-        while not self._is_over.is_set():
-            try:
-                wait_s = self._start_due()
-            except Exception as problem:  # Nothing may end the loop that starts every turn.
-                self._log.event("error", "cannot look for messages", why=problem)
-                wait_s = _RETRY_TURN_S
-            self._wake.wait(wait_s)
-            self._wake.clear()
-
-    def _start_due(self) -> float:
-        """Start the turns that are due, and return when to look again."""
+    def _do_due(self) -> float:
         wait_s = 60.0
         for lane, account in self._store.open_lanes():
             live = self.accounts.get(account)
@@ -4097,8 +4090,7 @@ class Lanes:
     def close(self, drain_s: float) -> None:
         """Start nothing more, wait for the turns, and cut those that take longer: they are asked
         again at the next start."""
-        self._is_over.set()
-        self._wake.set()
+        self.end()
         self._wait_for_turns(drain_s)
         with self._lock:
             turns = list(self._running.values())
@@ -4592,11 +4584,6 @@ def say_model(turn: Turn, argument: str) -> str:
     return f"Model: {argument}"
 
 
-def say_more(turn: Turn, argument: str) -> str:
-    """Send what was held back."""
-    return "" if turn.release(1)[0] else "There is nothing more."
-
-
 def say_status(turn: Turn, argument: str) -> str:
     """Show how things are."""
     live, store = turn.live, turn.store
@@ -4609,27 +4596,20 @@ def say_status(turn: Turn, argument: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def say_help(turn: Turn, argument: str) -> str:
-    """List the commands."""
-    return "\n".join(f"{each.names[0]}: {each.about}" for each in CHAT_COMMANDS)
-
-
-def say_whoami(turn: Turn, argument: str) -> str:
-    """Show the ids of the person and of the conversation."""
-    return f"Your id is {turn.message.sender}. This conversation is {turn.session}."
-
-
-CHAT_COMMANDS = (
+CHAT_COMMANDS: tuple[ChatCommand, ...] = (
     ChatCommand(("/new", "/reset", "/clear", "\u65b0\u5bf9\u8bdd", "\u65b0\u4f1a\u8bdd",
                  "\u91cd\u65b0\u5f00\u59cb", "\u6e05\u7a7a"),
                 "begin a new conversation", say_new),
     ChatCommand(("/stop", "\u505c\u6b62"), "stop the answer", lambda turn, argument: "",
                 is_at_once=True),
     ChatCommand(("/model",), "show the models, or choose one: /model NAME", say_model, True),
-    ChatCommand(("/more",), "the rest of the last answer", say_more),
+    ChatCommand(("/more",), "the rest of the last answer", lambda turn, argument: (
+        "" if turn.release(1)[0] else "There is nothing more.")),
     ChatCommand(("/status",), "how things are", say_status),
-    ChatCommand(("/help", "/start"), "this list", say_help),
-    ChatCommand(("/whoami",), "your id, for the owner's settings", say_whoami),
+    ChatCommand(("/help", "/start"), "this list", lambda turn, argument: "\n".join(
+        f"{each.names[0]}: {each.about}" for each in CHAT_COMMANDS)),
+    ChatCommand(("/whoami",), "your id, for the owner's settings", lambda turn, argument: (
+        f"Your id is {turn.message.sender}. This conversation is {turn.session}.")),
 )
 
 
