@@ -94,7 +94,7 @@ import types
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Optional, TextIO, Union, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union, cast
 
 VERSION = "1.0.0"
 
