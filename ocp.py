@@ -307,6 +307,10 @@ COMMANDS = (
         argument("rest", nargs="+", metavar="HOST",
                  help="HOST and the other arguments of ocp_connect.py, such as --list and --undo"),
     )),
+    Command("channels", "talk to OCP from Telegram and other chats", (
+        argument("rest", nargs="*", metavar="ARGUMENT",
+                 help="arguments of ocp_channels.py; none = its help"),
+    )),
     Command("sync", "update the list of models in OpenClaw",
             (flag("--dry-run", help="only show what would change"), REPORT),
             examples=("sync --dry-run", "sync")),
@@ -368,7 +372,7 @@ ROOT = Command("", "", (
 GROUPS = (
     ("Everyday", ("status", "usage", "ask", "dashboard", "models", "requests", "logs",
                   "errors")),
-    ("Devices", ("keys", "lan", "connect", "sync", "tls")),
+    ("Devices", ("keys", "lan", "connect", "channels", "sync", "tls")),
     ("Server", ("start", "stop", "restart", "health", "settings", "alerts", "sessions", "clear",
                 "cache")),
     ("Care", ("login", "doctor", "capture", "update", "version", "completion", "help")),
@@ -2795,10 +2799,15 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
 
 def connect_command(env: Env, *words: str) -> list[str]:
     """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
-    script = env.beside("ocp_connect.py")
+    return _beside_command(env, "ocp_connect.py", "HOST", *words)
+
+
+def _beside_command(env: Env, name: str, example: str, *words: str) -> list[str]:
+    """Return the command that runs another of OCP's scripts. Raises Problem if it is not there."""
+    script = env.beside(name)
     if not os.path.exists(script):
-        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
-                     "OCP beside this ocp.py, or run it alone: python3 ocp_connect.py HOST")
+        raise failed(f"{script} is not there. Copy {name} from the server's checkout of OCP beside "
+                     f"this ocp.py, or run it alone: python3 {name} {example}")
     return [sys.executable, script, *words]
 
 
@@ -2818,6 +2827,16 @@ def _run_attached(env: Env, command: Sequence[str]) -> Exit:
 
 def cmd_connect(env: Env, args: argparse.Namespace) -> Exit:
     return _run_attached(env, connect_command(env, *args.rest))
+
+
+def cmd_channels(env: Env, args: argparse.Namespace) -> Exit:
+    """Become ocp_channels.py, which joins chat platforms to the server.
+
+    It may run for long, and ends in good order only if signals reach it alone.
+    """
+    command = _beside_command(env, "ocp_channels.py", "--help", *(args.rest or ["--help"]))
+    env.stdout.flush()
+    os.execve(command[0], command, dict(env.environ))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
@@ -3815,8 +3834,8 @@ def _taken_over_words(at_s: float, report: Json) -> str:
 def _private_paths(facts: Facts) -> list[tuple[str, int]]:
     """Return everything that nobody else may read, with its right mode."""
     folder = facts.here.data_dir
-    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem",
-             "ocp.db.original")
+    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "ocp.db.original", "admin-key", "tls/key.pem",
+             "channels.json", "channels.db")
     files = [*(os.path.join(folder, name) for name in names), facts.here.env_file]
     return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
             if os.path.exists(path)]
@@ -4129,6 +4148,36 @@ def _check_openclaw(facts: Facts) -> Finding:
     return Finding("PASS", "OpenClaw knows the same models")
 
 
+def _check_channels(facts: Facts) -> Finding:
+    script, channels = facts.env.beside("ocp_channels.py"), facts.script("ocp.py", "channels")
+    places = (os.path.join(facts.env.ocp_home, "channels.json"),
+              os.path.join(facts.env.home, ".openclaw-channel-gateway", "ocg.json"))
+    if not os.path.exists(script) or not any(map(os.path.exists, places)):
+        return Finding("INFO", "no chat is joined; `ocp channels add` joins one")
+    done = facts.env.command(sys.executable, script, "status", "--json")
+    if done.code == Exit.UNREACHABLE:
+        return Finding("WARN", "chats are configured, and their gateway does not run", Fix(
+            "fix_channels", (), (f"{channels} start -d",)))
+    if done.code != 0:
+        return Finding("FAIL", done.complaint, Fix("fix_channels", (
+            "correct what the message names",), (f"{channels} status",)))
+    status = json.loads(done.output)
+    faults = [f"{each['id']}:{each['accountId']} is {each['status']} ({each['error']})"
+              for each in status["channels"] if each["status"] not in ("running", "starting")
+              and each["error"] != "not enabled"]
+    dead, held = (sum(each[kind] for each in status["channels"]) for kind in ("dead", "held"))
+    faults += [f"{counted(dead, 'part')} of answers could not be sent"] if dead else []
+    steps = [f"{channels} pairing approve {code}" for code in status["pairing"]]
+    if faults:
+        return Finding("WARN", "; ".join(map(clean, faults)), Fix("fix_channels", (
+            f"see `{channels} status` and `{channels} outbox`", *steps)))
+    if steps:
+        return Finding("WARN", "somebody waits for your approval in a chat", Fix(
+            "fix_channels", tuple(steps)))
+    waiting = f", {counted(held, 'part')} of answers held for the next message" if held else ""
+    return Finding("PASS", f"{counted(status['running'], 'account')} running{waiting}")
+
+
 def _check_latest(facts: Facts) -> Finding:
     latest, why_not = facts.latest
     if not latest:
@@ -4183,6 +4232,8 @@ CHECKS = (
     Check("clock", "Clock", "Whether the server's clock and this one agree", _check_clock),
     Check("openclaw_models", "OpenClaw", "Whether OpenClaw, if it is here, knows the same models",
           _check_openclaw),
+    Check("channels", "Chats", "Whether the gateway to chats runs, and what waits there for you",
+          _check_channels),
     Check("current_version", "Release", "Whether there is a newer release", _check_latest),
 )
 
@@ -5233,9 +5284,9 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line. Raises Problem, and SystemExit after a --help."""
     command = behind_options(words)
     _refuse_unknown(command)
-    if command[:1] == ["connect"]:
+    if command[:1] in (["connect"], ["channels"]):
         # The options behind it, --help too, are another program's.
-        words = [*words[:len(words) - len(command)], "connect", "--", *command[1:]]
+        words = [*words[:len(words) - len(command)], command[0], "--", *command[1:]]
     whole = filled(Whole(prog="ocp", allow_abbrev=False), ROOT, "cmd")
     whole.set_defaults(url=None, debug=False)
     with contextlib.redirect_stdout(env.stdout):

@@ -646,6 +646,8 @@ def check_exposure(values: Mapping[str, str]) -> None:
 
 SYSTEMD_LABEL = "ocp.service"
 LAUNCHD_LABEL = "dev.ocp.server"
+#: The second service, with --channels.
+CHANNELS_UNIT, CHANNELS_AGENT = "ocp-channels.service", "dev.ocp.channels"
 
 
 class Service(NamedTuple):
@@ -786,6 +788,17 @@ def find_service(host: Host, data_dir: str, *, is_system: bool) -> tuple[Service
             "this again; or use --system."
         )
     return systemd_service(user_unit_folder(host), SYSTEMD_LABEL, is_system=False), ""
+
+
+def channels_service(service: Service, home: str, log_path: str) -> Service:
+    """Return the service of the gateway to chats, beside that of the server. Raises Problem."""
+    if service.platform == "systemd-user":
+        folder = os.path.dirname(service.unit_path)
+        return systemd_service(folder, CHANNELS_UNIT, is_system=False)
+    if service.platform == "launchd":
+        return launchd_service(home, service.domain, CHANNELS_AGENT, log_path)
+    raise refused("--channels needs a service of your own: leave out --system, or start it by "
+                  "hand: ocp channels start -d")
 
 
 def legacy_services(host: Host, platform_name: str) -> list[Service]:
@@ -996,6 +1009,42 @@ def launchd_plist(install: Installation) -> bytes:
         "Umask": 0o077,
         "StandardOutPath": install.log_path,
         "StandardErrorPath": install.log_path,
+    })
+
+
+def channels_command(install: Installation) -> list[str]:
+    """Return the command that runs the gateway to chats."""
+    return [install.python, os.path.join(install.install_dir, "ocp_channels.py"), "start"]
+
+
+#: How long the gateway gets to end the answers that are being written.
+CHANNELS_STOP_S = 45
+
+
+def channels_systemd_unit(install: Installation) -> str:
+    """Return the unit of the gateway to chats. Its settings are in a file of its own."""
+    command = " ".join(map(systemd_word, channels_command(install)))
+    return (
+        "# Written by OCP's setup.py_install.py.\n"
+        "[Unit]\nDescription=OCP in chats\nAfter=ocp.service\n"
+        f"\n[Service]\nExecStart={command}\n"
+        f"Environment={systemd_word('OCP_HOME=' + install.data_dir).replace('$$', '$')}\n"
+        # The exit code for settings that cannot be used; trying again would not help.
+        "Restart=on-failure\nRestartSec=5\nRestartPreventExitStatus=2\n"
+        f"TimeoutStopSec={CHANNELS_STOP_S}\nUMask=0077\n"
+        "\n[Install]\nWantedBy=default.target\n"
+    )
+
+
+def channels_plist(install: Installation, service: Service) -> bytes:
+    """Return the agent of the gateway to chats."""
+    log_path = os.path.join(install.data_dir, "logs", "channels.log")
+    return plistlib.dumps({
+        "Label": service.label, "ProgramArguments": channels_command(install),
+        "EnvironmentVariables": {"OCP_HOME": install.data_dir}, "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 10,
+        "ExitTimeOut": CHANNELS_STOP_S, "Umask": 0o077,
+        "StandardOutPath": log_path, "StandardErrorPath": log_path,
     })
 
 
@@ -1489,6 +1538,8 @@ class Situation(NamedTuple):
     should_start: bool
     #: Whether the service that runs is not the version in the folder.
     is_outdated: bool
+    #: The service of the gateway to chats, if it is wanted.
+    channels: Optional[Service] = None
 
 
 def missing_folders(path: str, mode: int = 0o755) -> Iterator[MakeDir]:
@@ -1617,6 +1668,30 @@ def plan_start(situation: Situation) -> Iterator[Action]:
     yield Run(service.start, "start it", needed, attempts=attempts)
 
 
+def plan_channels(situation: Situation) -> Iterator[Action]:
+    """Plan the service of the gateway to chats."""
+    install, host, service = situation.install, situation.host, situation.channels
+    if service is None:
+        return
+    content = channels_systemd_unit(install).encode("utf-8", "surrogateescape")
+    if service.platform == "launchd":
+        content = channels_plist(install, service)
+        yield from missing_folders(os.path.join(install.data_dir, "logs"), 0o700)
+    yield from missing_folders(os.path.dirname(service.unit_path))
+    unit = WriteFile(service.unit_path, content, 0o644, "unit of the chats", then=service.reload)
+    yield unit
+    is_active = host.succeeds(service.is_active)
+    is_enabled = host.succeeds(service.is_enabled or service.is_active)
+    yield Run(service.enable, "start the chats at login", not is_enabled, service.disable,
+              is_ours=True)
+    if situation.should_start:
+        needed = not is_done(unit) or situation.is_outdated or not is_active
+        if service.stop_first:
+            yield Run(service.stop_first, "stop the chats", needed and is_active)
+        yield Run(service.start, "start the chats", needed,
+                  attempts=5 if service.platform == "launchd" else 1)
+
+
 STEPS: tuple[Callable[[Situation], Iterable[Action]], ...] = (
     plan_settings,
     plan_account,
@@ -1626,6 +1701,7 @@ STEPS: tuple[Callable[[Situation], Iterable[Action]], ...] = (
     plan_enable,
     plan_linger,
     plan_start,
+    plan_channels,
 )
 
 
@@ -1969,6 +2045,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--default-model", metavar="NAME", help="model of a request that names none")
     add("--system", action="store_true",
         help="a sandboxed service of the machine, with a user of its own (systemd, as root)")
+    add("--channels", action="store_true",
+        help="a second service, for the chats that `ocp channels add` has joined")
     add("--no-start", action="store_true", help="install everything, but start nothing now")
     add("--no-openclaw", action="store_true", help="do not touch OpenClaw, if it is here")
     add("--provider-name", metavar="NAME", help="the name of OCP in OpenClaw")
@@ -2002,11 +2080,27 @@ def _prepared(host: Host, options: argparse.Namespace) -> Job:
     install = with_address(install, values)
     should_start = service.platform != "none" and not options.no_start
     is_outdated = found.is_active and served_version(install.url) != version
-    situation = Situation(host, install, found, values, should_start, is_outdated)
+    channels = planned_channels(install) if options.channels else None
+    situation = Situation(host, install, found, values, should_start, is_outdated, channels)
     check_port(situation)
     notes = [each for each in (note, *notes_about(situation), *left_out) if each]
     openclaw = OpenClaw() if options.no_openclaw else find_openclaw(host)
     return Job(situation, plan(situation), version, claude_problem, notes, openclaw)
+
+
+def planned_channels(install: Installation) -> Service:
+    """Return the service of the gateway to chats. Raises Problem if it would not start."""
+    script, folder = channels_command(install)[1], install.data_dir
+    service = channels_service(install.service, install.home,
+                               os.path.join(folder, "logs", "channels.log"))
+    if not os.path.exists(script):
+        raise refused(f"{script} is not there: get the whole of OCP.")
+    places = (os.path.join(folder, "channels.json"),
+              os.path.join(install.home, ".openclaw-channel-gateway", "ocg.json"))
+    if not any(map(os.path.exists, places)):
+        raise refused("No chat is joined yet. First: python3 ocp_channels.py add --channel "
+                      "telegram --botToken TOKEN")
+    return service
 
 
 def notes_about(situation: Situation) -> Iterator[str]:

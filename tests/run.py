@@ -44,7 +44,7 @@ NOT_PARALLEL = {"-n", "--numprocesses", "--dist", "--tx", "no:xdist", "-s", "--c
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 1 << 30
 
-ROOMS = ("unit", "server", "scripts", "repo", "contract", "clients")
+ROOMS = ("unit", "server", "scripts", "channels", "repo", "contract", "clients")
 
 
 class Depth(NamedTuple):
@@ -57,7 +57,7 @@ class Depth(NamedTuple):
 #: repeat something.
 DEPTHS = {
     "quick": Depth(
-        ("unit", "server", "scripts", "repo"),
+        ("unit", "server", "scripts", "channels", "repo"),
         "without slow tests. Left to --all: {others}, slow tests, most of the repetitions"),
     "gate": Depth(
         ROOMS,

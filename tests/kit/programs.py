@@ -15,7 +15,8 @@ HOW_TO_INSTALL = (
     "no real claude: python3 .ci/install.py .claude-cli/new, or name programs in OCP_TEST_CLAUDES")
 #: Where it puts the clients, each folder with node_modules/.bin or bin.
 CLIENT_FOLDERS = (
-    ".agents", ".agents/python", ".agents/instructor", ".agents/aider", ".openclaw", ".qr")
+    ".agents", ".agents/python", ".agents/instructor", ".agents/aider", ".openclaw", ".qr",
+    ".channels")
 #: Client, or a library for Python -> its folder in .ci/versions.txt.
 CLIENTS = {
     "codex": ".agents",
@@ -38,6 +39,12 @@ CLIENTS = {
     "openclaw": ".openclaw",
     "node": ".openclaw",
     "jsqr": ".qr",
+    # python-telegram-bot
+    "telegram": ".channels",
+    # discord.py
+    "discord": ".channels",
+    # qq-botpy
+    "botpy": ".channels",
 }
 
 

@@ -98,7 +98,7 @@ def test_an_expected_failure_is_none(tmp_path: Path, spread: tuple[str, ...]) ->
 # What is chosen
 # ---------------------------------------------------------------------------
 
-QUICK_ROOMS = ["unit", "server", "scripts", "repo"]
+QUICK_ROOMS = ["unit", "server", "scripts", "channels", "repo"]
 
 
 @pytest.mark.parametrize(("arguments", "depth", "rooms"), [
@@ -126,7 +126,7 @@ def test_two_depths_at_once_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ([], "Quick: unit, server, scripts, repo; without slow tests."),
+    ([], "Quick: unit, server, scripts, channels, repo; without slow tests."),
     ([], "Left to --all: contract, clients, slow tests"),
     (["--gate", "unit"], "Gate: unit; each claim once."),
     (["--all"], "everything that this machine can run"),

@@ -337,6 +337,51 @@ def test_a_service_is_installed_runs_and_answers_and_a_second_run_changes_nothin
     assert not [call for call in new_calls if re.search("enable-|restart|reload| enable ", call)]
 
 
+def test_the_gateway_to_chats_is_a_second_service_that_the_uninstaller_removes(
+    quick: InstallMachine
+) -> None:
+    refused = quick.install("--channels", "--no-start")
+    assert refused.returncode == 2 and "ocp_channels.py is not there" in refused.stderr
+    (quick.checkout / "ocp_channels.py").write_text("")
+    refused = quick.install("--channels", "--no-start")
+    assert refused.returncode == 2 and "No chat is joined yet" in refused.stderr
+    quick.ocp.mkdir(exist_ok=True)
+    (quick.ocp / "channels.json").write_text("{}")
+    done = quick.install("--channels", "--no-start")
+    assert done.returncode == 0, done
+    unit = quick.unit.with_name("ocp-channels.service")
+    text = unit.read_text()
+    assert f'{quick.checkout}/ocp_channels.py'.replace("%", "%%").replace('"', '\\"').replace(
+        "$", "$$") in text and text.count('" "start"') == 1
+    assert "RestartPreventExitStatus=2" in text and "OCP_HOME=" in text
+    assert quick.services.get("enabled") == {"ocp.service", "ocp-channels.service"}
+    again = quick.install("--channels", "--no-start")
+    assert again.returncode == 0 and "nothing to change" in again.stdout, again
+    assert quick.uninstall().returncode == 0
+    assert not unit.exists() and quick.services.get("enabled") == set()
+
+
+@pytest.mark.parametrize("words", [["--system"], []])
+def test_the_gateway_to_chats_needs_a_service_manager_of_the_user(words: list[str]) -> None:
+    service = setup.systemd_service("/etc/systemd/system", "ocp.service", is_system=bool(words))
+    if not words:
+        service = setup.NO_SERVICE
+    with pytest.raises(setup.Problem, match="--channels needs a service of your own"):
+        setup.channels_service(service, "/home/me", "")
+
+
+def test_the_agent_of_the_chats_for_launchd_starts_again_only_after_a_failure(
+    tmp_path: Path
+) -> None:
+    service = setup.launchd_service("/Users/me", "gui/501", "dev.ocp.server", "")
+    install = installation(tmp_path, service)
+    agent = setup.channels_service(service, "/Users/me", "")
+    found = plistlib.loads(setup.channels_plist(install, agent))
+    assert found["Label"] == "dev.ocp.channels" and found["KeepAlive"] == {"SuccessfulExit": False}
+    assert found["ProgramArguments"][-1] == "start"
+    assert agent.unit_path.endswith("dev.ocp.channels.plist")
+
+
 @pytest.mark.slow
 def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine) -> None:
     linux.services.set("run")

@@ -1324,9 +1324,10 @@ def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
     assert ocp.connect_line("http://[::1]:80").endswith("- http://[::1]:80")
 
 
-@pytest.mark.parametrize("words", [["connect", "--undo", "--yes"], ["connect", "box", "--list"]])
-def test_every_option_behind_connect_is_its_scripts(tmp_path: Path, words: list[str]) -> None:
-    (tmp_path / "ocp_connect.py").write_text("import sys; print(sys.argv[1:])")
+@pytest.mark.parametrize("words", [
+    ["connect", "--undo", "--yes"], ["connect", "box", "--list"], ["channels", "start", "-d"]])
+def test_every_option_behind_a_script_is_its_own(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / f"ocp_{words[0]}.py").write_text("import sys; print(sys.argv[1:])")
     ran = subprocess.run([sys.executable, str(copied(tmp_path)), *words], capture_output=True,
                          text=True, check=True)
     assert ran.stdout == f"{words[1:]}\n"
@@ -1351,9 +1352,10 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copy(REPO / "ocp.py", folder))
 
 
-def test_connect_says_what_to_do_without_its_script(tmp_path: Path) -> None:
-    found = run_env(ocp_env(tmp_path, "connect", "box", tree=tmp_path))
-    assert found.code == 1 and "Copy ocp_connect.py" in found.stderr
+def test_a_script_that_is_not_there_is_told(tmp_path: Path) -> None:
+    for name in ("connect", "channels"):
+        found = run_env(ocp_env(tmp_path, name, "box", tree=tmp_path))
+        assert found.code == 1 and f"Copy ocp_{name}.py" in found.stderr
 
 
 def test_progress_is_said_on_a_terminal_only(tmp_path: Path) -> None:

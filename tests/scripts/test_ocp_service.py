@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import plistlib
@@ -883,6 +884,38 @@ def test_openclaw_is_looked_at_only_if_it_is_there(
     answer = examined(healthy)
     assert answer["levels"]["openclaw_models"] == level
     assert text is None or config.read_text() == text.replace("URL", healthy.server.url)
+
+
+ACCOUNT = {"id": "telegram", "accountId": "default", "status": "running", "error": "", "dead": 0,
+           "held": 0}
+
+
+@pytest.mark.parametrize("code, status, level, told", [
+    (3, {}, "WARN", "channels start -d"),
+    (1, {}, "FAIL", "it is broken"),
+    (0, {"channels": [ACCOUNT]}, "PASS", "1 account running"),
+    (0, {"channels": [{**ACCOUNT, "held": 2}]}, "PASS", "2 parts of answers held"),
+    (0, {"channels": [ACCOUNT, {**ACCOUNT, "status": "stopped", "error": "not enabled"}]}, "PASS",
+     "1 account running"),
+    (0, {"channels": [{**ACCOUNT, "status": "login needed", "error": "it ended"}]}, "WARN",
+     "telegram:default is login needed (it ended)"),
+    (0, {"channels": [{**ACCOUNT, "dead": 1}]}, "WARN", "1 part of answers could not be sent"),
+    (0, {"channels": [ACCOUNT], "pairing": ["ABCD2345"]}, "WARN",
+     "channels pairing approve ABCD2345"),
+])
+def test_the_gateway_to_chats_is_looked_at_where_chats_are_configured(
+    manager: Manager, tmp_path: Path, code: int, status: Json, level: str, told: str
+) -> None:
+    report = {"running": 1, "pairing": [], **status}
+    (tmp_path / "ocp_channels.py").write_text(
+        f"import sys\nprint({json.dumps(report)!r})\n"
+        f"print('it is broken', file=sys.stderr)\nsys.exit({code})\n")
+    env = dataclasses.replace(manager.env("doctor"), tree=str(tmp_path))
+    assert ocp._check_channels(ocp.Facts(env)).level == "INFO"
+    (manager.home / ".ocp").mkdir(exist_ok=True)
+    (manager.home / ".ocp" / "channels.json").write_text("{}")
+    found = ocp._check_channels(ocp.Facts(env))
+    assert found.level == level and told in str(found), found
 
 
 def test_what_cannot_be_checked_is_never_wrong(manager: Manager) -> None:

@@ -1,0 +1,144 @@
+"""Connections of channels: proxies, addresses, and a connection that is kept."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Iterator
+
+import pytest
+
+from channel_rows import channels
+from waiting import eventually
+
+
+class Site:
+    """A server, and a proxy on the same port that leads every host to it."""
+
+    def __init__(self) -> None:
+        self.heads: list[tuple[str, dict[str, str]]] = []
+        self.connections = 0
+        site = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                site.connections += 1
+                super().setup()
+
+            def do_CONNECT(self) -> None:  # noqa: N802
+                site.heads.append((self.path, dict(self.headers.items())))
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+            def do_GET(self) -> None:  # noqa: N802
+                site.heads.append((self.path, dict(self.headers.items())))
+                body = b"x" * int(self.path.rpartition("/")[2])
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+                self.close_connection = self.path.startswith("/last/")
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    made = Site()
+    threading.Thread(target=made.server.serve_forever, args=(0.02,), daemon=True).start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.fixture
+def http() -> Iterator[Any]:
+    made = channels.Http(channels.Connector("", {}))
+    yield made
+    made.close()
+
+
+def test_a_proxy_is_asked_with_its_password_and_loopback_goes_straight(site: Site) -> None:
+    connector = channels.Connector(f"http://me:p%40ss@127.0.0.1:{site.port}", {})
+    http = channels.Http(connector)
+    assert http.call("GET", "http://platform.test/3").body == b"xxx"
+    assert site.heads[0][0] == "platform.test:80"
+    assert site.heads[0][1]["Proxy-Authorization"] == "Basic bWU6cEBzcw=="
+    assert http.call("GET", f"{site.url}/2").body == b"xx"
+    assert [path for path, _ in site.heads] == ["platform.test:80", "/3", "/2"]
+    http.close()
+
+
+def test_hosts_of_no_proxy_go_straight() -> None:
+    environ = {"HTTPS_PROXY": "http://127.0.0.1:1", "NO_PROXY": "a.test, .b.test:8443,.c.test"}
+    connector = channels.Connector("", environ)
+    used = {name: connector._uses_proxy(channels.Target(True, name, 443, "/"))
+            for name in ("a.test", "x.a.test", "c.test", "x.c.test", "na.test", "b.test")}
+    assert used == {"a.test": False, "x.a.test": False, "c.test": False, "x.c.test": False,
+                    "na.test": True, "b.test": True}
+
+
+def test_one_connection_serves_calls_until_the_server_ends_it(site: Site, http: Any) -> None:
+    for _ in range(3):
+        assert http.call("GET", f"{site.url}/5").status == 200
+    assert site.connections == 1
+    http.call("GET", f"{site.url}/last/1")
+    eventually(lambda: not http._idle or not http._idle[1].is_usable())
+    assert http.call("GET", f"{site.url}/5").status == 200
+    assert site.connections == 2
+
+
+def test_an_answer_that_is_too_large_is_an_error(site: Site, http: Any) -> None:
+    with pytest.raises(ValueError, match="larger than 10 bytes"):
+        http.call("GET", f"{site.url}/11", max_bytes=10)
+    assert http.call("GET", f"{site.url}/10", max_bytes=10).body == b"x" * 10
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_what_comes_from_strangers_leads_to_no_private_address(
+    site: Site, http: Any, host: str
+) -> None:
+    with pytest.raises(channels.NetworkFailed, match="private network"):
+        http.call("GET", f"http://{host}:{site.port}/1", only_public=True)
+
+
+@pytest.mark.parametrize(("address", "is_public"), [
+    ("8.8.8.8", True), ("198.18.0.7", True), ("10.0.0.1", False), ("169.254.1.1", False),
+    ("::1", False), ("::ffff:127.0.0.1", False), ("fe80::1%eth0", False), ("2606:4700::1", True),
+])
+def test_addresses_of_the_internet(address: str, is_public: bool) -> None:
+    assert channels.is_public(address) == is_public
+
+
+@pytest.mark.parametrize("url", ["ftp://a/b", "http://", "//a", "http://a:x/", "nonsense"])
+def test_what_is_no_address_fails_as_a_network_does(http: Any, url: str) -> None:
+    with pytest.raises(channels.NetworkFailed):
+        http.call("GET", url)
+
+
+def test_a_reader_is_woken_up_from_another_thread(http: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        wires: list[Any] = []
+        failed: list[str] = []
+
+        def read() -> None:
+            try:
+                http.open("GET", f"http://127.0.0.1:{server.getsockname()[1]}/", timeout_s=60,
+                          on_open=wires.append)
+            except channels.NetworkFailed as problem:
+                failed.append(str(problem))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        eventually(lambda: wires)
+        wires[0].cut()
+        reader.join(10)
+        assert failed

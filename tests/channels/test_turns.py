@@ -1,0 +1,296 @@
+"""Lanes, the outbox, and platforms with budgets, with a made-up channel in this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Iterator
+
+import pytest
+
+from channel_rows import ROW, Chat, channels, message
+from fake_agent import FakeAgent, refused, streamed
+from waiting import eventually, stays
+
+SendFailed = channels.SendFailed
+BUDGET_ROW = ROW._replace(budget=5)
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[FakeAgent]:
+    with FakeAgent() as running:
+        yield running
+
+
+@pytest.fixture
+def chat(agent: FakeAgent) -> Iterator[Chat]:
+    with Chat(agent.url) as running:
+        yield running
+
+
+def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> None:
+    agent.most_running = 0
+    with Chat(agent.url, {"maxTurns": 2}, allowFrom=["*"], dmPolicy="open") as chat:
+        for number in range(30):
+            chat.say(f"m{number:02}", sender=str(number % 5))
+        eventually(lambda: not chat.store.open_lanes())
+        for sender in range(5):
+            asked = "".join(request.text for request in agent.requests
+                            if request.body["user"].endswith(f":{sender}"))
+            assert asked.replace("\n", "") == "".join(f"m{n:02}" for n in range(sender, 30, 5))
+        assert agent.most_running <= 2
+
+
+def test_a_message_that_comes_again_is_answered_once(chat: Chat) -> None:
+    for _ in range(3):
+        chat.say("hello", id="same")
+    eventually(lambda: chat.channel.sent == ["You said: hello"])
+    assert stays(lambda: len(chat.channel.sent), 0.5) == 1
+
+
+def test_state_and_message_are_kept_together_or_not_at_all(chat: Chat) -> None:
+    chat.live.accept(None, {"offset": 1})
+    chat.store.run("ALTER TABLE inbox RENAME TO elsewhere")
+    with pytest.raises(OSError, match=r"channels\.db"):
+        chat.live.accept(message("lost?", id="9"), {"offset": 2})
+    chat.store.run("ALTER TABLE elsewhere RENAME TO inbox")
+    assert chat.live.state() == {"offset": 1}
+    chat.live.accept(message("lost?", id="9"), {"offset": 2})
+    eventually(lambda: chat.channel.sent == ["You said: lost?"])
+
+
+def test_twenty_may_wait_and_the_next_one_is_refused_once(agent: FakeAgent) -> None:
+    agent.enqueue(streamed("a", "b", pause_s=30))
+    with Chat(agent.url) as chat:
+        chat.say("first")
+        eventually(lambda: agent.running)
+        for number in range(23):
+            chat.say(str(number))
+        eventually(lambda: chat.channel.sent)
+        assert "Too many" in chat.channel.sent[0]
+        assert stays(lambda: len(chat.channel.sent), 0.3) == 1
+        chat.say("/stop")
+        eventually(lambda: chat.channel.sent[1:] == ["Stopped."])
+        assert eventually(lambda: not chat.store.open_lanes())
+
+
+@pytest.mark.parametrize(("failure", "sent"), [
+    (SendFailed("wait", "slow down", 0.2), ["You said: hello"]),
+    (SendFailed("later", "network", 0.2), ["You said: hello"]),
+    (SendFailed("plain", "markup"), ["You said: hello"]),
+    (RuntimeError("a fault of the channel"), ["You said: hello"]),
+    (SendFailed("never", "blocked"), []),
+])
+def test_what_follows_a_part_that_was_not_sent(
+    chat: Chat, failure: Exception, sent: list[str]
+) -> None:
+    chat.channel.failures.put(failure)
+    chat.say("hello")
+    eventually(lambda: [status for status, _ in chat.outbox()] in (["sent"], ["dead"]))
+    assert chat.channel.sent == sent
+
+
+@pytest.mark.slow
+def test_one_chat_that_fails_does_not_hold_up_another(chat: Chat) -> None:
+    chat.channel.failures.put(SendFailed("later", "network", 30.0))
+    chat.say("one", sender="1000")
+    eventually(lambda: chat.outbox() == [("pending", "You said: one")])
+    chat.say("two", sender="1000", chat="other")
+    eventually(lambda: chat.channel.sent == ["You said: two"])
+
+
+def test_what_the_platform_will_not_take_is_held_for_the_next_message(agent: FakeAgent) -> None:
+    paragraphs = [f"{n}" * 3900 for n in range(6)]
+    with Chat(agent.url, row=BUDGET_ROW, streaming="off") as chat:
+        agent.enqueue(streamed("\n\n".join(paragraphs)))
+        chat.say("much")
+        eventually(lambda: len(chat.channel.sent) == 4)
+        assert chat.channel.sent[-1] == f"{paragraphs[3]}\n\n(more: write anything)"
+        assert [status for status, _ in chat.outbox()[4:]] == ["held", "held"]
+        chat.say("go on")
+        eventually(lambda: chat.channel.sent[4:] == [*paragraphs[4:], "You said: go on"])
+
+
+def test_typing_shows_until_the_answer_and_not_longer(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=ROW._replace(typing_every_s=0.1)) as chat:
+        agent.enqueue(streamed("a", "b", pause_s=0.5))
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent == ["ab"])
+        assert chat.channel.typed >= 4
+        assert stays(lambda: chat.channel.typed, 0.3)
+
+
+def test_more_sends_only_what_was_held(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=BUDGET_ROW, streaming="off") as chat:
+        agent.enqueue(streamed("\n\n".join(f"{n}" * 3900 for n in range(5))))
+        chat.say("much")
+        eventually(lambda: len(chat.channel.sent) == 4)
+        asked = len(agent.requests)
+        chat.say("/more")
+        eventually(lambda: chat.channel.sent[4:] == ["4" * 3900])
+        chat.say("/more")
+        eventually(lambda: chat.channel.sent[5:] == ["There is nothing more."])
+        assert len(agent.requests) == asked
+
+
+def test_a_refusal_until_the_next_message_holds_the_rest(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=BUDGET_ROW, streaming="off") as chat:
+        agent.enqueue(streamed("\n\n".join(f"{n}" * 3900 for n in range(3))))
+        chat.channel.failures.put(SendFailed("held", "-2"))
+        chat.say("much")
+        eventually(lambda: [status for status, _ in chat.outbox()] == ["held"] * 3)
+        assert chat.channel.sent == []
+        chat.say("again")
+        eventually(lambda: len(chat.channel.sent) == 4)
+
+
+def test_paragraphs_come_as_they_are_whole_and_within_the_budget(agent: FakeAgent) -> None:
+    paragraphs = [f"{chr(97 + n)}" * 250 + "\n\n" for n in range(12)]
+    with Chat(agent.url, row=BUDGET_ROW) as chat:
+        agent.enqueue(streamed(*paragraphs, pause_s=0.05))
+        chat.say("much")
+        eventually(lambda: not chat.store.open_lanes() and chat.channel.sent)
+        stays(lambda: len(chat.channel.sent), 0.3)
+        joined = "".join(chat.channel.sent)
+        assert len(chat.channel.sent) <= 4
+        assert joined.replace("\n", "") == "".join(paragraphs).replace("\n", "")
+
+
+def test_an_answer_of_which_a_part_was_read_is_not_asked_again_after_a_kill(
+    agent: FakeAgent,
+) -> None:
+    with Chat(agent.url) as chat:
+        asked = len(agent.requests)
+        with chat.store.transaction():
+            chat.store.put_in(chat.live.account.id, "made-up:default:1000", message("old"))
+            chat.store.run("UPDATE inbox SET attempts=1, progress=?", '{"blocks": 2}')
+        chat.app.lanes.nudge("made-up:default:1000")
+        eventually(lambda: chat.channel.sent == ["I was interrupted; please send that again."])
+        assert len(agent.requests) == asked
+
+
+def test_a_failure_is_told_with_a_reference_that_the_log_has(chat: Chat, agent: FakeAgent) -> None:
+    agent.enqueue(refused(401, "invalid_api_key", "the key is wrong"))
+    chat.say("hello")
+    text = eventually(lambda: chat.channel.sent)[0]
+    reference = text.rpartition("(")[2].rstrip(")")
+    assert text.startswith("The assistant needs its owner.") and "wrong" not in text
+    assert f"ref={reference}" in (chat.folder / "channels.log").read_text()
+
+
+def test_an_answer_that_breaks_off_is_kept_and_says_so(chat: Chat, agent: FakeAgent) -> None:
+    agent.enqueue(streamed("as far as here", end=b""))
+    chat.say("hello")
+    assert "as far as here\n\n(cut off, " in eventually(lambda: chat.channel.sent)[0]
+
+
+def test_a_conversation_that_is_too_long_is_halved_and_asked_again(
+    chat: Chat, agent: FakeAgent
+) -> None:
+    for number in range(4):
+        chat.say(f"m{number}")
+        eventually(lambda: not chat.store.open_lanes())
+    agent.enqueue(refused(400, "context_length_exceeded"))
+    chat.say("last")
+    eventually(lambda: chat.channel.sent[-1] == "You said: last")
+    assert [len(request.body["messages"]) for request in agent.requests[-2:]] == [9, 5]
+
+
+def test_a_conversation_loses_its_older_half_at_the_limit(agent: FakeAgent) -> None:
+    with Chat(agent.url, historyMessages=4) as chat:
+        for number in range(5):
+            chat.say(f"m{number}")
+            eventually(lambda: not chat.store.open_lanes())
+        sizes = [len(request.body["messages"]) for request in agent.requests[-5:]]
+        assert sizes == [1, 3, 5, 3, 5]
+        assert agent.requests[-1].body["messages"][0]["role"] == "user"
+
+
+def test_only_the_two_newest_photos_stay_in_a_conversation() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:x"}}
+    text = {"type": "text", "text": "look"}
+    left, keep = channels.without_files([text, image, image, image], 2)
+    assert left == [text, {"type": "text", "text": "[photo]"}, image, image] and keep == 0
+    assert channels.without_files([image], keep)[0] == [{"type": "text", "text": "[photo]"}]
+
+
+@pytest.mark.parametrize(("memory", "has_session"), [("session", True), ("agent", False)])
+def test_an_agent_that_remembers_gets_only_the_new_message(
+    agent: FakeAgent, memory: str, has_session: bool
+) -> None:
+    with Chat(agent.url, memory=memory, systemPrompt="Be kind.") as chat:
+        for text in ("one", "two"):
+            chat.say(text)
+            eventually(lambda: not chat.store.open_lanes())
+        body = agent.requests[-1].body
+        assert [each["content"] for each in body["messages"]] == ["Be kind.", "two"]
+        assert body.get("session_id") == ("made-up:default:1000" if has_session else None)
+
+
+def test_a_turn_that_is_cut_at_the_end_stays_in_the_inbox(agent: FakeAgent) -> None:
+    agent.enqueue(streamed("a", "b", pause_s=30))
+    with Chat(agent.url) as chat:
+        chat.say("hello")
+        eventually(lambda: agent.running)
+        closing = threading.Thread(target=chat.app.lanes.close, args=(0.1,))
+        closing.start()
+        closing.join(10)
+        assert eventually(lambda: not chat.app.lanes.count())
+        assert len(chat.store.open_lanes()) == 1
+
+
+def test_a_part_that_was_sent_but_not_marked_is_not_sent_again(chat: Chat) -> None:
+    original, failures = chat.store.set_out, iter([True, False])
+
+    def failing(part: int, status: str, *rest: Any) -> None:
+        if status == "sent" and next(failures, False):
+            raise OSError("disk full")
+        original(part, status, *rest)
+
+    chat.store.set_out = failing
+    channels_pause = channels._RETRY_TURN_S
+    try:
+        channels._RETRY_TURN_S = 0.1
+        chat.say("hello")
+        eventually(lambda: chat.outbox() == [("sent", "You said: hello")])
+    finally:
+        channels._RETRY_TURN_S = channels_pause
+    time.sleep(0.2)
+    assert chat.channel.sent == ["You said: hello"]
+
+
+def test_halves_of_a_character_in_two_pieces_of_a_stream_are_joined(
+    chat: Chat, agent: FakeAgent
+) -> None:
+    agent.enqueue(streamed("a\ud83d", "\ude00 b\ud83d"))
+    chat.say("hello \ud83d")
+    eventually(lambda: chat.channel.sent == ["a\U0001f600 b\ufffd"])
+    assert agent.asked()[-1] == "hello \ufffd"
+
+
+def test_what_a_stranger_writes_is_not_kept(chat: Chat) -> None:
+    chat.say("a private matter", sender="77")
+    eventually(lambda: chat.channel.sent)
+    assert "This bot is private" in chat.channel.sent[0]
+    assert not chat.store.rows("SELECT 1 FROM inbox")
+    assert chat.live.dropped == {"not approved": 1}
+
+
+def test_beyond_the_limit_of_an_hour_one_sentence_is_said(agent: FakeAgent) -> None:
+    with Chat(agent.url, perSenderHour=1) as chat:
+        for text in ("one", "two", "three", "four"):
+            chat.say(text)
+            eventually(lambda: not chat.store.open_lanes())
+        eventually(lambda: len(chat.channel.sent) == 2)
+        assert "enough for now" in stays(lambda: chat.channel.sent, 0.3)[1]
+
+
+@pytest.mark.parametrize("word", ["/NEW", "/reset", "\u65b0\u5bf9\u8bdd"])
+def test_commands_in_any_case_and_in_chinese(chat: Chat, word: str) -> None:
+    chat.say(word)
+    eventually(lambda: chat.channel.sent == ["A new conversation begins."])
+
+
+def test_stop_without_a_turn_is_answered_at_once(chat: Chat) -> None:
+    chat.say("/stop")
+    eventually(lambda: chat.channel.sent == ["There is nothing to stop."], timeout_s=5)
