@@ -60,10 +60,11 @@ def test_a_normal_request_is_answered_afterwards(report: fuzz.Report) -> None:
 
 @pytest.mark.exhaustive
 def test_every_route_was_reached_with_requests_good_and_bad(report: fuzz.Report) -> None:
-    # They say where to look instead, and that there is nothing to cancel, to stop or to test.
+    # They say where to look instead, or that there is nothing to cancel, stop, test or log in.
     always_refused = {
         ("POST", "/v1/embeddings"), ("POST", "/v1/responses/{id}/cancel"),
         ("DELETE", "/api/requests/{id}"), ("POST", "/api/alerts/test"),
+        ("POST", "/api/login/code"),
     }
     routes = set(report.statuses) - {("", "")}
 
