@@ -51,7 +51,7 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage or settings; 3
 #     21. App               owns every long-lived object; supervisors; the control socket
 #     22. Plugins           channels in files of the owner's
 #     23. Command line      commands, the self-test, main
-from __future__ import annotations
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
 import sys
 

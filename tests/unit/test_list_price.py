@@ -217,13 +217,13 @@ BEFORE_PRICES = next(
 
 def migrated(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> list[Any]:
     """What becomes of rows of an older version: their prices and hour-long cache writes."""
-    path, names = str(tmp_path / "ocp.db"), [
-        name for name in ocp.UsageRow._fields
-        if name not in ("list_price_usd", "cache_write_1h_tokens")]
+    path = str(tmp_path / "ocp.db")
     with monkeypatch.context() as older:
         older.setattr(ocp, "MIGRATIONS", ocp.MIGRATIONS[:BEFORE_PRICES])
         # A Store reads the table of keys, whose columns that version has.
         store = ocp.Store(path)
+        columns = {column["name"] for column in store.rows("PRAGMA table_info(usage)")}
+        names = [name for name in ocp.UsageRow._fields if name in columns]
         with store.transaction() as connection:
             marks = ", ".join("?" * len(names))
             connection.executemany(

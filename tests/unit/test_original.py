@@ -209,9 +209,9 @@ def test_limits_count_what_the_original_had_counted(home: OriginalHome) -> None:
     home.usage(9, 1, "laptop", created_at=original_time(time.time() - 40 * 86_400))
     with opened(home) as here:
         caller = here.keys.verify(secret)
-        here.ledger.reserve(caller, 0)
+        here.ledger.reserve(caller, ocp.Amounts(requests=1))
         with pytest.raises(ocp.QuotaExceeded):
-            here.ledger.reserve(caller, 0)
+            here.ledger.reserve(caller, ocp.Amounts(requests=1))
 
 
 @pytest.mark.parametrize("created_at", [
