@@ -5898,25 +5898,26 @@ class Ledger:
         """Yield one of USAGE_TABLES as CSV (RFC 4180, UTF-8) in parts of some hundred KB, the
         oldest row first. Each part is a query of its own, so that no report waits for a client
         that reads slowly. Raises as `report` does."""
-        where, values = _condition(since_s, until_s, caller)
         if table in _TABLES:
             with self._store.read_transaction() as connection:
-                entries = Rows(connection, where, values).table(table)
+                entries = Rows(connection, *_condition(since_s, until_s, caller)).table(table)
             columns, group = _TABLES[table]
             names = [group[0], *(name for name, _ in columns)]
             yield csv_text([names, *([entry[name] for name in names] for entry in entries)])
             return
-        last: tuple[float, int] | None = None
-        count = _CSV_PAGE_ROWS
+        # Ids begin with 1.
+        last_s, last_id, count = since_s, 0, _CSV_PAGE_ROWS
         while count == _CSV_PAGE_ROWS:
-            more, ends = (where, values) if last is None else (
-                f"{where} AND (at_s, id) > (?, ?)", [*values, *last])
+            # From the last row on: SQLite would read the earlier ones once more for each page.
+            where, values = _condition(last_s, until_s, caller)
+            where, values = f"{where} AND (at_s, id) > (?, ?)", [*values, last_s, last_id]
             with self._store.read_transaction() as connection:
-                names, found = Rows(connection, more, ends).select("at_s, id", _CSV_PAGE_ROWS)
+                names, found = Rows(connection, where, values).select("at_s, id", _CSV_PAGE_ROWS)
             page = [[entry[name] for name in names] for entry in map(_row_entry, found)]
-            yield csv_text(page if last else [names, *page])
+            yield csv_text(page if last_id else [names, *page])
             count = len(found)
-            last = (found[-1]["at_s"], found[-1]["id"]) if found else None
+            if found:
+                last_s, last_id = found[-1]["at_s"], found[-1]["id"]
 
     def by_model(self, since_s: float) -> list[Json]:
         """Return the sums for each model since then, with timeouts. Raises as `report` does."""

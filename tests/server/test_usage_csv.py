@@ -17,9 +17,12 @@ import pytest
 from chat import HANG, ask, encoded, error_of, question
 from http_client import Reply
 from keys import MULTI, as_admin, ask_as, bearer, new_key
+from project import load_script
 from raw_http import RawConnection, head, post
 from server import Server, running_server
 from waiting import eventually
+
+ocp = load_script("ocp_server.py")
 
 Json = Any
 
@@ -186,6 +189,43 @@ def test_each_of_many_rows_comes_once(archive: Server) -> None:
     found = table_of(as_csv(archive))
 
     assert [row["request_id"] for row in found] == [f"req_{number}" for number in range(MANY)]
+
+
+def test_a_row_takes_the_same_work_among_few_and_among_many(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite must not read all earlier rows again for each part."""
+    monkeypatch.setattr(ocp, "_CSV_PAGE_ROWS", 10)
+    steps = 0
+
+    def count_step() -> None:
+        nonlocal steps
+        steps += 1
+
+    def counting(self: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = plain(self)
+        connection.set_progress_handler(count_step, 10)
+        return connection
+
+    plain = ocp.Store._read_connection
+    monkeypatch.setattr(ocp.Store, "_read_connection", counting)
+    ledger, work = ocp.Ledger(store), []
+    for count in (500, 2_000):
+        store.write_or_queue("DELETE FROM usage")
+        with store.transaction() as connection:
+            connection.executemany(
+                "INSERT INTO usage (at_s, request_id, caller, model, dialect, outcome, status, "
+                "counted, stream, warm, prompt_chars, response_chars, input_tokens, "
+                "output_tokens, cache_read_tokens, cache_write_tokens, total_ms) VALUES "
+                "(?, 'req_1', 'local', 'm', 'chat', 'ok', 200, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1)",
+                [(at_s,) for at_s in range(count)])
+        for caller in (None, ocp.Caller("local")):
+            steps = 0
+            parts = list(ledger.csv("rows", 0, count + 1, caller))
+            assert sum(part.count(b"req_1") for part in parts) == count
+            work.append(steps / count)
+
+    assert max(work) < 1.5 * min(work)
 
 
 def test_a_client_that_reads_nothing_holds_up_no_report(archive: Server) -> None:
