@@ -5454,7 +5454,9 @@ def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
         if not isinstance(value, str):
             return value
         text = printable(value)
-        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+        # Where letters are wide, spreadsheets take wide signs for the plain ones.
+        first = unicodedata.normalize("NFKC", text[:1])
+        return f"'{text}" if first in ("=", "+", "-", "@") else text
 
     file = io.StringIO()
     csv.writer(file).writerows(map(field, row) for row in rows)

@@ -96,6 +96,12 @@ def test_no_field_begins_like_a_formula(house: Server) -> None:
     assert not [value for row in rows for value in row.values() if value[:1] in ("=", "+", "@")]
 
 
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+def test_a_formula_in_wide_letters_is_none_either(sign: str) -> None:
+    assert ocp.csv_text([[f"{sign}1+2", f"1{sign}2", "", None, -1]]).decode() == (
+        f"'{sign}1+2,1{sign}2,,,-1\r\n")
+
+
 def test_texts_with_commas_quotes_and_other_letters_are_whole(house: Server) -> None:
     reply = as_csv(house)
 
