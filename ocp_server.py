@@ -5223,6 +5223,13 @@ class Reservation:
         #: The quotas that had passed their warning level when it began, with the used share.
         self.warnings: list[str] = []
 
+    def quotas(self) -> Iterator[tuple[str, Quota, QuotaLimits]]:
+        """Yield the quotas that hold for it: the model, the quota, and the limits with its own."""
+        for model, limits in self.limits.items():
+            for quota in QUOTAS:
+                if quota.name in limits:
+                    yield model, quota, limits
+
 
 class QuotaState(NamedTuple):
     """One quota of a key at one moment, in amounts."""
@@ -5647,10 +5654,8 @@ class Ledger:
 
     def _states(self, reservation: Reservation) -> Iterator[QuotaState]:
         """Give the state of each quota that holds for a request. The caller holds the lock."""
-        for model, limits in reservation.limits.items():
-            for quota in QUOTAS:
-                if quota.name in limits:
-                    yield self._state(reservation.key_id or 0, model, quota, limits)
+        for model, quota, limits in reservation.quotas():
+            yield self._state(reservation.key_id or 0, model, quota, limits)
 
     def _check(self, state: QuotaState, reservation: Reservation) -> None:
         unit = _UNITS[state.quota.unit]
@@ -5825,24 +5830,26 @@ class Ledger:
         """Add a row to the usage of its key, and return the levels that this passes. Must be called
         before the row is written, because the usage may be summed from the written rows here."""
         before: dict[tuple[str, str], Amounts] = {}
+        # If the database cannot be read, the row is counted when it is summed later.
+        unreadable = contextlib.suppress(sqlite3.Error)
         for period in {quota.period: None for quota in QUOTAS}:
             for model in ("", row.model):
                 # Clients can name many models: only those with limits are kept in memory.
                 if model not in reservation.limits and (key_id, period, model) not in self._used:
                     continue
-                # If the database cannot be read, the row is counted when it is summed later.
-                with contextlib.suppress(sqlite3.Error):
+                with unreadable:
                     used = self._period_usage(key_id, period, model)
                     if used.begins_s <= row.at_s:
                         before[model, period] = used.amounts
                         used.amounts = used.amounts.plus(row.amounts)
-        return [
-            level for state in self._states(reservation)
-            if (state.model, state.quota.period) in before
-            for level in self._levels_passed(
-                reservation, state, before[state.model, state.quota.period]
-            )
-        ]
+        levels: list[QuotaLevel] = []
+        with unreadable:
+            for model, quota, limits in reservation.quotas():
+                was = before.get((model, quota.period))
+                if was is not None:
+                    state = self._state(key_id, model, quota, limits)
+                    levels += self._levels_passed(reservation, state, was)
+        return levels
 
     def prune(self, days: int) -> int:
         """Delete rows older than `days`, except those that a quota still counts, and return their

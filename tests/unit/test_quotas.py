@@ -887,6 +887,26 @@ def test_nobody_is_told_a_level_while_the_ledger_is_locked(store: Any) -> None:
     assert free == [True]
 
 
+@pytest.mark.usefixtures("utc")
+def test_an_answer_keeps_its_row_where_its_new_period_cannot_be_summed(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*query: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    book = Book(store, clock_at("2027-05-12T23:59:59Z"), daily=2, usdDaily=1)
+    running = book.begin()
+    book.clock.advance(2)
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "rows", unreadable)
+        book.end(running)
+
+    assert store.rows("SELECT COUNT(*) FROM usage")[0][0] == 1
+    assert book.report()["daily"]["used"] == 1
+    book.use()
+    assert levels(book) == [("daily", "", "limit")]
+
+
 def test_a_report_says_what_is_over_the_warning_level(store: Any) -> None:
     book = Book(store, daily=10, weekly=100)
     book.soft_percent, book.model_quotas = 80, {"sonnet": {"daily": 9, "weekly": 11}}
