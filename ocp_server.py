@@ -455,10 +455,11 @@ def parse_time(text: str) -> float:
 
 
 def write_private(path: str, text: str) -> None:
-    """Write a file atomically, readable only by its owner. Raises OSError."""
+    """Write a file in UTF-8 atomically, readable only by its owner. Raises OSError."""
     temporary = f"{path}.{secrets.token_hex(4)}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(temporary, path)
     except OSError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from chat import CHAT_PATH, ask, both_ways, error_of, question, stream_chat
 from http_client import Reply
 from keys import ADMIN_KEY, MULTI, SHARED, SHARED_KEY, as_admin, bearer
-from project import load_script
+from project import REPO, clean_env, load_script
 from server import Server, running_server
 from waiting import eventually, in_parallel
 
@@ -198,6 +200,16 @@ def test_a_secret_with_strange_characters_is_found_in_json_and_in_addresses() ->
     for form in (secret, json.dumps(secret), quote(secret, "")):
         assert "rd" not in blots.text(form), form
     assert blots.text("a short word") == "a short word"
+
+
+def test_letters_are_written_in_any_locale(tmp_path: Path) -> None:
+    write = "import ocp_server; ocp_server.write_private('file', 'Gr\\u00fc\\u00dfe \\U0001f600')"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", write], cwd=tmp_path, check=True, timeout=60, env={
+        **clean_env(), **ascii_only, "PYTHONPATH": str(REPO)})
+
+    (path,) = tmp_path.iterdir()
+    assert path.read_text(encoding="utf-8") == "Gr\u00fc\u00dfe \U0001f600"
 
 
 def test_large_requests_are_cut(tmp_path: Path) -> None:
