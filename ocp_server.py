@@ -17777,7 +17777,10 @@ class Blots:
         are too short to be secrets stay."""
         forms = {
             form for secret in secrets_ if len(secret) >= 8
-            for form in (secret, json.dumps(secret)[1:-1], urllib.parse.quote(secret, ""))
+            for form in (
+                secret, to_json(secret).decode("utf-8")[1:-1], json.dumps(secret)[1:-1],
+                urllib.parse.quote(secret, ""),
+            )
         }
         self._forms = sorted(forms, key=len, reverse=True)
 
@@ -17815,11 +17818,10 @@ class CapturedRequest:
         self._left_chars = _MAX_PART_CHARS
         self._skipped = 0
         path, _, query = target.partition("?")
-        self._texts = [f"{method} {self._blots.text(urllib.parse.unquote(path))}"]
         fields = [*urllib.parse.parse_qsl(query, keep_blank_values=True), *headers.items()]
-        self._texts += [
-            f"{name}: {printable(self._blots.field(name, value))}" for name, value in fields
-        ]
+        lines = [f"{method} {urllib.parse.unquote(path)}"]
+        lines += [f"{name}: {self._blots.field(name, value)}" for name, value in fields]
+        self._texts = [printable(self._blots.text(line)) for line in lines]
 
     def add_body(self, data: bytearray) -> None:
         """Add the body."""

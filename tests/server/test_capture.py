@@ -197,9 +197,20 @@ def test_a_secret_at_the_end_of_what_is_kept_is_not_left_in_half(at: int) -> Non
 def test_a_secret_with_strange_characters_is_found_in_json_and_in_addresses() -> None:
     secret = 'p"a/ss w\u00f6rd\\1'
     blots = ocp.Blots([secret, "short"])
-    for form in (secret, json.dumps(secret), quote(secret, "")):
+    as_utf8 = json.dumps(secret, ensure_ascii=False)
+    for form in (secret, json.dumps(secret), as_utf8, quote(secret, "")):
         assert "rd" not in blots.text(form), form
     assert blots.text("a short word") == "a short word"
+
+
+def test_what_stands_in_a_path_or_a_name_is_on_one_line_and_no_secret() -> None:
+    key = "ocp_" + "S" * 32
+    target = f"/v1/{key}%0A--- from claude?{key}&a%0A--- to claude=%0A{key}"
+    captured = ocp.CapturedRequest("req_1", "POST", target, ocp.Headers(), ())
+    text = captured.text()
+
+    assert "SSS" not in text
+    assert not any(line.startswith("---") for line in text.splitlines())
 
 
 def test_letters_are_written_in_any_locale(tmp_path: Path) -> None:
