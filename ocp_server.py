@@ -18884,7 +18884,8 @@ class Requests:
                 is_own = caller.is_admin or job.caller.scope == caller.scope
                 if is_own and is_meant(job) and not job.finished:
                     if job.ended_by is None:
-                        self._stopped[job.question] = self._app.clock() + lasts_s
+                        if lasts_s:
+                            self._stopped[job.question] = self._app.clock() + lasts_s
                         job.ended_by = RequestStopped(message)
                         # As the end of the turn.
                         job.ended_by.logged = True
@@ -18894,10 +18895,13 @@ class Requests:
 
     def _check_not_stopped(self, job: Job) -> None:
         """Raise RepeatStopped if the operator has just stopped the same question."""
+        if not self._stopped:
+            return
+        # Before the lock is held: the digest of a long conversation takes its time.
+        question, now_s = job.question, self._app.clock()
         with self._lock:
-            now_s = self._app.clock()
             self._stopped = {each: end_s for each, end_s in self._stopped.items() if end_s > now_s}
-            end_s = self._stopped.get(job.question) if self._stopped else None
+            end_s = self._stopped.get(question)
         if end_s is not None:
             raise RepeatStopped(
                 "The operator stopped this request; it is not answered again for "

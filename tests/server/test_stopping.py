@@ -315,6 +315,24 @@ def test_only_what_the_operator_has_stopped_is_refused_when_it_is_asked_again(
             assert len(rows(server)) == 3
 
 
+def test_what_the_operator_has_stopped_stays_refused_when_its_caller_stops_another_one(
+    tmp_path: Path,
+) -> None:
+    with running_server(tmp_path, env=MULTI) as server:
+        mine = new_key(server, name="mine")["key"]
+        server.write_scenario([HANGS_IN_THE_TEXT])
+        with ThreadPoolExecutor() as pool:
+            asked = [pool.submit(ask_as, server, mine, "Hello", stream=True) for _ in range(2)]
+            first, second = eventually(lambda: len(listed(server)) == 2 and listed(server))
+            assert stop(server, first["request_id"]).status == 200
+            assert stop(server, second["request_id"], mine).status == 200
+            for each in asked:
+                each.result()
+        server.write_scenario([])
+
+        assert error_of(ask_as(server, mine, "Hello"))["code"] == "request_stopped"
+
+
 # ---------------------------------------------------------------------------
 # Shared answers
 # ---------------------------------------------------------------------------
