@@ -17761,6 +17761,8 @@ _MAX_PART_CHARS = 1_048_576
 _OVERLAP_CHARS = 4096
 #: How long captures are kept.
 _CAPTURE_KEPT_S = 7 * 86_400
+#: When a capture began, at the beginning of the name of its folder.
+_CAPTURE_NAME = "%Y%m%dT%H%M%S%z"
 _BLOT = "[blotted out]"
 _SECRET_NAME = re.compile(r"auth|cookie|key|secret|token|passw", re.I)
 #: A key of any provider that begins as OpenAI's do.
@@ -17962,7 +17964,7 @@ class Capture:
         )
 
     def prune(self) -> None:
-        """Delete captures that are too old."""
+        """Delete captures that are too old. What else lies in the folder stays."""
         for entry in self.kept():
             if time.time() - parse_time(entry["startedAt"]) > _CAPTURE_KEPT_S:
                 shutil.rmtree(entry["folder"], ignore_errors=True)
@@ -17973,10 +17975,10 @@ class Capture:
         with contextlib.suppress(OSError):
             for name in sorted(os.listdir(self._path)):
                 folder = os.path.join(self._path, name)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):
+                    start = datetime.datetime.strptime(name.partition("-")[0], _CAPTURE_NAME)
                     sizes = [each.stat().st_size for each in os.scandir(folder)]
-                    at_s = os.stat(folder).st_mtime
-                    found.append({"folder": folder, "startedAt": iso_time(at_s),
+                    found.append({"folder": folder, "startedAt": iso_time(start.timestamp()),
                                   "files": len(sizes), "bytes": sum(sizes)})
         return found
 

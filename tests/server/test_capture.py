@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -304,9 +305,18 @@ def test_time_ends_it_and_old_captures_are_deleted(tmp_path: Path) -> None:
     assert kept["files"] == 1
     capture.prune()
     assert len(capture.kept()) == 1
-    os.utime(kept["folder"], (1, 1))
+    assert abs(ocp.parse_time(kept["startedAt"]) - time.time()) < 60
+    folder = Path(kept["folder"])
+    os.utime(folder, (1, 1))
+    (folder.parent / "mine").mkdir()
+    os.utime(folder.parent / "mine", (1, 1))
     capture.prune()
-    assert capture.kept() == []
+    assert len(capture.kept()) == 1
+
+    folder.rename(folder.with_name("20200101T120000Z-0a1b"))
+    assert capture.kept()[0]["startedAt"] == "2020-01-01T12:00:00.000Z"
+    capture.prune()
+    assert capture.kept() == [] and [each.name for each in folder.parent.iterdir()] == ["mine"]
 
 
 def test_a_full_disk_does_not_touch_the_request(tmp_path: Path) -> None:
