@@ -17763,7 +17763,7 @@ _OVERLAP_CHARS = 4096
 _CAPTURE_KEPT_S = 7 * 86_400
 #: When a capture began, at the beginning of the name of its folder.
 _CAPTURE_NAME = "%Y%m%dT%H%M%S%z"
-_BLOT = "[blotted out]"
+_REDACTED = "[redacted]"
 _SECRET_NAME = re.compile(r"auth|cookie|key|secret|token|passw", re.I)
 #: A key of any provider that begins as OpenAI's do.
 _ANY_KEY = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}")
@@ -17771,8 +17771,8 @@ _ANY_KEY = re.compile(r"\bsk-[A-Za-z0-9_-]{8,}")
 _PIECE = b'"content_block_delta"'
 
 
-class Blots:
-    """Takes secrets out of texts."""
+class Redactor:
+    """Redacts texts: takes secrets out of them."""
 
     def __init__(self, secrets_: Iterable[str]) -> None:
         """`secrets_` are taken out beside all that has the form of a key or a token. Words that
@@ -17789,12 +17789,12 @@ class Blots:
     def text(self, text: str) -> str:
         """Return the text without secrets."""
         for form in self._forms:
-            text = text.replace(form, _BLOT)
-        return redact(_ANY_KEY.sub(_BLOT, text))
+            text = text.replace(form, _REDACTED)
+        return redact(_ANY_KEY.sub(_REDACTED, text))
 
     def field(self, name: str, value: str) -> str:
         """Return the value of a header or a query parameter without secrets."""
-        return _BLOT if _SECRET_NAME.search(name) else self.text(value)
+        return _REDACTED if _SECRET_NAME.search(name) else self.text(value)
 
     def part(self, data: bytes | bytearray, max_chars: int) -> str:
         """Return the beginning of what was sent, without secrets."""
@@ -17815,32 +17815,32 @@ class CapturedRequest:
     ) -> None:
         """`target` and `headers` are as the client sent them."""
         self.request_id = request_id
-        self._blots = Blots([*secrets_, *presented_keys(headers)])
+        self._redactor = Redactor([*secrets_, *presented_keys(headers)])
         self._started_s = time.monotonic()
         self._left_chars = _MAX_PART_CHARS
         self._skipped = 0
         path, _, query = target.partition("?")
         fields = [*urllib.parse.parse_qsl(query, keep_blank_values=True), *headers.items()]
         lines = [f"{method} {urllib.parse.unquote(path)}"]
-        lines += [f"{name}: {self._blots.field(name, value)}" for name, value in fields]
-        self._texts = [printable(self._blots.text(line)) for line in lines]
+        lines += [f"{name}: {self._redactor.field(name, value)}" for name, value in fields]
+        self._texts = [printable(self._redactor.text(line)) for line in lines]
 
     def add_body(self, data: bytearray) -> None:
         """Add the body."""
-        self._texts += ["", self._blots.part(data, _MAX_PART_CHARS)]
+        self._texts += ["", self._redactor.part(data, _MAX_PART_CHARS)]
 
     def add_lines(self, direction: str, data: bytes) -> None:
         """Add whole lines, "to claude" or "from claude"."""
         if self._left_chars <= 0 or (direction != "to claude" and _PIECE in data[:200]):
             self._skipped += 1
             return
-        text = self._blots.part(data.rstrip(b"\n"), self._left_chars)
+        text = self._redactor.part(data.rstrip(b"\n"), self._left_chars)
         self._left_chars -= len(text)
         self._texts += [f"--- {direction}, {self._elapsed()}", text]
 
     def add_end(self, words: str) -> None:
         """Add how the request ended."""
-        self._texts.append(f"--- {self._blots.text(printable(words))}, {self._elapsed()}")
+        self._texts.append(f"--- {self._redactor.text(printable(words))}, {self._elapsed()}")
 
     def _elapsed(self) -> str:
         return f"{time.monotonic() - self._started_s:.3f} s"

@@ -179,7 +179,7 @@ def test_no_secret_is_written_wherever_it_stands(tmp_path: Path) -> None:
         hidden = [*secrets.values(), "cHJveHk6c2VjcmV0", "a-token-of-the-client", "azure-key-12345"]
         hidden.remove("session=c00kie")
         assert [secret for secret in hidden if secret in text] == []
-        assert "Cookie: [blotted out]" in text and "Authorization: [blotted out]" in text
+        assert "Cookie: [redacted]" in text and "Authorization: [redacted]" in text
         # All the same, it is still the request.
         assert '"user":"' in text or '"user": "' in text
 
@@ -187,21 +187,21 @@ def test_no_secret_is_written_wherever_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [0, 1_048_000, 1_048_560, 1_052_600, 1_052_660, 2_000_000])
 def test_a_secret_at_the_end_of_what_is_kept_is_not_left_in_half(at: int) -> None:
     key = "ocp_" + "S" * 32
-    blots = ocp.Blots([key])
-    text = blots.part(bytearray(b"x" * at + key.encode() + b"y" * 3_000_000), 1_048_576)
+    redactor = ocp.Redactor([key])
+    text = redactor.part(bytearray(b"x" * at + key.encode() + b"y" * 3_000_000), 1_048_576)
     assert "SSS" not in text and "ocp_S" not in text
     assert len(text) < 1_048_700 and "bytes in all" in text
-    many = blots.part(bytearray((key + " ").encode() * 80_000), 1_048_576)
+    many = redactor.part(bytearray((key + " ").encode() * 80_000), 1_048_576)
     assert "SSS" not in many
 
 
 def test_a_secret_with_strange_characters_is_found_in_json_and_in_addresses() -> None:
     secret = 'p"a/ss w\u00f6rd\\1'
-    blots = ocp.Blots([secret, "short"])
+    redactor = ocp.Redactor([secret, "short"])
     as_utf8 = json.dumps(secret, ensure_ascii=False)
     for form in (secret, json.dumps(secret), as_utf8, quote(secret, "")):
-        assert "rd" not in blots.text(form), form
-    assert blots.text("a short word") == "a short word"
+        assert "rd" not in redactor.text(form), form
+    assert redactor.text("a short word") == "a short word"
 
 
 def test_what_stands_in_a_path_or_a_name_is_on_one_line_and_no_secret() -> None:
