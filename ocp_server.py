@@ -19029,6 +19029,8 @@ class Requests:
                 "error", "request_broke", request_id=job.request_id, error=format_failure(error)
             )
         finally:
+            # Each would keep the other, with its messages.
+            job.asked_by = None
             app.cache.settle(flight, answers, config)
             flight.end(failure)
 

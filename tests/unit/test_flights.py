@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import os
 import queue
 import random
 import select
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,3 +270,28 @@ def test_any_number_of_threads_joins_and_leaves_without_a_lost_flight(cache: Any
 
     assert lost == []
     eventually(lambda: repr(cache) == "<cache kept=0 flights=0>")
+
+
+# ---------------------------------------------------------------------------
+# The jobs of a flight
+# ---------------------------------------------------------------------------
+
+def test_a_request_is_not_kept_by_the_job_that_has_produced_its_answer() -> None:
+    models = ocp.Models(ocp.BUILTIN_MODELS)
+    turn = ocp.Turn(models.find("sonnet"), "", [ocp.Message("user", "Hi")], ocp.Options())
+    app = SimpleNamespace(
+        cache=ocp.Cache(), ledger=SimpleNamespace(release=lambda reservation: None))
+    requests, config = ocp.Requests(app), ocp.Config()
+    requests._produced = lambda job: contextlib.nullcontext(iter(()))
+    requests._record = lambda job, failure=None: None
+    job = ocp.Job(turn, ocp.Caller("laptop"), Someone(), "req_1", "chat", 0.0)
+    flight = ocp.Flight("key")
+    gc.disable()
+    try:
+        requests._start_producer(job, flight, config)
+        eventually(lambda: flight._is_over)
+        left = weakref.ref(job)
+        del job
+        eventually(lambda: left() is None)
+    finally:
+        gc.enable()
