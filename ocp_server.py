@@ -16676,7 +16676,7 @@ METRICS = (
     Metric(
         "ocp_list_price_usd_total", "counter",
         "The API's list price of what was used, in USD, by model; nobody pays it on a plan.",
-        parts=10**9,
+        parts=_NANO_USD,
     ),
     Metric(
         "ocp_first_token_seconds", "histogram", "Time to the first token.", _FIRST_TOKEN_BOUNDS_S
@@ -18250,7 +18250,7 @@ class Job:
             first_token_ms=round((min(firsts) - self.started_s) * 1000) if firsts else None,
             total_ms=round((now_s - self.started_s) * 1000),
             web_search_requests=usage.web_search_requests,
-            list_price_usd=self.list_price_nano_usd / 1e9,
+            list_price_usd=self.list_price_nano_usd / _NANO_USD,
             cache_write_1h_tokens=sum(each.cache_write_1h_tokens(lifetime) for each in spent),
             tag=self.tag,
         )
@@ -21536,7 +21536,8 @@ def _key_entry(app: App, key: Key) -> Json:
         "revokedAt": iso(key.revoked_s),
         # The secret before the last rotation, while it is still valid.
         "oldSecret": old and {"keyPreview": old.preview, "until": iso(old.valid_until_s)},
-        **dict.fromkeys(("quota", "modelQuotaUse")),
+        "quota": None,
+        "modelQuotaUse": None,
         **(_quota_use(app, key) if key.revoked_s is None else {}),
     }
 
@@ -22694,7 +22695,7 @@ def _demo_row(
         prompt_chars=prompt * 4, response_chars=answer * 4,
         input_tokens=usage.input_tokens, output_tokens=usage.output_tokens,
         cache_read_tokens=usage.cache_read_tokens, cache_write_tokens=0,
-        list_price_usd=list_price(model, usage, "") / 1e9,
+        list_price_usd=list_price(model, usage, "") / _NANO_USD,
         first_token_ms=first_ms if status == 200 and path != "cached" else None,
         total_ms=first_ms if path == "cached" else first_ms + answer * 12, message=message,
         peer=device.peer,
