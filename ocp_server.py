@@ -16539,8 +16539,9 @@ class Alerts:
             self._alerts = [
                 changed[0] if alert.id == number else alert for alert in self._alerts
             ]
-        for alert in changed:
-            self._write(alert)
+            # Under the lock, so that the row has the last of two changes.
+            for alert in changed:
+                self._write(alert)
 
     def _write(self, alert: Alert) -> None:
         marks = ", ".join("?" * len(alert))

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -470,6 +471,33 @@ def test_a_database_that_is_locked_stops_no_alert(
     assert sent == ["claude_missing"]
     [row] = desk.store.rows("SELECT state FROM alerts")
     assert row["state"] == "delivered"
+
+
+def test_of_two_changes_at_once_the_row_has_both(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.alerts.watch(desk.account, True)
+    is_first, other_wrote = threading.Event(), threading.Event()
+    write = desk.store.write_or_queue
+
+    def slow_at_first(*statement: Any, **more: Any) -> None:
+        if not is_first.is_set():
+            is_first.set()
+            other_wrote.wait(0.5)
+            write(*statement, **more)
+        else:
+            write(*statement, **more)
+            other_wrote.set()
+
+    monkeypatch.setattr(desk.store, "write_or_queue", slow_at_first)
+    slow = threading.Thread(target=desk.alerts._change, args=(1,), kwargs={"until_s": NOW_S})
+    slow.start()
+    is_first.wait(10)
+    desk.alerts._change(1, state="delivered")
+    slow.join()
+
+    [row] = desk.store.rows("SELECT state, until_s FROM alerts")
+    assert tuple(row) == ("delivered", NOW_S)
 
 
 def test_a_flaw_of_a_form_ends_no_thread_and_tells_no_address(
