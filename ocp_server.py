@@ -17310,13 +17310,22 @@ def copy_original(path: str) -> None:
         # An interrupted start has made the copy, and then begun to change the database.
         if not _is_to_be_taken_over(source) or (version and os.path.exists(copy)):
             return
-        for leftover in (draft, draft + "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leftover)
-        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        with contextlib.closing(sqlite3.connect(draft)) as target:
-            source.backup(target)
-    os.replace(draft, copy)
+        _remove_draft(draft)
+        try:
+            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(sqlite3.connect(draft)) as target:
+                source.backup(target)
+            os.replace(draft, copy)
+        except (OSError, sqlite3.Error):
+            # A part of it would keep a full disk full.
+            _remove_draft(draft)
+            raise
+
+
+def _remove_draft(draft: str) -> None:
+    for path in (draft, draft + "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _original_text(value: bytes | None) -> str:

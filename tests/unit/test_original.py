@@ -1,6 +1,7 @@
 """What is taken over from the database of the original OCP, and that nothing of it is lost."""
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -508,6 +509,23 @@ def comparable(content: dict[str, Json]) -> Json:
     """What is the same in every start: no times of the start."""
     keys = [row[:6] + row[7:] for row in content["keys"]]
     return keys, content["usage"], [json.loads(row[2]) for row in content["original"]]
+
+
+def test_a_copy_that_fails_leaves_no_part_of_it_on_a_full_disk(tmp_path: Path) -> None:
+    home = filled(tmp_path)
+    path = str(home.database)
+
+    def full(*names: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocp.os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            ocp.copy_original(path)
+    assert list(home.folder.glob("ocp.db.original*")) == []
+
+    ocp.copy_original(path)
+    assert original_content(home.folder / "ocp.db.original") == home.tables()
 
 
 def test_what_the_original_left_in_its_write_ahead_log_comes_too(home: OriginalHome) -> None:
