@@ -5518,8 +5518,9 @@ class Rows:
 
     def by_tag(self) -> list[Json]:
         """Return the sums for each tag; none if no request has one."""
-        sums = self.table("tag", maximum=_MAX_SERIES)
-        return sums if any(entry["tag"] != "(none)" for entry in sums) else []
+        query = f"SELECT 1 FROM usage WHERE {self._where} AND tag IS NOT NULL LIMIT 1"
+        has_tags = self._connection.execute(query, self._values).fetchone()
+        return self.table("tag", maximum=_MAX_SERIES) if has_tags else []
 
     def select(self, order: str, limit: int) -> tuple[list[str], list[sqlite3.Row]]:
         """Return the names in the entries of rows, and up to `limit` rows in this order; _row_entry

@@ -198,6 +198,23 @@ def test_a_caller_has_a_thousand_tags_a_day_also_across_a_restart(tmp_path: Path
             "the last", "(other)", "user 0", "another's"]
 
 
+def test_nothing_is_summed_by_tag_where_no_request_has_one(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def spoken(self: Any) -> Any:
+        connection = quiet(self)
+        connection.set_trace_callback(said.append)
+        return connection
+
+    quiet = ocp.Store._read_connection
+    monkeypatch.setattr(ocp.Store, "_read_connection", spoken)
+
+    assert ocp.Ledger(store).report(0, 1, 1, None)["byTag"] == []
+    assert said != [] and [query for query in said if "'(none)'" in query] == []
+
+
 # ---------------------------------------------------------------------------
 # What a text becomes
 # ---------------------------------------------------------------------------
