@@ -20838,10 +20838,13 @@ def answer(app: App, exchange: Exchange) -> None:
         exchange.request_id, exchange.method, exchange.target, exchange.headers,
         app.config.secrets,
     )
-    end = "the client left"
+    end = "broke off: see the log"
     try:
         _answer(app, exchange)
         end = f"answered with status {exchange.response.status}"
+    except ClientGone:
+        end = "the client left"
+        raise
     except OcpError as error:
         end = f"failed with status {error.status} ({error.kind}): {error.message}"
         raise

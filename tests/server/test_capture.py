@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -317,6 +319,32 @@ def test_time_ends_it_and_old_captures_are_deleted(tmp_path: Path) -> None:
     assert capture.kept()[0]["startedAt"] == "2020-01-01T12:00:00.000Z"
     capture.prune()
     assert capture.kept() == [] and [each.name for each in folder.parent.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(("failure", "end"), [
+    (ocp.ClientGone(), "the client left"),
+    (ocp.BadRequest("No."), "failed with status 400 (invalid_request_error): No."),
+    (sqlite3.OperationalError("disk I/O error"), "broke off: see the log"),
+    (KeyError("a flaw"), "broke off: see the log"),
+])
+def test_a_capture_says_how_the_request_ended(
+    failure: BaseException, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(ocp, "_answer", fail)
+    capture = ocp.Capture(str(tmp_path / "captures"), Events(), lambda: 0.0)
+    app = SimpleNamespace(capture=capture, config=ocp.Config())
+    exchange = SimpleNamespace(
+        caller=ocp.Caller("laptop"), request_id="req_1", method="POST", target="/v1/messages",
+        headers=ocp.Headers())
+    capture.start(1, 10, None)
+    with pytest.raises(type(failure)):
+        ocp.answer(app, exchange)
+
+    [path] = (tmp_path / "captures").glob("*/req_1.txt")
+    assert f"--- {end}, " in path.read_text()
 
 
 def test_a_full_disk_does_not_touch_the_request(tmp_path: Path) -> None:
