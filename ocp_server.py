@@ -17845,9 +17845,10 @@ class CapturedRequest:
         if self._left_chars <= 0 or (direction != "to claude" and _PIECE in data[:200]):
             self._skipped += 1
             return
+        head = f"--- {direction}, {self._elapsed()}"
         text = self._redactor.part(data.rstrip(b"\n"), self._left_chars)
-        self._left_chars -= len(text)
-        self._texts += [f"--- {direction}, {self._elapsed()}", text]
+        self._left_chars -= len(head) + len(text)
+        self._texts += [head, text]
 
     def add_end(self, words: str) -> None:
         """Add how the request ended."""

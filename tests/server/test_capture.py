@@ -235,6 +235,15 @@ def test_large_requests_are_cut(tmp_path: Path) -> None:
         assert "bytes in all)" in path.read_text()
 
 
+def test_many_short_lines_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ocp, "_MAX_PART_CHARS", 1_000)
+    captured = ocp.CapturedRequest("req_1", "POST", "/v1/messages", ocp.Headers(), ())
+    for _ in range(1_000):
+        captured.add_lines("from claude", b"{}\n")
+
+    assert len(captured.text()) < 1_500 and "more lines" in captured.text()
+
+
 def test_the_operator_ends_it_and_what_runs_is_not_written(tmp_path: Path) -> None:
     with running_server(tmp_path, [[{"say": "Hello"}, {"sleep_ms": 1500}]]) as server:
         start(server)
