@@ -706,6 +706,8 @@ def test_a_conversation_is_streamed_and_goes_on_with_what_was_said(
         page.write("And the weather?")
         page.press("Enter")
         page.sees("Rain, mostly.", "#talk")
+        # An answer belongs to the conversation when its stream has ended.
+        page.until("tryBody('next').messages.length === 6")
         assert page.evaluate("tryBody('next').messages.map(({content}) => content)") == [
             "Be brief.", "Hello", "Good day.", "And the weather?", "Rain, mostly.", "next"]
         page.tab_to("Copy the answer", shift=True)
