@@ -4661,7 +4661,8 @@ class Keys:
             matches = [key for key in self.all() if _folded(key.name) == _folded(id_or_name)]
             matches.sort(key=lambda key: key.revoked_s is not None)
         if not matches:
-            raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
+            raise NotFound(
+                f"There is no key {one_line(id_or_name, 80)!r}. `ocp keys list` shows them.")
         return matches[0]
 
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
@@ -5672,7 +5673,8 @@ class Ledger:
         period = f"{quota.period}, {state.model}" if state.model else quota.period
         error = QuotaExceeded(
             f"This key has used {unit.text(used)} of its {unit.text(state.limit)} {unit.words} "
-            f"({period}). {more}Resets in {format_span(resets_in_s)}.",
+            f"({period}). {more}Resets in {format_span(resets_in_s)}." if state.limit else
+            f"The operator has blocked this key: its limit is 0 {unit.words} ({period}).",
             retry_after_s=resets_in_s,
         )
         error.details = {
@@ -16381,16 +16383,23 @@ def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float)
 def level_news(found: QuotaLevel, now_s: float) -> News:
     """Return what there is to tell of a key's usage that has passed a level."""
     quota = next(each for each in QUOTAS if each.name == found.quota)
-    unit, places = _UNITS[quota.unit].words, 2 if quota.unit == "usd" else 0
-    is_limit, name = found.level == "limit", found.key_name or f"number {found.key_id}"
+    unit, is_limit = _UNITS[quota.unit].words, found.level == "limit"
+    name = found.key_name or f"number {found.key_id}"
+    places = 0 if quota.unit != "usd" else 2 if found.limit >= 1 else 4
     used, limit = (f"{number:,.{places}f}" for number in (found.used, found.limit))
     model = f" with {found.model}" if found.model else ""
-    more = "Its requests are refused until then. " if is_limit else ""
+    # A request is refused before that if it may use more than is left.
+    is_used_up = found.used >= found.limit
+    more = "" if not is_limit else "Its requests are refused until then. " if is_used_up else (
+        "A request that may use more than is left was refused. ")
+    reached = "has reached its warning level" if not is_limit else (
+        "has reached its limit" if is_used_up else "has too little left for a request")
     return News(
         "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
-        f"the key {name} has reached its {'limit' if is_limit else 'warning level'}",
+        f"the key {name} {reached}: {quota.period} {unit}{model}",
         f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
-        f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota {name}` shows its limits.",
+        f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota "
+        f"{shlex.quote(found.key_name or str(found.key_id))}` shows its limits.",
         {"key": found.key_name, "keyId": found.key_id, "quota": found.quota,
          "model": found.model or None, "level": found.level, "used": found.used,
          "limit": found.limit, "resetsAt": iso_time(found.resets_s)},
@@ -22054,7 +22063,7 @@ def get_alerts(app: App, exchange: Exchange) -> None:
 def send_test_alert(app: App, exchange: Exchange) -> None:
     """POST /api/alerts/test: send a test to the webhook now, and return how that went."""
     if not app.config.alert_url:
-        raise BadRequest("No webhook is set: set alertUrl to its address.")
+        raise BadRequest("No webhook is set: `ocp settings alertUrl ADDRESS` sets one.")
     status, problem, _ = app.alerts.test()
     _audit(app, exchange, "alert_tested", status=status, why=problem or None)
     exchange.response.send_json({
