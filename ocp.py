@@ -71,6 +71,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -328,7 +329,7 @@ COMMANDS = (
     Command("capture", "write the next requests to files on the server, to find a fault", (
         argument("count", nargs="?", metavar="N", type=whole_number,
                  help="how many requests, at most 100; none = show what is captured"),
-        argument("--minutes", metavar="M", type=whole_number, default=10,
+        argument("--minutes", metavar="M", type=whole_number,
                  help="end it after so many minutes, at most 60; by default 10"),
         argument("--key", metavar="KEY", help="only requests of this key"),
         flag("--stop", help="end it now"), flag("--list", help="only show what is captured"), JSON,
@@ -1110,8 +1111,11 @@ class Server(NamedTuple):
         if self.key:
             return "The admin key that was sent is not this server's: see OCP_ADMIN_KEY."
         if is_loopback(self.url):
-            return ("No admin key was sent: set OCP_ADMIN_KEY; there is none to read in "
-                    f"{admin_key_path(self.env)}.")
+            path = admin_key_path(self.env)
+            demo = os.path.join(os.path.dirname(path), "demo")
+            return f"No admin key was sent: set OCP_ADMIN_KEY; there is none to read in {path}." + (
+                f" That of a demo is used with OCP_HOME={demo}."
+                if os.path.exists(os.path.join(demo, "admin-key")) else "")
         return "No admin key was sent to this other machine: set OCP_ADMIN_KEY to its key."
 
 
@@ -1308,6 +1312,12 @@ class Column(NamedTuple):
         return clean(self.write(found, style))
 
 
+def width_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    return sum(0 if unicodedata.combining(char) else
+               1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
 def table(
     columns: Sequence[Column], rows: Iterable[Json] | None, style: Style, total: Sequence[str] = (),
     empty: str = "",
@@ -1320,11 +1330,12 @@ def table(
     cells.insert(0, [column.head for column in columns])
     if total:
         cells.append([*total, *[""] * (len(columns) - len(total))])
-    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    widths = [max(width_of(line[at]) for line in cells) for at in range(len(columns))]
     lines = []
     for line in cells:
-        padded = [f"{cell:{column.side}{width}}" for cell, column, width in zip(
-            line, columns, widths)]
+        spaces = [" " * (width - width_of(cell)) for cell, width in zip(line, widths)]
+        padded = [space + cell if column.side == ">" else cell + space
+                  for cell, column, space in zip(line, columns, spaces)]
         text = ("  " + "  ".join(padded)).rstrip()
         is_cut = columns[-1].is_prose and 0 < style.width < len(text)
         lines.append(text[:style.width - 3] + "..." if is_cut else text)
@@ -1358,7 +1369,8 @@ def short_number(value: Json) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.1f}".removesuffix(".0") + unit
-    return f"{value:g}"
+    text = f"{value:g}"
+    return text if "e" not in text else f"{value:.9f}".rstrip("0").rstrip(".")
 
 
 def usd(value: Json) -> str:
@@ -1791,6 +1803,7 @@ def show_health(answer: Json, style: Style) -> str:
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
     login = {True: "logged in", False: "not logged in", None: "not known yet"}
     load, extra_usage = answer.get("concurrency") or {}, answer.get("extraUsage")
+    capture = answer.get("capture")
     spares = [f"{model} {count}" for model, count in (answer.get("spares") or {}).items()]
     rows = [
         ("version", answer.get("version")),
@@ -1805,6 +1818,9 @@ def show_health(answer: Json, style: Style) -> str:
                     f"{short_number(load.get('queued'))} waiting"),
         ("spare processes", ", ".join(spares) or "none"), ("parked", answer.get("parked")),
         ("extra usage", extra_usage if extra_usage != "none" else None),
+        ("capture", capture and (
+            f"writes the next {counted(capture.get('remaining'), 'request')} to files, until "
+            f"{local_time(capture.get('endsAt'), style)}")),
         ("what to do", answer.get("fix")),
     ]
     return f"OCP is {_state_word(answer.get('status'), style)}\n" + field_list(rows)
@@ -2238,6 +2254,8 @@ def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
 _LOGIN_TIMEOUT_S = 90.0
 #: How often a code is asked for that is obviously incomplete.
 _CODE_TRIES = 3
+_LOGIN_WAITS = (
+    "The login waits: `ocp login` goes on with it, and `ocp login --cancel` ends it.")
 
 
 def show_login(answer: Json, style: Style) -> str:
@@ -2255,9 +2273,12 @@ def _login_code(env: Env) -> str:
         line = env.stdin.readline()
     except UnicodeDecodeError:
         line = "?"
+    except KeyboardInterrupt:
+        env.note("")
+        raise Problem(Exit.INTERRUPTED, _LOGIN_WAITS) from None
     if not line:
-        raise Problem(Exit.USAGE, "No code came. The login waits: `ocp login` goes on with it, and "
-                      "`ocp login --cancel` ends it.")
+        env.note("")
+        raise Problem(Exit.USAGE, f"No code came. {_LOGIN_WAITS}")
     return line.strip()
 
 
@@ -2269,7 +2290,9 @@ def _finish_login(env: Env, server: Server) -> Answer:
                 "POST", "/api/login/code", {"code": _login_code(env)}, _LOGIN_TIMEOUT_S)
         except Problem as problem:
             waits = server.ask("GET", "/api/login").value.get("state") == "waiting"
-            if not (waits and left and env.stdin.isatty()):
+            if waits and not (left and env.stdin.isatty()):
+                raise Problem(problem.code, f"{problem}\n{_LOGIN_WAITS}", problem.body) from None
+            if not waits:
                 raise
             env.note(str(problem))
     raise AssertionError("the last try returns or raises")
@@ -2285,11 +2308,13 @@ def cmd_login(env: Env, args: argparse.Namespace) -> Exit:
     if login.get("state") != "waiting":
         login = server.ask("POST", "/api/login", timeout_s=_LOGIN_TIMEOUT_S).value
     env.note("Open this address in a browser, on any device, and log in there:\n\n"
-             f"{clean(login.get('url'))}\n\nThen copy the code that the page shows. The login "
-             f"expires at {local_time(login.get('expiresAt'), style_of(env))}.")
+             f"{clean(login.get('url'))}\n\nThen paste the code that the page shows, CODE#STATE, "
+             "whole. The login expires at "
+             f" {local_time(login.get('expiresAt'), style_of(env))}.")
     return print_answer(env, args, _finish_login(env, server), show_login)
 
 
+_CAPTURE_MINUTES = 10
 CAPTURE_COLUMNS = (
     Column("Started", "startedAt", local_time), number("Files", "files"),
     number("Size", "bytes", file_size), Column("Folder on the server", "folder"),
@@ -2311,11 +2336,12 @@ def cmd_capture(env: Env, args: argparse.Namespace) -> Exit:
     server, path = find_server(env), "/api/capture"
     if args.stop:
         return print_answer(env, args, server.ask("DELETE", path), show_capture)
-    if args.count is None and args.key and not args.list:
-        raise Problem(Exit.USAGE, "Say how many requests: ocp capture 5 --key NAME")
+    if args.count is None and (args.key or args.minutes is not None) and not args.list:
+        raise Problem(Exit.USAGE, "Say how many requests, such as `ocp capture 5 --minutes 10`.")
     if args.count is None or args.list:
         return read(env, args, path, show_capture)
-    body = {"requests": args.count, "minutes": args.minutes, "key": args.key}
+    minutes = _CAPTURE_MINUTES if args.minutes is None else args.minutes
+    body = {"requests": args.count, "minutes": minutes, "key": args.key}
     return print_answer(env, args, server.ask("POST", path, body), show_capture)
 
 
@@ -2441,7 +2467,7 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, float | None]:
         if text is None:
             continue
         pattern, read, what = (
-            (r"[0-9]{1,7}(\.[0-9]{1,6})?", float, "an amount such as 2.50")
+            (r"[0-9]{1,7}(\.[0-9]{1,6})?", float, "an amount such as 2.50 (6 decimals at most)")
             if option.startswith("usd") else (r"[0-9]{1,15}", int, "a whole number"))
         if text != "none" and not re.fullmatch(pattern, text):
             raise Problem(Exit.USAGE, f"--{option} takes {what} or none, not {clean(text)!r}.")
@@ -5263,14 +5289,18 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     return row, ()
 
 
-#: What others call the actions of `ocp settings`, which has none -> the options for it.
-_NO_ACTIONS = {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)}
+#: Command without actions -> what others call them -> what to write.
+_NO_ACTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "settings": {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)},
+    "capture": {"start": ("5",), "stop": ("--stop",), "list": ("--list",)},
+}
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:
     row, behind = find_command(words)
-    if row.name == "settings" and behind[:1] and behind[0] in _NO_ACTIONS:
-        line = " ".join(["ocp settings", *_NO_ACTIONS[behind[0]], *map(clean, behind[1:])])
+    no_actions = _NO_ACTIONS.get(row.name, {})
+    if behind[:1] and behind[0] in no_actions:
+        line = " ".join(["ocp", row.name, *no_actions[behind[0]], *map(clean, behind[1:])])
         raise Problem(Exit.USAGE, f"There is no action {behind[0]!r} here. Write: {line}")
     if not row.actions or not behind or behind[0].startswith("-"):
         return
@@ -5278,6 +5308,21 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     kind = "action" if row.name else "command"
     line = " ".join(filter(None, ["ocp", row.name, "--help"]))
     raise Problem(Exit.USAGE, f"There is no {kind} {clean(behind[0])!r}.{hint}\nMore: {line}")
+
+
+def _hint_for(words: Sequence[str], more: Sequence[str], options: Sequence[str]) -> str:
+    """Return what may be meant by arguments that a command line has too many; empty if unknown."""
+    row, option = find_command(words)[0], more[0].partition("=")[0]
+    others = [f"`ocp {words[0]} {each.name}`" for each in find_command(words[:1])[0].actions
+              if any(option in known.names for known in each.arguments)]
+    if others:
+        return f" {' and '.join(others)} {'take it' if others[1:] else 'takes it'}."
+    hint = did_you_mean(more[0], options)
+    has_name = any(known.options.get("metavar") in ("NAME", "KEY") and known.names[0][0] != "-"
+                   for known in row.arguments)
+    if hint or not has_name or any(word.startswith("-") for word in more):
+        return hint
+    return " A name with spaces needs quotes."
 
 
 def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
@@ -5298,7 +5343,7 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
         # Words that an option divides, which argparse does not put together.
         args.words += more
     elif more:
-        hint = did_you_mean(more[0], options)
+        hint = _hint_for(command, more, options)
         args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}.{hint}")
     if hasattr(args, "json") and args.run and "--json" not in options:
         args.parser.error("there is no --json here")

@@ -16396,7 +16396,7 @@ def level_news(found: QuotaLevel, now_s: float) -> News:
         "has reached its limit" if is_used_up else "has too little left for a request")
     return News(
         "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
-        f"the key {name} {reached}: {quota.period} {unit}{model}",
+        f"the key {name} {reached} ({quota.period} {unit}{model})",
         f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
         f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota "
         f"{shlex.quote(found.key_name or str(found.key_id))}` shows its limits.",

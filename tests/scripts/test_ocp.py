@@ -831,6 +831,15 @@ def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path
         run_env(ocp_env(tmp_path, "sessions"))
         assert [r.key for r in server.requests] == ["", "from-file"]
     assert f"none to read in {state}/admin-key" in without.stderr
+    assert "demo" not in without.stderr
+
+
+def test_the_admin_key_of_a_demo_is_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / ".ocp" / "demo").mkdir(parents=True)
+    (tmp_path / ".ocp" / "demo" / "admin-key").write_text("of-the-demo")
+    with stub_server({"GET /api/keys": (401, {"error": {"message": "no"}})}) as server:
+        found = run(tmp_path, server.url, "keys")
+    assert f"OCP_HOME={tmp_path}/.ocp/demo" in found.stderr
 
 
 def test_the_key_of_the_file_goes_to_no_other_machine(tmp_path: Path) -> None:
@@ -1123,6 +1132,39 @@ def test_every_command_has_help_and_a_function(tmp_path: Path, words: list[str])
     assert (found.code, found.stderr) == (0, "") and f"ocp {' '.join(words)}" in found.stdout
     assert run(tmp_path, DEAD_URL, "help", *words).stdout == found.stdout
     assert callable(getattr(ocp, "_".join(["cmd", *words])))
+
+
+@pytest.mark.parametrize("line, hint", [
+    ("keys edit laptop --usd-daily 3", "`ocp keys add` and `ocp keys quota` take it."),
+    ("keys quota laptop --soft-percent=80", "`ocp keys add` and `ocp keys edit` take it."),
+    ("keys quota laptop --grace 2h", "`ocp keys rotate` takes it."),
+    ("keys quota laptop daily 3", "Did you mean --daily?"),
+    ("keys add Anna phone --daily 3", "A name with spaces needs quotes."),
+    ("keys show the old laptop", "A name with spaces needs quotes."),
+])
+def test_arguments_in_the_wrong_place_come_with_the_right_one(
+    tmp_path: Path, line: str, hint: str
+) -> None:
+    found = run(tmp_path, DEAD_URL, *line.split())
+    assert found.code == ocp.Exit.USAGE
+    assert found.stderr.splitlines()[0].endswith(hint)
+
+
+def test_names_of_wide_characters_leave_the_columns_straight() -> None:
+    names = ("laptop", "\u65e5\u672c\u8a9e", "e\u0301t\u00e9")
+    rows = [{"name": name, "count": 5} for name in names]
+    columns = (ocp.Column("Name", "name"), ocp.number("Count", "count"))
+
+    lines = ocp.table(columns, rows, PLAIN).splitlines()
+
+    assert {ocp.width_of(line) for line in lines} == {2 + 6 + 2 + 5}
+
+
+@pytest.mark.parametrize("value, text", [
+    (0, "0"), (0.00000515, "0.00000515"), (1e-05, "0.00001"), (16.824312, "16.8243"), (2.5, "2.5"),
+    (300_000, "300K")])
+def test_a_number_for_people_has_no_exponent(value: float, text: str) -> None:
+    assert ocp.short_number(value) == text
 
 
 def test_every_function_of_a_command_is_in_the_table() -> None:

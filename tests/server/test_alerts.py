@@ -217,9 +217,9 @@ def test_a_key_is_told_at_its_warning_level_and_at_its_limit(desk: Desk) -> None
         desk.look()
 
     first, second = reversed(desk.alerts.report())
-    assert first["title"] == "the key laptop has reached its warning level: daily requests"
+    assert first["title"] == "the key laptop has reached its warning level (daily requests)"
     assert "has used 161 of its 200 requests (daily)" in first["text"]
-    assert second["title"] == "the key laptop has reached its limit: daily requests"
+    assert second["title"] == "the key laptop has reached its limit (daily requests)"
     assert "Its requests are refused until then." in second["text"]
     assert second["details"] == {
         "key": "laptop", "keyId": 3, "quota": "daily", "model": None, "level": "limit",
@@ -235,8 +235,8 @@ def test_a_request_that_may_use_more_than_is_left_is_no_limit_that_is_reached(
     desk.look()
 
     assert desk.last["title"] == (
-        "the key Anna's laptop has too little left for a request: daily USD at list price with "
-        "claude-opus-5-5")
+        "the key Anna's laptop has too little left for a request (daily USD at list price with "
+        "claude-opus-5-5)")
     text = desk.last["text"]
     assert "has used 0.0123 of its 0.5000 USD at list price (daily) with" in text
     assert "A request that may use more than is left was refused." in text
