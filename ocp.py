@@ -6,9 +6,9 @@
 
 The address of the server is --url, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or
 the one that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key
-is OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key; the key of the file is sent to this machine's
-own server only. OCP_HOME replaces ~/.ocp. Colour and bars appear on terminals only; NO_COLOR
-turns colour off.
+is OCP_ADMIN_KEY, or that of the service's ocp.env, or the content of ~/.ocp/admin-key; the key of a
+file is sent to this machine's own server only. OCP_HOME replaces ~/.ocp. Colour and bars appear on
+terminals only; NO_COLOR turns colour off.
 
 Every command that reads accepts --json and prints the server's JSON unchanged.
 
@@ -957,16 +957,23 @@ def admin_key_path(env: Env) -> str:
     return os.path.join(local_server(env).data_dir, "admin-key")
 
 
+def service_admin_key(env: Env) -> str:
+    """Return the admin key in the settings of this machine's service, empty if there is none."""
+    return settings_of(text_of(local_server(env).env_file)).get("OCP_ADMIN_KEY", "").strip()
+
+
 def admin_key(env: Env, url: str) -> str:
-    """Return the admin key for this address, empty if there is none. Raises Problem. The key in the
+    """Return the admin key for this address, empty if there is none. Raises Problem. The key in a
     file belongs to the server of this machine, and is sent to no other."""
     key, source = env.environ.get("OCP_ADMIN_KEY", "").strip(), "OCP_ADMIN_KEY"
     if not key:
-        source = admin_key_path(env)
         if not is_loopback(url):
             record = installation(env)
             if record is None or parse_url(record.url, record_path(env)) != url:
                 return ""
+        key, source = service_admin_key(env), local_server(env).env_file
+    if not key:
+        source = admin_key_path(env)
         try:
             with open(source, encoding="utf-8") as file:
                 key = file.read(10_000).strip()
@@ -1377,6 +1384,8 @@ def usd(value: Json) -> str:
     """Return an amount of money for people: $12.30, $0.0047; a dash if it is unknown."""
     if not is_number(value):
         return "-"
+    if 0 < value < 0.00005:
+        return "<$0.0001"
     return f"${value:,.2f}" if not value or value >= 1 else f"${value:.4f}"
 
 
@@ -2729,9 +2738,11 @@ def _dashboard_key(env: Env, url: str, mode: object) -> str:
             f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST")
     if not is_loopback(url):
         return "the admin key of that server"
-    is_named = bool(env.environ.get("OCP_ADMIN_KEY", "").strip())
+    if env.environ.get("OCP_ADMIN_KEY", "").strip():
+        return "the admin key: what OCP_ADMIN_KEY has"
     return "the admin key: " + (
-        "what OCP_ADMIN_KEY has" if is_named else f"cat {shlex.quote(admin_key_path(env))}")
+        f"OCP_ADMIN_KEY in {clean(local_server(env).env_file)}" if service_admin_key(env)
+        else f"cat {shlex.quote(admin_key_path(env))}")
 
 
 def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:

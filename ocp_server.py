@@ -16324,9 +16324,7 @@ CLAUDE_GONE = News(
 CLAUDE_BACK = News(
     "claude_back", "claude back", "claude can be started again", "Requests are answered again."
 )
-_TEST = News(
-    "test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do."
-)
+_TEST = News("test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do.")
 
 #: The used percentages of a plan's window that are told, the highest first. One that is used less
 #: than the last number was reset, whatever was reported before.
@@ -16383,27 +16381,24 @@ def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float)
 def level_news(found: QuotaLevel, now_s: float) -> News:
     """Return what there is to tell of a key's usage that has passed a level."""
     quota = next(each for each in QUOTAS if each.name == found.quota)
-    unit, is_limit = _UNITS[quota.unit].words, found.level == "limit"
-    name = found.key_name or f"number {found.key_id}"
+    unit, name = _UNITS[quota.unit].words, found.key_name or f"number {found.key_id}"
     places = 0 if quota.unit != "usd" else 2 if found.limit >= 1 else 4
     used, limit = (f"{number:,.{places}f}" for number in (found.used, found.limit))
     model = f" with {found.model}" if found.model else ""
-    # A request is refused before that if it may use more than is left.
-    is_used_up = found.used >= found.limit
-    more = "" if not is_limit else "Its requests are refused until then. " if is_used_up else (
-        "A request that may use more than is left was refused. ")
-    reached = "has reached its warning level" if not is_limit else (
-        "has reached its limit" if is_used_up else "has too little left for a request")
+    reached, more = ("warning level", "") if found.level == "soft" else (
+        "limit", "Its requests are refused until then. ")
+    if more and found.used < found.limit:
+        reached, more = "limit for a request", "A request that may use more was refused. "
     return News(
         "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
-        f"the key {name} {reached} ({quota.period} {unit}{model})",
+        f"the key {name} has reached its {reached} ({quota.period} {unit}{model})",
         f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
         f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota "
-        f"{shlex.quote(found.key_name or str(found.key_id))}` shows its limits.",
+        f"{shlex.quote(name)}` shows its limits.",
         {"key": found.key_name, "keyId": found.key_id, "quota": found.quota,
          "model": found.model or None, "level": found.level, "used": found.used,
          "limit": found.limit, "resetsAt": iso_time(found.resets_s)},
-        int(is_limit), found.resets_s,
+        int(found.level == "limit"), found.resets_s,
     )
 
 

@@ -512,8 +512,8 @@ def test_a_quota_over_the_warning_level_is_amber() -> None:
 
 
 @pytest.mark.parametrize(("amount", "text"), [
-    (None, "-"), (0, "$0.00"), (0.0047, "$0.0047"), (0.5, "$0.5000"), (1, "$1.00"),
-    (1234.5, "$1,234.50")])
+    (None, "-"), (0, "$0.00"), (0.00000515, "<$0.0001"), (0.0047, "$0.0047"), (0.5, "$0.5000"),
+    (1, "$1.00"), (1234.5, "$1,234.50")])
 def test_an_amount_of_money_for_people(amount: float | None, text: str) -> None:
     assert ocp.usd(amount) == text
 
@@ -832,6 +832,26 @@ def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path
         assert [r.key for r in server.requests] == ["", "from-file"]
     assert f"none to read in {state}/admin-key" in without.stderr
     assert "demo" not in without.stderr
+
+
+def test_the_admin_key_in_the_settings_of_the_service_is_that_of_this_machine(
+    tmp_path: Path,
+) -> None:
+    ocp_home = tmp_path / ".ocp"
+    ocp_home.mkdir()
+    (ocp_home / "admin-key").write_text("left-over\n")
+    (ocp_home / "ocp.env").write_text("CLAUDE_AUTH_MODE=multi\nOCP_ADMIN_KEY='of-the-service'\n")
+    answers = {"GET /sessions": (200, samples.SESSIONS),
+               "GET /health": (200, {**HEALTH, "authMode": "multi"})}
+    with stub_server(answers) as server:
+        record = {"version": 1, "actions": [], "url": server.url,
+                  "env_file": str(ocp_home / "ocp.env")}
+        (ocp_home / "install.json").write_text(json.dumps(record))
+        run_env(ocp_env(tmp_path, "sessions"))
+        assert server.requests[0].key == "of-the-service"
+        shown = run_env(ocp_env(tmp_path, "dashboard")).stdout
+    assert f"the admin key: OCP_ADMIN_KEY in {ocp_home}/ocp.env\n" in shown
+    assert "of-the-service" not in shown
 
 
 def test_the_admin_key_of_a_demo_is_pointed_at(tmp_path: Path) -> None:

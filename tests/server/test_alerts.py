@@ -235,11 +235,11 @@ def test_a_request_that_may_use_more_than_is_left_is_no_limit_that_is_reached(
     desk.look()
 
     assert desk.last["title"] == (
-        "the key Anna's laptop has too little left for a request (daily USD at list price with "
+        "the key Anna's laptop has reached its limit for a request (daily USD at list price with "
         "claude-opus-5-5)")
     text = desk.last["text"]
     assert "has used 0.0123 of its 0.5000 USD at list price (daily) with" in text
-    assert "A request that may use more than is left was refused." in text
+    assert "A request that may use more was refused." in text
     assert "Its requests are refused" not in text
     command = re.findall("`(.*)`", text)[0]
     assert shlex.split(command) == ["ocp", "keys", "quota", "Anna's laptop"]
