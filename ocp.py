@@ -5324,6 +5324,8 @@ def _refuse_unknown(words: Sequence[str]) -> None:
 def _hint_for(words: Sequence[str], more: Sequence[str], options: Sequence[str]) -> str:
     """Return what may be meant by arguments that a command line has too many; empty if unknown."""
     row, option = find_command(words)[0], more[0].partition("=")[0]
+    if option in options:
+        return f" It goes behind `ocp {row.name}`."
     others = [f"`ocp {words[0]} {each.name}`" for each in find_command(words[:1])[0].actions
               if any(option in known.names for known in each.arguments)]
     if others:

@@ -5450,8 +5450,10 @@ def _row_entry(row: sqlite3.Row) -> Json:
 def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
     """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. Clients choose some of the
     texts: one that a spreadsheet would run as a formula gets an apostrophe in front, and control
-    characters are escaped."""
+    characters are escaped. Numbers have no exponent."""
     def field(value: object) -> object:
+        if isinstance(value, float):
+            return f"{value:.9f}".rstrip("0").rstrip(".")
         if not isinstance(value, str):
             return value
         text = printable(value)

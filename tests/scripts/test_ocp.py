@@ -1159,6 +1159,8 @@ def test_every_command_has_help_and_a_function(tmp_path: Path, words: list[str])
     ("keys quota laptop --soft-percent=80", "`ocp keys add` and `ocp keys edit` take it."),
     ("keys quota laptop --grace 2h", "`ocp keys rotate` takes it."),
     ("keys quota laptop daily 3", "Did you mean --daily?"),
+    ("--csv usage", "It goes behind `ocp usage`."),
+    ("requests --all stop", "`ocp requests stop` takes it."),
     ("keys add Anna phone --daily 3", "A name with spaces needs quotes."),
     ("keys show the old laptop", "A name with spaces needs quotes."),
 ])
