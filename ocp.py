@@ -2124,8 +2124,9 @@ def _all_errors(answer: Json) -> list[Json]:
     return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
 
 
-def show_errors(answer: Json, style: Style) -> str:
-    rows = _all_errors(answer)
+def show_errors(answer: Json, style: Style, limit: int | None = None) -> str:
+    """Return the newest failures and refusals, `limit` of them, and what to do about each kind."""
+    rows = _all_errors(answer)[:limit]
     if not rows:
         return "no failed requests"
     lines = [table(ERROR_COLUMNS, rows, style), "", style.paint("bold", "What to do")]
@@ -2160,7 +2161,8 @@ def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
         "/api/errors", limit=args.count, since=args.since, request=request,
         key=None if request else args.about))
     if request is None or args.json:
-        return print_answer(env, args, answer, show_errors)
+        return print_answer(env, args, answer, lambda value, style: (
+            show_errors(value, style, args.count)))
     rows = _all_errors(answer.value)
     if not rows:
         raise failed(f"No failure of {request} is known: it succeeded, or it was refused before "

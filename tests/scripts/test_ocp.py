@@ -273,6 +273,17 @@ def test_errors_are_asked_for_by_key_by_request_and_by_time(
         assert server.requests[-1].path == f"/api/errors?{query}"
 
 
+def test_of_failures_and_refusals_together_only_the_newest_are_shown(tmp_path: Path) -> None:
+    errors = [{**samples.ERROR, "id": f"req_e{at}", "at": f"2026-11-20T14:0{at}:00Z"}
+              for at in range(3)]
+    refusals = [{**error, "id": error["id"].replace("_e", "_r"), "count": 2, "lastAt": error["at"]}
+                for error in errors]
+    answer = {"errors": errors, "refusals": refusals, "byKind": []}
+    with stub_server({"GET /api/errors": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "errors", "-n", "3")
+    assert sorted(re.findall(r"req_\w+", found.stdout)) == ["req_e1", "req_e2", "req_r2"]
+
+
 def test_one_request_is_shown_in_full_with_what_to_do(tmp_path: Path) -> None:
     answer = {"errors": [samples.ERROR], "refusals": [], "byKind": []}
     with stub_server({"GET /api/errors": (200, answer)}) as server:
