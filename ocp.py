@@ -1941,11 +1941,13 @@ def start_settings(env: Env) -> dict[str, str]:
 
 
 def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
-    """Return the name and the row of a setting, also by its variable. Raises Problem."""
+    """Return the name and the row of a setting, in any case, also by its variable. Raises
+    Problem."""
+    plain = name.replace("_", "").lower()
     for known, row in settings.items():
-        if name in (known, row.get("env")):
+        if name == row.get("env") or plain == known.lower():
             return known, row
-    at_start, plain = start_settings(env), name.replace("_", "").lower()
+    at_start = start_settings(env)
     for field, variable in at_start.items():
         if name == variable or plain == field.replace("_", ""):
             file = local_server(env).env_file or os.path.join(env.ocp_home, "ocp.env")

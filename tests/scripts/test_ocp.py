@@ -366,6 +366,13 @@ def test_a_setting_is_sent_with_its_own_type(
     assert found.code == 0 and found.stdout.startswith(f"{name} = ")
 
 
+@pytest.mark.parametrize("name", ["timeout", "TimeOut", "time_out", "CLAUDE_TIMEOUT"])
+def test_a_setting_that_can_be_changed_is_found_in_any_case(tmp_path: Path, name: str) -> None:
+    with stub_server(settings_stub({})) as server:
+        found = run(tmp_path, server.url, "settings", name)
+    assert found.code == 0 and found.stdout.startswith("timeout\n")
+
+
 @pytest.mark.parametrize("status", [400, 207])
 def test_a_refused_setting_is_a_failure_with_the_servers_words(tmp_path: Path, status: int) -> None:
     results = {"timeout": {"error": "must be from 1000 to 3600000"}}
