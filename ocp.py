@@ -6,9 +6,9 @@
 
 The address of the server is --url, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or
 the one that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key
-is OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key; the key of the file is sent to this machine's
-own server only. OCP_HOME replaces ~/.ocp. Colour and bars appear on terminals only; NO_COLOR
-turns colour off.
+is OCP_ADMIN_KEY, or that of the service's ocp.env, or the content of ~/.ocp/admin-key; the key of a
+file is sent to this machine's own server only. OCP_HOME replaces ~/.ocp. Colour and bars appear on
+terminals only; NO_COLOR turns colour off.
 
 Every command that reads accepts --json and prints the server's JSON unchanged.
 
@@ -71,6 +71,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -328,7 +329,7 @@ COMMANDS = (
     Command("capture", "write the next requests to files on the server, to find a fault", (
         argument("count", nargs="?", metavar="N", type=whole_number,
                  help="how many requests, at most 100; none = show what is captured"),
-        argument("--minutes", metavar="M", type=whole_number, default=10,
+        argument("--minutes", metavar="M", type=whole_number,
                  help="end it after so many minutes, at most 60; by default 10"),
         argument("--key", metavar="KEY", help="only requests of this key"),
         flag("--stop", help="end it now"), flag("--list", help="only show what is captured"), JSON,
@@ -956,16 +957,23 @@ def admin_key_path(env: Env) -> str:
     return os.path.join(local_server(env).data_dir, "admin-key")
 
 
+def service_admin_key(env: Env) -> str:
+    """Return the admin key in the settings of this machine's service, empty if there is none."""
+    return settings_of(text_of(local_server(env).env_file)).get("OCP_ADMIN_KEY", "").strip()
+
+
 def admin_key(env: Env, url: str) -> str:
-    """Return the admin key for this address, empty if there is none. Raises Problem. The key in the
+    """Return the admin key for this address, empty if there is none. Raises Problem. The key in a
     file belongs to the server of this machine, and is sent to no other."""
     key, source = env.environ.get("OCP_ADMIN_KEY", "").strip(), "OCP_ADMIN_KEY"
     if not key:
-        source = admin_key_path(env)
         if not is_loopback(url):
             record = installation(env)
             if record is None or parse_url(record.url, record_path(env)) != url:
                 return ""
+        key, source = service_admin_key(env), local_server(env).env_file
+    if not key:
+        source = admin_key_path(env)
         try:
             with open(source, encoding="utf-8") as file:
                 key = file.read(10_000).strip()
@@ -1110,8 +1118,11 @@ class Server(NamedTuple):
         if self.key:
             return "The admin key that was sent is not this server's: see OCP_ADMIN_KEY."
         if is_loopback(self.url):
-            return ("No admin key was sent: set OCP_ADMIN_KEY; there is none to read in "
-                    f"{admin_key_path(self.env)}.")
+            path = admin_key_path(self.env)
+            demo = os.path.join(os.path.dirname(path), "demo")
+            return f"No admin key was sent: set OCP_ADMIN_KEY; there is none to read in {path}." + (
+                f" That of a demo is used with OCP_HOME={demo}."
+                if os.path.exists(os.path.join(demo, "admin-key")) else "")
         return "No admin key was sent to this other machine: set OCP_ADMIN_KEY to its key."
 
 
@@ -1308,6 +1319,12 @@ class Column(NamedTuple):
         return clean(self.write(found, style))
 
 
+def width_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    return sum(0 if unicodedata.combining(char) else
+               1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+
+
 def table(
     columns: Sequence[Column], rows: Iterable[Json] | None, style: Style, total: Sequence[str] = (),
     empty: str = "",
@@ -1320,11 +1337,12 @@ def table(
     cells.insert(0, [column.head for column in columns])
     if total:
         cells.append([*total, *[""] * (len(columns) - len(total))])
-    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    widths = [max(width_of(line[at]) for line in cells) for at in range(len(columns))]
     lines = []
     for line in cells:
-        padded = [f"{cell:{column.side}{width}}" for cell, column, width in zip(
-            line, columns, widths)]
+        spaces = [" " * (width - width_of(cell)) for cell, width in zip(line, widths)]
+        padded = [space + cell if column.side == ">" else cell + space
+                  for cell, column, space in zip(line, columns, spaces)]
         text = ("  " + "  ".join(padded)).rstrip()
         is_cut = columns[-1].is_prose and 0 < style.width < len(text)
         lines.append(text[:style.width - 3] + "..." if is_cut else text)
@@ -1358,13 +1376,16 @@ def short_number(value: Json) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.1f}".removesuffix(".0") + unit
-    return f"{value:g}"
+    text = f"{value:g}"
+    return text if "e" not in text else f"{value:.9f}".rstrip("0").rstrip(".")
 
 
 def usd(value: Json) -> str:
     """Return an amount of money for people: $12.30, $0.0047; a dash if it is unknown."""
     if not is_number(value):
         return "-"
+    if 0 < value < 0.00005:
+        return "<$0.0001"
     return f"${value:,.2f}" if not value or value >= 1 else f"${value:.4f}"
 
 
@@ -1791,6 +1812,7 @@ def show_health(answer: Json, style: Style) -> str:
     auth, stats = answer.get("auth") or {}, answer.get("stats") or {}
     login = {True: "logged in", False: "not logged in", None: "not known yet"}
     load, extra_usage = answer.get("concurrency") or {}, answer.get("extraUsage")
+    capture = answer.get("capture")
     spares = [f"{model} {count}" for model, count in (answer.get("spares") or {}).items()]
     rows = [
         ("version", answer.get("version")),
@@ -1805,6 +1827,9 @@ def show_health(answer: Json, style: Style) -> str:
                     f"{short_number(load.get('queued'))} waiting"),
         ("spare processes", ", ".join(spares) or "none"), ("parked", answer.get("parked")),
         ("extra usage", extra_usage if extra_usage != "none" else None),
+        ("capture", capture and (
+            f"writes the next {counted(capture.get('remaining'), 'request')} to files, until "
+            f"{local_time(capture.get('endsAt'), style)}")),
         ("what to do", answer.get("fix")),
     ]
     return f"OCP is {_state_word(answer.get('status'), style)}\n" + field_list(rows)
@@ -1916,11 +1941,13 @@ def start_settings(env: Env) -> dict[str, str]:
 
 
 def _find_setting(env: Env, settings: Json, name: str) -> tuple[str, Json]:
-    """Return the name and the row of a setting, also by its variable. Raises Problem."""
+    """Return the name and the row of a setting, in any case, also by its variable. Raises
+    Problem."""
+    plain = name.replace("_", "").lower()
     for known, row in settings.items():
-        if name in (known, row.get("env")):
+        if name == row.get("env") or plain == known.lower():
             return known, row
-    at_start, plain = start_settings(env), name.replace("_", "").lower()
+    at_start = start_settings(env)
     for field, variable in at_start.items():
         if name == variable or plain == field.replace("_", ""):
             file = local_server(env).env_file or os.path.join(env.ocp_home, "ocp.env")
@@ -2099,8 +2126,9 @@ def _all_errors(answer: Json) -> list[Json]:
     return sorted(rows, key=lambda row: str(row.get("lastAt")), reverse=True)
 
 
-def show_errors(answer: Json, style: Style) -> str:
-    rows = _all_errors(answer)
+def show_errors(answer: Json, style: Style, limit: int | None = None) -> str:
+    """Return the newest failures and refusals, `limit` of them, and what to do about each kind."""
+    rows = _all_errors(answer)[:limit]
     if not rows:
         return "no failed requests"
     lines = [table(ERROR_COLUMNS, rows, style), "", style.paint("bold", "What to do")]
@@ -2135,7 +2163,8 @@ def cmd_errors(env: Env, args: argparse.Namespace) -> Exit:
         "/api/errors", limit=args.count, since=args.since, request=request,
         key=None if request else args.about))
     if request is None or args.json:
-        return print_answer(env, args, answer, show_errors)
+        return print_answer(env, args, answer, lambda value, style: (
+            show_errors(value, style, args.count)))
     rows = _all_errors(answer.value)
     if not rows:
         raise failed(f"No failure of {request} is known: it succeeded, or it was refused before "
@@ -2238,6 +2267,8 @@ def cmd_cache_clear(env: Env, args: argparse.Namespace) -> Exit:
 _LOGIN_TIMEOUT_S = 90.0
 #: How often a code is asked for that is obviously incomplete.
 _CODE_TRIES = 3
+_LOGIN_WAITS = (
+    "The login waits: `ocp login` goes on with it, and `ocp login --cancel` ends it.")
 
 
 def show_login(answer: Json, style: Style) -> str:
@@ -2255,9 +2286,12 @@ def _login_code(env: Env) -> str:
         line = env.stdin.readline()
     except UnicodeDecodeError:
         line = "?"
+    except KeyboardInterrupt:
+        env.note("")
+        raise Problem(Exit.INTERRUPTED, _LOGIN_WAITS) from None
     if not line:
-        raise Problem(Exit.USAGE, "No code came. The login waits: `ocp login` goes on with it, and "
-                      "`ocp login --cancel` ends it.")
+        env.note("")
+        raise Problem(Exit.USAGE, f"No code came. {_LOGIN_WAITS}")
     return line.strip()
 
 
@@ -2269,7 +2303,9 @@ def _finish_login(env: Env, server: Server) -> Answer:
                 "POST", "/api/login/code", {"code": _login_code(env)}, _LOGIN_TIMEOUT_S)
         except Problem as problem:
             waits = server.ask("GET", "/api/login").value.get("state") == "waiting"
-            if not (waits and left and env.stdin.isatty()):
+            if waits and not (left and env.stdin.isatty()):
+                raise Problem(problem.code, f"{problem}\n{_LOGIN_WAITS}", problem.body) from None
+            if not waits:
                 raise
             env.note(str(problem))
     raise AssertionError("the last try returns or raises")
@@ -2285,11 +2321,13 @@ def cmd_login(env: Env, args: argparse.Namespace) -> Exit:
     if login.get("state") != "waiting":
         login = server.ask("POST", "/api/login", timeout_s=_LOGIN_TIMEOUT_S).value
     env.note("Open this address in a browser, on any device, and log in there:\n\n"
-             f"{clean(login.get('url'))}\n\nThen copy the code that the page shows. The login "
-             f"expires at {local_time(login.get('expiresAt'), style_of(env))}.")
+             f"{clean(login.get('url'))}\n\nThen paste the code that the page shows, CODE#STATE, "
+             "whole. The login expires at "
+             f" {local_time(login.get('expiresAt'), style_of(env))}.")
     return print_answer(env, args, _finish_login(env, server), show_login)
 
 
+_CAPTURE_MINUTES = 10
 CAPTURE_COLUMNS = (
     Column("Started", "startedAt", local_time), number("Files", "files"),
     number("Size", "bytes", file_size), Column("Folder on the server", "folder"),
@@ -2311,11 +2349,12 @@ def cmd_capture(env: Env, args: argparse.Namespace) -> Exit:
     server, path = find_server(env), "/api/capture"
     if args.stop:
         return print_answer(env, args, server.ask("DELETE", path), show_capture)
-    if args.count is None and args.key and not args.list:
-        raise Problem(Exit.USAGE, "Say how many requests: ocp capture 5 --key NAME")
+    if args.count is None and (args.key or args.minutes is not None) and not args.list:
+        raise Problem(Exit.USAGE, "Say how many requests, such as `ocp capture 5 --minutes 10`.")
     if args.count is None or args.list:
         return read(env, args, path, show_capture)
-    body = {"requests": args.count, "minutes": args.minutes, "key": args.key}
+    minutes = _CAPTURE_MINUTES if args.minutes is None else args.minutes
+    body = {"requests": args.count, "minutes": minutes, "key": args.key}
     return print_answer(env, args, server.ask("POST", path, body), show_capture)
 
 
@@ -2441,7 +2480,7 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, float | None]:
         if text is None:
             continue
         pattern, read, what = (
-            (r"[0-9]{1,7}(\.[0-9]{1,6})?", float, "an amount such as 2.50")
+            (r"[0-9]{1,7}(\.[0-9]{1,6})?", float, "an amount such as 2.50 (6 decimals at most)")
             if option.startswith("usd") else (r"[0-9]{1,15}", int, "a whole number"))
         if text != "none" and not re.fullmatch(pattern, text):
             raise Problem(Exit.USAGE, f"--{option} takes {what} or none, not {clean(text)!r}.")
@@ -2703,9 +2742,11 @@ def _dashboard_key(env: Env, url: str, mode: object) -> str:
             f"only from the server's machine: ssh -L {port}:127.0.0.1:{port} HOST")
     if not is_loopback(url):
         return "the admin key of that server"
-    is_named = bool(env.environ.get("OCP_ADMIN_KEY", "").strip())
+    if env.environ.get("OCP_ADMIN_KEY", "").strip():
+        return "the admin key: what OCP_ADMIN_KEY has"
     return "the admin key: " + (
-        "what OCP_ADMIN_KEY has" if is_named else f"cat {shlex.quote(admin_key_path(env))}")
+        f"OCP_ADMIN_KEY in {clean(local_server(env).env_file)}" if service_admin_key(env)
+        else f"cat {shlex.quote(admin_key_path(env))}")
 
 
 def cmd_dashboard(env: Env, args: argparse.Namespace) -> Exit:
@@ -5263,14 +5304,18 @@ def find_command(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
     return row, ()
 
 
-#: What others call the actions of `ocp settings`, which has none -> the options for it.
-_NO_ACTIONS = {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)}
+#: Command without actions -> what others call them -> what to write.
+_NO_ACTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "settings": {"set": (), "get": (), "show": (), "list": (), "reset": ("--reset",)},
+    "capture": {"start": ("5",), "stop": ("--stop",), "list": ("--list",)},
+}
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:
     row, behind = find_command(words)
-    if row.name == "settings" and behind[:1] and behind[0] in _NO_ACTIONS:
-        line = " ".join(["ocp settings", *_NO_ACTIONS[behind[0]], *map(clean, behind[1:])])
+    no_actions = _NO_ACTIONS.get(row.name, {})
+    if behind[:1] and behind[0] in no_actions:
+        line = " ".join(["ocp", row.name, *no_actions[behind[0]], *map(clean, behind[1:])])
         raise Problem(Exit.USAGE, f"There is no action {behind[0]!r} here. Write: {line}")
     if not row.actions or not behind or behind[0].startswith("-"):
         return
@@ -5278,6 +5323,23 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     kind = "action" if row.name else "command"
     line = " ".join(filter(None, ["ocp", row.name, "--help"]))
     raise Problem(Exit.USAGE, f"There is no {kind} {clean(behind[0])!r}.{hint}\nMore: {line}")
+
+
+def _hint_for(words: Sequence[str], more: Sequence[str], options: Sequence[str]) -> str:
+    """Return what may be meant by arguments that a command line has too many; empty if unknown."""
+    row, option = find_command(words)[0], more[0].partition("=")[0]
+    if option in options:
+        return f" It goes behind `ocp {row.name}`."
+    others = [f"`ocp {words[0]} {each.name}`" for each in find_command(words[:1])[0].actions
+              if any(option in known.names for known in each.arguments)]
+    if others:
+        return f" {' and '.join(others)} {'take it' if others[1:] else 'takes it'}."
+    hint = did_you_mean(more[0], options)
+    has_name = any(known.options.get("metavar") in ("NAME", "KEY") and known.names[0][0] != "-"
+                   for known in row.arguments)
+    if hint or not has_name or any(word.startswith("-") for word in more):
+        return hint
+    return " A name with spaces needs quotes."
 
 
 def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
@@ -5298,7 +5360,7 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
         # Words that an option divides, which argparse does not put together.
         args.words += more
     elif more:
-        hint = did_you_mean(more[0], options)
+        hint = _hint_for(command, more, options)
         args.parser.error(f"unrecognized arguments: {' '.join(map(clean, more))}.{hint}")
     if hasattr(args, "json") and args.run and "--json" not in options:
         args.parser.error("there is no --json here")

@@ -4662,7 +4662,8 @@ class Keys:
             matches = [key for key in self.all() if _folded(key.name) == _folded(id_or_name)]
             matches.sort(key=lambda key: key.revoked_s is not None)
         if not matches:
-            raise NotFound(f"There is no key {one_line(id_or_name, 80)!r}.")
+            raise NotFound(
+                f"There is no key {one_line(id_or_name, 80)!r}. `ocp keys list` shows them.")
         return matches[0]
 
     def change(self, key: Key, fields: Mapping[str, object]) -> Key:
@@ -5457,8 +5458,10 @@ def _row_entry(row: sqlite3.Row) -> Json:
 def csv_text(rows: Iterable[Sequence[object]]) -> bytes:
     """Return rows as CSV (RFC 4180, UTF-8); None is an empty field. Clients choose some of the
     texts: one that a spreadsheet would run as a formula gets an apostrophe in front, and control
-    characters are escaped."""
+    characters are escaped. Numbers have no exponent."""
     def field(value: object) -> object:
+        if isinstance(value, float):
+            return f"{value:.9f}".rstrip("0").rstrip(".")
         if not isinstance(value, str):
             return value
         text = printable(value)
@@ -5681,7 +5684,8 @@ class Ledger:
         period = f"{quota.period}, {state.model}" if state.model else quota.period
         error = QuotaExceeded(
             f"This key has used {unit.text(used)} of its {unit.text(state.limit)} {unit.words} "
-            f"({period}). {more}Resets in {format_span(resets_in_s)}.",
+            f"({period}). {more}Resets in {format_span(resets_in_s)}." if state.limit else
+            f"The operator has blocked this key: its limit is 0 {unit.words} ({period}).",
             retry_after_s=resets_in_s,
         )
         error.details = {
@@ -16334,9 +16338,7 @@ CLAUDE_GONE = News(
 CLAUDE_BACK = News(
     "claude_back", "claude back", "claude can be started again", "Requests are answered again."
 )
-_TEST = News(
-    "test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do."
-)
+_TEST = News("test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do.")
 
 #: The used percentages of a plan's window that are told, the highest first. One that is used less
 #: than the last number was reset, whatever was reported before.
@@ -16393,20 +16395,24 @@ def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float)
 def level_news(found: QuotaLevel, now_s: float) -> News:
     """Return what there is to tell of a key's usage that has passed a level."""
     quota = next(each for each in QUOTAS if each.name == found.quota)
-    unit, places = _UNITS[quota.unit].words, 2 if quota.unit == "usd" else 0
-    is_limit, name = found.level == "limit", found.key_name or f"number {found.key_id}"
+    unit, name = _UNITS[quota.unit].words, found.key_name or f"number {found.key_id}"
+    places = 0 if quota.unit != "usd" else 2 if found.limit >= 1 else 4
     used, limit = (f"{number:,.{places}f}" for number in (found.used, found.limit))
     model = f" with {found.model}" if found.model else ""
-    more = "Its requests are refused until then. " if is_limit else ""
+    reached, more = ("warning level", "") if found.level == "soft" else (
+        "limit", "Its requests are refused until then. ")
+    if more and found.used < found.limit:
+        reached, more = "limit for a request", "A request that may use more was refused. "
     return News(
         "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
-        f"the key {name} has reached its {'limit' if is_limit else 'warning level'}",
+        f"the key {name} has reached its {reached} ({quota.period} {unit}{model})",
         f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
-        f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota {name}` shows its limits.",
+        f"{_reset_words(found.resets_s, now_s)} {more}`ocp keys quota "
+        f"{shlex.quote(name)}` shows its limits.",
         {"key": found.key_name, "keyId": found.key_id, "quota": found.quota,
          "model": found.model or None, "level": found.level, "used": found.used,
          "limit": found.limit, "resetsAt": iso_time(found.resets_s)},
-        int(is_limit), found.resets_s,
+        int(found.level == "limit"), found.resets_s,
     )
 
 
@@ -22091,7 +22097,7 @@ def get_alerts(app: App, exchange: Exchange) -> None:
 def send_test_alert(app: App, exchange: Exchange) -> None:
     """POST /api/alerts/test: send a test to the webhook now, and return how that went."""
     if not app.config.alert_url:
-        raise BadRequest("No webhook is set: set alertUrl to its address.")
+        raise BadRequest("No webhook is set: `ocp settings alertUrl ADDRESS` sets one.")
     status, problem, _ = app.alerts.test()
     _audit(app, exchange, "alert_tested", status=status, why=problem or None)
     exchange.response.send_json({

@@ -576,8 +576,8 @@ def show(job: Job, options: argparse.Namespace) -> None:
     for folder in job.kept:
         print(f"  keep {folder}")
     for service in job.legacy:
-        more = "" if options.legacy else ", if you say so"
-        print(f"  remove the original's service {service.label}{more}")
+        line = f"remove the original's service {service.label}"
+        print(f"  {line}" if options.legacy else f"  only with --legacy: {line}")
     sys.stdout.flush()
 
 

@@ -430,6 +430,20 @@ def test_a_hidden_page_rests_and_goes_on_when_it_is_seen_again(
 
 
 @needs_browser
+def test_a_key_that_expires_soon_has_the_time_too(
+    chrome: browser.Browser, busy: BusyServer
+) -> None:
+    busy.key("guest", expiry="2h")
+    try:
+        with opened(chrome, busy.server, "keys") as page:
+            page.until("/^guest[^]*\\d\\d:\\d\\d/.test(["
+                       "...document.querySelectorAll('#keys tbody tr')].find("
+                       "(row) => row.innerText.startsWith('guest'))?.innerText || '')")
+    finally:
+        busy.admin("DELETE", "/api/keys/guest")
+
+
+@needs_browser
 def test_updates_keep_rows_focus_and_selection(chrome: browser.Browser, busy: BusyServer) -> None:
     with opened(chrome, busy.server, "keys") as page:
         page.sees("laptop", "#keys")
@@ -1127,7 +1141,7 @@ def test_a_capture_is_seen_and_stopped_on_every_view(
         with opened(chrome, server, "keys") as page:
             assert server.call("POST", "/api/capture", {"requests": 3}, ADMIN).status == 201
             page.sees("Requests are written to files", "#notices .alarm")
-            page.sees("3 requests more", "#notices .alarm")
+            page.sees("the next 3 requests, until", "#notices .alarm")
             page.evaluate("document.querySelector('#notices .alarm button').click()")
             page.until("!document.querySelector('#notices .alarm')")
         assert server.call("GET", "/api/capture", headers=ADMIN).json()["active"] is False

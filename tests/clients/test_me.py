@@ -218,12 +218,23 @@ def test_budgets_in_money_are_at_list_price_and_turn_amber_at_their_warning_leve
         page.sees("List price", "#models")
         assert bar_of(page, "haiku: requests a day") == ["1 of 4", ""]
         assert page.evaluate("document.querySelector('#quotas b').title") == "Warning level: 50 %"
+        page.sees("The mark on a bar is your warning level: 50 %.", "#quotas-hint")
         # As after more requests.
         told = house.call("GET", "/v1/key", headers=bearer(made["key"])).json()["data"]
         told["ocp"]["quota"]["usdDaily"].update(used=1.4, soft=True)
         page.evaluate(f"showQuotas({json.dumps(told)})")
         assert bar_of(page, "List price a day") == ["$1.40 of $2.50", "warn"]
         page.sees("$1.10 left", "#quotas")
+
+
+@needs_browser
+def test_a_limit_of_nothing_is_a_key_that_is_blocked(
+    chrome: browser.Browser, house: Server
+) -> None:
+    with opened(chrome, house, new_key(house, quota={"daily": 0})["key"]) as page:
+        page.sees("The operator has blocked this.", "#quotas")
+        assert "resets" not in page.text("#quotas")
+        assert page.text("#quotas-hint") == ""
 
 
 @needs_browser

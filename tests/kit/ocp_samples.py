@@ -141,7 +141,7 @@ REQUESTS: Json = {"requests": [
      "elapsed_ms": 900, "prompt_tokens": None, "output_tokens": 0, "response_chars": 0}]}
 ALERTS: Json = {"webhook": "hooks.slack.com (secret)", "format": "slack", "alerts": [
     {"event": "key_quota", "instance": "OCP", "at": "2026-11-20T14:57:00.000Z",
-     "title": "the key laptop has reached its warning level",
+     "title": "the key laptop has reached its warning level (daily requests)",
      "text": "The key laptop has used 160 of its 200 requests (daily). That resets in 9h 3m (Sat "
      "21 Nov, 00:00 UTC). `ocp keys quota laptop` shows its limits.",
      "details": {"key": "laptop", "keyId": 1, "quota": "daily", "model": None, "level": "soft",

@@ -40,7 +40,7 @@ SECTION_LINES = {
     "Responses": 460, "Claude protocol": 220, "Claude input": 410, "Plan and failures": 320,
     "Claude answers": 640, "Claude program": 630, "Claude process": 630, "Gate": 160,
     "Conversations": 160, "Process pool": 380, "Sessions and responses": 250, "Cache": 250,
-    "Account": 290, "Sign-in": 220, "Alerts": 410, "Metrics": 140, "Connections": 390,
+    "Account": 290, "Sign-in": 220, "Alerts": 415, "Metrics": 140, "Connections": 390,
     "The original OCP": 290, "State folder": 175, "Capture": 240, "Jobs": 320,
     "Running turns": 480, "Answering": 350, "App": 380, "Routes": 80, "HTTP server": 780,
     "Dashboard": 70, "API endpoints": 360, "Health and logs": 220, "Key endpoints": 390,

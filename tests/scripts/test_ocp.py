@@ -273,6 +273,17 @@ def test_errors_are_asked_for_by_key_by_request_and_by_time(
         assert server.requests[-1].path == f"/api/errors?{query}"
 
 
+def test_of_failures_and_refusals_together_only_the_newest_are_shown(tmp_path: Path) -> None:
+    errors = [{**samples.ERROR, "id": f"req_e{at}", "at": f"2026-11-20T14:0{at}:00Z"}
+              for at in range(3)]
+    refusals = [{**error, "id": error["id"].replace("_e", "_r"), "count": 2, "lastAt": error["at"]}
+                for error in errors]
+    answer = {"errors": errors, "refusals": refusals, "byKind": []}
+    with stub_server({"GET /api/errors": (200, answer)}) as server:
+        found = run(tmp_path, server.url, "errors", "-n", "3")
+    assert sorted(re.findall(r"req_\w+", found.stdout)) == ["req_e1", "req_e2", "req_r2"]
+
+
 def test_one_request_is_shown_in_full_with_what_to_do(tmp_path: Path) -> None:
     answer = {"errors": [samples.ERROR], "refusals": [], "byKind": []}
     with stub_server({"GET /api/errors": (200, answer)}) as server:
@@ -353,6 +364,13 @@ def test_a_setting_is_sent_with_its_own_type(
         found = run(tmp_path, server.url, "settings", *words)
         assert server.requests[-1].body == sent
     assert found.code == 0 and found.stdout.startswith(f"{name} = ")
+
+
+@pytest.mark.parametrize("name", ["timeout", "TimeOut", "time_out", "CLAUDE_TIMEOUT"])
+def test_a_setting_that_can_be_changed_is_found_in_any_case(tmp_path: Path, name: str) -> None:
+    with stub_server(settings_stub({})) as server:
+        found = run(tmp_path, server.url, "settings", name)
+    assert found.code == 0 and found.stdout.startswith("timeout\n")
 
 
 @pytest.mark.parametrize("status", [400, 207])
@@ -512,8 +530,8 @@ def test_a_quota_over_the_warning_level_is_amber() -> None:
 
 
 @pytest.mark.parametrize(("amount", "text"), [
-    (None, "-"), (0, "$0.00"), (0.0047, "$0.0047"), (0.5, "$0.5000"), (1, "$1.00"),
-    (1234.5, "$1,234.50")])
+    (None, "-"), (0, "$0.00"), (0.00000515, "<$0.0001"), (0.0047, "$0.0047"), (0.5, "$0.5000"),
+    (1, "$1.00"), (1234.5, "$1,234.50")])
 def test_an_amount_of_money_for_people(amount: float | None, text: str) -> None:
     assert ocp.usd(amount) == text
 
@@ -831,6 +849,35 @@ def test_the_admin_key_of_a_service_of_the_machine_is_in_its_own_folder(tmp_path
         run_env(ocp_env(tmp_path, "sessions"))
         assert [r.key for r in server.requests] == ["", "from-file"]
     assert f"none to read in {state}/admin-key" in without.stderr
+    assert "demo" not in without.stderr
+
+
+def test_the_admin_key_in_the_settings_of_the_service_is_that_of_this_machine(
+    tmp_path: Path,
+) -> None:
+    ocp_home = tmp_path / ".ocp"
+    ocp_home.mkdir()
+    (ocp_home / "admin-key").write_text("left-over\n")
+    (ocp_home / "ocp.env").write_text("CLAUDE_AUTH_MODE=multi\nOCP_ADMIN_KEY='of-the-service'\n")
+    answers = {"GET /sessions": (200, samples.SESSIONS),
+               "GET /health": (200, {**HEALTH, "authMode": "multi"})}
+    with stub_server(answers) as server:
+        record = {"version": 1, "actions": [], "url": server.url,
+                  "env_file": str(ocp_home / "ocp.env")}
+        (ocp_home / "install.json").write_text(json.dumps(record))
+        run_env(ocp_env(tmp_path, "sessions"))
+        assert server.requests[0].key == "of-the-service"
+        shown = run_env(ocp_env(tmp_path, "dashboard")).stdout
+    assert f"the admin key: OCP_ADMIN_KEY in {ocp_home}/ocp.env\n" in shown
+    assert "of-the-service" not in shown
+
+
+def test_the_admin_key_of_a_demo_is_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / ".ocp" / "demo").mkdir(parents=True)
+    (tmp_path / ".ocp" / "demo" / "admin-key").write_text("of-the-demo")
+    with stub_server({"GET /api/keys": (401, {"error": {"message": "no"}})}) as server:
+        found = run(tmp_path, server.url, "keys")
+    assert f"OCP_HOME={tmp_path}/.ocp/demo" in found.stderr
 
 
 def test_the_key_of_the_file_goes_to_no_other_machine(tmp_path: Path) -> None:
@@ -1123,6 +1170,41 @@ def test_every_command_has_help_and_a_function(tmp_path: Path, words: list[str])
     assert (found.code, found.stderr) == (0, "") and f"ocp {' '.join(words)}" in found.stdout
     assert run(tmp_path, DEAD_URL, "help", *words).stdout == found.stdout
     assert callable(getattr(ocp, "_".join(["cmd", *words])))
+
+
+@pytest.mark.parametrize("line, hint", [
+    ("keys edit laptop --usd-daily 3", "`ocp keys add` and `ocp keys quota` take it."),
+    ("keys quota laptop --soft-percent=80", "`ocp keys add` and `ocp keys edit` take it."),
+    ("keys quota laptop --grace 2h", "`ocp keys rotate` takes it."),
+    ("keys quota laptop daily 3", "Did you mean --daily?"),
+    ("--csv usage", "It goes behind `ocp usage`."),
+    ("requests --all stop", "`ocp requests stop` takes it."),
+    ("keys add Anna phone --daily 3", "A name with spaces needs quotes."),
+    ("keys show the old laptop", "A name with spaces needs quotes."),
+])
+def test_arguments_in_the_wrong_place_come_with_the_right_one(
+    tmp_path: Path, line: str, hint: str
+) -> None:
+    found = run(tmp_path, DEAD_URL, *line.split())
+    assert found.code == ocp.Exit.USAGE
+    assert found.stderr.splitlines()[0].endswith(hint)
+
+
+def test_names_of_wide_characters_leave_the_columns_straight() -> None:
+    names = ("laptop", "\u65e5\u672c\u8a9e", "e\u0301t\u00e9")
+    rows = [{"name": name, "count": 5} for name in names]
+    columns = (ocp.Column("Name", "name"), ocp.number("Count", "count"))
+
+    lines = ocp.table(columns, rows, PLAIN).splitlines()
+
+    assert {ocp.width_of(line) for line in lines} == {2 + 6 + 2 + 5}
+
+
+@pytest.mark.parametrize("value, text", [
+    (0, "0"), (0.00000515, "0.00000515"), (1e-05, "0.00001"), (16.824312, "16.8243"), (2.5, "2.5"),
+    (300_000, "300K")])
+def test_a_number_for_people_has_no_exponent(value: float, text: str) -> None:
+    assert ocp.short_number(value) == text
 
 
 def test_every_function_of_a_command_is_in_the_table() -> None:

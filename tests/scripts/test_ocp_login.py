@@ -1,6 +1,8 @@
 """`ocp login` and `ocp capture`: what is asked of the server, and what the user is told."""
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 import ocp_samples as samples
-from ocp_command import DEAD_URL, Request, run, stub_server
+from ocp_command import DEAD_URL, Request, ocp_env, run, run_env, stub_server
 from project import load_script
 from server import Server, running_server
 
@@ -62,7 +64,19 @@ def test_a_login_that_waits_is_gone_on_with(tmp_path: Path) -> None:
 def test_without_a_code_the_login_waits_and_the_user_is_told(tmp_path: Path) -> None:
     with stub_server({"GET /api/login": (200, WAITING)}) as stub:
         found = run(tmp_path, stub.url, "login", stdin="")
-    assert found.code == 2 and "goes on with it" in found.stderr
+    assert found.code == 2 and "Code: \nocp: No code came." in found.stderr
+    assert "goes on with it" in found.stderr
+
+
+def test_ctrl_c_leaves_the_login_and_says_so(tmp_path: Path) -> None:
+    class Leaving(io.StringIO):
+        def readline(self, size: Any = -1) -> str:
+            raise KeyboardInterrupt
+
+    with stub_server({"GET /api/login": (200, WAITING)}) as stub:
+        env = ocp_env(tmp_path, "login", environ={"OCP_URL": stub.url})
+        found = run_env(dataclasses.replace(env, stdin=Leaving()))
+    assert found.code == 130 and "ocp login --cancel" in found.stderr
 
 
 def test_a_code_that_is_cut_off_is_asked_for_again_on_a_terminal_only(tmp_path: Path) -> None:
@@ -75,6 +89,7 @@ def test_a_code_that_is_cut_off_is_asked_for_again_on_a_terminal_only(tmp_path: 
         assert found.code == 0 and "cut off" in found.stderr
         found = run(tmp_path, stub.url, "login", stdin="cut\nwhole#s\n")
         assert found.code == 1 and "cut off" in found.stderr
+        assert "The login waits" in found.stderr
 
 
 def test_cancelling_says_whether_there_was_a_login(tmp_path: Path) -> None:
@@ -118,4 +133,22 @@ def test_a_capture_asks_for_what_was_said(tmp_path: Path) -> None:
         assert run(tmp_path, stub.url, "capture", "2", "--key", "laptop").code == 0
         assert stub.requests[0].body == {"requests": 2, "minutes": 10, "key": "laptop"}
         found = run(tmp_path, stub.url, "capture", "--key", "laptop")
-    assert found.code == 2 and "Say how many" in found.stderr
+        assert found.code == 2 and "Say how many" in found.stderr
+        found = run(tmp_path, stub.url, "capture", "--minutes", "5")
+        assert found.code == 2 and "Say how many" in found.stderr
+        assert len(stub.requests) == 1
+
+
+@pytest.mark.parametrize("word, line", [("stop", "--stop"), ("list", "--list"), ("start", "5")])
+def test_an_option_of_capture_that_is_typed_as_an_action(
+    tmp_path: Path, word: str, line: str
+) -> None:
+    found = run(tmp_path, DEAD_URL, "capture", word)
+    assert found.code == 2 and f"Write: ocp capture {line}\n" in found.stderr
+
+
+def test_health_tells_of_a_capture(tmp_path: Path) -> None:
+    health = {**samples.HEALTH, "capture": {"remaining": 2, "endsAt": "2026-11-20T15:10:00Z"}}
+    with stub_server({"GET /health": (200, health)}) as stub:
+        found = run(tmp_path, stub.url, "health")
+    assert "writes the next 2 requests to files, until 2026-11-20 15:10:00\n" in found.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shlex
 import shutil
 import ssl
 import threading
@@ -216,13 +218,32 @@ def test_a_key_is_told_at_its_warning_level_and_at_its_limit(desk: Desk) -> None
         desk.look()
 
     first, second = reversed(desk.alerts.report())
-    assert first["title"] == "the key laptop has reached its warning level"
+    assert first["title"] == "the key laptop has reached its warning level (daily requests)"
     assert "has used 161 of its 200 requests (daily)" in first["text"]
-    assert second["title"] == "the key laptop has reached its limit"
+    assert second["title"] == "the key laptop has reached its limit (daily requests)"
     assert "Its requests are refused until then." in second["text"]
     assert second["details"] == {
         "key": "laptop", "keyId": 3, "quota": "daily", "model": None, "level": "limit",
         "used": 200, "limit": 200, "resetsAt": ocp.iso_time(NOW_S + HOUR_S)}
+
+
+def test_a_request_that_may_use_more_than_is_left_is_no_limit_that_is_reached(
+    desk: Desk,
+) -> None:
+    desk.alerts.take_level(level(
+        "limit", quota="usdDaily", model="claude-opus-5-5", used=0.0123, limit=0.5,
+        key_name="Anna's laptop"))
+    desk.look()
+
+    assert desk.last["title"] == (
+        "the key Anna's laptop has reached its limit for a request (daily USD at list price with "
+        "claude-opus-5-5)")
+    text = desk.last["text"]
+    assert "has used 0.0123 of its 0.5000 USD at list price (daily) with" in text
+    assert "A request that may use more was refused." in text
+    assert "Its requests are refused" not in text
+    command = re.findall("`(.*)`", text)[0]
+    assert shlex.split(command) == ["ocp", "keys", "quota", "Anna's laptop"]
 
 
 def test_a_budget_is_told_in_money_and_of_its_model(desk: Desk) -> None:
@@ -739,7 +760,7 @@ def test_a_test_without_a_webhook_is_refused(shared_server: Server) -> None:
     reply = shared_server.call("POST", "/api/alerts/test")
 
     assert reply.status == 400
-    assert "set alertUrl" in reply.json()["error"]["message"]
+    assert "`ocp settings alertUrl ADDRESS`" in reply.json()["error"]["message"]
 
 
 def test_the_alerts_are_the_operators(tmp_path: Path) -> None:

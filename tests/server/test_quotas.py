@@ -132,7 +132,8 @@ def test_a_quota_that_is_used_up_is_told_in_messages_shape(house: Server, stream
     assert set(told) == {"type", "error", "request_id"}
     assert without_words(told["error"]["quota"]) == wanted_quota(
         "weekly", unit="tokens", limit=0, used=0)
-    assert "0 of its 0 tokens (weekly)" in told["error"]["message"]
+    assert told["error"]["message"] == (
+        "The operator has blocked this key: its limit is 0 tokens (weekly).")
     assert reply.headers["x-should-retry"] == "false"
 
 

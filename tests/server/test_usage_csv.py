@@ -9,6 +9,7 @@ import io
 import sqlite3
 import time
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
 
@@ -65,6 +66,8 @@ def as_json(server: Server, query: str = "") -> dict[str, Json]:
 def field(value: Json) -> str:
     """How a value of the JSON stands in a field."""
     text = "" if value is None else str(value)
+    if isinstance(value, float):
+        return format(Decimal(text).normalize(), "f")
     return f"'{text}" if isinstance(value, str) and text[:1] in ("=", "+", "-", "@") else text
 
 
@@ -86,6 +89,13 @@ def test_all_requests_stand_in_it_oldest_first(house: Server) -> None:
     assert len(found) == 7
     assert found == [{name: field(value) for name, value in row.items()} for row in expected]
     assert found == table_of(as_csv(house, "&table=rows&limit=1"))
+
+
+@pytest.mark.parametrize(("number", "text"), [
+    (0.0, "0"), (9.25e-05, "0.0000925"), (1e-09, "0.000000001"), (12.5, "12.5"), (100.0, "100"),
+    (3, "3")])
+def test_a_number_has_no_exponent(number: float, text: str) -> None:
+    assert ocp.csv_text([[number]]) == f"{text}\r\n".encode()
 
 
 def test_no_field_begins_like_a_formula(house: Server) -> None:
