@@ -1541,6 +1541,11 @@ class Conflict(OcpError):
     code, retryable = "name_taken", False
 
 
+class KeyExists(Conflict):
+    """The secret is or was the one of a key."""
+    code = "key_exists"
+
+
 class LoginConflict(OcpError):
     """A login cannot begin or go on in this state of the server."""
     status, openai_type, anthropic_type = 409, _INVALID, _INVALID
@@ -1725,6 +1730,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
     "request_timeout": "Look at the network of the client: its request came too slowly.",
     "name_taken": "Choose another name, or give that key a new secret: `ocp keys rotate NAME`.",
+    "key_exists": "Leave `secret` out: the server then makes a new one.",
     "login_conflict": "Look at `GET /api/login`; `ocp login --cancel` ends a login that waits.",
     "capture_runs": "Wait for its end, or end it with `ocp capture --stop`.",
     "request_too_large": "Send less, or raise the limit that the message names.",
@@ -4533,12 +4539,19 @@ def _unknown_key(secret: str, *, is_multi: bool) -> Unauthorized:
             "copy it again"
         )
     elif is_multi and not secret.startswith("ocp_"):
-        reason = f"has the wrong prefix (keys of this server begin with ocp_): {advice}"
+        reason = f"has the wrong prefix (keys made by this server begin with ocp_): {advice}"
     else:
         reason = f"is unknown to this server: {advice}"
     error = Unauthorized(f"The key {preview} {reason}.")
     error.preview = preview
     return error
+
+
+def _secret_columns(secret: str) -> tuple[str, dict[str, str]]:
+    """Return a secret, a new one for an empty one, and the columns that are derived from it."""
+    secret = secret or "ocp_" + secrets.token_urlsafe(24)
+    preview = f"{secret[:8]}...{secret[-4:]}"
+    return secret, {"hash": hash_of_key(secret), "preview": preview}
 
 
 class ReplacedSecret(NamedTuple):
@@ -4593,13 +4606,15 @@ class Keys:
             except (ValueError, TypeError) as problem:
                 self.problems.append((row["id"], str(problem)))
 
-    def create(self, name: str, fields: Mapping[str, object]) -> tuple[Key, str]:
+    def create(
+        self, name: str, fields: Mapping[str, object], secret: str = ""
+    ) -> tuple[Key, str]:
         """Create a key and return it with its secret, which is not stored. `fields`: see `change`.
 
-        An empty name means a generated one. Raises BadRequest, Conflict, StorageFailed.
+        An empty name or secret means a generated one. Raises BadRequest, Conflict, StorageFailed.
         """
         now_s = self._clock()
-        secret, secret_columns = self._new_secret()
+        secret, secret_columns = _secret_columns(secret)
         generated = f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
         columns = {
             "name": key_name(name or generated), "created_s": int(now_s),
@@ -4610,6 +4625,7 @@ class Keys:
         marks = ", ".join("?" * len(columns))
         with self._lock:
             self._check_free(str(columns["name"]), None)
+            self._check_new(secret_columns["hash"])
             statement = f"INSERT INTO keys ({names}) VALUES ({marks})"
             key_id = self._write(statement, *map(_column_value, columns.values()))
             (row,) = self._store.rows("SELECT * FROM keys WHERE id = ?", key_id)
@@ -4617,11 +4633,13 @@ class Keys:
             self._ids[secret_columns["hash"]] = key_id
         return self._keys[key_id], secret
 
-    def _new_secret(self) -> tuple[str, dict[str, str]]:
-        """Return a new secret, and the columns that are derived from it."""
-        secret = "ocp_" + secrets.token_urlsafe(24)
-        preview = f"{secret[:8]}...{secret[-4:]}"
-        return secret, {"hash": hash_of_key(secret), "preview": preview}
+    def _check_new(self, hashed: str) -> None:
+        """Raise KeyExists if a key has or had the secret with this hash."""
+        if hashed in self._ids or hashed in self._replaced:
+            raise KeyExists(
+                "A key has this secret, or had it: leave `secret` out for a new one.",
+                param="secret",
+            )
 
     def _check_free(self, name: str, key_id: int | None) -> None:
         """Raise Conflict if another key that is not revoked has this name."""
@@ -4700,15 +4718,16 @@ class Keys:
         except sqlite3.Error as problem:
             raise storage_failure(problem, _IN_MEMORY_ONLY) from None
 
-    def rotate(self, key: Key, grace_s: int = 0) -> str:
-        """Replace the secret of the key and return the new one. The old one is valid for `grace_s`
-        more; one that was replaced before ends at once.
+    def rotate(self, key: Key, grace_s: int = 0, secret: str = "") -> str:
+        """Replace the secret of the key and return the new one, which is `secret` unless that is
+        empty. The old one is valid for `grace_s` more; one that was replaced before ends at once.
 
-        Raises BadRequest, and StorageFailed, after which the old secret is still valid.
+        Raises BadRequest, KeyExists, and StorageFailed, after which the old secret is still valid.
         """
-        secret, secret_columns = self._new_secret()
+        secret, secret_columns = _secret_columns(secret)
         with self._lock:
             key = self._require_unrevoked(key)
+            self._check_new(secret_columns["hash"])
             former = {known for known, key_id in self._ids.items() if key_id == key.id}
             now_s = int(self._clock())
             replaced = ReplacedSecret(key.id, now_s, now_s + grace_s if grace_s else 0, key.preview)
@@ -21579,14 +21598,33 @@ def _audited_change(
         raise not_stored
 
 
+#: The form of a secret that the operator brings along.
+_SECRET_PATTERN = "[A-Za-z0-9_-]{32,128}"
+_SECRET_BODY: Json = {
+    "type": ["string", "null"], "pattern": f"^{_SECRET_PATTERN}$", "description": "null: a new one",
+}
+
+
+def _given_secret(app: App, fields: Fields) -> str:
+    """Return the secret that a key is to have; empty = a new one. Raises BadRequest, KeyExists."""
+    secret = fields.text("secret") or ""
+    if secret and not re.fullmatch(_SECRET_PATTERN, secret):
+        raise fields.invalid("secret", "32 to 128 letters, digits, _ and -")
+    if any(same_secret(secret, each) for each in app.config.secrets):
+        raise KeyExists("The server itself uses this secret: choose another one.", param="secret")
+    return secret
+
+
 def create_key(app: App, exchange: Exchange) -> None:
-    """POST /api/keys: create a key; only this response contains its secret."""
-    fields = _read_fields(exchange, (*_KEY_NAMES, "quota"))
+    """POST /api/keys: create a key; only this response contains its secret. `secret` keeps one that
+    clients have already."""
+    fields = _read_fields(exchange, (*_KEY_NAMES, "quota", "secret"))
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
         columns["quota"] = _set_limits(quota)
-    key, secret = app.keys.create(str(columns.pop("name", "")), columns)
+    secret = _given_secret(app, fields)
+    key, secret = app.keys.create(str(columns.pop("name", "")), columns, secret)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
     body = {"id": key.id, "key": secret, **_key_entry(app, key), **_connect_fields(app)}
     exchange.response.send_json(_with_storage_warning(app, body), status=201)
@@ -21620,13 +21658,13 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
 
 
 def rotate_key(app: App, exchange: Exchange, key: str) -> None:
-    """POST /api/keys/{key}/rotate {"grace": "24h"}: replace the key's secret; the old one works
-    until the end of `grace`, or without it stops working at once."""
+    """POST /api/keys/{key}/rotate {"grace": "24h"}: replace the key's secret, by `secret` if that
+    is given; the old one works until the end of `grace`, or without it stops working at once."""
     found = app.keys.find(key)
     raw = exchange.body()
-    fields = _with_known_fields(Fields(parse_json_body(raw) if raw else {}), ("grace",))
+    fields = _with_known_fields(Fields(parse_json_body(raw) if raw else {}), ("grace", "secret"))
     grace_s = _grace_s(fields)
-    secret = app.keys.rotate(found, grace_s)
+    secret = app.keys.rotate(found, grace_s, _given_secret(app, fields))
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id, grace_s=grace_s or None)
     old = _key_entry(app, app.keys.find(str(found.id)))["oldSecret"]
     body = {"id": found.id, "name": found.name, "key": secret, "oldSecret": old}
@@ -22348,9 +22386,12 @@ _BODIES: dict[str, Json] = {
         )
         for operation, (required, more) in _REQUESTS.items()
     },
-    "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY}),
+    "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY, "secret": _SECRET_BODY}),
     "change_key": _closed(_KEY_PROPERTIES),
-    "rotate_key": _closed({"grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"}}),
+    "rotate_key": _closed({
+        "grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"},
+        "secret": _SECRET_BODY,
+    }),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
     "finish_login": {
         **_object_type(["code"], {"code": {**_NAME, "maxLength": _MAX_CODE_CHARS}}),
