@@ -29,6 +29,7 @@ Sections (search for "==== 8" to jump to the eighth):
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
+     0. Tenants                 the logins that keys have of their own
      8. Keys and callers        authentication, access to routes, and the keys of devices
      9. Prices and limits       list prices, and what quotas count
     10. Usage rows              one row for each request, and reports of the rows
@@ -58,6 +59,7 @@ Sections (search for "==== 8" to jump to the eighth):
     34. Sessions and responses  what is remembered of conversations: messages, and thinking
     35. Cache                   stored answers, and answers shared while they are generated
     36. Account                 the state of login and plan, learned from answers
+     0. Logins                  the login and the account of each key's processes
     37. Sign-in                 the login that the operator makes in a browser
     38. Alerts                  what the operator's webhook is told
     39. Metrics                 counters and histograms since the start
@@ -75,6 +77,7 @@ Sections (search for "==== 8" to jump to the eighth):
     51. API endpoints           answers, stored responses, sessions, models
     52. Health and logs         the state of the server, its events and its log
     53. Key endpoints           keys and their quotas
+     0. Tenant endpoints        logins of keys
     54. Usage endpoints         running requests, usage, a key's own numbers, failures
     55. Management endpoints    settings, alerts, cache, metrics, login, capture
     56. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
@@ -1709,7 +1712,10 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
         "If the device may use the server again, create a key with `ocp keys add NAME`; "
         "otherwise remove the key from the device."
     ),
-    "upstream_login_required": "Log in: `ocp login`, or `claude auth login` on the server.",
+    "upstream_login_required": (
+        "Log in: `ocp login`, or `claude auth login` on the server; a key with a login of its own "
+        "gets another one with `ocp keys login KEY`."
+    ),
     "permission_error": "Use a key that is allowed to do this.",
     "admin_key_required": (
         "Send the admin key, which is in the file admin-key of OCP_HOME or in OCP_ADMIN_KEY."
@@ -3968,6 +3974,8 @@ MIGRATIONS = (
         problem TEXT NOT NULL
     )
     """,
+    # JSON, its token a secret; see Login.
+    """ALTER TABLE keys ADD COLUMN login TEXT NOT NULL DEFAULT '["", ""]'""",
 )
 
 
@@ -4071,7 +4079,10 @@ class Store:
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000"):
+            # With the last one, what is deleted is overwritten in the file.
+            for pragma in (
+                "journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000", "secure_delete=ON"
+            ):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
             for table in ("settings", "keys"):
@@ -4175,6 +4186,12 @@ class Store:
             if self._queue or self.failure is not None:
                 with self.transaction():
                     pass
+
+    def overwrite_deleted(self) -> None:
+        """Let nothing of what was deleted stand in the files any longer, as far as no report is
+        reading it."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @property
     def is_in_memory(self) -> bool:
@@ -4332,6 +4349,39 @@ class Settings:
         return "follows memory" if row.metadata["from_memory"] else "default"
 
 
+# ==== 0. Tenants =============================================================
+# What the operator adds to a key: the login with which claude answers its requests. It is read with
+# the key and travels with its caller, so nothing looks it up later.
+
+
+class Login(NamedTuple):
+    """The login with which claude answers: the server's, or a key's own. Keys with the same one
+    share its account."""
+
+    #: A token of `claude setup-token`: a secret.
+    token: str = ""
+    #: A configuration folder of claude in which somebody has logged in.
+    folder: str = ""
+
+    def __repr__(self) -> str:
+        """Return it without the token."""
+        return f"<login {self.kind} {self.id}>"
+
+    @property
+    def kind(self) -> str:
+        """Return "server", "token" or "folder"."""
+        return "token" if self.token else "folder" if self.folder else "server"
+
+    @property
+    def id(self) -> str:
+        """Return what stands for it in reports, names of folders and digests; empty for the
+        server's."""
+        return digest(list(self))[:12] if any(self) else ""
+
+
+SERVER_LOGIN = Login()
+
+
 # ==== 8. Keys and callers ====================================================
 # Authentication and access to routes. A route declares its kind of access, and `authorize` checks
 # it in one place, so that a new route cannot miss the check. Keys are stored as hashes, so that a
@@ -4392,12 +4442,19 @@ class Caller(NamedTuple):
     model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
     #: The share of a limit, in percent, from which on the caller is warned; None = never.
     soft_percent: int | None = None
+    login: Login = SERVER_LOGIN
 
     @property
     def scope(self) -> str:
         """The identifier under which data of this caller is stored. Renaming the key does not
         change it."""
         return self.name if self.key_id is None else f"key-{self.key_id}"
+
+    @property
+    def stamp(self) -> str:
+        """What processes that hold a conversation of this caller have in common; it changes with
+        the login."""
+        return self.login.id
 
 
 class Key(NamedTuple):
@@ -4422,6 +4479,7 @@ class Key(NamedTuple):
     #: See Caller.
     model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
     soft_percent: int | None = None
+    login: Login = SERVER_LOGIN
 
     @property
     def caller(self) -> Caller:
@@ -4430,7 +4488,7 @@ class Key(NamedTuple):
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota, effort=self.effort,
             web_search=self.web_search, model_quotas=self.model_quotas,
-            soft_percent=self.soft_percent,
+            soft_percent=self.soft_percent, login=self.login,
         )
 
     def expired(self, now_s: float) -> bool:
@@ -4476,8 +4534,9 @@ def hash_of_key(secret: str) -> str:
 
 def _key(row: sqlite3.Row) -> Key:
     fields = {name: row[name] for name in Key._fields}
-    stored = {name: json.loads(fields.pop(name)) for name in ("models", "quota", "model_quotas")}
-    stored["models"] = tuple(stored["models"])
+    names = ("models", "quota", "model_quotas", "login")
+    stored = {name: json.loads(fields.pop(name)) for name in names}
+    stored.update(models=tuple(stored["models"]), login=Login(*stored["login"]))
     return Key(**fields, **stored)._replace(web_search=bool(row["web_search"]))
 
 
@@ -4686,8 +4745,8 @@ class Keys:
         """Change columns of a key and return the key.
 
         The columns are name, expiry_s, models, max_concurrent, note, quota, effort, web_search,
-        model_quotas and soft_percent. Raises BadRequest, Conflict, and StorageFailed if the change
-        is in effect but not written yet.
+        model_quotas, soft_percent and login. Raises BadRequest, Conflict, and StorageFailed if the
+        change is in effect but not written yet.
         """
         with self._lock:
             key = self._require_unrevoked(key)
@@ -4786,7 +4845,7 @@ class Keys:
         return was_valid
 
     def revoke(self, key: Key) -> bool:
-        """Revoke the key; return False if it was revoked already.
+        """Revoke the key, and forget its login; return False if it was revoked already.
 
         Raises StorageFailed if the revocation is in effect but not written yet.
         """
@@ -4795,8 +4854,9 @@ class Keys:
             if current.revoked_s is not None:
                 return False
             now_s = int(self._clock())
-            self._keys[key.id] = current._replace(revoked_s=now_s)
-            self._write_or_queue(key.id, {"revoked_s": now_s})
+            ended = {"revoked_s": now_s, "login": SERVER_LOGIN}
+            self._keys[key.id] = current._replace(**ended)  # type: ignore[arg-type]
+            self._write_or_queue(key.id, ended)
         return True
 
     def verify(self, secret: str) -> Caller:
@@ -13868,17 +13928,25 @@ def _until_result(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
             return
 
 
+class ProcessKind(NamedTuple):
+    """What processes have in common that can stand in for each other while they hold nothing."""
+
+    model_id: str
+    login: Login = SERVER_LOGIN
+
+
 class ClaudeProcess:
     """One claude. It serves one caller, one conversation at a time, and is then stopped."""
 
     def __init__(
-        self, child: Child, model_id: str, *, version: Version = OLDEST_CLAUDE,
-        on_report: Callable[[Json], None] | None = None, clock: Clock = time.monotonic,
+        self, child: Child, model_id: str, *, login: Login = SERVER_LOGIN,
+        version: Version = OLDEST_CLAUDE, on_report: Callable[[Json], None] | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         """`on_report` gets its lines about the plan, also after an answer, its `init` line if it
         reports another version than `version`, and the models that it offers. The callback must
         not block."""
-        self.model_id = model_id
+        self.model_id, self.login = self.kind = ProcessKind(model_id, login)
         self.version = version
         self.born_s = clock()
         self._child = child
@@ -14158,12 +14226,15 @@ class ClaudeStarter:
     """Starts claude in its working folder, with the settings of the moment."""
 
     def __init__(
-        self, program: ClaudeProgram, folder: ClaudeFolder, settings: Settings,
-        environ: Mapping[str, str], log: Log, on_report: Callable[[Json], None], clock: Clock,
+        self, program: ClaudeProgram,
+        with_login: Callable[[Login, dict[str, str]], dict[str, str]], settings: Settings,
+        environ: Mapping[str, str], log: Log, on_report: Callable[[Login, Json], None],
+        clock: Clock,
     ) -> None:
-        """`on_report` is for ClaudeProcess."""
+        """`with_login` returns an environment in which claude has this login; `on_report` gets what
+        ClaudeProcess reports, with its login."""
         self._program = program
-        self._folder = folder
+        self._with_login = with_login
         self._settings = settings
         self._environ = environ
         self._log = log
@@ -14172,9 +14243,9 @@ class ClaudeStarter:
         self._watchdog = Watchdog()
         self._work_folder = work_folder(settings.config, environ)
 
-    def start(self, model_id: str) -> ClaudeProcess:
-        """Return a new process of this model. Raise ClaudeUnavailable, UpstreamFailed."""
-        return self._started(model_id, self._folder.environment)
+    def start(self, kind: ProcessKind) -> ClaudeProcess:
+        """Return a new process of this kind. Raise ClaudeUnavailable, UpstreamFailed."""
+        return self._started(kind, functools.partial(self._with_login, kind.login))
 
     def start_login(self, obstacle: str) -> ClaudeProcess:
         """Return a new process with the configuration folder of its owner, where later processes
@@ -14189,17 +14260,19 @@ class ClaudeStarter:
             )
         if obstacle:
             raise LoginConflict(obstacle)
-        return self._started(_LOGIN_MODEL, dict)
+        return self._started(ProcessKind(_LOGIN_MODEL), dict)
 
-    def _started(self, model_id: str, folder: Callable[[], dict[str, str]]) -> ClaudeProcess:
+    def _started(
+        self, kind: ProcessKind, prepared: Callable[[dict[str, str]], dict[str, str]]
+    ) -> ClaudeProcess:
         config, program = self._settings.config, self._program.resolve()
         with contextlib.suppress(OSError):
             # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        env = {**child_environment(self._environ, config), **folder()}
+        env = prepared(child_environment(self._environ, config))
         try:
             child = Child(
-                [*program.command, *claude_arguments(model_id, config)], env=env,
+                [*program.command, *claude_arguments(kind.model_id, config)], env=env,
                 cwd=self._work_folder, watchdog=self._watchdog,
                 # In agent mode the owner can use the same folder, and so the same logs.
                 keeps_logs=config.is_agent,
@@ -14207,9 +14280,13 @@ class ClaudeStarter:
         except ClaudeMissing as error:
             raise self._program.as_away_if_recent(error) from None
         process = ClaudeProcess(
-            child, model_id, version=program.version, on_report=self._on_report, clock=self._clock
+            child, kind.model_id, login=kind.login, version=program.version,
+            on_report=functools.partial(self._on_report, kind.login), clock=self._clock,
         )
-        self._log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
+        self._log.event(
+            "debug", "claude_spawned", pid=process.pid, model=kind.model_id,
+            login=kind.login.id or None,
+        )
         return process
 
     def close(self) -> None:
@@ -14397,7 +14474,7 @@ class Slot:
 class History(NamedTuple):
     """The identity of a conversation."""
 
-    #: The digest of the caller, the model, the system prompt, the tools and the options.
+    #: The digest of the caller, its login, the model, the system prompt, the tools and the options.
     base: str
     #: The digest of each message.
     digests: tuple[str, ...]
@@ -14407,10 +14484,11 @@ class History(NamedTuple):
     caller: str = ""
 
 
-def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
-    """Return the identity of this turn's conversation."""
+def history_of(turn: Turn, caller: str, operator_prompt: str, stamp: str = "") -> History:
+    """Return the identity of this turn's conversation. `stamp` stands for what else processes that
+    hold it have to have in common."""
     base = [
-        caller, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
+        caller, stamp, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
         canonical_json(list(turn.options)), canonical_json(turn.output_schema),
         canonical_json(list(turn.server_tools)),
         *(tool.digest for tool in turn.tools),
@@ -14546,9 +14624,10 @@ NO_CONVERSATION = Conversation(History("", ()))
 # ==== 33. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
-# - spare: it was started for a model that was used lately, and holds no conversation. After a
-#   moment it is primed: it then answers a first question in half the time, but takes no output
-#   schema any more. So the spares of a model that was lately used with one stay as they are.
+# - spare: it was started for a kind (model and login) that was used lately, and holds no
+#   conversation. After a moment it is primed: it then answers a first question in half the time,
+#   but takes no output schema any more. So the spares of a kind that was lately used with one stay
+#   as they are.
 # - parked: it holds a conversation of one caller and waits for that caller's next message.
 # - stopping: it was told to end, and is reaped once it has.
 #
@@ -14583,8 +14662,8 @@ class PooledProcess(NamedTuple):
     conversation: Conversation = NO_CONVERSATION
 
 
-class ModelUse(NamedTuple):
-    """The use of a model that spares are kept for."""
+class KindUse(NamedTuple):
+    """The use of a kind of processes that spares are kept for."""
 
     last_used_s: float
     #: When to start missing spares; inf = only after the next use.
@@ -14592,7 +14671,7 @@ class ModelUse(NamedTuple):
     #: The last use with an output schema, for which a primed spare is of no use.
     last_schema_s: float = -math.inf
 
-    def with_refill_at(self, time_s: float) -> ModelUse:
+    def with_refill_at(self, time_s: float) -> KindUse:
         """Return it with a refill at this time, or earlier: later uses do not postpone a refill."""
         return self._replace(refill_at_s=min(time_s, self.refill_at_s))
 
@@ -14601,16 +14680,16 @@ class PoolPlan(NamedTuple):
     """What is to be done with the processes of the pool."""
 
     stop: list[PooledProcess]
-    #: A model is listed once for each process to start.
-    start: list[str]
+    #: A kind is listed once for each process to start.
+    start: list[ProcessKind]
 
 
 def plan_pool(
-    processes: list[PooledProcess], uses: Mapping[str, ModelUse], config: Config, now_s: float, *,
-    may_start: bool = True,
+    processes: list[PooledProcess], uses: Mapping[ProcessKind, KindUse], config: Config,
+    now_s: float, *, may_start: bool = True,
 ) -> PoolPlan:
-    """Return the idle processes to stop and the models to start: stop what has ended, has waited
-    too long or exceeds a limit, and start the missing spares of the models in use."""
+    """Return the idle processes to stop and the kinds to start: stop what has ended, has waited too
+    long or exceeds a limit, and start the missing spares of the kinds in use."""
     max_idle_s = {
         ProcessState.SPARE: config.warm_idle_ms / 1000,
         ProcessState.PARKED: config.session_ttl_ms / 1000,
@@ -14619,21 +14698,21 @@ def plan_pool(
     kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
     oldest_s = now_s - max_idle_s[ProcessState.SPARE]
     primed = [p for p in kept if p.state is ProcessState.SPARE and p.process.is_primed]
-    useless = [p for p in primed if _has_schemas(uses, p.process.model_id, oldest_s)]
+    useless = [p for p in primed if _has_schemas(uses, p.process.kind, oldest_s)]
     kept = [p for p in kept if p not in useless]
     outdated = [p for p in idle if p not in kept]
     parked = [p for p in kept if p.state is ProcessState.PARKED]
     evicted = evicted_by_limit(parked, config.parked_processes, now_s, running={})
     spares = [p for p in kept if p.state is ProcessState.SPARE]
-    uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
-    due = [m for m, use in uses.items() if may_start and use.refill_at_s <= now_s]
+    uses = {kind: use for kind, use in uses.items() if use.last_used_s >= oldest_s}
+    due = [kind for kind, use in uses.items() if may_start and use.refill_at_s <= now_s]
     surplus, start = _plan_spares(spares, uses, due, config)
     return PoolPlan(outdated + evicted + surplus, start)
 
 
-def _has_schemas(uses: Mapping[str, ModelUse], model_id: str, since_s: float) -> bool:
-    """Return whether a model was used with an output schema since then."""
-    return model_id in uses and uses[model_id].last_schema_s >= since_s
+def _has_schemas(uses: Mapping[ProcessKind, KindUse], kind: ProcessKind, since_s: float) -> bool:
+    """Return whether a kind was used with an output schema since then."""
+    return kind in uses and uses[kind].last_schema_s >= since_s
 
 
 #: How long a parked process is safe from other callers that have as few.
@@ -14671,27 +14750,28 @@ def evicted_by_limit(
 
 
 def _plan_spares(
-    spares: list[PooledProcess], uses: Mapping[str, ModelUse], due: list[str], config: Config
+    spares: list[PooledProcess], uses: Mapping[ProcessKind, KindUse], due: list[ProcessKind],
+    config: Config,
 ) -> PoolPlan:
-    """Give the places for spares to the models that were used last. A spare beyond the place of its
-    model is stopped only when the limit requires it or another model's spare is started."""
-    waiting: dict[str, list[PooledProcess]] = {model_id: [] for model_id in uses}
+    """Give the places for spares to the kinds that were used last. A spare beyond the place of its
+    kind is stopped only when the limit requires it or another kind's spare is started."""
+    waiting: dict[ProcessKind, list[PooledProcess]] = {kind: [] for kind in uses}
     for spare in spares:
-        waiting.setdefault(spare.process.model_id, []).append(spare)
-    last_used_s = {model_id: use.last_used_s for model_id, use in uses.items()}
+        waiting.setdefault(spare.process.kind, []).append(spare)
+    last_used_s = {kind: use.last_used_s for kind, use in uses.items()}
     surplus: list[PooledProcess] = []
     replaceable: list[PooledProcess] = []
-    start: list[str] = []
+    start: list[ProcessKind] = []
     places = config.warm_total
-    for model_id in sorted(waiting, key=lambda m: -last_used_s.get(m, 0.0)):
-        own = waiting[model_id]
+    for kind in sorted(waiting, key=lambda each: -last_used_s.get(each, 0.0)):
+        own = waiting[kind]
         count = min(config.warm_processes, places)
         places -= count
         surplus += own[config.warm_processes:]
-        # The least recently used model comes first.
+        # The least recently used kind comes first.
         replaceable = own[count:config.warm_processes] + replaceable
-        if model_id in due:
-            start += [model_id] * (count - len(own))
+        if kind in due:
+            start += [kind] * (count - len(own))
     excess = len(spares) - len(surplus) + len(start) - config.warm_total
     return PoolPlan(surplus + replaceable[: max(0, excess)], start)
 
@@ -14714,9 +14794,9 @@ class ProcessPool:
     """The processes that no request is using; see above."""
 
     def __init__(
-        self, start: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
+        self, start: Callable[[ProcessKind], ClaudeProcess], clock: Clock = time.monotonic
     ) -> None:
-        """`start` starts a process of a model."""
+        """`start` starts a process of a kind."""
         self._start = start
         self._clock = clock
         # Guards the fields below. Never held while a process is started or ended. It is held while
@@ -14724,14 +14804,15 @@ class ProcessPool:
         self._lock = threading.Lock()
         #: In the order in which they came into their state.
         self._processes: list[PooledProcess] = []
-        #: The models that were used lately.
-        self._uses: dict[str, ModelUse] = {}
+        #: The kinds that were used lately.
+        self._uses: dict[ProcessKind, KindUse] = {}
         #: Nothing is started, nothing is rewound, and nothing is primed before these times.
         self._refills_from_s = -math.inf
         self._rewinds_from_s = -math.inf
         self._primings_from_s = -math.inf
-        #: When all processes were dropped. A process that was started before is outdated.
-        self._dropped_s = -math.inf
+        #: When the processes of a login were dropped, and those of all logins (None). A process
+        #: that was started before is outdated.
+        self._dropped_s: dict[Login | None, float] = {}
         self.spawned = 0
 
     def __repr__(self) -> str:
@@ -14763,28 +14844,28 @@ class ProcessPool:
 
     # -- taking: the process then belongs to the caller's thread ----------------------------------
 
-    def start(self, model_id: str) -> ClaudeProcess:
+    def start(self, kind: ProcessKind) -> ClaudeProcess:
         """Return a new process. Raise the error of its start."""
-        process = self._start(model_id)
+        process = self._start(kind)
         with self._lock:
             self.spawned += 1
         return process
 
-    def mark_used(self, model_id: str, *, has_schema: bool = False) -> None:
-        """Record that a model is in use, so that spares are kept for it: unprimed ones if
-        this request has an output schema."""
+    def mark_used(self, kind: ProcessKind, *, has_schema: bool = False) -> None:
+        """Record that a kind is in use, so that spares are kept for it: unprimed ones if this
+        request has an output schema."""
         now_s = self._clock()
         with self._lock:
-            use = self._uses.get(model_id, ModelUse(now_s))._replace(last_used_s=now_s)
+            use = self._uses.get(kind, KindUse(now_s))._replace(last_used_s=now_s)
             if has_schema:
                 use = use._replace(last_schema_s=now_s)
-            self._uses[model_id] = use.with_refill_at(now_s + _REFILL_PAUSE_S)
+            self._uses[kind] = use.with_refill_at(now_s + _REFILL_PAUSE_S)
 
-    def take_spare(self, model_id: str, *, has_schema: bool = False) -> ClaudeProcess | None:
-        """Take a spare of this model, a primed one first. One that is primed does not take an
+    def take_spare(self, kind: ProcessKind, *, has_schema: bool = False) -> ClaudeProcess | None:
+        """Take a spare of this kind, a primed one first. One that is primed does not take an
         output schema."""
         with self._lock:
-            spares = [p for p in self._in(ProcessState.SPARE) if p.process.model_id == model_id]
+            spares = [p for p in self._in(ProcessState.SPARE) if p.process.kind == kind]
             primed = [p for p in spares if p.process.is_primed and not has_schema]
             taken = self._take_first([*primed, *(p for p in spares if not p.process.is_primed)])
             return taken and taken.process
@@ -14802,15 +14883,16 @@ class ProcessPool:
                 p for p in self._in(ProcessState.SPARE)
                 if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
                 and can_prime(p.process.version)
-                and not _has_schemas(self._uses, p.process.model_id, oldest_s)
+                and not _has_schemas(self._uses, p.process.kind, oldest_s)
             )
             return taken and taken.process
 
-    def take_any_spare(self) -> ClaudeProcess | None:
-        """Take a spare to put it back soon. None is started in its place unless its model is
-        used."""
+    def take_any_spare(self, login: Login = SERVER_LOGIN) -> ClaudeProcess | None:
+        """Take a spare of this login to put it back soon. None is started in its place unless its
+        kind is used."""
         with self._lock:
-            taken = self._take_first(self._in(ProcessState.SPARE))
+            spares = self._in(ProcessState.SPARE)
+            taken = self._take_first(p for p in spares if p.process.login == login)
             return taken and taken.process
 
     def take(self, history: History, message: Message) -> PooledProcess | None:
@@ -14880,8 +14962,9 @@ class ProcessPool:
         return taken
 
     def _is_outdated(self, process: ClaudeProcess) -> bool:
-        """Return whether the process was started before all processes were dropped."""
-        return process.born_s <= self._dropped_s
+        """Return whether the process was started before those of its login were dropped."""
+        dropped_s = (self._dropped_s.get(each, -math.inf) for each in (None, process.login))
+        return process.born_s <= max(dropped_s)
 
     # -- giving back a process that was taken or started ------------------------------------------
 
@@ -14907,7 +14990,7 @@ class ProcessPool:
         return None for a while."""
         with self._lock:
             self._primings_from_s = self._clock() + _PRIMING_PAUSE_S
-            self._schedule_refill([process.model_id], self._clock() + _REFILL_PAUSE_S)
+            self._schedule_refill([process.kind], self._clock() + _REFILL_PAUSE_S)
         self.stop(process, graceful=False)
 
     def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
@@ -14917,13 +15000,17 @@ class ProcessPool:
             pooled = PooledProcess(process, ProcessState.STOPPING, self._clock())
             self._processes.append(pooled)
 
-    def drop(self) -> None:
-        """Stop all idle processes, because the program or its login has changed."""
+    def drop(self, login: Login | None = None, *, is_over: bool = False) -> None:
+        """Stop all idle processes, because the program has changed, or those of a login that has.
+        `is_over` says that no request has this login any more."""
         with self._lock:
-            self._dropped_s = self._clock()
-            dropped = self._in(ProcessState.SPARE, ProcessState.PARKED)
-            self._processes = self._in(ProcessState.STOPPING)
-            self._schedule_refill(self._uses, self._dropped_s + _REFILL_PAUSE_S)
+            now_s = self._dropped_s[login] = self._clock()
+            idle = self._in(ProcessState.SPARE, ProcessState.PARKED)
+            dropped = [p for p in idle if login in (None, p.process.login)]
+            self._processes = [p for p in self._processes if p not in dropped]
+            if is_over:
+                self._uses = {k: use for k, use in self._uses.items() if k.login != login}
+            self._schedule_refill(self._uses, now_s + _REFILL_PAUSE_S)
         for pooled in dropped:
             self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
 
@@ -14946,7 +15033,7 @@ class ProcessPool:
             to_stop = self._plan(config, now_s).stop
             self._processes = [p for p in self._processes if p not in to_stop]
             spares = [p for p in to_stop if p.state is ProcessState.SPARE]
-            self._schedule_refill([p.process.model_id for p in spares], now_s)
+            self._schedule_refill([p.process.kind for p in spares], now_s)
         for pooled in to_stop:
             self.stop(pooled.process, graceful=False)
         self.reap()
@@ -14958,29 +15045,28 @@ class ProcessPool:
             to_start = self._plan(config, now_s).start
             self._forget_due_refills(config, now_s)
         try:
-            for model_id in to_start:
-                self.put_spare(self.start(model_id))
+            for kind in to_start:
+                self.put_spare(self.start(kind))
         except OcpError:
             with self._lock:
                 self._refills_from_s = self._clock() + _FAILURE_PAUSE_S
                 self._schedule_refill(to_start, self._refills_from_s)
             raise
 
-    def _schedule_refill(self, model_ids: Iterable[str], time_s: float) -> None:
-        """Have the missing spares of these models started, as far as the models are in use. The
+    def _schedule_refill(self, kinds: Iterable[ProcessKind], time_s: float) -> None:
+        """Have the missing spares of these kinds started, as far as the kinds are in use. The
         caller holds the lock."""
-        for model_id in self._uses.keys() & set(model_ids):
-            self._uses[model_id] = self._uses[model_id].with_refill_at(time_s)
+        for kind in self._uses.keys() & set(kinds):
+            self._uses[kind] = self._uses[kind].with_refill_at(time_s)
 
     def _forget_due_refills(self, config: Config, now_s: float) -> None:
-        """Forget the refills that are due, and the models out of use. The caller holds the
-        lock."""
+        """Forget the refills that are due, and the kinds out of use. The caller holds the lock."""
         oldest_s = now_s - config.warm_idle_ms / 1000
         may_start = now_s >= self._refills_from_s
         self._uses = {
-            model_id: use._replace(refill_at_s=math.inf)
+            kind: use._replace(refill_at_s=math.inf)
             if may_start and use.refill_at_s <= now_s else use
-            for model_id, use in self._uses.items() if use.last_used_s >= oldest_s
+            for kind, use in self._uses.items() if use.last_used_s >= oldest_s
         }
 
     def _plan(self, config: Config, now_s: float) -> PoolPlan:
@@ -15913,6 +15999,89 @@ class PlanRecord:
             with self._store.transaction() as connection:
                 connection.execute("INSERT OR REPLACE INTO plan VALUES (1, ?)", (state,))
             self._written = state
+
+
+# ==== 0. Logins ==============================================================
+# The server's login and those of keys. A request is answered with the login of its key and with no
+# other one, whatever happens to that: there is no pool of logins and no failover between them.
+
+#: Variables that claude would use in place of a login; a name can end in a star.
+_OTHER_LOGINS = (
+    "CLAUDE_CODE_OAUTH_*", "CLAUDE_CODE_USE_*", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN",
+)
+OWN_LOGIN_ADVICE = (
+    "The Claude login of this key was refused or is missing: the operator renews it on the server "
+    "with `ocp keys login` and the name of the key."
+)
+#: What is known of a login, in words.
+LOGIN_STATES = MappingProxyType({True: "logged in", False: "not logged in", None: "not known yet"})
+
+
+class LoginState(NamedTuple):
+    """What the server has of a login."""
+
+    account: Account
+    folder: ClaudeFolder
+    #: What tells a client that the login was refused.
+    advice: str = LOGIN_ADVICE
+    #: What its processes do not get of the server's environment (names can end in a star), and
+    #: what they get in its place; it may hold a secret.
+    removed: tuple[str, ...] = ()
+    variables: Mapping[str, str] = _NO_VARIABLES
+
+
+class Logins:
+    """The logins in use, each with an account of its own."""
+
+    def __init__(self, server: LoginState, path: str, log: Log) -> None:
+        """`server` is the server's own; `path` is for the folders of the others' claudes."""
+        self._path = path
+        self._log = log
+        # Guards the next field.
+        self._lock = threading.Lock()
+        self._states = {SERVER_LOGIN: server}
+
+    def state(self, login: Login) -> LoginState:
+        """Return what there is of a login, from its first use on."""
+        with self._lock:
+            if login not in self._states:
+                self._states[login] = self._new_state(login)
+            return self._states[login]
+
+    def _new_state(self, login: Login) -> LoginState:
+        path = os.path.join(self._path, login.id)
+        # With a token, claude must not find any other login: this folder does not exist.
+        source = login.folder or os.path.join(path, "none")
+        variables = folder_variables(source, {"CLAUDE_CONFIG_DIR": source})
+        if login.token:
+            variables["CLAUDE_CODE_OAUTH_TOKEN"] = login.token
+        folder = ClaudeFolder(path, {"CLAUDE_CONFIG_DIR": source}, self._log)
+        return LoginState(Account(), folder, OWN_LOGIN_ADVICE, _OTHER_LOGINS, variables)
+
+    def with_login(self, login: Login, environ: dict[str, str]) -> dict[str, str]:
+        """Return an environment in which claude has this login and can find no other."""
+        state = self.state(login)
+        kept = {
+            name: value for name, value in environ.items() if not matches_any(name, state.removed)
+        }
+        return {**kept, **state.variables, **state.folder.environment()}
+
+    def forget(self, login: Login) -> None:
+        """Remove what there is of a login that no key has any more."""
+        with self._lock:
+            self._states.pop(login, None)
+        shutil.rmtree(os.path.join(self._path, login.id), ignore_errors=True)
+
+    def report(self, login: Login) -> Json:
+        """Return what is known of a key's own login, without its secret."""
+        state = self.state(login)
+        is_accepted = state.account.login_report()["ok"]
+        if login.folder and state.folder.login_stamp() is None:
+            is_accepted = False
+        return {
+            "id": login.id, "kind": login.kind, "folder": login.folder or None,
+            "state": LOGIN_STATES[is_accepted], **state.account.report(),
+        }
 
 
 # ==== 37. Sign-in ============================================================
@@ -18375,7 +18544,8 @@ class AttemptSource:
     def set_turn(self, turn: Turn) -> None:
         """Get the answer to another form of the same request from now on."""
         self.turn = turn
-        self.history = history_of(turn, self._job.caller.scope, self._config.system_prompt)
+        caller = self._job.caller
+        self.history = history_of(turn, caller.scope, self._config.system_prompt, caller.stamp)
 
     def can_continue(self) -> bool:
         """Return whether `continued` would return an attempt."""
@@ -18467,11 +18637,12 @@ class AttemptSource:
         app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         has_schema = turn.output_schema is not None
+        kind = ProcessKind(turn.model.argument, self._job.caller.login)
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
-            app.pool.mark_used(turn.model.argument, has_schema=has_schema)
-        spare = app.pool.take_spare(turn.model.argument, has_schema=has_schema)
-        process = record.process = spare or app.pool.start(turn.model.argument)
+            app.pool.mark_used(kind, has_schema=has_schema)
+        spare = app.pool.take_spare(kind, has_schema=has_schema)
+        process = record.process = spare or app.pool.start(kind)
         record.warm = spare is not None
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
@@ -18503,6 +18674,7 @@ class TurnRunner:
         self._app = app
         self._job = job
         self._record = record
+        self._login = app.logins.state(job.caller.login)
         config = self._config = app.config
         #: The attempt that is under way.
         self._attempt: Attempt | None = None
@@ -18543,7 +18715,8 @@ class TurnRunner:
             if isinstance(error, UnknownModel):
                 error.message += self._other_models()
             if isinstance(error, LoginLost):
-                self._app.login_lost()
+                error.message = error.message.replace(LOGIN_ADVICE, self._login.advice)
+                self._app.login_lost(self._job.caller.login)
             error.logged = True
             self._log(
                 "warn", "answer_failed", status=error.status, kind=error.kind,
@@ -18592,7 +18765,7 @@ class TurnRunner:
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
-        app.check_extra_usage(source.turn.model.argument)
+        app.check_extra_usage(source.turn.model.argument, self._login.account)
         stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
             source.continued, source.rewound, source.rebuilt, source.rebuilt
@@ -18714,8 +18887,8 @@ class TurnRunner:
         """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
         means that claude still writes an answer that was ended here."""
         app, process = self._app, attempt.process
-        app.account.set_login(True)
-        app.pool.mark_used(process.model_id)
+        self._login.account.set_login(True)
+        app.pool.mark_used(process.kind)
         conversation = None if is_cut else self._conversation_after(attempt, finished)
         self._record.process = None
         if conversation is not None:
@@ -19335,11 +19508,8 @@ class App:
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
-        #: What processes said about the plan, until somebody takes it to the account.
-        self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
-        self._starter = ClaudeStarter(
-            self.program, self.claude_folder, self.settings, environ, log, self._take_report, clock
-        )
+        self.logins = self._logins()
+        self._starter = self._claude_starter(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -19351,6 +19521,8 @@ class App:
         self.intervals = Intervals(clock)
         self.connections = Connections()
         self.address = ServerAddress(config, config.bind, config.port)
+        #: What processes said about their login's plan, until somebody takes it to the account.
+        self._notices: queue.SimpleQueue[tuple[Login, Json]] = queue.SimpleQueue()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
@@ -19362,6 +19534,16 @@ class App:
             functools.partial(self._starter.start_login, obstacle),
             functools.partial(self.pool.stop, graceful=False), self._login_renewed, self.log,
             self.clock,
+        )
+
+    def _logins(self) -> Logins:
+        server = LoginState(self.account, self.claude_folder)
+        return Logins(server, self.state_folder.path_of("logins"), self.log)
+
+    def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
+        return ClaudeStarter(
+            self.program, self.logins.with_login, self.settings, environ, self.log,
+            self._take_report, self.clock,
         )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
@@ -19412,13 +19594,14 @@ class App:
                 self._plan_record.write()
         self.state_folder.check()
 
-    def _take_report(self, report: Json) -> None:
-        """Take what a process reports. The next request already needs the models."""
-        if "models" in report:
+    def _take_report(self, login: Login, report: Json) -> None:
+        """Take what a process of this login reports. The next request already needs the models,
+        which are those of the server's account."""
+        if "models" not in report:
+            self._notices.put((login, report))
+        elif login == SERVER_LOGIN:
             offered = offered_models(report["models"])
             self.catalog.add_report(report["version"], report["model"], offered)
-        else:
-            self._notices.put(report)
 
     # -- claude -------------------------------------------------------------------------------
 
@@ -19427,26 +19610,41 @@ class App:
         self._take_notices()
         self.catalog.set_version(self.program_monitor.check().version)
 
-    def check_extra_usage(self, model_id: str | None) -> None:
-        """Raise ExtraUsageStopped if an answer of this model would be billed as extra usage and the
-        operator does not want that; see Account.check_not_billed."""
+    def check_extra_usage(self, model_id: str | None, account: Account) -> None:
+        """Raise ExtraUsageStopped if an answer of this model would be billed to this account as
+        extra usage and the operator does not want that; see Account.check_not_billed."""
         if self.config.extra_usage == "stop":
             # claude says it after the answer, and the next request may come at once.
             self.pool.drain_parked()
             self._take_notices()
-            self.account.check_not_billed(model_id)
+            account.check_not_billed(model_id)
 
-    def login_lost(self) -> None:
-        """Stop using processes whose login the API has refused."""
-        self.account.set_login(False)
-        self._login_monitor.mark_checked()
-        self.claude_folder.login_changed()
-        self.pool.drop()
+    def login_lost(self, login: Login) -> None:
+        """Stop using processes of a login that the API has refused."""
+        state = self.logins.state(login)
+        state.account.set_login(False)
+        if login == SERVER_LOGIN:
+            self._login_monitor.mark_checked()
+        state.folder.login_changed()
+        self.pool.drop(login)
+
+    def login_renewed(self, login: Login) -> None:
+        """Let processes of a key's login start anew, because it was set."""
+        if login != SERVER_LOGIN:
+            self.logins.state(login).account.set_login(None)
+            self.pool.drop(login)
+
+    def login_replaced(self, login: Login) -> None:
+        """Forget a login that a key had, unless another key has it."""
+        if login != SERVER_LOGIN and all(key.login != login for key in self.keys.all()):
+            self.pool.drop(login, is_over=True)
+            self.logins.forget(login)
+            self.store.overwrite_deleted()
 
     def _login_renewed(self) -> None:
         """Start anew with another login. Idle processes may still hold the last one."""
         self.claude_folder.login_changed()
-        self.pool.drop()
+        self.pool.drop(SERVER_LOGIN)
         self.account.set_login(None)
         self.wakeups.put("tend")
 
@@ -19456,7 +19654,7 @@ class App:
         """Do the housekeeping until a wakeup says stop. For the main thread."""
         with contextlib.suppress(UnknownModel):
             # The default model can be an alias of the operator, which was removed at run time.
-            self.pool.mark_used(self.models.find(self.config.default_model).argument)
+            self.pool.mark_used(ProcessKind(self.models.find(self.config.default_model).argument))
         wakeup = ""
         while wakeup != "stop":
             wait_s = self.tend()
@@ -19535,7 +19733,7 @@ class App:
         """Process what claude processes have reported about the plan and their version."""
         while True:
             try:
-                notice = self._notices.get_nowait()
+                login, notice = self._notices.get_nowait()
             except queue.Empty:
                 return
             version = version_in(str(notice.get("claude_code_version", "")))
@@ -19543,7 +19741,8 @@ class App:
             if version is not None:
                 self.program.correct_version(version)
             elif news is not None:
-                self.account.update_plan(news, _text_field(notice, "model"))
+                account = self.logins.state(login).account
+                account.update_plan(news, _text_field(notice, "model"))
 
     def _prune(self) -> None:
         """Delete rows of usage, and digests of thinking, that are too old, once an hour."""
@@ -21529,6 +21728,8 @@ def _key_entry(app: App, key: Key) -> Json:
         "webSearch": key.web_search,
         "softPercent": key.soft_percent,
         "modelQuotas": key.model_quotas,
+        # The login of its own, with what is known of its plan; null = the server's.
+        "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
@@ -21565,11 +21766,29 @@ def _connect_fields(app: App) -> Json:
 
 def get_keys(app: App, exchange: Exchange) -> None:
     """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
-    secrets; revoked keys are included. `connectUrl` is the address that devices reach, or null,
-    and `connectNote` says why."""
+    secrets; revoked keys are included. `logins` are those of keys, with what the keys of each have
+    used. `connectUrl` is the address that devices reach, or null, and `connectNote` says why."""
     keys = app.keys.all()
     entries = [_key_entry(app, key) for key in keys]
-    exchange.response.send_json({"keys": entries, **_connect_fields(app)})
+    exchange.response.send_json(
+        {"keys": entries, "logins": _logins_of(app, keys), **_connect_fields(app)}
+    )
+
+
+def _logins_of(app: App, keys: list[Key]) -> list[Json]:
+    """Return the logins of these keys but the server's: what is known of each and of its plan, the
+    names of its keys, and what they have used in the periods of quotas."""
+    owners: dict[Login, list[Key]] = {}
+    for key in keys:
+        owners.setdefault(key.login, []).append(key)
+    owners.pop(SERVER_LOGIN, None)
+    found = []
+    for login, own in owners.items():
+        reports = [app.ledger.quota_report(key) for key in own]
+        used = {name: sum(each[name]["used"] for each in reports) for name in _QUOTA_NAMES}
+        names = [key.name for key in own]
+        found.append({**app.logins.report(login), "keys": names, "used": used})
+    return found
 
 
 def _with_storage_warning(app: App, body: Json) -> Json:
@@ -21654,6 +21873,7 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
         found = app.keys.find(key)
         with _audited_change(app, exchange, "key_revoked", found):
             revoked = app.keys.revoke(found)
+        app.login_replaced(found.login)
     exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
 
@@ -21713,6 +21933,68 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
         app.keys.change(found, {"quota": quota})
     body = {"ok": True, "idOrName": key, "quota": limits}
     exchange.response.send_json(_with_storage_warning(app, body))
+
+
+# ==== 0. Tenant endpoints ====================================================
+# What the operator adds to keys: logins of their own.
+
+_LOGIN_FIELDS = ("token", "folder")
+
+
+def _own_login(fields: Fields) -> Login:
+    """Return the login that a body names. Raises BadRequest, whose message has nothing of it."""
+    token, folder = (fields.text(name) for name in _LOGIN_FIELDS)
+    if (token is None) == (folder is None):
+        raise BadRequest("Send either `token` or `folder`.")
+    if folder is not None:
+        return Login(folder=_login_folder(fields, folder))
+    # Terminals break it into lines.
+    token = "".join((token or "").split())
+    if not re.fullmatch(r"[\x21-\x7e]{20,4096}", token) or token.startswith(("sk-ant-api", "ocp_")):
+        raise fields.invalid("token", "the whole token that `claude setup-token` has printed")
+    return Login(token)
+
+
+def _login_folder(fields: Fields, text: str) -> str:
+    """Return the path of a folder in which somebody has logged in. Raises BadRequest."""
+    folder = os.path.normpath(os.path.expanduser(text))
+    path = os.path.join(folder, ".credentials.json")
+    if not os.path.isabs(folder) or not os.path.isfile(path):
+        raise fields.invalid(
+            "folder", "an absolute path of a folder on the server that holds .credentials.json: "
+            "`CLAUDE_CONFIG_DIR=FOLDER claude auth login` there makes it"
+        )
+    # claude writes renewed tokens into it.
+    if not os.access(path, os.R_OK | os.W_OK) or not os.access(folder, os.W_OK):
+        raise fields.invalid("folder", "a folder that the server's user may read and write")
+    return folder
+
+
+def _send_login(app: App, exchange: Exchange, key: Key, login: Login) -> None:
+    """Give a key this login and send the key. Idle processes with it start anew."""
+    try:
+        with _audited_change(app, exchange, "key_login_changed", key, login=login.kind):
+            app.keys.change(key, {"login": login})
+    finally:
+        app.login_replaced(key.login)
+    app.login_renewed(login)
+    entry = _key_entry(app, app.keys.find(str(key.id)))
+    exchange.response.send_json(_with_storage_warning(app, entry))
+
+
+def set_key_login(app: App, exchange: Exchange, key: str) -> None:
+    """PUT /api/keys/{key}/login {"token": "..."} or {"folder": "/path"}: answer this key's requests
+    with a Claude login of its own. The token is not shown again."""
+    found = app.keys.find(key)
+    fields = _read_fields(exchange, _LOGIN_FIELDS)
+    if app.demo:
+        raise LoginConflict("This server is a demo: it uses no account.")
+    _send_login(app, exchange, found, _own_login(fields))
+
+
+def remove_key_login(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/login: answer this key's requests with the server's login again."""
+    _send_login(app, exchange, app.keys.find(key), SERVER_LOGIN)
 
 
 # ==== 54. Usage endpoints ====================================================
@@ -22393,6 +22675,10 @@ _BODIES: dict[str, Json] = {
         "secret": _SECRET_BODY,
     }),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
+    "set_key_login": {
+        **_closed({name: {**_NAME, "maxLength": 4096} for name in _LOGIN_FIELDS}),
+        "minProperties": 1, "maxProperties": 1,
+    },
     "finish_login": {
         **_object_type(["code"], {"code": {**_NAME, "maxLength": _MAX_CODE_CHARS}}),
         "additionalProperties": False,
@@ -22549,6 +22835,8 @@ ROUTES = (
     Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
     Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
     Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
+    Route("PUT",    "/api/keys/{key}/login",     Access.ADMIN,  CHAT,        set_key_login),
+    Route("DELETE", "/api/keys/{key}/login",     Access.ADMIN,  CHAT,        remove_key_login),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/requests",             Access.ADMIN,  CHAT,        get_requests),

@@ -264,6 +264,7 @@ BODIES: Mapping[tuple[str, str], Sequence[Json]] = {
     ("POST", "/v1/embeddings"): ({"model": "m", "input": "text"},),
     ("POST", "/api/keys"): ({**KEY, "quota": QUOTA},),
     ("PATCH", "/api/keys/{key}"): (KEY,),
+    ("PUT", "/api/keys/{key}/login"): ({"token": "sk-ant-oat01-of-another-account"},),
     ("POST", "/api/keys/{key}/rotate"): ({"grace": "1h"},),
     ("PATCH", "/api/keys/{key}/quota"): (QUOTA,),
     ("PATCH", "/settings"): (LIVE,),

@@ -29,7 +29,8 @@ class FakeProcess:
     """A process, as far as the pool looks at it."""
 
     def __init__(self, model_id: str, born_s: float, *, lives: bool = True) -> None:
-        self.model_id = model_id
+        self.model_id = self.kind = model_id
+        self.login = ocp.SERVER_LOGIN
         self.born_s = born_s
         self.lives = lives
         #: Whether its end has come, once it was stopped.
@@ -145,7 +146,7 @@ def uses_of(text: str) -> dict[str, Any]:
     for place, word in enumerate(text.split()):
         wait_s = float("inf") if "." in word[1:2] else float(word[2:]) if "+" in word else 0.0
         age_s = float(word[2:]) if "-" in word else place
-        found[word[0]] = ocp.ModelUse(NOW_S - age_s, NOW_S + wait_s)
+        found[word[0]] = ocp.KindUse(NOW_S - age_s, NOW_S + wait_s)
     return found
 
 
