@@ -29,7 +29,7 @@ Sections (search for "==== 8" to jump to the eighth):
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
-     0. Tenants                 the logins that keys have of their own
+     0. Tenants                 logins that keys have of their own; profiles of instances
      8. Keys and callers        authentication, access to routes, and the keys of devices
      9. Prices and limits       list prices, and what quotas count
     10. Usage rows              one row for each request, and reports of the rows
@@ -77,7 +77,7 @@ Sections (search for "==== 8" to jump to the eighth):
     51. API endpoints           answers, stored responses, sessions, models
     52. Health and logs         the state of the server, its events and its log
     53. Key endpoints           keys and their quotas
-     0. Tenant endpoints        logins of keys
+     0. Tenant endpoints        logins of keys, and tenants
     54. Usage endpoints         running requests, usage, a key's own numbers, failures
     55. Management endpoints    settings, alerts, cache, metrics, login, capture
     56. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
@@ -1549,6 +1549,11 @@ class KeyExists(Conflict):
     code = "key_exists"
 
 
+class FolderExists(Conflict):
+    """A folder of another tenant is in the place of a new one's."""
+    code = "folder_exists"
+
+
 class LoginConflict(OcpError):
     """A login cannot begin or go on in this state of the server."""
     status, openai_type, anthropic_type = 409, _INVALID, _INVALID
@@ -1736,6 +1741,7 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
     "request_timeout": "Look at the network of the client: its request came too slowly.",
     "name_taken": "Choose another name, or give that key a new secret: `ocp keys rotate NAME`.",
+    "folder_exists": 'Take it over with `"adopt": true`, or move it away.',
     "key_exists": "Leave `secret` out: the server then makes a new one.",
     "login_conflict": "Look at `GET /api/login`; `ocp login --cancel` ends a login that waits.",
     "capture_runs": "Wait for its end, or end it with `ocp capture --stop`.",
@@ -3976,6 +3982,16 @@ MIGRATIONS = (
     """,
     # JSON, its token a secret; see Login.
     """ALTER TABLE keys ADD COLUMN login TEXT NOT NULL DEFAULT '["", ""]'""",
+    # `env` is a secret; see Tenant.
+    """
+    CREATE TABLE tenants (
+        key_id INTEGER PRIMARY KEY,
+        folder TEXT NOT NULL UNIQUE,
+        profile TEXT NOT NULL,
+        env TEXT NOT NULL,
+        changed_s INTEGER NOT NULL
+    )
+    """,
 )
 
 
@@ -4350,8 +4366,9 @@ class Settings:
 
 
 # ==== 0. Tenants =============================================================
-# What the operator adds to a key: the login with which claude answers its requests. It is read with
-# the key and travels with its caller, so nothing looks it up later.
+# What the operator adds to a key: the login with which claude answers its requests, and the profile
+# of an instance that uses it. Both are read with the key and travel with its caller, so nothing
+# looks them up later.
 
 
 class Login(NamedTuple):
@@ -4380,6 +4397,52 @@ class Login(NamedTuple):
 
 
 SERVER_LOGIN = Login()
+
+#: The fields of a profile in JSON, with what they are by default.
+TENANT_PROFILE: Mapping[str, Any] = MappingProxyType(
+    {"level": "api", "prompt": "", "instance": None}
+)
+#: What runs on the server for a tenant. At `api` that is nothing.
+TENANT_LEVELS = ("api",)
+_NO_ENV: Mapping[str, str] = MappingProxyType({})
+
+
+class Tenant(NamedTuple):
+    """What a key has that an instance uses, such as an OpenClaw."""
+
+    #: The name of its folder below `tenants` in the state folder; empty for a key without.
+    folder: str = ""
+    #: See TENANT_PROFILE. `prompt` follows the system prompts of client and operator; `instance` is
+    #: what `ocp tenants` needs to find the instance again.
+    profile: Mapping[str, Any] = TENANT_PROFILE
+    #: Variables for what runs on the server: secrets.
+    env: Mapping[str, str] = _NO_ENV
+
+    def __repr__(self) -> str:
+        """Return it without its variables."""
+        return f"<tenant {self.folder}>"
+
+    @property
+    def stamp(self) -> str:
+        """Return what changes with everything that shapes its conversations; empty for none."""
+        parts = [str(self.profile["level"]), str(self.profile["prompt"])]
+        return digest([*parts, canonical_json(dict(self.env))])[:12] if self.folder else ""
+
+
+NO_TENANT = Tenant()
+#: Reads keys with their tenants.
+_SELECT_KEYS = (
+    "SELECT keys.*, folder, profile, env FROM keys LEFT JOIN tenants ON tenants.key_id = keys.id"
+)
+_FORGET_TENANT = "DELETE FROM tenants WHERE key_id = ?"
+
+
+def tenant_of(row: sqlite3.Row) -> Tenant:
+    """Return the tenant in a row of _SELECT_KEYS. Raises ValueError, TypeError."""
+    if row["folder"] is None:
+        return NO_TENANT
+    profile = {**TENANT_PROFILE, **json.loads(row["profile"])}
+    return Tenant(row["folder"], profile, json.loads(row["env"]))
 
 
 # ==== 8. Keys and callers ====================================================
@@ -4443,6 +4506,7 @@ class Caller(NamedTuple):
     #: The share of a limit, in percent, from which on the caller is warned; None = never.
     soft_percent: int | None = None
     login: Login = SERVER_LOGIN
+    tenant: Tenant = NO_TENANT
 
     @property
     def scope(self) -> str:
@@ -4453,8 +4517,13 @@ class Caller(NamedTuple):
     @property
     def stamp(self) -> str:
         """What processes that hold a conversation of this caller have in common; it changes with
-        the login."""
-        return self.login.id
+        the login and the tenant."""
+        return self.login.id + self.tenant.stamp
+
+    def prompt_after(self, operator_prompt: str) -> str:
+        """Return what follows the client's system prompt."""
+        texts = (operator_prompt.strip(), self.tenant.profile["prompt"])
+        return "\n\n".join(text for text in texts if text)
 
 
 class Key(NamedTuple):
@@ -4480,6 +4549,7 @@ class Key(NamedTuple):
     model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
     soft_percent: int | None = None
     login: Login = SERVER_LOGIN
+    tenant: Tenant = NO_TENANT
 
     @property
     def caller(self) -> Caller:
@@ -4488,7 +4558,7 @@ class Key(NamedTuple):
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota, effort=self.effort,
             web_search=self.web_search, model_quotas=self.model_quotas,
-            soft_percent=self.soft_percent, login=self.login,
+            soft_percent=self.soft_percent, login=self.login, tenant=self.tenant,
         )
 
     def expired(self, now_s: float) -> bool:
@@ -4533,11 +4603,14 @@ def hash_of_key(secret: str) -> str:
 
 
 def _key(row: sqlite3.Row) -> Key:
-    fields = {name: row[name] for name in Key._fields}
+    fields = {name: row[name] for name in Key._fields if name != "tenant"}
     names = ("models", "quota", "model_quotas", "login")
     stored = {name: json.loads(fields.pop(name)) for name in names}
-    stored.update(models=tuple(stored["models"]), login=Login(*stored["login"]))
-    return Key(**fields, **stored)._replace(web_search=bool(row["web_search"]))
+    fields.update(
+        stored, models=tuple(stored["models"]), login=Login(*stored["login"]),
+        web_search=bool(row["web_search"]), tenant=tenant_of(row),
+    )
+    return Key(**fields)
 
 
 def _column_value(value: object) -> object:
@@ -4658,7 +4731,7 @@ class Keys:
         self._unwritten: dict[int, int] = {}
         #: Stored keys that are invalid and ignored: (id, reason).
         self.problems: list[tuple[int, str]] = []
-        for row in store.rows("SELECT * FROM keys"):
+        for row in store.rows(_SELECT_KEYS):
             try:
                 self._keys[row["id"]] = _key(row)
                 self._ids[row["hash"]] = row["id"]
@@ -4687,7 +4760,7 @@ class Keys:
             self._check_new(secret_columns["hash"])
             statement = f"INSERT INTO keys ({names}) VALUES ({marks})"
             key_id = self._write(statement, *map(_column_value, columns.values()))
-            (row,) = self._store.rows("SELECT * FROM keys WHERE id = ?", key_id)
+            (row,) = self._store.rows(f"{_SELECT_KEYS} WHERE id = ?", key_id)
             self._keys[key_id] = _key(row)
             self._ids[secret_columns["hash"]] = key_id
         return self._keys[key_id], secret
@@ -4749,7 +4822,7 @@ class Keys:
         change is in effect but not written yet.
         """
         with self._lock:
-            key = self._require_unrevoked(key)
+            key = self.require_unrevoked(key)
             if "name" in fields:
                 self._check_free(key_name(str(fields["name"])), key.id)
             values = {
@@ -4761,7 +4834,33 @@ class Keys:
                 self._write_or_queue(key.id, fields)
         return self._with_last_use(changed)
 
-    def _require_unrevoked(self, key: Key) -> Key:
+    def set_tenant(self, key: Key, change: Callable[[Tenant], Tenant]) -> tuple[Tenant, Tenant]:
+        """Give a key what `change` makes of its tenant, and return both, the former one first.
+
+        Raises BadRequest, what `change` raises, and StorageFailed if the change is in effect but
+        not written yet."""
+        with self._lock:
+            key = self.require_unrevoked(key)
+            tenant = change(key.tenant)
+            self._keys[key.id] = key._replace(tenant=tenant)
+            if tenant != key.tenant:
+                self._write_tenant(key.id, tenant)
+        return key.tenant, tenant
+
+    def _write_tenant(self, key_id: int, tenant: Tenant) -> None:
+        """Write a tenant that is changed in memory. Raises StorageFailed if that is queued."""
+        statement = _FORGET_TENANT
+        values: list[object] = [key_id]
+        if tenant.folder:
+            statement = "INSERT OR REPLACE INTO tenants VALUES (?, ?, ?, ?, ?)"
+            texts = (json.dumps(dict(each)) for each in (tenant.profile, tenant.env))
+            values += [tenant.folder, *texts, int(self._clock())]
+        try:
+            self._store.write_or_queue(statement, *values)
+        except sqlite3.Error as problem:
+            raise storage_failure(problem, _IN_MEMORY_ONLY) from None
+
+    def require_unrevoked(self, key: Key) -> Key:
         """Return the current version of the key. Raises BadRequest if it is revoked."""
         current = self._keys[key.id]
         if current.revoked_s is not None:
@@ -4785,7 +4884,7 @@ class Keys:
         """
         secret, secret_columns = _secret_columns(secret)
         with self._lock:
-            key = self._require_unrevoked(key)
+            key = self.require_unrevoked(key)
             self._check_new(secret_columns["hash"])
             former = {known for known, key_id in self._ids.items() if key_id == key.id}
             now_s = int(self._clock())
@@ -4845,7 +4944,7 @@ class Keys:
         return was_valid
 
     def revoke(self, key: Key) -> bool:
-        """Revoke the key, and forget its login; return False if it was revoked already.
+        """Revoke the key, and forget its login and tenant; return False if it was revoked already.
 
         Raises StorageFailed if the revocation is in effect but not written yet.
         """
@@ -4855,8 +4954,13 @@ class Keys:
                 return False
             now_s = int(self._clock())
             ended = {"revoked_s": now_s, "login": SERVER_LOGIN}
-            self._keys[key.id] = current._replace(**ended)  # type: ignore[arg-type]
-            self._write_or_queue(key.id, ended)
+            self._keys[key.id] = current._replace(
+                **ended, tenant=NO_TENANT  # type: ignore[arg-type]
+            )
+            try:
+                self._write_or_queue(key.id, ended)
+            finally:
+                self._write_tenant(key.id, NO_TENANT)
         return True
 
     def verify(self, secret: str) -> Caller:
@@ -4971,6 +5075,12 @@ class WrongKeys:
         while len(self._groups) > _MAX_WRONG_PEERS:
             self._groups.popitem(last=False)
         return count
+
+    def delay(self, headers: Headers, peer: str, max_s: float) -> None:
+        """Wait as long as the answer to a request without a right key has to; see delay_answer."""
+        if any(presented_keys(headers)):
+            with self.delay_answer(peer, max_s) as wait_s:
+                time.sleep(wait_s)
 
     @contextlib.contextmanager
     def delay_answer(self, peer: str, max_s: float) -> Iterator[float]:
@@ -14330,6 +14440,11 @@ class Gate:
         with self._lock:
             return dict(self._running)
 
+    def waiting_by_caller(self) -> dict[str, int]:
+        """Return the number of waiting requests by the scope of their callers."""
+        with self._lock:
+            return {scope: len(slots) for scope, slots in self._queues.items()}
+
     @property
     def waiting(self) -> int:
         """Return the number of waiting requests."""
@@ -14831,6 +14946,17 @@ class ProcessPool:
         """Return the number of parked processes."""
         with self._lock:
             return len(self._in(ProcessState.PARKED))
+
+    def parked_by_caller(self) -> dict[str, int]:
+        """Return the number of parked processes by the scope of their callers."""
+        with self._lock:
+            parked = self._in(ProcessState.PARKED)
+            return dict(collections.Counter(p.conversation.history.caller for p in parked))
+
+    def spares_of(self, login: Login) -> int:
+        """Return the number of spares with this login."""
+        with self._lock:
+            return sum(p.process.login == login for p in self._in(ProcessState.SPARE))
 
     @property
     def stopping(self) -> int:
@@ -18537,6 +18663,8 @@ class AttemptSource:
         self._config = app.config
         self._limits = limits
         self._message = turn.messages[-1]
+        #: What follows the client's system prompt.
+        self._prompt = job.caller.prompt_after(app.config.system_prompt)
         #: Whether reminders may be pinned to the first message of the history.
         self.can_pin = True
         self.set_turn(turn)
@@ -18545,7 +18673,7 @@ class AttemptSource:
         """Get the answer to another form of the same request from now on."""
         self.turn = turn
         caller = self._job.caller
-        self.history = history_of(turn, caller.scope, self._config.system_prompt, caller.stamp)
+        self.history = history_of(turn, caller.scope, self._prompt, caller.stamp)
 
     def can_continue(self) -> bool:
         """Return whether `continued` would return an attempt."""
@@ -18648,7 +18776,7 @@ class AttemptSource:
         process.tools = ToolServer(turn.tools)
         config = app.config
         setup = setup_lines(
-            turn, config.system_prompt, agent=config.is_agent, is_primed=process.is_primed
+            turn, self._prompt, agent=config.is_agent, is_primed=process.is_primed
         )
         return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
@@ -19127,7 +19255,8 @@ class Requests:
     def _from_cache(self, job: Job) -> Iterator[Iterator[Choice]]:
         """Give the cached answer, or the one that is on its way to all who sent the same."""
         app, config = self._app, self._app.config
-        key = cache_key(job.turn, job.caller, config.system_prompt)
+        prompt = job.caller.prompt_after(config.system_prompt)
+        key = cache_key(job.turn, job.caller, prompt)
         try:
             place = app.cache.lookup(key, config.cache_ttl_ms / 1000)
         except OSError as problem:
@@ -20514,10 +20643,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
         try:
             return authorize(app.config, app.keys, access, headers, peer)
         except Unauthorized:
-            if any(presented_keys(headers)):
-                max_delay_s = app.config.wrong_key_delay_ms / 1000
-                with app.wrong_keys.delay_answer(peer, max_delay_s) as wait_s:
-                    time.sleep(wait_s)
+            app.wrong_keys.delay(headers, peer, app.config.wrong_key_delay_ms / 1000)
             raise
 
     def _answer_options(self, exchange: Exchange, matches: list[Match]) -> None:
@@ -21397,11 +21523,47 @@ def snapshot(app: App) -> Json:
     }
 
 
+def _is_operator(app: App, exchange: Exchange) -> bool:
+    """Return whether the request of a public route has the admin key. A wrong key is answered as
+    late as on other routes, so that nobody tries keys here."""
+    headers, peer = exchange.headers, exchange.peer
+    try:
+        authorize(app.config, app.keys, Access.ADMIN, headers, peer)
+    except Forbidden:
+        return False
+    except Unauthorized:
+        app.wrong_keys.delay(headers, peer, app.config.wrong_key_delay_ms / 1000)
+        return False
+    return True
+
+
+def _tenants_in_health(app: App, *, is_operator: bool) -> Json:
+    """Return how many tenants there are, and for the operator also who they are."""
+    tenants = [key for key in app.keys.all() if key.tenant.folder]
+    if not is_operator:
+        return {"tenantCount": len(tenants)}
+    loads = tenant_loads(app)
+    names = ("running", "waiting", "parked")
+    return {"tenantCount": len(tenants), "tenants": [
+        {"name": key.name, "level": key.tenant.profile["level"],
+         **{name: loads[name].get(key.caller.scope, 0) for name in names}} for key in tenants
+    ]}
+
+
+def tenant_loads(app: App) -> dict[str, dict[str, int]]:
+    """Return the numbers of running and waiting requests and of parked processes by scope."""
+    return {
+        "running": app.gate.running_by_caller(), "waiting": app.gate.waiting_by_caller(),
+        "parked": app.pool.parked_by_caller(),
+    }
+
+
 def get_health(app: App, exchange: Exchange) -> None:
-    """GET /health: return the state of the server."""
+    """GET /health: return the state of the server; with the admin key also the tenants by name."""
     advertised = app.config.advertised_key
     key = {"anonymousKey": advertised} if advertised else {}
-    exchange.response.send_json({**snapshot(app), **key})
+    tenants = _tenants_in_health(app, is_operator=_is_operator(app, exchange))
+    exchange.response.send_json({**snapshot(app), **key, **tenants})
 
 
 def get_ready(app: App, exchange: Exchange) -> None:
@@ -21936,13 +22098,17 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
 
 
 # ==== 0. Tenant endpoints ====================================================
-# What the operator adds to keys: logins of their own.
+# What the operator adds to keys: logins of their own, and the profiles of tenants.
 
 _LOGIN_FIELDS = ("token", "folder")
 
 
-def _own_login(fields: Fields) -> Login:
+def _own_login(app: App, key: Key, fields: Fields) -> Login:
     """Return the login that a body names. Raises BadRequest, whose message has nothing of it."""
+    if fields.value("folder") is True and key.tenant.folder:
+        place = os.path.join(tenant_path(app, key.tenant), "claude")
+        _make_folder(place)
+        return Login(folder=place)
     token, folder = (fields.text(name) for name in _LOGIN_FIELDS)
     if (token is None) == (folder is None):
         raise BadRequest("Send either `token` or `folder`.")
@@ -21984,17 +22150,240 @@ def _send_login(app: App, exchange: Exchange, key: Key, login: Login) -> None:
 
 def set_key_login(app: App, exchange: Exchange, key: str) -> None:
     """PUT /api/keys/{key}/login {"token": "..."} or {"folder": "/path"}: answer this key's requests
-    with a Claude login of its own. The token is not shown again."""
+    with a Claude login of its own. The token is not shown again. For a tenant `"folder": true` is
+    the folder `claude` in its own."""
     found = app.keys.find(key)
     fields = _read_fields(exchange, _LOGIN_FIELDS)
     if app.demo:
         raise LoginConflict("This server is a demo: it uses no account.")
-    _send_login(app, exchange, found, _own_login(fields))
+    _send_login(app, exchange, found, _own_login(app, found, fields))
 
 
 def remove_key_login(app: App, exchange: Exchange, key: str) -> None:
     """DELETE /api/keys/{key}/login: answer this key's requests with the server's login again."""
     _send_login(app, exchange, app.keys.find(key), SERVER_LOGIN)
+
+
+_MAX_TENANT_PROMPT_CHARS = 32_000
+_MAX_INSTANCE_BYTES = 16_384
+_MAX_ENV_VARIABLES = 200
+_MAX_ENV_BYTES = 32_768
+#: Variables that could change claude, the loader or a relay itself, in any case.
+_BLOCKED_ENV = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|.*_PROXY|(PYTHON|PERL|RUBY|CLAUDE).*|"
+    r"(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|"
+    r"XDG|DBUS|SSL)_.*", re.IGNORECASE,
+)
+_TENANT_SCHEMAS: dict[str, Json] = {
+    "level": {"enum": [*TENANT_LEVELS, None]},
+    "prompt": {"type": ["string", "null"], "maxLength": _MAX_TENANT_PROMPT_CHARS},
+    "instance": {"type": ["object", "null"], "description": "what finds the instance again"},
+}
+
+
+def tenant_path(app: App, tenant: Tenant) -> str:
+    """Return the path of a tenant's folder."""
+    return os.path.join(app.state_folder.path_of("tenants"), tenant.folder)
+
+
+def _make_folder(path: str) -> bool:
+    """Make a folder with mode 0700; return False if it is there. Raises StorageFailed."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        os.mkdir(path, mode=0o700)
+    except FileExistsError:
+        return False
+    except OSError as problem:
+        raise StorageFailed(f"A folder cannot be made ({problem.strerror}): {path}") from None
+    return True
+
+
+def _folder_name(app: App, key: Key) -> str:
+    """Return the name of the folder of a new tenant: that of its key, made to fit."""
+    plain = unicodedata.normalize("NFKD", key.name).encode("ascii", "ignore").decode("ascii")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:48] or f"tenant-{key.id}"
+    is_taken = any(_folded(other.tenant.folder) == _folded(name) for other in app.keys.all())
+    return f"{name}-{key.id}" if is_taken else name
+
+
+def _profile_changes(fields: Fields) -> Json:
+    """Return the fields of a profile that a body sets; null is the default. Raises BadRequest."""
+    level, prompt = fields.text("level"), fields.text("prompt")
+    if level not in (None, *TENANT_LEVELS):
+        raise fields.invalid("level", "one of " + ", ".join(TENANT_LEVELS))
+    if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
+        raise fields.invalid("prompt", f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
+    instance = fields.child("instance")
+    if instance is not None and len(to_json(instance.object)) > _MAX_INSTANCE_BYTES:
+        raise fields.invalid("instance", f"at most {_MAX_INSTANCE_BYTES:,} bytes of JSON")
+    given = {"level": level, "prompt": prompt, "instance": instance and instance.object}
+    return {
+        name: TENANT_PROFILE[name] if given[name] is None else given[name]
+        for name in TENANT_PROFILE if name in fields.object
+    }
+
+
+def _tenant_key(app: App, key: str) -> Key:
+    """Return the key of a tenant. Raises NotFound."""
+    found = app.keys.find(key)
+    if not found.tenant.folder:
+        raise NotFound(f"The key {found.name!r} has no tenant: PUT makes it one.")
+    return found
+
+
+def _skill_counts(path: str) -> Json:
+    """Return how many skills a tenant's folder has, and how many entries beside them are none."""
+    try:
+        with os.scandir(os.path.join(path, "skills")) as found:
+            entries = list(found)
+    except OSError:
+        entries = []
+    count = sum(
+        each.is_dir(follow_symlinks=False)
+        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", each.name) is not None
+        and os.path.isfile(os.path.join(each.path, "SKILL.md")) for each in entries
+    )
+    return {"count": count, "skipped": len(entries) - count}
+
+
+def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) -> Json:
+    tenant, path = key.tenant, tenant_path(app, key.tenant)
+    return {
+        "keyId": key.id, "name": key.name, **tenant.profile,
+        "levelInForce": tenant.profile["level"],
+        "folder": path,
+        "env": sorted(tenant.env),
+        "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
+        "skills": _skill_counts(path),
+        "maxConcurrent": key.max_concurrent,
+        **{name: counts.get(key.caller.scope, 0) for name, counts in loads.items()},
+        "spares": app.pool.spares_of(key.login),
+        "lastUsed": None if key.used_s is None else iso_time(key.used_s),
+    }
+
+
+def _send_tenant(app: App, exchange: Exchange, key: Key, status: int = 200, **more: object) -> None:
+    entry = _tenant_entry(app, app.keys.find(str(key.id)), tenant_loads(app))
+    exchange.response.send_json(_with_storage_warning(app, {**entry, **more}), status)
+
+
+def get_tenants(app: App, exchange: Exchange) -> None:
+    """GET /api/tenants: list all tenants with what they do and may do; of their variables only the
+    names."""
+    loads = tenant_loads(app)
+    entries = [_tenant_entry(app, key, loads) for key in app.keys.all() if key.tenant.folder]
+    exchange.response.send_json({"tenants": entries})
+
+
+def get_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """GET /api/keys/{key}/tenant: return the tenant of this key."""
+    _send_tenant(app, exchange, _tenant_key(app, key))
+
+
+def _change_tenant(
+    app: App, exchange: Exchange, key: Key, event: str, change: Callable[[Tenant], Tenant],
+    **shown: object,
+) -> bool:
+    """Change a tenant and log it with names only. Return whether that changed anything."""
+    try:
+        with _audited_change(app, exchange, event, key, **shown):
+            before, after = app.keys.set_tenant(key, change)
+    finally:
+        app.store.overwrite_deleted()
+    return before != after
+
+
+def put_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """PUT /api/keys/{key}/tenant: make this key a tenant's, or replace the tenant's profile. The
+    variables stay."""
+    found = app.keys.require_unrevoked(app.keys.find(key))
+    fields = _read_fields(exchange, (*TENANT_PROFILE, "adopt"))
+    profile = {**TENANT_PROFILE, **_profile_changes(fields)}
+    adopts, is_new = fields.flag("adopt"), not found.tenant.folder
+    if app.demo:
+        raise BadRequest("This server is a demo: it has no tenants.")
+    folder = found.tenant.folder or _folder_name(app, found)
+    if not _make_folder(tenant_path(app, Tenant(folder))) and is_new and not adopts:
+        raise FolderExists(
+            f"There is a folder tenants/{folder} in the server's state folder: send "
+            '`"adopt": true` to take it over, or move it away.', param="adopt",
+        )
+    is_changed = _change_tenant(
+        app, exchange, found, "tenant_made" if is_new else "tenant_changed",
+        lambda tenant: tenant._replace(folder=folder, profile=profile),
+    )
+    _send_tenant(app, exchange, found, 201 if is_new else 200, changed=is_changed)
+
+
+def change_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """PATCH /api/keys/{key}/tenant: change fields of the tenant's profile; the others stay."""
+    found = _tenant_key(app, key)
+    changes = _profile_changes(_read_fields(exchange, tuple(TENANT_PROFILE)))
+    is_changed = _change_tenant(
+        app, exchange, found, "tenant_changed",
+        lambda tenant: tenant._replace(profile={**tenant.profile, **changes}),
+        fields=list(changes),
+    )
+    _send_tenant(app, exchange, found, changed=is_changed)
+
+
+def remove_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/tenant: forget the tenant and its variables; its key and its folder
+    stay."""
+    found = app.keys.find(key)
+    removed = bool(found.tenant.folder) and _change_tenant(
+        app, exchange, found, "tenant_removed", lambda _: NO_TENANT
+    )
+    exchange.response.send_json(_with_storage_warning(app, {"removed": removed, "idOrName": key}))
+
+
+def _env_changes(fields: Fields) -> dict[str, str | None]:
+    """Return the variables that a body sets; None removes one. Raises BadRequest, which names the
+    variable and never its value."""
+    changes = {name: fields.text(name) for name in fields.object}
+    for name, value in changes.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+            shown = one_line(name, 80)
+            raise BadRequest(f"{shown!r} is no name of a variable.", param=shown)
+        if value is not None and _BLOCKED_ENV.fullmatch(name):
+            raise BadRequest(f"{name}: a tenant must not set this variable.", param=name)
+        size = len((value or "").encode("utf-8", "surrogatepass"))
+        if value is not None and ("\0" in value or size > _MAX_ENV_BYTES):
+            raise fields.invalid(name, f"at most {_MAX_ENV_BYTES:,} bytes, none of them zero")
+    return changes
+
+
+def change_tenant_env(app: App, exchange: Exchange, key: str) -> None:
+    """PATCH /api/keys/{key}/tenant/env {"A": "value", "B": null}: set variables of the tenant; null
+    removes one. Values are not shown again."""
+    found = _tenant_key(app, key)
+    changes = _env_changes(Fields(parse_json_body(exchange.body())))
+    before = found.tenant.env
+
+    def changed(tenant: Tenant) -> Tenant:
+        env = {name: value for name, value in {**tenant.env, **changes}.items()
+               if value is not None}
+        if len(env) > _MAX_ENV_VARIABLES:
+            raise BadRequest(f"A tenant may have {_MAX_ENV_VARIABLES} variables at most.")
+        return tenant._replace(env=env)
+
+    names = {
+        "changed": [n for n, value in changes.items() if value not in (None, before.get(n))],
+        "removed": [n for n, value in changes.items() if value is None and n in before],
+    }
+    _change_tenant(app, exchange, found, "tenant_env_changed", changed, **names)
+    env = app.keys.find(str(found.id)).tenant.env
+    exchange.response.send_json(_with_storage_warning(app, {**names, "names": sorted(env)}))
+
+
+def set_tenant_login(app: App, exchange: Exchange, key: str) -> None:
+    """PUT /api/keys/{key}/tenant/login: as PUT /api/keys/{key}/login, of a tenant only."""
+    set_key_login(app, exchange, str(_tenant_key(app, key).id))
+
+
+def remove_tenant_login(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/tenant/login: as DELETE /api/keys/{key}/login, of a tenant only."""
+    remove_key_login(app, exchange, str(_tenant_key(app, key).id))
 
 
 # ==== 54. Usage endpoints ====================================================
@@ -22658,6 +23047,13 @@ def _closed(properties: Mapping[str, Json]) -> Json:
 
 
 _KEY_PROPERTIES = {name: schema for name, _, _, schema in _KEY_FIELDS}
+_LOGIN_BODY: Json = {
+    **_closed({
+        "token": {**_NAME, "maxLength": 4096},
+        "folder": {"anyOf": [{**_NAME, "maxLength": 4096}, {"const": True}]},
+    }),
+    "minProperties": 1, "maxProperties": 1,
+}
 
 #: Schemas of request bodies, by operation.
 _BODIES: dict[str, Json] = {
@@ -22675,9 +23071,13 @@ _BODIES: dict[str, Json] = {
         "secret": _SECRET_BODY,
     }),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
-    "set_key_login": {
-        **_closed({name: {**_NAME, "maxLength": 4096} for name in _LOGIN_FIELDS}),
-        "minProperties": 1, "maxProperties": 1,
+    "set_key_login": _LOGIN_BODY,
+    "set_tenant_login": _LOGIN_BODY,
+    "put_tenant": _closed({**_TENANT_SCHEMAS, "adopt": {"type": ["boolean", "null"]}}),
+    "change_tenant": _closed(_TENANT_SCHEMAS),
+    "change_tenant_env": {
+        "type": "object", "maxProperties": _MAX_ENV_VARIABLES,
+        "additionalProperties": {"type": ["string", "null"], "maxLength": _MAX_ENV_BYTES},
     },
     "finish_login": {
         **_object_type(["code"], {"code": {**_NAME, "maxLength": _MAX_CODE_CHARS}}),
@@ -22725,7 +23125,8 @@ _QUERIES: dict[str, dict[str, Json]] = {
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
 _STATUSES = {
-    "create_key": ("201",), "begin_login": ("201",), "start_capture": ("201",),
+    "create_key": ("201",), "put_tenant": ("200", "201"),
+    "begin_login": ("201",), "start_capture": ("201",),
     "change_settings": ("200", "207", "400"), "get_root": ("200", "302"),
 }
 #: Media types of responses, by operation; otherwise JSON.
@@ -22837,6 +23238,14 @@ ROUTES = (
     Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
     Route("PUT",    "/api/keys/{key}/login",     Access.ADMIN,  CHAT,        set_key_login),
     Route("DELETE", "/api/keys/{key}/login",     Access.ADMIN,  CHAT,        remove_key_login),
+    Route("GET",    "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        get_tenant),
+    Route("PUT",    "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        put_tenant),
+    Route("PATCH",  "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        change_tenant),
+    Route("DELETE", "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        remove_tenant),
+    Route("PATCH",  "/api/keys/{key}/tenant/env", Access.ADMIN, CHAT,        change_tenant_env),
+    Route("PUT",    "/api/keys/{key}/tenant/login", Access.ADMIN, CHAT,      set_tenant_login),
+    Route("DELETE", "/api/keys/{key}/tenant/login", Access.ADMIN, CHAT,      remove_tenant_login),
+    Route("GET",    "/api/tenants",              Access.ADMIN,  CHAT,        get_tenants),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/requests",             Access.ADMIN,  CHAT,        get_requests),
