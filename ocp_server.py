@@ -19768,7 +19768,6 @@ class App:
         if login != SERVER_LOGIN and all(key.login != login for key in self.keys.all()):
             self.pool.drop(login, is_over=True)
             self.logins.forget(login)
-            self.store.overwrite_deleted()
 
     def _login_renewed(self) -> None:
         """Start anew with another login. Idle processes may still hold the last one."""
@@ -22033,9 +22032,12 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
     revoked = False
     with contextlib.suppress(NotFound):
         found = app.keys.find(key)
-        with _audited_change(app, exchange, "key_revoked", found):
-            revoked = app.keys.revoke(found)
-        app.login_replaced(found.login)
+        try:
+            with _audited_change(app, exchange, "key_revoked", found):
+                revoked = app.keys.revoke(found)
+        finally:
+            app.login_replaced(found.login)
+            app.store.overwrite_deleted()
     exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
 
@@ -22143,6 +22145,7 @@ def _send_login(app: App, exchange: Exchange, key: Key, login: Login) -> None:
             app.keys.change(key, {"login": login})
     finally:
         app.login_replaced(key.login)
+        app.store.overwrite_deleted()
     app.login_renewed(login)
     entry = _key_entry(app, app.keys.find(str(key.id)))
     exchange.response.send_json(_with_storage_warning(app, entry))
