@@ -22213,7 +22213,7 @@ def _profile_changes(fields: Fields) -> Json:
     """Return the fields of a profile that a body sets; null is the default. Raises BadRequest."""
     level, prompt = fields.text("level"), fields.text("prompt")
     if level not in (None, *TENANT_LEVELS):
-        raise fields.invalid("level", "one of " + ", ".join(TENANT_LEVELS))
+        raise fields.invalid("level", " or ".join(TENANT_LEVELS) + ": this server has no other")
     if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
         raise fields.invalid("prompt", f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
     instance = fields.child("instance")
