@@ -1041,6 +1041,7 @@ class Fuzzed:
             self._users += 1
             name = f"fuzz-user-{self._users}"
             user = self.call("POST", "/api/keys", {"name": name}).json()["key"]
+        self.call("PUT", f"/api/keys/{name}/tenant", {"adopt": True})
         stored = self.call("POST", "/v1/responses", {"input": GREETING}, user).json()
         self.call("POST", "/v1/chat/completions", CHAT_SESSION)
         with self._lock:
