@@ -29,61 +29,61 @@ Sections (search for "==== 8" to jump to the eighth):
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
-     0. Tenants                 logins that keys have of their own; profiles of instances
-     8. Keys and callers        authentication, access to routes, and the keys of devices
-     9. Prices and limits       list prices, and what quotas count
-    10. Usage rows              one row for each request, and reports of the rows
-    11. Usage and quotas        the quotas of keys, held under concurrency
-    12. Tags                    who is behind the key of a request
-    13. Patterns                regular expressions of clients, for JavaScript and for Python
-    14. JSON Schema             schemas of clients, parsed into plain 2020-12
-    15. Model schemas           schemas rewritten so that claude and the API accept them, and back
-    16. Request fields          typed access to JSON; thinking and sampling
-    17. Attachments             images and files of requests, and their limits
-    18. Content                 parts and blocks of messages in the formats of all APIs
-    19. Tools                   tools, the choice among them, their calls, output schemas
-    20. Dialects                messages become a prompt; what every wire format does
-    21. Chat completions        /v1/chat/completions and /v1/completions
-    22. Messages                /v1/messages
-    23. Response items          input items into messages, blocks into output items
-    24. Responses               /v1/responses and /v1/responses/compact
-    25. Claude protocol         control requests and replies, the client's tools; no I/O
-    26. Claude input            messages, options and histories as lines for claude
-    27. Plan and failures       reports of claude about the plan; its failures as errors
-    28. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    29. Claude program          the program on disk, how it is started, and its folders
-    30. Claude process          one child process and its pipes
-    31. Gate                    admission of requests
-    32. Conversations           the identity of conversations; what an idle process can do with them
-    33. Process pool            spare, parked and stopping processes
-    34. Sessions and responses  what is remembered of conversations: messages, and thinking
-    35. Cache                   stored answers, and answers shared while they are generated
-    36. Account                 the state of login and plan, learned from answers
-     0. Logins                  the login and the account of each key's processes
-    37. Sign-in                 the login that the operator makes in a browser
-    38. Alerts                  what the operator's webhook is told
-    39. Metrics                 counters and histograms since the start
-    40. Connections             client sockets, and limits on their number and memory
-    41. The original OCP        keys and usage taken over from the database of the original
-    42. State folder            the database, the modes of files, the admin key
-    43. Capture                 requests that are written to files for the operator
-    44. Jobs                    one request while it is answered, and its row of usage
-    45. Running turns           one turn on a claude process, and further attempts
-    46. Answering               all requests: quota, cache, shared answers
-    47. App                     owns every long-lived object; the housekeeper
-    48. Routes                  the choice of a route for a path and a method
-    49. HTTP server             sockets, bodies, one thread for each connection
-    50. Dashboard               the operator's page, and its content security policy
-    51. API endpoints           answers, stored responses, sessions, models
-    52. Health and logs         the state of the server, its events and its log
-    53. Key endpoints           keys and their quotas
-     0. Tenant endpoints        logins of keys, and tenants
-    54. Usage endpoints         running requests, usage, a key's own numbers, failures
-    55. Management endpoints    settings, alerts, cache, metrics, login, capture
-    56. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
-    57. Table of routes         path, access, dialect and endpoint of each route
-    58. Demo claude             the stand-in for claude behind --demo
-    59. Command line            arguments, signals, main
+     8. Tenants                 logins that keys have of their own; profiles of instances
+     9. Keys and callers        authentication, access to routes, and the keys of devices
+    10. Prices and limits       list prices, and what quotas count
+    11. Usage rows              one row for each request, and reports of the rows
+    12. Usage and quotas        the quotas of keys, held under concurrency
+    13. Tags                    who is behind the key of a request
+    14. Patterns                regular expressions of clients, for JavaScript and for Python
+    15. JSON Schema             schemas of clients, parsed into plain 2020-12
+    16. Model schemas           schemas rewritten so that claude and the API accept them, and back
+    17. Request fields          typed access to JSON; thinking and sampling
+    18. Attachments             images and files of requests, and their limits
+    19. Content                 parts and blocks of messages in the formats of all APIs
+    20. Tools                   tools, the choice among them, their calls, output schemas
+    21. Dialects                messages become a prompt; what every wire format does
+    22. Chat completions        /v1/chat/completions and /v1/completions
+    23. Messages                /v1/messages
+    24. Response items          input items into messages, blocks into output items
+    25. Responses               /v1/responses and /v1/responses/compact
+    26. Claude protocol         control requests and replies, the client's tools; no I/O
+    27. Claude input            messages, options and histories as lines for claude
+    28. Plan and failures       reports of claude about the plan; its failures as errors
+    29. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    30. Claude program          the program on disk, how it is started, and its folders
+    31. Claude process          one child process and its pipes
+    32. Gate                    admission of requests
+    33. Conversations           the identity of conversations; what an idle process can do with them
+    34. Process pool            spare, parked and stopping processes
+    35. Sessions and responses  what is remembered of conversations: messages, and thinking
+    36. Cache                   stored answers, and answers shared while they are generated
+    37. Account                 the state of login and plan, learned from answers
+    38. Logins                  the login and the account of each key's processes
+    39. Sign-in                 the login that the operator makes in a browser
+    40. Alerts                  what the operator's webhook is told
+    41. Metrics                 counters and histograms since the start
+    42. Connections             client sockets, and limits on their number and memory
+    43. The original OCP        keys and usage taken over from the database of the original
+    44. State folder            the database, the modes of files, the admin key
+    45. Capture                 requests that are written to files for the operator
+    46. Jobs                    one request while it is answered, and its row of usage
+    47. Running turns           one turn on a claude process, and further attempts
+    48. Answering               all requests: quota, cache, shared answers
+    49. App                     owns every long-lived object; the housekeeper
+    50. Routes                  the choice of a route for a path and a method
+    51. HTTP server             sockets, bodies, one thread for each connection
+    52. Dashboard               the operator's page, and its content security policy
+    53. API endpoints           answers, stored responses, sessions, models
+    54. Health and logs         the state of the server, its events and its log
+    55. Key endpoints           keys and their quotas
+    56. Tenant endpoints        logins of keys, and tenants
+    57. Usage endpoints         running requests, usage, a key's own numbers, failures
+    58. Management endpoints    settings, alerts, cache, metrics, login, capture
+    59. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
+    60. Table of routes         path, access, dialect and endpoint of each route
+    61. Demo claude             the stand-in for claude behind --demo
+    62. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -4365,7 +4365,7 @@ class Settings:
         return "follows memory" if row.metadata["from_memory"] else "default"
 
 
-# ==== 0. Tenants =============================================================
+# ==== 8. Tenants =============================================================
 # What the operator adds to a key: the login with which claude answers its requests, and the profile
 # of an instance that uses it. Both are read with the key and travel with its caller, so nothing
 # looks them up later.
@@ -4445,7 +4445,7 @@ def tenant_of(row: sqlite3.Row) -> Tenant:
     return Tenant(row["folder"], profile, json.loads(row["env"]))
 
 
-# ==== 8. Keys and callers ====================================================
+# ==== 9. Keys and callers ====================================================
 # Authentication and access to routes. A route declares its kind of access, and `authorize` checks
 # it in one place, so that a new route cannot miss the check. Keys are stored as hashes, so that a
 # copy of the database gives no access.
@@ -5262,7 +5262,7 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
     )
 
 
-# ==== 9. Prices and limits ===================================================
+# ==== 10. Prices and limits ==================================================
 # What requests take of quotas, and the quotas of keys: requests, tokens, and money. Money is what
 # the API's list price would have been; nobody pays it on a plan.
 
@@ -5453,7 +5453,7 @@ def period_bounds(period: str, now_s: float) -> tuple[float, float]:
     return begin.timestamp(), end.timestamp()
 
 
-# ==== 10. Usage rows =========================================================
+# ==== 11. Usage rows =========================================================
 # The table `usage` has one row for each request. Here are its columns, the sums of its rows, and
 # what reports read of it.
 
@@ -5737,7 +5737,7 @@ class Rows:
         return [*map(_row_entry, self.select("id DESC", limit)[1])]
 
 
-# ==== 11. Usage and quotas ===================================================
+# ==== 12. Usage and quotas ===================================================
 # The rows of usage and the quotas of keys. A request makes a reservation before it runs, and its
 # row replaces the reservation, so that concurrent requests cannot exceed a quota together. The
 # usage of a period is summed from the rows once and then updated in memory.
@@ -6131,7 +6131,7 @@ class Ledger:
         return [dict(row) for row in newest], [dict(row) for row in kinds]
 
 
-# ==== 12. Tags ===============================================================
+# ==== 13. Tags ===============================================================
 # Who is behind the key of a request, as its client says. A tag is for the reports of usage only:
 # it gives no rights, and no part of an answer depends on it.
 
@@ -6241,7 +6241,7 @@ class Tags:
         return seen
 
 
-# ==== 13. Patterns ===========================================================
+# ==== 14. Patterns ===========================================================
 # Regular expressions in schemas. Clients write those of their own language; claude's validator is
 # JavaScript and rejects a whole schema because of one invalid pattern.
 
@@ -6343,7 +6343,7 @@ def strict_pattern(text: str) -> Pattern | None:
     return Pattern(javascript, None if is_slow else compiled)
 
 
-# ==== 14. JSON Schema ========================================================
+# ==== 15. JSON Schema ========================================================
 # The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
 # schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
 # because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
@@ -6923,7 +6923,7 @@ def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# ==== 15. Model schemas ======================================================
+# ==== 16. Model schemas ======================================================
 # A parsed schema is reduced to the keywords that claude and the API accept. The rest becomes part
 # of descriptions, and is checked here. The JSON that the model writes is converted back into the
 # client's form, also while it streams.
@@ -7363,7 +7363,7 @@ class ClientJsonConverter:
         return piece if self._in_value else ""
 
 
-# ==== 16. Request fields =====================================================
+# ==== 17. Request fields =====================================================
 # Fields reads the JSON of a request with types and names the field that is invalid. The functions
 # after it read the options, thinking and sampling, and adapt them to the model.
 
@@ -7836,7 +7836,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return any(True for _ in cache_controls(body))
 
 
-# ==== 17. Attachments ========================================================
+# ==== 18. Attachments ========================================================
 # Images and files of requests become blocks that the API accepts. Their data decides about their
 # type. ParseContext holds what one request needs while it is parsed.
 
@@ -8223,7 +8223,7 @@ class ParseContext:
         self.adjusted[repair] += 1
 
 
-# ==== 18. Content ============================================================
+# ==== 19. Content ============================================================
 # The content of messages and of tool results in the formats of all APIs becomes blocks that the
 # Messages API accepts.
 
@@ -8602,7 +8602,7 @@ class MessagesContent(ContentReader):
         return [block] if place == "assistant" else text_blocks(server_block_text(block))
 
 
-# ==== 19. Tools ==============================================================
+# ==== 20. Tools ==============================================================
 # The tools, the choice among them and the output schema of a request, in the form that the model's
 # API accepts. In a history, each call gets exactly one result.
 
@@ -9162,7 +9162,7 @@ def with_paired_results(
     )
 
 
-# ==== 20. Dialects ===========================================================
+# ==== 21. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and does not depend on claude. The first functions, shared by all dialects, turn the
 # messages of clients into a prompt that the API accepts.
@@ -9619,7 +9619,7 @@ def text_annotations(blocks: Iterable[Block]) -> list[Json]:
     return annotations
 
 
-# ==== 21. Chat completions ===================================================
+# ==== 22. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
 _NO_LOG_PROBABILITIES = "log probabilities are not supported"
@@ -10068,7 +10068,7 @@ class CompletionsRenderer(ChatRenderer):
 COMPLETIONS = CompletionsDialect()
 
 
-# ==== 22. Messages ===========================================================
+# ==== 23. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
 
@@ -10353,7 +10353,7 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-# ==== 23. Response items =====================================================
+# ==== 24. Response items =====================================================
 # The items of a response: the input items as messages of a Turn, and the blocks of an answer as
 # output items.
 
@@ -10712,7 +10712,7 @@ def output_items(
             yield from ({**new_item(forms, block), **sealed_thinking(block)} for block in found)
 
 
-# ==== 24. Responses ==========================================================
+# ==== 25. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
 #: Values in responses of unfinished streams, in place of the request's, which may be long.
@@ -11200,7 +11200,7 @@ class CompactionDialect(ResponsesDialect):
 COMPACTION = CompactionDialect()
 
 
-# ==== 25. Claude protocol ====================================================
+# ==== 26. Claude protocol ====================================================
 # Control requests and their replies, and the tools of the client, which claude calls by such
 # requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
@@ -11419,7 +11419,7 @@ class ToolServer:
         return lines
 
 
-# ==== 26. Claude input =======================================================
+# ==== 27. Claude input =======================================================
 # What a request becomes on claude's standard input: messages, options, a history in steps; and how
 # claude drops a question again.
 
@@ -11879,7 +11879,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 27. Plan and failures ==================================================
+# ==== 28. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -12218,7 +12218,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 28. Claude answers =====================================================
+# ==== 29. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -12966,7 +12966,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 29. Claude program =====================================================
+# ==== 30. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -13639,7 +13639,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 30. Claude process =====================================================
+# ==== 31. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -14404,7 +14404,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 31. Gate ===============================================================
+# ==== 32. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -14570,7 +14570,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 32. Conversations ======================================================
+# ==== 33. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -14736,7 +14736,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 33. Process pool =======================================================
+# ==== 34. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a kind (model and login) that was used lately, and holds no
@@ -15225,7 +15225,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 34. Sessions and responses =============================================
+# ==== 35. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -15532,7 +15532,7 @@ class ThinkingMemory:
             )
 
 
-# ==== 35. Cache ==============================================================
+# ==== 36. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -15783,7 +15783,7 @@ class Cache:
             }
 
 
-# ==== 36. Account ============================================================
+# ==== 37. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -16127,7 +16127,7 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 0. Logins ==============================================================
+# ==== 38. Logins =============================================================
 # The server's login and those of keys. A request is answered with the login of its key and with no
 # other one, whatever happens to that: there is no pool of logins and no failover between them.
 
@@ -16210,7 +16210,7 @@ class Logins:
         }
 
 
-# ==== 37. Sign-in ============================================================
+# ==== 39. Sign-in ============================================================
 # The login of claude's account without a terminal on the server. claude makes the address that the
 # operator opens, and exchanges the code that the page shows (its control requests
 # `claude_authenticate` and `claude_oauth_callback`, seen on 2.1.197 and 2.1.332). OCP passes the
@@ -16439,7 +16439,7 @@ class SignIn:
             self.cancel()
 
 
-# ==== 38. Alerts =============================================================
+# ==== 40. Alerts =============================================================
 # What the operator's webhook is told: each thing once, until its window resets or its state ends.
 # An alert is a row that survives a restart. The housekeeper raises alerts and starts a thread that
 # delivers what is due, so a webhook that is slow or down delays neither it nor a request. Nothing
@@ -16950,7 +16950,7 @@ class Alerts:
         ]
 
 
-# ==== 39. Metrics ============================================================
+# ==== 41. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -17101,7 +17101,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 40. Connections ========================================================
+# ==== 42. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -17541,7 +17541,7 @@ class Connections:
         )
 
 
-# ==== 41. The original OCP ===================================================
+# ==== 43. The original OCP ===================================================
 # The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
 # start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
 # the whole file. The original's own tables stay as they are, with every key in plain text: they
@@ -17854,7 +17854,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 42. State folder =======================================================
+# ==== 44. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -18051,7 +18051,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 43. Capture ============================================================
+# ==== 45. Capture ============================================================
 # The next requests, written to files for an operator who looks for a fault: as the client sent
 # them, and what was written to claude and read from it. Off unless the operator has started it. It
 # ends by itself, and a restart ends it too.
@@ -18299,7 +18299,7 @@ class Capture:
         return {**(state or {"active": False}), **more, "captures": self.kept()}
 
 
-# ==== 44. Jobs ===============================================================
+# ==== 46. Jobs ===============================================================
 # A request while it is answered: what its client has got so far, and its row of usage.
 
 
@@ -18610,7 +18610,7 @@ class CallWatch:
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
 
-# ==== 45. Running turns ======================================================
+# ==== 47. Running turns ======================================================
 # One turn on a process: a kept one that has the conversation, else a fresh one; and another attempt
 # where the first one failed before its client got anything.
 
@@ -19094,7 +19094,7 @@ class TurnRunner:
         return is_answering and not record.readers[-1].finished
 
 
-# ==== 46. Answering ==========================================================
+# ==== 48. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -19438,7 +19438,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 47. App ================================================================
+# ==== 49. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -19934,7 +19934,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 48. Routes =============================================================
+# ==== 50. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -20023,7 +20023,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 49. HTTP server ========================================================
+# ==== 51. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -20915,7 +20915,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 50. Dashboard ==========================================================
+# ==== 52. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -20983,7 +20983,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 51. API endpoints ======================================================
+# ==== 53. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -21418,7 +21418,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 52. Health and logs ====================================================
+# ==== 54. Health and logs ====================================================
 # The state of the server and its log. Reports pick their numbers from one `snapshot`.
 
 
@@ -21673,7 +21673,7 @@ def get_logs(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# ==== 53. Key endpoints ======================================================
+# ==== 55. Key endpoints ======================================================
 # What the operator calls to manage keys and their quotas.
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
@@ -22099,7 +22099,7 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     exchange.response.send_json(_with_storage_warning(app, body))
 
 
-# ==== 0. Tenant endpoints ====================================================
+# ==== 56. Tenant endpoints ===================================================
 # What the operator adds to keys: logins of their own, and the profiles of tenants.
 
 _LOGIN_FIELDS = ("token", "folder")
@@ -22389,7 +22389,7 @@ def remove_tenant_login(app: App, exchange: Exchange, key: str) -> None:
     remove_key_login(app, exchange, str(_tenant_key(app, key).id))
 
 
-# ==== 54. Usage endpoints ====================================================
+# ==== 57. Usage endpoints ====================================================
 # Running requests, usage, the own numbers of a key's holder, and failures.
 
 
@@ -22710,7 +22710,7 @@ def get_status(app: App, exchange: Exchange) -> None:
     })
 
 
-# ==== 55. Management endpoints ===============================================
+# ==== 58. Management endpoints ===============================================
 # What the operator calls to change settings, test alerts, clear the cache, log claude in, and have
 # requests captured; and metrics.
 
@@ -22917,7 +22917,7 @@ def stop_capture(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"stopped": stopped, **app.capture.report()})
 
 
-# ==== 56. Pages and OpenAPI ==================================================
+# ==== 59. Pages and OpenAPI ==================================================
 # The pages for browsers, the script for devices, and the OpenAPI document.
 
 
@@ -23208,7 +23208,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 57. Table of routes ====================================================
+# ==== 60. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -23283,7 +23283,7 @@ ROUTES = (
 )
 
 
-# ==== 58. Demo claude ========================================================
+# ==== 61. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -23486,7 +23486,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 59. Command line =======================================================
+# ==== 62. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"
