@@ -52,6 +52,7 @@ import email.utils
 import enum
 import fcntl
 import functools
+import getpass
 import hashlib
 import http.client
 import ipaddress
@@ -223,6 +224,12 @@ KEY_ACTIONS = (
                            help="how long the old secret still works, such as 24h; none ends it "
                            "now, without a new secret"), YES, JSON),
             examples=("keys rotate laptop", "keys rotate laptop --grace 24h")),
+    Command("login", "answer a key's requests with a Claude login of its own", (
+        KEY, argument("--folder", metavar="PATH", help="a folder on the server in which somebody "
+                      "has logged claude in, in place of a token"),
+        flag("--server", help="the server's own login again"), JSON,
+    ), examples=("keys login anna", "keys login anna --folder /home/anna/.claude",
+                 "keys login anna --server")),
     Command("revoke", "end a key", (KEY, YES, JSON), examples=("keys revoke laptop",)),
 )
 STOP_ACTION = Command("stop", "end requests that run; their clients get an error", (
@@ -2392,8 +2399,29 @@ KEY_COLUMNS = (
 )
 
 
+def _share_used(row: Json, *names: str) -> object:
+    """Return how much of a window of the plan of a login is used, None if that is not known."""
+    found: Any = row.get("plan") or {}
+    for name in names:
+        found = found.get(name) or {}
+    return found.get("percent")
+
+
+#: The logins that keys have of their own.
+LOGIN_COLUMNS = (
+    Column("Own login of", lambda row: ", ".join(map(str, row.get("keys") or []))),
+    Column("By", "kind"), Column("State", "state"),
+    Column("Session", lambda row: _share_used(row, "currentSession"), side=">"),
+    Column("Week", lambda row: _share_used(row, "weeklyLimits", "allModels"), side=">"),
+    number("Requests today", lambda row: (row.get("used") or {}).get("daily") or 0),
+    number("Tokens today", lambda row: (row.get("used") or {}).get("tokensDaily") or 0),
+)
+
+
 def show_all_keys(answer: Json, style: Style) -> str:
-    return table(KEY_COLUMNS, answer.get("keys"), style, empty="no keys yet: ocp keys add NAME")
+    keys, logins = answer.get("keys"), answer.get("logins")
+    shown = table(KEY_COLUMNS, keys, style, empty="no keys yet: ocp keys add NAME")
+    return shown + ("\n\n" + table(LOGIN_COLUMNS, logins, style) if logins else "")
 
 
 def show_keys(answer: Json, style: Style) -> str:
@@ -2402,7 +2430,7 @@ def show_keys(answer: Json, style: Style) -> str:
     kept = [key for key in keys if not key.get("revoked")]
     hidden = len(keys) - len(kept)
     more = f"\n\n  {hidden} revoked: ocp keys list --all" if hidden else ""
-    return show_all_keys({"keys": kept}, style) + more
+    return show_all_keys({**answer, "keys": kept}, style) + more
 
 
 def show_key(answer: Json, style: Style) -> str:
@@ -2420,7 +2448,13 @@ def show_key(answer: Json, style: Style) -> str:
         ("web search", "on" if answer.get("webSearch") else None),
         ("note", answer.get("note") or None),
         ("warned from", answer.get("softPercent") and f"{answer['softPercent']}% of a quota on"),
+        ("claude login", _own_login_words(answer.get("login"))),
     ])
+
+
+def _own_login_words(login: Json | None) -> str | None:
+    """Return a key's own login in words, None for that of the server."""
+    return login and f"its own, by {login.get('folder') or 'token'}: {login.get('state')}"
 
 
 QUOTA_COLUMNS = (
@@ -2591,6 +2625,33 @@ def cmd_keys_edit(env: Env, args: argparse.Namespace) -> Exit:
     if not changes:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp keys edit --help`.")
     return _edit_key(env, args, changes)
+
+
+def _token(env: Env) -> str:
+    """Return the token that comes through a pipe, or that the user types unseen. It is no argument,
+    because all users of a machine see these. Raises Problem."""
+    typed = env.stdin.isatty()
+    token = getpass.getpass("Token: ", env.stderr) if typed else env.stdin.read(_MAX_TOKEN_CHARS)
+    if not token.strip():
+        raise Problem(Exit.USAGE, "No token came. `claude setup-token` prints one, on any machine "
+                      "with a browser; then: ocp keys login NAME < FILE")
+    return token
+
+
+#: More than any token has.
+_MAX_TOKEN_CHARS = 10_000
+
+
+def cmd_keys_login(env: Env, args: argparse.Namespace) -> Exit:
+    path = _key_path(args.key) + "/login"
+    if args.server and args.folder:
+        raise Problem(Exit.USAGE, "Either --folder or --server.")
+    if args.server:
+        answer = find_server(env).ask("DELETE", path)
+    else:
+        body = {"folder": args.folder} if args.folder else {"token": _token(env)}
+        answer = find_server(env).ask("PUT", path, body)
+    return print_answer(env, args, answer, show_key)
 
 
 def cmd_keys_revoke(env: Env, args: argparse.Namespace) -> Exit:

@@ -29,58 +29,61 @@ Sections (search for "==== 8" to jump to the eighth):
      5. Models                  the known models and what each one accepts
      6. Turns and events        the internal form of a request and of an answer
      7. Store                   the SQLite database, and the settings changed at run time
-     8. Keys and callers        authentication, access to routes, and the keys of devices
-     9. Prices and limits       list prices, and what quotas count
-    10. Usage rows              one row for each request, and reports of the rows
-    11. Usage and quotas        the quotas of keys, held under concurrency
-    12. Tags                    who is behind the key of a request
-    13. Patterns                regular expressions of clients, for JavaScript and for Python
-    14. JSON Schema             schemas of clients, parsed into plain 2020-12
-    15. Model schemas           schemas rewritten so that claude and the API accept them, and back
-    16. Request fields          typed access to JSON; thinking and sampling
-    17. Attachments             images and files of requests, and their limits
-    18. Content                 parts and blocks of messages in the formats of all APIs
-    19. Tools                   tools, the choice among them, their calls, output schemas
-    20. Dialects                messages become a prompt; what every wire format does
-    21. Chat completions        /v1/chat/completions and /v1/completions
-    22. Messages                /v1/messages
-    23. Response items          input items into messages, blocks into output items
-    24. Responses               /v1/responses and /v1/responses/compact
-    25. Claude protocol         control requests and replies, the client's tools; no I/O
-    26. Claude input            messages, options and histories as lines for claude
-    27. Plan and failures       reports of claude about the plan; its failures as errors
-    28. Claude answers          output of claude to lines; lines of a turn to events of an answer
-    29. Claude program          the program on disk, how it is started, and its folders
-    30. Claude process          one child process and its pipes
-    31. Gate                    admission of requests
-    32. Conversations           the identity of conversations; what an idle process can do with them
-    33. Process pool            spare, parked and stopping processes
-    34. Sessions and responses  what is remembered of conversations: messages, and thinking
-    35. Cache                   stored answers, and answers shared while they are generated
-    36. Account                 the state of login and plan, learned from answers
-    37. Sign-in                 the login that the operator makes in a browser
-    38. Alerts                  what the operator's webhook is told
-    39. Metrics                 counters and histograms since the start
-    40. Connections             client sockets, and limits on their number and memory
-    41. The original OCP        keys and usage taken over from the database of the original
-    42. State folder            the database, the modes of files, the admin key
-    43. Capture                 requests that are written to files for the operator
-    44. Jobs                    one request while it is answered, and its row of usage
-    45. Running turns           one turn on a claude process, and further attempts
-    46. Answering               all requests: quota, cache, shared answers
-    47. App                     owns every long-lived object; the housekeeper
-    48. Routes                  the choice of a route for a path and a method
-    49. HTTP server             sockets, bodies, one thread for each connection
-    50. Dashboard               the operator's page, and its content security policy
-    51. API endpoints           answers, stored responses, sessions, models
-    52. Health and logs         the state of the server, its events and its log
-    53. Key endpoints           keys and their quotas
-    54. Usage endpoints         running requests, usage, a key's own numbers, failures
-    55. Management endpoints    settings, alerts, cache, metrics, login, capture
-    56. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
-    57. Table of routes         path, access, dialect and endpoint of each route
-    58. Demo claude             the stand-in for claude behind --demo
-    59. Command line            arguments, signals, main
+     8. Tenants                 logins that keys have of their own; profiles of instances
+     9. Keys and callers        authentication, access to routes, and the keys of devices
+    10. Prices and limits       list prices, and what quotas count
+    11. Usage rows              one row for each request, and reports of the rows
+    12. Usage and quotas        the quotas of keys, held under concurrency
+    13. Tags                    who is behind the key of a request
+    14. Patterns                regular expressions of clients, for JavaScript and for Python
+    15. JSON Schema             schemas of clients, parsed into plain 2020-12
+    16. Model schemas           schemas rewritten so that claude and the API accept them, and back
+    17. Request fields          typed access to JSON; thinking and sampling
+    18. Attachments             images and files of requests, and their limits
+    19. Content                 parts and blocks of messages in the formats of all APIs
+    20. Tools                   tools, the choice among them, their calls, output schemas
+    21. Dialects                messages become a prompt; what every wire format does
+    22. Chat completions        /v1/chat/completions and /v1/completions
+    23. Messages                /v1/messages
+    24. Response items          input items into messages, blocks into output items
+    25. Responses               /v1/responses and /v1/responses/compact
+    26. Claude protocol         control requests and replies, the client's tools; no I/O
+    27. Claude input            messages, options and histories as lines for claude
+    28. Plan and failures       reports of claude about the plan; its failures as errors
+    29. Claude answers          output of claude to lines; lines of a turn to events of an answer
+    30. Claude program          the program on disk, how it is started, and its folders
+    31. Claude process          one child process and its pipes
+    32. Gate                    admission of requests
+    33. Conversations           the identity of conversations; what an idle process can do with them
+    34. Process pool            spare, parked and stopping processes
+    35. Sessions and responses  what is remembered of conversations: messages, and thinking
+    36. Cache                   stored answers, and answers shared while they are generated
+    37. Account                 the state of login and plan, learned from answers
+    38. Logins                  the login and the account of each key's processes
+    39. Sign-in                 the login that the operator makes in a browser
+    40. Alerts                  what the operator's webhook is told
+    41. Metrics                 counters and histograms since the start
+    42. Connections             client sockets, and limits on their number and memory
+    43. The original OCP        keys and usage taken over from the database of the original
+    44. State folder            the database, the modes of files, the admin key
+    45. Capture                 requests that are written to files for the operator
+    46. Jobs                    one request while it is answered, and its row of usage
+    47. Running turns           one turn on a claude process, and further attempts
+    48. Answering               all requests: quota, cache, shared answers
+    49. App                     owns every long-lived object; the housekeeper
+    50. Routes                  the choice of a route for a path and a method
+    51. HTTP server             sockets, bodies, one thread for each connection
+    52. Dashboard               the operator's page, and its content security policy
+    53. API endpoints           answers, stored responses, sessions, models
+    54. Health and logs         the state of the server, its events and its log
+    55. Key endpoints           keys and their quotas
+    56. Tenant endpoints        logins of keys, and tenants
+    57. Usage endpoints         running requests, usage, a key's own numbers, failures
+    58. Management endpoints    settings, alerts, cache, metrics, login, capture
+    59. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
+    60. Table of routes         path, access, dialect and endpoint of each route
+    61. Demo claude             the stand-in for claude behind --demo
+    62. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -1542,6 +1545,16 @@ class Conflict(OcpError):
     code, retryable = "name_taken", False
 
 
+class KeyExists(Conflict):
+    """The secret is or was the one of a key."""
+    code = "key_exists"
+
+
+class FolderExists(Conflict):
+    """A folder of another tenant is in the place of a new one's."""
+    code = "folder_exists"
+
+
 class LoginConflict(OcpError):
     """A login cannot begin or go on in this state of the server."""
     status, openai_type, anthropic_type = 409, _INVALID, _INVALID
@@ -1705,7 +1718,10 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
         "If the device may use the server again, create a key with `ocp keys add NAME`; "
         "otherwise remove the key from the device."
     ),
-    "upstream_login_required": "Log in: `ocp login`, or `claude auth login` on the server.",
+    "upstream_login_required": (
+        "Log in: `ocp login`, or `claude auth login` on the server; a key with a login of its own "
+        "gets another one with `ocp keys login KEY`."
+    ),
     "permission_error": "Use a key that is allowed to do this.",
     "admin_key_required": (
         "Send the admin key, which is in the file admin-key of OCP_HOME or in OCP_ADMIN_KEY."
@@ -1726,6 +1742,8 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "method_not_allowed": "Correct the method in the client; `/openapi.json` lists all paths.",
     "request_timeout": "Look at the network of the client: its request came too slowly.",
     "name_taken": "Choose another name, or give that key a new secret: `ocp keys rotate NAME`.",
+    "folder_exists": 'Take it over with `"adopt": true`, or move it away.',
+    "key_exists": "Leave `secret` out: the server then makes a new one.",
     "login_conflict": "Look at `GET /api/login`; `ocp login --cancel` ends a login that waits.",
     "capture_runs": "Wait for its end, or end it with `ocp capture --stop`.",
     "request_too_large": "Send less, or raise the limit that the message names.",
@@ -3963,6 +3981,18 @@ MIGRATIONS = (
         problem TEXT NOT NULL
     )
     """,
+    # JSON, its token a secret; see Login.
+    """ALTER TABLE keys ADD COLUMN login TEXT NOT NULL DEFAULT '["", ""]'""",
+    # `env` is a secret; see Tenant.
+    """
+    CREATE TABLE tenants (
+        key_id INTEGER PRIMARY KEY,
+        folder TEXT NOT NULL UNIQUE,
+        profile TEXT NOT NULL,
+        env TEXT NOT NULL,
+        changed_s INTEGER NOT NULL
+    )
+    """,
 )
 
 
@@ -4066,7 +4096,10 @@ class Store:
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000"):
+            # With the last one, what is deleted is overwritten in the file.
+            for pragma in (
+                "journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000", "secure_delete=ON"
+            ):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
             for table in ("settings", "keys"):
@@ -4170,6 +4203,12 @@ class Store:
             if self._queue or self.failure is not None:
                 with self.transaction():
                     pass
+
+    def overwrite_deleted(self) -> None:
+        """Let nothing of what was deleted stand in the files any longer, as far as no report is
+        reading it."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @property
     def is_in_memory(self) -> bool:
@@ -4327,7 +4366,87 @@ class Settings:
         return "follows memory" if row.metadata["from_memory"] else "default"
 
 
-# ==== 8. Keys and callers ====================================================
+# ==== 8. Tenants =============================================================
+# What the operator adds to a key: the login with which claude answers its requests, and the profile
+# of an instance that uses it. Both are read with the key and travel with its caller, so nothing
+# looks them up later.
+
+
+class Login(NamedTuple):
+    """The login with which claude answers: the server's, or a key's own. Keys with the same one
+    share its account."""
+
+    #: A token of `claude setup-token`: a secret.
+    token: str = ""
+    #: A configuration folder of claude in which somebody has logged in.
+    folder: str = ""
+
+    def __repr__(self) -> str:
+        """Return it without the token."""
+        return f"<login {self.kind} {self.id}>"
+
+    @property
+    def kind(self) -> str:
+        """Return "server", "token" or "folder"."""
+        return "token" if self.token else "folder" if self.folder else "server"
+
+    @property
+    def id(self) -> str:
+        """Return what stands for it in reports, names of folders and digests; empty for the
+        server's."""
+        return digest(list(self))[:12] if any(self) else ""
+
+
+SERVER_LOGIN = Login()
+
+#: The fields of a profile in JSON, with what they are by default.
+TENANT_PROFILE: Mapping[str, Any] = MappingProxyType(
+    {"level": "api", "prompt": "", "instance": None}
+)
+#: What runs on the server for a tenant. At `api` that is nothing.
+TENANT_LEVELS = ("api",)
+_NO_ENV: Mapping[str, str] = MappingProxyType({})
+
+
+class Tenant(NamedTuple):
+    """What a key has that an instance uses, such as an OpenClaw."""
+
+    #: The name of its folder below `tenants` in the state folder; empty for a key without.
+    folder: str = ""
+    #: See TENANT_PROFILE. `prompt` follows the system prompts of client and operator; `instance` is
+    #: what `ocp tenants` needs to find the instance again.
+    profile: Mapping[str, Any] = TENANT_PROFILE
+    #: Variables for what runs on the server: secrets.
+    env: Mapping[str, str] = _NO_ENV
+
+    def __repr__(self) -> str:
+        """Return it without its variables."""
+        return f"<tenant {self.folder}>"
+
+    @property
+    def stamp(self) -> str:
+        """Return what changes with everything that shapes its conversations; empty for none."""
+        parts = [str(self.profile["level"]), str(self.profile["prompt"])]
+        return digest([*parts, canonical_json(dict(self.env))])[:12] if self.folder else ""
+
+
+NO_TENANT = Tenant()
+#: Reads keys with their tenants.
+_SELECT_KEYS = (
+    "SELECT keys.*, folder, profile, env FROM keys LEFT JOIN tenants ON tenants.key_id = keys.id"
+)
+_FORGET_TENANT = "DELETE FROM tenants WHERE key_id = ?"
+
+
+def tenant_of(row: sqlite3.Row) -> Tenant:
+    """Return the tenant in a row of _SELECT_KEYS. Raises ValueError, TypeError."""
+    if row["folder"] is None:
+        return NO_TENANT
+    profile = {**TENANT_PROFILE, **json.loads(row["profile"])}
+    return Tenant(row["folder"], profile, json.loads(row["env"]))
+
+
+# ==== 9. Keys and callers ====================================================
 # Authentication and access to routes. A route declares its kind of access, and `authorize` checks
 # it in one place, so that a new route cannot miss the check. Keys are stored as hashes, so that a
 # copy of the database gives no access.
@@ -4387,12 +4506,25 @@ class Caller(NamedTuple):
     model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
     #: The share of a limit, in percent, from which on the caller is warned; None = never.
     soft_percent: int | None = None
+    login: Login = SERVER_LOGIN
+    tenant: Tenant = NO_TENANT
 
     @property
     def scope(self) -> str:
         """The identifier under which data of this caller is stored. Renaming the key does not
         change it."""
         return self.name if self.key_id is None else f"key-{self.key_id}"
+
+    @property
+    def stamp(self) -> str:
+        """What processes that hold a conversation of this caller have in common; it changes with
+        the login and the tenant."""
+        return self.login.id + self.tenant.stamp
+
+    def prompt_after(self, operator_prompt: str) -> str:
+        """Return what follows the client's system prompt."""
+        texts = (operator_prompt.strip(), self.tenant.profile["prompt"])
+        return "\n\n".join(text for text in texts if text)
 
 
 class Key(NamedTuple):
@@ -4417,6 +4549,8 @@ class Key(NamedTuple):
     #: See Caller.
     model_quotas: Mapping[str, QuotaLimits] = _NO_MODEL_LIMITS
     soft_percent: int | None = None
+    login: Login = SERVER_LOGIN
+    tenant: Tenant = NO_TENANT
 
     @property
     def caller(self) -> Caller:
@@ -4425,7 +4559,7 @@ class Key(NamedTuple):
             self.name, key_id=self.id, models=self.models,
             max_concurrent=self.max_concurrent, quota=self.quota, effort=self.effort,
             web_search=self.web_search, model_quotas=self.model_quotas,
-            soft_percent=self.soft_percent,
+            soft_percent=self.soft_percent, login=self.login, tenant=self.tenant,
         )
 
     def expired(self, now_s: float) -> bool:
@@ -4470,10 +4604,14 @@ def hash_of_key(secret: str) -> str:
 
 
 def _key(row: sqlite3.Row) -> Key:
-    fields = {name: row[name] for name in Key._fields}
-    stored = {name: json.loads(fields.pop(name)) for name in ("models", "quota", "model_quotas")}
-    stored["models"] = tuple(stored["models"])
-    return Key(**fields, **stored)._replace(web_search=bool(row["web_search"]))
+    fields = {name: row[name] for name in Key._fields if name != "tenant"}
+    names = ("models", "quota", "model_quotas", "login")
+    stored = {name: json.loads(fields.pop(name)) for name in names}
+    fields.update(
+        stored, models=tuple(stored["models"]), login=Login(*stored["login"]),
+        web_search=bool(row["web_search"]), tenant=tenant_of(row),
+    )
+    return Key(**fields)
 
 
 def _column_value(value: object) -> object:
@@ -4534,12 +4672,19 @@ def _unknown_key(secret: str, *, is_multi: bool) -> Unauthorized:
             "copy it again"
         )
     elif is_multi and not secret.startswith("ocp_"):
-        reason = f"has the wrong prefix (keys of this server begin with ocp_): {advice}"
+        reason = f"has the wrong prefix (keys made by this server begin with ocp_): {advice}"
     else:
         reason = f"is unknown to this server: {advice}"
     error = Unauthorized(f"The key {preview} {reason}.")
     error.preview = preview
     return error
+
+
+def _secret_columns(secret: str) -> tuple[str, dict[str, str]]:
+    """Return a secret, a new one for an empty one, and the columns that are derived from it."""
+    secret = secret or "ocp_" + secrets.token_urlsafe(24)
+    preview = f"{secret[:8]}...{secret[-4:]}"
+    return secret, {"hash": hash_of_key(secret), "preview": preview}
 
 
 class ReplacedSecret(NamedTuple):
@@ -4587,20 +4732,22 @@ class Keys:
         self._unwritten: dict[int, int] = {}
         #: Stored keys that are invalid and ignored: (id, reason).
         self.problems: list[tuple[int, str]] = []
-        for row in store.rows("SELECT * FROM keys"):
+        for row in store.rows(_SELECT_KEYS):
             try:
                 self._keys[row["id"]] = _key(row)
                 self._ids[row["hash"]] = row["id"]
             except (ValueError, TypeError) as problem:
                 self.problems.append((row["id"], str(problem)))
 
-    def create(self, name: str, fields: Mapping[str, object]) -> tuple[Key, str]:
+    def create(
+        self, name: str, fields: Mapping[str, object], secret: str = ""
+    ) -> tuple[Key, str]:
         """Create a key and return it with its secret, which is not stored. `fields`: see `change`.
 
-        An empty name means a generated one. Raises BadRequest, Conflict, StorageFailed.
+        An empty name or secret means a generated one. Raises BadRequest, Conflict, StorageFailed.
         """
         now_s = self._clock()
-        secret, secret_columns = self._new_secret()
+        secret, secret_columns = _secret_columns(secret)
         generated = f"key-{round(now_s * 1000)}-{secrets.token_hex(3)}"
         columns = {
             "name": key_name(name or generated), "created_s": int(now_s),
@@ -4611,18 +4758,21 @@ class Keys:
         marks = ", ".join("?" * len(columns))
         with self._lock:
             self._check_free(str(columns["name"]), None)
+            self._check_new(secret_columns["hash"])
             statement = f"INSERT INTO keys ({names}) VALUES ({marks})"
             key_id = self._write(statement, *map(_column_value, columns.values()))
-            (row,) = self._store.rows("SELECT * FROM keys WHERE id = ?", key_id)
+            (row,) = self._store.rows(f"{_SELECT_KEYS} WHERE id = ?", key_id)
             self._keys[key_id] = _key(row)
             self._ids[secret_columns["hash"]] = key_id
         return self._keys[key_id], secret
 
-    def _new_secret(self) -> tuple[str, dict[str, str]]:
-        """Return a new secret, and the columns that are derived from it."""
-        secret = "ocp_" + secrets.token_urlsafe(24)
-        preview = f"{secret[:8]}...{secret[-4:]}"
-        return secret, {"hash": hash_of_key(secret), "preview": preview}
+    def _check_new(self, hashed: str) -> None:
+        """Raise KeyExists if a key has or had the secret with this hash."""
+        if hashed in self._ids or hashed in self._replaced:
+            raise KeyExists(
+                "A key has this secret, or had it: leave `secret` out for a new one.",
+                param="secret",
+            )
 
     def _check_free(self, name: str, key_id: int | None) -> None:
         """Raise Conflict if another key that is not revoked has this name."""
@@ -4670,11 +4820,11 @@ class Keys:
         """Change columns of a key and return the key.
 
         The columns are name, expiry_s, models, max_concurrent, note, quota, effort, web_search,
-        model_quotas and soft_percent. Raises BadRequest, Conflict, and StorageFailed if the change
-        is in effect but not written yet.
+        model_quotas, soft_percent and login. Raises BadRequest, Conflict, and StorageFailed if the
+        change is in effect but not written yet.
         """
         with self._lock:
-            key = self._require_unrevoked(key)
+            key = self.require_unrevoked(key)
             if "name" in fields:
                 self._check_free(key_name(str(fields["name"])), key.id)
             values = {
@@ -4686,7 +4836,33 @@ class Keys:
                 self._write_or_queue(key.id, fields)
         return self._with_last_use(changed)
 
-    def _require_unrevoked(self, key: Key) -> Key:
+    def set_tenant(self, key: Key, change: Callable[[Tenant], Tenant]) -> tuple[Tenant, Tenant]:
+        """Give a key what `change` makes of its tenant, and return both, the former one first.
+
+        Raises BadRequest, what `change` raises, and StorageFailed if the change is in effect but
+        not written yet."""
+        with self._lock:
+            key = self.require_unrevoked(key)
+            tenant = change(key.tenant)
+            self._keys[key.id] = key._replace(tenant=tenant)
+            if tenant != key.tenant:
+                self._write_tenant(key.id, tenant)
+        return key.tenant, tenant
+
+    def _write_tenant(self, key_id: int, tenant: Tenant) -> None:
+        """Write a tenant that is changed in memory. Raises StorageFailed if that is queued."""
+        statement = _FORGET_TENANT
+        values: list[object] = [key_id]
+        if tenant.folder:
+            statement = "INSERT OR REPLACE INTO tenants VALUES (?, ?, ?, ?, ?)"
+            texts = (json.dumps(dict(each)) for each in (tenant.profile, tenant.env))
+            values += [tenant.folder, *texts, int(self._clock())]
+        try:
+            self._store.write_or_queue(statement, *values)
+        except sqlite3.Error as problem:
+            raise storage_failure(problem, _IN_MEMORY_ONLY) from None
+
+    def require_unrevoked(self, key: Key) -> Key:
         """Return the current version of the key. Raises BadRequest if it is revoked."""
         current = self._keys[key.id]
         if current.revoked_s is not None:
@@ -4702,15 +4878,16 @@ class Keys:
         except sqlite3.Error as problem:
             raise storage_failure(problem, _IN_MEMORY_ONLY) from None
 
-    def rotate(self, key: Key, grace_s: int = 0) -> str:
-        """Replace the secret of the key and return the new one. The old one is valid for `grace_s`
-        more; one that was replaced before ends at once.
+    def rotate(self, key: Key, grace_s: int = 0, secret: str = "") -> str:
+        """Replace the secret of the key and return the new one, which is `secret` unless that is
+        empty. The old one is valid for `grace_s` more; one that was replaced before ends at once.
 
-        Raises BadRequest, and StorageFailed, after which the old secret is still valid.
+        Raises BadRequest, KeyExists, and StorageFailed, after which the old secret is still valid.
         """
-        secret, secret_columns = self._new_secret()
+        secret, secret_columns = _secret_columns(secret)
         with self._lock:
-            key = self._require_unrevoked(key)
+            key = self.require_unrevoked(key)
+            self._check_new(secret_columns["hash"])
             former = {known for known, key_id in self._ids.items() if key_id == key.id}
             now_s = int(self._clock())
             replaced = ReplacedSecret(key.id, now_s, now_s + grace_s if grace_s else 0, key.preview)
@@ -4769,7 +4946,7 @@ class Keys:
         return was_valid
 
     def revoke(self, key: Key) -> bool:
-        """Revoke the key; return False if it was revoked already.
+        """Revoke the key, and forget its login and tenant; return False if it was revoked already.
 
         Raises StorageFailed if the revocation is in effect but not written yet.
         """
@@ -4778,8 +4955,14 @@ class Keys:
             if current.revoked_s is not None:
                 return False
             now_s = int(self._clock())
-            self._keys[key.id] = current._replace(revoked_s=now_s)
-            self._write_or_queue(key.id, {"revoked_s": now_s})
+            ended = {"revoked_s": now_s, "login": SERVER_LOGIN}
+            self._keys[key.id] = current._replace(
+                **ended, tenant=NO_TENANT  # type: ignore[arg-type]
+            )
+            try:
+                self._write_or_queue(key.id, ended)
+            finally:
+                self._write_tenant(key.id, NO_TENANT)
         return True
 
     def verify(self, secret: str) -> Caller:
@@ -4894,6 +5077,12 @@ class WrongKeys:
         while len(self._groups) > _MAX_WRONG_PEERS:
             self._groups.popitem(last=False)
         return count
+
+    def delay(self, headers: Headers, peer: str, max_s: float) -> None:
+        """Wait as long as the answer to a request without a right key has to; see delay_answer."""
+        if any(presented_keys(headers)):
+            with self.delay_answer(peer, max_s) as wait_s:
+                time.sleep(wait_s)
 
     @contextlib.contextmanager
     def delay_answer(self, peer: str, max_s: float) -> Iterator[float]:
@@ -5075,7 +5264,7 @@ def is_allowed_origin(config: Config, origin: str) -> bool:
     )
 
 
-# ==== 9. Prices and limits ===================================================
+# ==== 10. Prices and limits ==================================================
 # What requests take of quotas, and the quotas of keys: requests, tokens, and money. Money is what
 # the API's list price would have been; nobody pays it on a plan.
 
@@ -5273,7 +5462,7 @@ def period_bounds(period: str, now_s: float) -> tuple[float, float]:
     return begin.timestamp(), end.timestamp()
 
 
-# ==== 10. Usage rows =========================================================
+# ==== 11. Usage rows =========================================================
 # The table `usage` has one row for each request. Here are its columns, the sums of its rows, and
 # what reports read of it.
 
@@ -5562,7 +5751,7 @@ class Rows:
         return [*map(_row_entry, self.select("id DESC", limit)[1])]
 
 
-# ==== 11. Usage and quotas ===================================================
+# ==== 12. Usage and quotas ===================================================
 # The rows of usage and the quotas of keys. A request makes a reservation before it runs, and its
 # row replaces the reservation, so that concurrent requests cannot exceed a quota together. The
 # usage of a period is summed from the rows once and then updated in memory.
@@ -5958,7 +6147,7 @@ class Ledger:
         return [dict(row) for row in newest], [dict(row) for row in kinds]
 
 
-# ==== 12. Tags ===============================================================
+# ==== 13. Tags ===============================================================
 # Who is behind the key of a request, as its client says. A tag is for the reports of usage only:
 # it gives no rights, and no part of an answer depends on it.
 
@@ -6068,7 +6257,7 @@ class Tags:
         return seen
 
 
-# ==== 13. Patterns ===========================================================
+# ==== 14. Patterns ===========================================================
 # Regular expressions in schemas. Clients write those of their own language; claude's validator is
 # JavaScript and rejects a whole schema because of one invalid pattern.
 
@@ -6170,7 +6359,7 @@ def strict_pattern(text: str) -> Pattern | None:
     return Pattern(javascript, None if is_slow else compiled)
 
 
-# ==== 14. JSON Schema ========================================================
+# ==== 15. JSON Schema ========================================================
 # The schemas of tools and of structured answers. Clients send every draft of JSON Schema, OpenAPI
 # schemas, and near misses. claude's validator implements draft-07 and rejects a whole schema
 # because of one unknown keyword; the API implements 2020-12 and restricts the root schema and
@@ -6750,7 +6939,7 @@ def _with_notes(schema: Json, notes: Mapping[str, object]) -> Json:
     return {**schema, "description": " ".join(filter(None, (schema.get("description"), note)))}
 
 
-# ==== 15. Model schemas ======================================================
+# ==== 16. Model schemas ======================================================
 # A parsed schema is reduced to the keywords that claude and the API accept. The rest becomes part
 # of descriptions, and is checked here. The JSON that the model writes is converted back into the
 # client's form, also while it streams.
@@ -7190,7 +7379,7 @@ class ClientJsonConverter:
         return piece if self._in_value else ""
 
 
-# ==== 16. Request fields =====================================================
+# ==== 17. Request fields =====================================================
 # Fields reads the JSON of a request with types and names the field that is invalid. The functions
 # after it read the options, thinking and sampling, and adapt them to the model.
 
@@ -7663,7 +7852,7 @@ def wants_cache_bypass(body: object, *, sampled_too: bool) -> bool:
     return any(True for _ in cache_controls(body))
 
 
-# ==== 17. Attachments ========================================================
+# ==== 18. Attachments ========================================================
 # Images and files of requests become blocks that the API accepts. Their data decides about their
 # type. ParseContext holds what one request needs while it is parsed.
 
@@ -8050,7 +8239,7 @@ class ParseContext:
         self.adjusted[repair] += 1
 
 
-# ==== 18. Content ============================================================
+# ==== 19. Content ============================================================
 # The content of messages and of tool results in the formats of all APIs becomes blocks that the
 # Messages API accepts.
 
@@ -8429,7 +8618,7 @@ class MessagesContent(ContentReader):
         return [block] if place == "assistant" else text_blocks(server_block_text(block))
 
 
-# ==== 19. Tools ==============================================================
+# ==== 20. Tools ==============================================================
 # The tools, the choice among them and the output schema of a request, in the form that the model's
 # API accepts. In a history, each call gets exactly one result.
 
@@ -8989,7 +9178,7 @@ def with_paired_results(
     )
 
 
-# ==== 20. Dialects ===========================================================
+# ==== 21. Dialects ===========================================================
 # Wire formats. A dialect parses a body into a Turn and renders Events; it does no input or
 # output, and does not depend on claude. The first functions, shared by all dialects, turn the
 # messages of clients into a prompt that the API accepts.
@@ -9446,7 +9635,7 @@ def text_annotations(blocks: Iterable[Block]) -> list[Json]:
     return annotations
 
 
-# ==== 21. Chat completions ===================================================
+# ==== 22. Chat completions ===================================================
 # POST /v1/chat/completions, and the older POST /v1/completions: the same stream with text alone.
 
 _NO_LOG_PROBABILITIES = "log probabilities are not supported"
@@ -9895,7 +10084,7 @@ class CompletionsRenderer(ChatRenderer):
 COMPLETIONS = CompletionsDialect()
 
 
-# ==== 22. Messages ===========================================================
+# ==== 23. Messages ===========================================================
 # POST /v1/messages. Its blocks are those of a Turn, so most of them pass as they are.
 
 
@@ -10180,7 +10369,7 @@ class MessagesRenderer(Renderer):
 MESSAGES = MessagesDialect()
 
 
-# ==== 23. Response items =====================================================
+# ==== 24. Response items =====================================================
 # The items of a response: the input items as messages of a Turn, and the blocks of an answer as
 # output items.
 
@@ -10539,7 +10728,7 @@ def output_items(
             yield from ({**new_item(forms, block), **sealed_thinking(block)} for block in found)
 
 
-# ==== 24. Responses ==========================================================
+# ==== 25. Responses ==========================================================
 # POST /v1/responses and POST /v1/responses/compact.
 
 #: Values in responses of unfinished streams, in place of the request's, which may be long.
@@ -11027,7 +11216,7 @@ class CompactionDialect(ResponsesDialect):
 COMPACTION = CompactionDialect()
 
 
-# ==== 25. Claude protocol ====================================================
+# ==== 26. Claude protocol ====================================================
 # Control requests and their replies, and the tools of the client, which claude calls by such
 # requests. No pipes and no processes here, nor in the next section.
 # Facts about the protocol were measured on the versions that the contract tests run (2.1.197 and
@@ -11246,7 +11435,7 @@ class ToolServer:
         return lines
 
 
-# ==== 26. Claude input =======================================================
+# ==== 27. Claude input =======================================================
 # What a request becomes on claude's standard input: messages, options, a history in steps; and how
 # claude drops a question again.
 
@@ -11706,7 +11895,7 @@ def is_without(reply: Json) -> bool:
     return response.get("rewound") is True or response.get("error") == "target not found"
 
 
-# ==== 27. Plan and failures ==================================================
+# ==== 28. Plan and failures ==================================================
 # What claude reports of the plan, and the errors that its failures become.
 
 #: Settings that allow claude to fetch the plan's usage, which FIXED_ENVIRONMENT forbids, and that
@@ -12045,7 +12234,7 @@ def upstream_error(
     return error_class(message, retry_after_s=pauses.get(error_class))
 
 
-# ==== 28. Claude answers =====================================================
+# ==== 29. Claude answers =====================================================
 # What claude prints becomes lines, and the lines of a turn become the events of an answer.
 
 #: The longest line that claude can print, and the most other output between two of its lines. Each
@@ -12793,7 +12982,7 @@ class TurnReader:
         return [Finished(reason, sequence, self._message.usage, details)]
 
 
-# ==== 29. Claude program =====================================================
+# ==== 30. Claude program =====================================================
 # The program on disk: where it is, its version, its environment and arguments, the folders that it
 # runs in, and what the server waits for while it runs. And the watchdog, which ends the processes
 # that a killed server leaves.
@@ -13466,7 +13655,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 30. Claude process =====================================================
+# ==== 31. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -13865,17 +14054,25 @@ def _until_result(lines: Iterator[Json | Tick | Pause]) -> Iterator[Event]:
             return
 
 
+class ProcessKind(NamedTuple):
+    """What processes have in common that can stand in for each other while they hold nothing."""
+
+    model_id: str
+    login: Login = SERVER_LOGIN
+
+
 class ClaudeProcess:
     """One claude. It serves one caller, one conversation at a time, and is then stopped."""
 
     def __init__(
-        self, child: Child, model_id: str, *, version: Version = OLDEST_CLAUDE,
-        on_report: Callable[[Json], None] | None = None, clock: Clock = time.monotonic,
+        self, child: Child, model_id: str, *, login: Login = SERVER_LOGIN,
+        version: Version = OLDEST_CLAUDE, on_report: Callable[[Json], None] | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         """`on_report` gets its lines about the plan, also after an answer, its `init` line if it
         reports another version than `version`, and the models that it offers. The callback must
         not block."""
-        self.model_id = model_id
+        self.model_id, self.login = self.kind = ProcessKind(model_id, login)
         self.version = version
         self.born_s = clock()
         self._child = child
@@ -14155,12 +14352,15 @@ class ClaudeStarter:
     """Starts claude in its working folder, with the settings of the moment."""
 
     def __init__(
-        self, program: ClaudeProgram, folder: ClaudeFolder, settings: Settings,
-        environ: Mapping[str, str], log: Log, on_report: Callable[[Json], None], clock: Clock,
+        self, program: ClaudeProgram,
+        with_login: Callable[[Login, dict[str, str]], dict[str, str]], settings: Settings,
+        environ: Mapping[str, str], log: Log, on_report: Callable[[Login, Json], None],
+        clock: Clock,
     ) -> None:
-        """`on_report` is for ClaudeProcess."""
+        """`with_login` returns an environment in which claude has this login; `on_report` gets what
+        ClaudeProcess reports, with its login."""
         self._program = program
-        self._folder = folder
+        self._with_login = with_login
         self._settings = settings
         self._environ = environ
         self._log = log
@@ -14169,9 +14369,9 @@ class ClaudeStarter:
         self._watchdog = Watchdog()
         self._work_folder = work_folder(settings.config, environ)
 
-    def start(self, model_id: str) -> ClaudeProcess:
-        """Return a new process of this model. Raise ClaudeUnavailable, UpstreamFailed."""
-        return self._started(model_id, self._folder.environment)
+    def start(self, kind: ProcessKind) -> ClaudeProcess:
+        """Return a new process of this kind. Raise ClaudeUnavailable, UpstreamFailed."""
+        return self._started(kind, functools.partial(self._with_login, kind.login))
 
     def start_login(self, obstacle: str) -> ClaudeProcess:
         """Return a new process with the configuration folder of its owner, where later processes
@@ -14186,17 +14386,19 @@ class ClaudeStarter:
             )
         if obstacle:
             raise LoginConflict(obstacle)
-        return self._started(_LOGIN_MODEL, dict)
+        return self._started(ProcessKind(_LOGIN_MODEL), dict)
 
-    def _started(self, model_id: str, folder: Callable[[], dict[str, str]]) -> ClaudeProcess:
+    def _started(
+        self, kind: ProcessKind, prepared: Callable[[dict[str, str]], dict[str, str]]
+    ) -> ClaudeProcess:
         config, program = self._settings.config, self._program.resolve()
         with contextlib.suppress(OSError):
             # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        env = {**child_environment(self._environ, config), **folder()}
+        env = prepared(child_environment(self._environ, config))
         try:
             child = Child(
-                [*program.command, *claude_arguments(model_id, config)], env=env,
+                [*program.command, *claude_arguments(kind.model_id, config)], env=env,
                 cwd=self._work_folder, watchdog=self._watchdog,
                 # In agent mode the owner can use the same folder, and so the same logs.
                 keeps_logs=config.is_agent,
@@ -14204,9 +14406,13 @@ class ClaudeStarter:
         except ClaudeMissing as error:
             raise self._program.as_away_if_recent(error) from None
         process = ClaudeProcess(
-            child, model_id, version=program.version, on_report=self._on_report, clock=self._clock
+            child, kind.model_id, login=kind.login, version=program.version,
+            on_report=functools.partial(self._on_report, kind.login), clock=self._clock,
         )
-        self._log.event("debug", "claude_spawned", pid=process.pid, model=model_id)
+        self._log.event(
+            "debug", "claude_spawned", pid=process.pid, model=kind.model_id,
+            login=kind.login.id or None,
+        )
         return process
 
     def close(self) -> None:
@@ -14214,7 +14420,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 31. Gate ===============================================================
+# ==== 32. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -14249,6 +14455,11 @@ class Gate:
         """Return the number of running requests by the scope of their callers."""
         with self._lock:
             return dict(self._running)
+
+    def waiting_by_caller(self) -> dict[str, int]:
+        """Return the number of waiting requests by the scope of their callers."""
+        with self._lock:
+            return {scope: len(slots) for scope, slots in self._queues.items()}
 
     @property
     def waiting(self) -> int:
@@ -14375,7 +14586,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 32. Conversations ======================================================
+# ==== 33. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -14394,7 +14605,7 @@ class Slot:
 class History(NamedTuple):
     """The identity of a conversation."""
 
-    #: The digest of the caller, the model, the system prompt, the tools and the options.
+    #: The digest of the caller, its login, the model, the system prompt, the tools and the options.
     base: str
     #: The digest of each message.
     digests: tuple[str, ...]
@@ -14404,10 +14615,11 @@ class History(NamedTuple):
     caller: str = ""
 
 
-def history_of(turn: Turn, caller: str, operator_prompt: str) -> History:
-    """Return the identity of this turn's conversation."""
+def history_of(turn: Turn, caller: str, operator_prompt: str, stamp: str = "") -> History:
+    """Return the identity of this turn's conversation. `stamp` stands for what else processes that
+    hold it have to have in common."""
     base = [
-        caller, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
+        caller, stamp, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
         canonical_json(list(turn.options)), canonical_json(turn.output_schema),
         canonical_json(list(turn.server_tools)),
         *(tool.digest for tool in turn.tools),
@@ -14540,12 +14752,13 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 33. Process pool =======================================================
+# ==== 34. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
-# - spare: it was started for a model that was used lately, and holds no conversation. After a
-#   moment it is primed: it then answers a first question in half the time, but takes no output
-#   schema any more. So the spares of a model that was lately used with one stay as they are.
+# - spare: it was started for a kind (model and login) that was used lately, and holds no
+#   conversation. After a moment it is primed: it then answers a first question in half the time,
+#   but takes no output schema any more. So the spares of a kind that was lately used with one stay
+#   as they are.
 # - parked: it holds a conversation of one caller and waits for that caller's next message.
 # - stopping: it was told to end, and is reaped once it has.
 #
@@ -14580,8 +14793,8 @@ class PooledProcess(NamedTuple):
     conversation: Conversation = NO_CONVERSATION
 
 
-class ModelUse(NamedTuple):
-    """The use of a model that spares are kept for."""
+class KindUse(NamedTuple):
+    """The use of a kind of processes that spares are kept for."""
 
     last_used_s: float
     #: When to start missing spares; inf = only after the next use.
@@ -14589,7 +14802,7 @@ class ModelUse(NamedTuple):
     #: The last use with an output schema, for which a primed spare is of no use.
     last_schema_s: float = -math.inf
 
-    def with_refill_at(self, time_s: float) -> ModelUse:
+    def with_refill_at(self, time_s: float) -> KindUse:
         """Return it with a refill at this time, or earlier: later uses do not postpone a refill."""
         return self._replace(refill_at_s=min(time_s, self.refill_at_s))
 
@@ -14598,16 +14811,16 @@ class PoolPlan(NamedTuple):
     """What is to be done with the processes of the pool."""
 
     stop: list[PooledProcess]
-    #: A model is listed once for each process to start.
-    start: list[str]
+    #: A kind is listed once for each process to start.
+    start: list[ProcessKind]
 
 
 def plan_pool(
-    processes: list[PooledProcess], uses: Mapping[str, ModelUse], config: Config, now_s: float, *,
-    may_start: bool = True,
+    processes: list[PooledProcess], uses: Mapping[ProcessKind, KindUse], config: Config,
+    now_s: float, *, may_start: bool = True,
 ) -> PoolPlan:
-    """Return the idle processes to stop and the models to start: stop what has ended, has waited
-    too long or exceeds a limit, and start the missing spares of the models in use."""
+    """Return the idle processes to stop and the kinds to start: stop what has ended, has waited too
+    long or exceeds a limit, and start the missing spares of the kinds in use."""
     max_idle_s = {
         ProcessState.SPARE: config.warm_idle_ms / 1000,
         ProcessState.PARKED: config.session_ttl_ms / 1000,
@@ -14616,21 +14829,21 @@ def plan_pool(
     kept = [p for p in idle if p.process.alive() and now_s - p.since_s <= max_idle_s[p.state]]
     oldest_s = now_s - max_idle_s[ProcessState.SPARE]
     primed = [p for p in kept if p.state is ProcessState.SPARE and p.process.is_primed]
-    useless = [p for p in primed if _has_schemas(uses, p.process.model_id, oldest_s)]
+    useless = [p for p in primed if _has_schemas(uses, p.process.kind, oldest_s)]
     kept = [p for p in kept if p not in useless]
     outdated = [p for p in idle if p not in kept]
     parked = [p for p in kept if p.state is ProcessState.PARKED]
     evicted = evicted_by_limit(parked, config.parked_processes, now_s, running={})
     spares = [p for p in kept if p.state is ProcessState.SPARE]
-    uses = {model_id: use for model_id, use in uses.items() if use.last_used_s >= oldest_s}
-    due = [m for m, use in uses.items() if may_start and use.refill_at_s <= now_s]
+    uses = {kind: use for kind, use in uses.items() if use.last_used_s >= oldest_s}
+    due = [kind for kind, use in uses.items() if may_start and use.refill_at_s <= now_s]
     surplus, start = _plan_spares(spares, uses, due, config)
     return PoolPlan(outdated + evicted + surplus, start)
 
 
-def _has_schemas(uses: Mapping[str, ModelUse], model_id: str, since_s: float) -> bool:
-    """Return whether a model was used with an output schema since then."""
-    return model_id in uses and uses[model_id].last_schema_s >= since_s
+def _has_schemas(uses: Mapping[ProcessKind, KindUse], kind: ProcessKind, since_s: float) -> bool:
+    """Return whether a kind was used with an output schema since then."""
+    return kind in uses and uses[kind].last_schema_s >= since_s
 
 
 #: How long a parked process is safe from other callers that have as few.
@@ -14668,27 +14881,28 @@ def evicted_by_limit(
 
 
 def _plan_spares(
-    spares: list[PooledProcess], uses: Mapping[str, ModelUse], due: list[str], config: Config
+    spares: list[PooledProcess], uses: Mapping[ProcessKind, KindUse], due: list[ProcessKind],
+    config: Config,
 ) -> PoolPlan:
-    """Give the places for spares to the models that were used last. A spare beyond the place of its
-    model is stopped only when the limit requires it or another model's spare is started."""
-    waiting: dict[str, list[PooledProcess]] = {model_id: [] for model_id in uses}
+    """Give the places for spares to the kinds that were used last. A spare beyond the place of its
+    kind is stopped only when the limit requires it or another kind's spare is started."""
+    waiting: dict[ProcessKind, list[PooledProcess]] = {kind: [] for kind in uses}
     for spare in spares:
-        waiting.setdefault(spare.process.model_id, []).append(spare)
-    last_used_s = {model_id: use.last_used_s for model_id, use in uses.items()}
+        waiting.setdefault(spare.process.kind, []).append(spare)
+    last_used_s = {kind: use.last_used_s for kind, use in uses.items()}
     surplus: list[PooledProcess] = []
     replaceable: list[PooledProcess] = []
-    start: list[str] = []
+    start: list[ProcessKind] = []
     places = config.warm_total
-    for model_id in sorted(waiting, key=lambda m: -last_used_s.get(m, 0.0)):
-        own = waiting[model_id]
+    for kind in sorted(waiting, key=lambda each: -last_used_s.get(each, 0.0)):
+        own = waiting[kind]
         count = min(config.warm_processes, places)
         places -= count
         surplus += own[config.warm_processes:]
-        # The least recently used model comes first.
+        # The least recently used kind comes first.
         replaceable = own[count:config.warm_processes] + replaceable
-        if model_id in due:
-            start += [model_id] * (count - len(own))
+        if kind in due:
+            start += [kind] * (count - len(own))
     excess = len(spares) - len(surplus) + len(start) - config.warm_total
     return PoolPlan(surplus + replaceable[: max(0, excess)], start)
 
@@ -14711,9 +14925,9 @@ class ProcessPool:
     """The processes that no request is using; see above."""
 
     def __init__(
-        self, start: Callable[[str], ClaudeProcess], clock: Clock = time.monotonic
+        self, start: Callable[[ProcessKind], ClaudeProcess], clock: Clock = time.monotonic
     ) -> None:
-        """`start` starts a process of a model."""
+        """`start` starts a process of a kind."""
         self._start = start
         self._clock = clock
         # Guards the fields below. Never held while a process is started or ended. It is held while
@@ -14721,14 +14935,15 @@ class ProcessPool:
         self._lock = threading.Lock()
         #: In the order in which they came into their state.
         self._processes: list[PooledProcess] = []
-        #: The models that were used lately.
-        self._uses: dict[str, ModelUse] = {}
+        #: The kinds that were used lately.
+        self._uses: dict[ProcessKind, KindUse] = {}
         #: Nothing is started, nothing is rewound, and nothing is primed before these times.
         self._refills_from_s = -math.inf
         self._rewinds_from_s = -math.inf
         self._primings_from_s = -math.inf
-        #: When all processes were dropped. A process that was started before is outdated.
-        self._dropped_s = -math.inf
+        #: When the processes of a login were dropped, and those of all logins (None). A process
+        #: that was started before is outdated.
+        self._dropped_s: dict[Login | None, float] = {}
         self.spawned = 0
 
     def __repr__(self) -> str:
@@ -14748,6 +14963,17 @@ class ProcessPool:
         with self._lock:
             return len(self._in(ProcessState.PARKED))
 
+    def parked_by_caller(self) -> dict[str, int]:
+        """Return the number of parked processes by the scope of their callers."""
+        with self._lock:
+            parked = self._in(ProcessState.PARKED)
+            return dict(collections.Counter(p.conversation.history.caller for p in parked))
+
+    def spares_of(self, login: Login) -> int:
+        """Return the number of spares with this login."""
+        with self._lock:
+            return sum(p.process.login == login for p in self._in(ProcessState.SPARE))
+
     @property
     def stopping(self) -> int:
         """Return the number of processes whose end is not complete."""
@@ -14760,28 +14986,28 @@ class ProcessPool:
 
     # -- taking: the process then belongs to the caller's thread ----------------------------------
 
-    def start(self, model_id: str) -> ClaudeProcess:
+    def start(self, kind: ProcessKind) -> ClaudeProcess:
         """Return a new process. Raise the error of its start."""
-        process = self._start(model_id)
+        process = self._start(kind)
         with self._lock:
             self.spawned += 1
         return process
 
-    def mark_used(self, model_id: str, *, has_schema: bool = False) -> None:
-        """Record that a model is in use, so that spares are kept for it: unprimed ones if
-        this request has an output schema."""
+    def mark_used(self, kind: ProcessKind, *, has_schema: bool = False) -> None:
+        """Record that a kind is in use, so that spares are kept for it: unprimed ones if this
+        request has an output schema."""
         now_s = self._clock()
         with self._lock:
-            use = self._uses.get(model_id, ModelUse(now_s))._replace(last_used_s=now_s)
+            use = self._uses.get(kind, KindUse(now_s))._replace(last_used_s=now_s)
             if has_schema:
                 use = use._replace(last_schema_s=now_s)
-            self._uses[model_id] = use.with_refill_at(now_s + _REFILL_PAUSE_S)
+            self._uses[kind] = use.with_refill_at(now_s + _REFILL_PAUSE_S)
 
-    def take_spare(self, model_id: str, *, has_schema: bool = False) -> ClaudeProcess | None:
-        """Take a spare of this model, a primed one first. One that is primed does not take an
+    def take_spare(self, kind: ProcessKind, *, has_schema: bool = False) -> ClaudeProcess | None:
+        """Take a spare of this kind, a primed one first. One that is primed does not take an
         output schema."""
         with self._lock:
-            spares = [p for p in self._in(ProcessState.SPARE) if p.process.model_id == model_id]
+            spares = [p for p in self._in(ProcessState.SPARE) if p.process.kind == kind]
             primed = [p for p in spares if p.process.is_primed and not has_schema]
             taken = self._take_first([*primed, *(p for p in spares if not p.process.is_primed)])
             return taken and taken.process
@@ -14799,15 +15025,16 @@ class ProcessPool:
                 p for p in self._in(ProcessState.SPARE)
                 if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
                 and can_prime(p.process.version)
-                and not _has_schemas(self._uses, p.process.model_id, oldest_s)
+                and not _has_schemas(self._uses, p.process.kind, oldest_s)
             )
             return taken and taken.process
 
-    def take_any_spare(self) -> ClaudeProcess | None:
-        """Take a spare to put it back soon. None is started in its place unless its model is
-        used."""
+    def take_any_spare(self, login: Login = SERVER_LOGIN) -> ClaudeProcess | None:
+        """Take a spare of this login to put it back soon. None is started in its place unless its
+        kind is used."""
         with self._lock:
-            taken = self._take_first(self._in(ProcessState.SPARE))
+            spares = self._in(ProcessState.SPARE)
+            taken = self._take_first(p for p in spares if p.process.login == login)
             return taken and taken.process
 
     def take(self, history: History, message: Message) -> PooledProcess | None:
@@ -14877,8 +15104,9 @@ class ProcessPool:
         return taken
 
     def _is_outdated(self, process: ClaudeProcess) -> bool:
-        """Return whether the process was started before all processes were dropped."""
-        return process.born_s <= self._dropped_s
+        """Return whether the process was started before those of its login were dropped."""
+        dropped_s = (self._dropped_s.get(each, -math.inf) for each in (None, process.login))
+        return process.born_s <= max(dropped_s)
 
     # -- giving back a process that was taken or started ------------------------------------------
 
@@ -14904,7 +15132,7 @@ class ProcessPool:
         return None for a while."""
         with self._lock:
             self._primings_from_s = self._clock() + _PRIMING_PAUSE_S
-            self._schedule_refill([process.model_id], self._clock() + _REFILL_PAUSE_S)
+            self._schedule_refill([process.kind], self._clock() + _REFILL_PAUSE_S)
         self.stop(process, graceful=False)
 
     def stop(self, process: ClaudeProcess, *, graceful: bool) -> None:
@@ -14914,13 +15142,17 @@ class ProcessPool:
             pooled = PooledProcess(process, ProcessState.STOPPING, self._clock())
             self._processes.append(pooled)
 
-    def drop(self) -> None:
-        """Stop all idle processes, because the program or its login has changed."""
+    def drop(self, login: Login | None = None, *, is_over: bool = False) -> None:
+        """Stop all idle processes, because the program has changed, or those of a login that has.
+        `is_over` says that no request has this login any more."""
         with self._lock:
-            self._dropped_s = self._clock()
-            dropped = self._in(ProcessState.SPARE, ProcessState.PARKED)
-            self._processes = self._in(ProcessState.STOPPING)
-            self._schedule_refill(self._uses, self._dropped_s + _REFILL_PAUSE_S)
+            now_s = self._dropped_s[login] = self._clock()
+            idle = self._in(ProcessState.SPARE, ProcessState.PARKED)
+            dropped = [p for p in idle if login in (None, p.process.login)]
+            self._processes = [p for p in self._processes if p not in dropped]
+            if is_over:
+                self._uses = {k: use for k, use in self._uses.items() if k.login != login}
+            self._schedule_refill(self._uses, now_s + _REFILL_PAUSE_S)
         for pooled in dropped:
             self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
 
@@ -14943,7 +15175,7 @@ class ProcessPool:
             to_stop = self._plan(config, now_s).stop
             self._processes = [p for p in self._processes if p not in to_stop]
             spares = [p for p in to_stop if p.state is ProcessState.SPARE]
-            self._schedule_refill([p.process.model_id for p in spares], now_s)
+            self._schedule_refill([p.process.kind for p in spares], now_s)
         for pooled in to_stop:
             self.stop(pooled.process, graceful=False)
         self.reap()
@@ -14955,29 +15187,28 @@ class ProcessPool:
             to_start = self._plan(config, now_s).start
             self._forget_due_refills(config, now_s)
         try:
-            for model_id in to_start:
-                self.put_spare(self.start(model_id))
+            for kind in to_start:
+                self.put_spare(self.start(kind))
         except OcpError:
             with self._lock:
                 self._refills_from_s = self._clock() + _FAILURE_PAUSE_S
                 self._schedule_refill(to_start, self._refills_from_s)
             raise
 
-    def _schedule_refill(self, model_ids: Iterable[str], time_s: float) -> None:
-        """Have the missing spares of these models started, as far as the models are in use. The
+    def _schedule_refill(self, kinds: Iterable[ProcessKind], time_s: float) -> None:
+        """Have the missing spares of these kinds started, as far as the kinds are in use. The
         caller holds the lock."""
-        for model_id in self._uses.keys() & set(model_ids):
-            self._uses[model_id] = self._uses[model_id].with_refill_at(time_s)
+        for kind in self._uses.keys() & set(kinds):
+            self._uses[kind] = self._uses[kind].with_refill_at(time_s)
 
     def _forget_due_refills(self, config: Config, now_s: float) -> None:
-        """Forget the refills that are due, and the models out of use. The caller holds the
-        lock."""
+        """Forget the refills that are due, and the kinds out of use. The caller holds the lock."""
         oldest_s = now_s - config.warm_idle_ms / 1000
         may_start = now_s >= self._refills_from_s
         self._uses = {
-            model_id: use._replace(refill_at_s=math.inf)
+            kind: use._replace(refill_at_s=math.inf)
             if may_start and use.refill_at_s <= now_s else use
-            for model_id, use in self._uses.items() if use.last_used_s >= oldest_s
+            for kind, use in self._uses.items() if use.last_used_s >= oldest_s
         }
 
     def _plan(self, config: Config, now_s: float) -> PoolPlan:
@@ -15010,7 +15241,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 34. Sessions and responses =============================================
+# ==== 35. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -15317,7 +15548,7 @@ class ThinkingMemory:
             )
 
 
-# ==== 35. Cache ==============================================================
+# ==== 36. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -15568,7 +15799,7 @@ class Cache:
             }
 
 
-# ==== 36. Account ============================================================
+# ==== 37. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -15912,7 +16143,90 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 37. Sign-in ============================================================
+# ==== 38. Logins =============================================================
+# The server's login and those of keys. A request is answered with the login of its key and with no
+# other one, whatever happens to that: there is no pool of logins and no failover between them.
+
+#: Variables that claude would use in place of a login; a name can end in a star.
+_OTHER_LOGINS = (
+    "CLAUDE_CODE_OAUTH_*", "CLAUDE_CODE_USE_*", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN",
+)
+OWN_LOGIN_ADVICE = (
+    "The Claude login of this key was refused or is missing: the operator renews it on the server "
+    "with `ocp keys login` and the name of the key."
+)
+#: What is known of a login, in words.
+LOGIN_STATES = MappingProxyType({True: "logged in", False: "not logged in", None: "not known yet"})
+
+
+class LoginState(NamedTuple):
+    """What the server has of a login."""
+
+    account: Account
+    folder: ClaudeFolder
+    #: What tells a client that the login was refused.
+    advice: str = LOGIN_ADVICE
+    #: What its processes do not get of the server's environment (names can end in a star), and
+    #: what they get in its place; it may hold a secret.
+    removed: tuple[str, ...] = ()
+    variables: Mapping[str, str] = _NO_VARIABLES
+
+
+class Logins:
+    """The logins in use, each with an account of its own."""
+
+    def __init__(self, server: LoginState, path: str, log: Log) -> None:
+        """`server` is the server's own; `path` is for the folders of the others' claudes."""
+        self._path = path
+        self._log = log
+        # Guards the next field.
+        self._lock = threading.Lock()
+        self._states = {SERVER_LOGIN: server}
+
+    def state(self, login: Login) -> LoginState:
+        """Return what there is of a login, from its first use on."""
+        with self._lock:
+            if login not in self._states:
+                self._states[login] = self._new_state(login)
+            return self._states[login]
+
+    def _new_state(self, login: Login) -> LoginState:
+        path = os.path.join(self._path, login.id)
+        # With a token, claude must not find any other login: this folder does not exist.
+        source = login.folder or os.path.join(path, "none")
+        variables = folder_variables(source, {"CLAUDE_CONFIG_DIR": source})
+        if login.token:
+            variables["CLAUDE_CODE_OAUTH_TOKEN"] = login.token
+        folder = ClaudeFolder(path, {"CLAUDE_CONFIG_DIR": source}, self._log)
+        return LoginState(Account(), folder, OWN_LOGIN_ADVICE, _OTHER_LOGINS, variables)
+
+    def with_login(self, login: Login, environ: dict[str, str]) -> dict[str, str]:
+        """Return an environment in which claude has this login and can find no other."""
+        state = self.state(login)
+        kept = {
+            name: value for name, value in environ.items() if not matches_any(name, state.removed)
+        }
+        return {**kept, **state.variables, **state.folder.environment()}
+
+    def forget(self, login: Login) -> None:
+        """Remove what there is of a login that no key has any more."""
+        with self._lock:
+            self._states.pop(login, None)
+        shutil.rmtree(os.path.join(self._path, login.id), ignore_errors=True)
+
+    def report(self, login: Login) -> Json:
+        """Return what is known of a key's own login, without its secret."""
+        state = self.state(login)
+        is_accepted = state.account.login_report()["ok"]
+        if login.folder and state.folder.login_stamp() is None:
+            is_accepted = False
+        return {
+            "id": login.id, "kind": login.kind, "folder": login.folder or None,
+            "state": LOGIN_STATES[is_accepted], **state.account.report(),
+        }
+
+
+# ==== 39. Sign-in ============================================================
 # The login of claude's account without a terminal on the server. claude makes the address that the
 # operator opens, and exchanges the code that the page shows (its control requests
 # `claude_authenticate` and `claude_oauth_callback`, seen on 2.1.197 and 2.1.332). OCP passes the
@@ -16141,7 +16455,7 @@ class SignIn:
             self.cancel()
 
 
-# ==== 38. Alerts =============================================================
+# ==== 40. Alerts =============================================================
 # What the operator's webhook is told: each thing once, until its window resets or its state ends.
 # An alert is a row that survives a restart. The housekeeper raises alerts and starts a thread that
 # delivers what is due, so a webhook that is slow or down delays neither it nor a request. Nothing
@@ -16655,7 +16969,7 @@ class Alerts:
         ]
 
 
-# ==== 39. Metrics ============================================================
+# ==== 41. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -16806,7 +17120,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 40. Connections ========================================================
+# ==== 42. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -17246,7 +17560,7 @@ class Connections:
         )
 
 
-# ==== 41. The original OCP ===================================================
+# ==== 43. The original OCP ===================================================
 # The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
 # start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
 # the whole file. The original's own tables stay as they are, with every key in plain text: they
@@ -17568,7 +17882,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 42. State folder =======================================================
+# ==== 44. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -17765,7 +18079,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 43. Capture ============================================================
+# ==== 45. Capture ============================================================
 # The next requests, written to files for an operator who looks for a fault: as the client sent
 # them, and what was written to claude and read from it. Off unless the operator has started it. It
 # ends by itself, and a restart ends it too.
@@ -18018,7 +18332,7 @@ class Capture:
         return {**(state or {"active": False}), **more, "captures": self.kept()}
 
 
-# ==== 44. Jobs ===============================================================
+# ==== 46. Jobs ===============================================================
 # A request while it is answered: what its client has got so far, and its row of usage.
 
 
@@ -18329,7 +18643,7 @@ class CallWatch:
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
 
-# ==== 45. Running turns ======================================================
+# ==== 47. Running turns ======================================================
 # One turn on a process: a kept one that has the conversation, else a fresh one; and another attempt
 # where the first one failed before its client got anything.
 
@@ -18382,6 +18696,8 @@ class AttemptSource:
         self._config = app.config
         self._limits = limits
         self._message = turn.messages[-1]
+        #: What follows the client's system prompt.
+        self._prompt = job.caller.prompt_after(app.config.system_prompt)
         #: Whether reminders may be pinned to the first message of the history.
         self.can_pin = True
         self.set_turn(turn)
@@ -18389,7 +18705,8 @@ class AttemptSource:
     def set_turn(self, turn: Turn) -> None:
         """Get the answer to another form of the same request from now on."""
         self.turn = turn
-        self.history = history_of(turn, self._job.caller.scope, self._config.system_prompt)
+        caller = self._job.caller
+        self.history = history_of(turn, caller.scope, self._prompt, caller.stamp)
 
     def can_continue(self) -> bool:
         """Return whether `continued` would return an attempt."""
@@ -18481,17 +18798,18 @@ class AttemptSource:
         app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         has_schema = turn.output_schema is not None
+        kind = ProcessKind(turn.model.argument, self._job.caller.login)
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
-            app.pool.mark_used(turn.model.argument, has_schema=has_schema)
-        spare = app.pool.take_spare(turn.model.argument, has_schema=has_schema)
-        process = record.process = spare or app.pool.start(turn.model.argument)
+            app.pool.mark_used(kind, has_schema=has_schema)
+        spare = app.pool.take_spare(kind, has_schema=has_schema)
+        process = record.process = spare or app.pool.start(kind)
         record.warm = spare is not None
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
         config = app.config
         setup = setup_lines(
-            turn, config.system_prompt, agent=config.is_agent, is_primed=process.is_primed
+            turn, self._prompt, agent=config.is_agent, is_primed=process.is_primed
         )
         return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
@@ -18517,6 +18835,7 @@ class TurnRunner:
         self._app = app
         self._job = job
         self._record = record
+        self._login = app.logins.state(job.caller.login)
         config = self._config = app.config
         #: The attempt that is under way.
         self._attempt: Attempt | None = None
@@ -18557,7 +18876,8 @@ class TurnRunner:
             if isinstance(error, UnknownModel):
                 error.message += self._other_models()
             if isinstance(error, LoginLost):
-                self._app.login_lost()
+                error.message = error.message.replace(LOGIN_ADVICE, self._login.advice)
+                self._app.login_lost(self._job.caller.login)
             error.logged = True
             self._log(
                 "warn", "answer_failed", status=error.status, kind=error.kind,
@@ -18606,7 +18926,7 @@ class TurnRunner:
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
-        app.check_extra_usage(source.turn.model.argument)
+        app.check_extra_usage(source.turn.model.argument, self._login.account)
         stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
             source.continued, source.rewound, source.rebuilt, source.rebuilt
@@ -18728,8 +19048,8 @@ class TurnRunner:
         """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
         means that claude still writes an answer that was ended here."""
         app, process = self._app, attempt.process
-        app.account.set_login(True)
-        app.pool.mark_used(process.model_id)
+        self._login.account.set_login(True)
+        app.pool.mark_used(process.kind)
         conversation = None if is_cut else self._conversation_after(attempt, finished)
         self._record.process = None
         if conversation is not None:
@@ -18807,7 +19127,7 @@ class TurnRunner:
         return is_answering and not record.readers[-1].finished
 
 
-# ==== 46. Answering ==========================================================
+# ==== 48. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -18972,7 +19292,8 @@ class Requests:
     def _from_cache(self, job: Job) -> Iterator[Iterator[Choice]]:
         """Give the cached answer, or the one that is on its way to all who sent the same."""
         app, config = self._app, self._app.config
-        key = cache_key(job.turn, job.caller, config.system_prompt)
+        prompt = job.caller.prompt_after(config.system_prompt)
+        key = cache_key(job.turn, job.caller, prompt)
         try:
             place = app.cache.lookup(key, config.cache_ttl_ms / 1000)
         except OSError as problem:
@@ -19156,7 +19477,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 47. App ================================================================
+# ==== 49. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -19355,11 +19676,8 @@ class App:
         self.gate = Gate(self.config)
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
-        #: What processes said about the plan, until somebody takes it to the account.
-        self._notices: queue.SimpleQueue[Json] = queue.SimpleQueue()
-        self._starter = ClaudeStarter(
-            self.program, self.claude_folder, self.settings, environ, log, self._take_report, clock
-        )
+        self.logins = self._logins()
+        self._starter = self._claude_starter(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -19371,6 +19689,8 @@ class App:
         self.intervals = Intervals(clock)
         self.connections = Connections()
         self.address = ServerAddress(config, config.bind, config.port)
+        #: What processes said about their login's plan, until somebody takes it to the account.
+        self._notices: queue.SimpleQueue[tuple[Login, Json]] = queue.SimpleQueue()
         #: Wakes the housekeeper: "tend" or "stop". Signal handlers may put into it.
         self.wakeups: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._login_monitor = LoginMonitor(self.claude_folder, clock)
@@ -19382,6 +19702,16 @@ class App:
             functools.partial(self._starter.start_login, obstacle),
             functools.partial(self.pool.stop, graceful=False), self._login_renewed, self.log,
             self.clock,
+        )
+
+    def _logins(self) -> Logins:
+        server = LoginState(self.account, self.claude_folder)
+        return Logins(server, self.state_folder.path_of("logins"), self.log)
+
+    def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
+        return ClaudeStarter(
+            self.program, self.logins.with_login, self.settings, environ, self.log,
+            self._take_report, self.clock,
         )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
@@ -19432,13 +19762,14 @@ class App:
                 self._plan_record.write()
         self.state_folder.check()
 
-    def _take_report(self, report: Json) -> None:
-        """Take what a process reports. The next request already needs the models."""
-        if "models" in report:
+    def _take_report(self, login: Login, report: Json) -> None:
+        """Take what a process of this login reports. The next request already needs the models,
+        which are those of the server's account."""
+        if "models" not in report:
+            self._notices.put((login, report))
+        elif login == SERVER_LOGIN:
             offered = offered_models(report["models"])
             self.catalog.add_report(report["version"], report["model"], offered)
-        else:
-            self._notices.put(report)
 
     # -- claude -------------------------------------------------------------------------------
 
@@ -19447,26 +19778,40 @@ class App:
         self._take_notices()
         self.catalog.set_version(self.program_monitor.check().version)
 
-    def check_extra_usage(self, model_id: str | None) -> None:
-        """Raise ExtraUsageStopped if an answer of this model would be billed as extra usage and the
-        operator does not want that; see Account.check_not_billed."""
+    def check_extra_usage(self, model_id: str | None, account: Account) -> None:
+        """Raise ExtraUsageStopped if an answer of this model would be billed to this account as
+        extra usage and the operator does not want that; see Account.check_not_billed."""
         if self.config.extra_usage == "stop":
             # claude says it after the answer, and the next request may come at once.
             self.pool.drain_parked()
             self._take_notices()
-            self.account.check_not_billed(model_id)
+            account.check_not_billed(model_id)
 
-    def login_lost(self) -> None:
-        """Stop using processes whose login the API has refused."""
-        self.account.set_login(False)
-        self._login_monitor.mark_checked()
-        self.claude_folder.login_changed()
-        self.pool.drop()
+    def login_lost(self, login: Login) -> None:
+        """Stop using processes of a login that the API has refused."""
+        state = self.logins.state(login)
+        state.account.set_login(False)
+        if login == SERVER_LOGIN:
+            self._login_monitor.mark_checked()
+        state.folder.login_changed()
+        self.pool.drop(login)
+
+    def login_renewed(self, login: Login) -> None:
+        """Let processes of a key's login start anew, because it was set."""
+        if login != SERVER_LOGIN:
+            self.logins.state(login).account.set_login(None)
+            self.pool.drop(login)
+
+    def login_replaced(self, login: Login) -> None:
+        """Forget a login that a key had, unless another key has it."""
+        if login != SERVER_LOGIN and all(key.login != login for key in self.keys.all()):
+            self.pool.drop(login, is_over=True)
+            self.logins.forget(login)
 
     def _login_renewed(self) -> None:
         """Start anew with another login. Idle processes may still hold the last one."""
         self.claude_folder.login_changed()
-        self.pool.drop()
+        self.pool.drop(SERVER_LOGIN)
         self.account.set_login(None)
         self.wakeups.put("tend")
 
@@ -19476,7 +19821,7 @@ class App:
         """Do the housekeeping until a wakeup says stop. For the main thread."""
         with contextlib.suppress(UnknownModel):
             # The default model can be an alias of the operator, which was removed at run time.
-            self.pool.mark_used(self.models.find(self.config.default_model).argument)
+            self.pool.mark_used(ProcessKind(self.models.find(self.config.default_model).argument))
         wakeup = ""
         while wakeup != "stop":
             wait_s = self.tend()
@@ -19555,7 +19900,7 @@ class App:
         """Process what claude processes have reported about the plan and their version."""
         while True:
             try:
-                notice = self._notices.get_nowait()
+                login, notice = self._notices.get_nowait()
             except queue.Empty:
                 return
             version = version_in(str(notice.get("claude_code_version", "")))
@@ -19563,7 +19908,8 @@ class App:
             if version is not None:
                 self.program.correct_version(version)
             elif news is not None:
-                self.account.update_plan(news, _text_field(notice, "model"))
+                account = self.logins.state(login).account
+                account.update_plan(news, _text_field(notice, "model"))
 
     def _prune(self) -> None:
         """Delete rows of usage, and digests of thinking, that are too old, once an hour."""
@@ -19627,7 +19973,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 48. Routes =============================================================
+# ==== 50. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -19716,7 +20062,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 49. HTTP server ========================================================
+# ==== 51. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -20335,10 +20681,7 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
         try:
             return authorize(app.config, app.keys, access, headers, peer)
         except Unauthorized:
-            if any(presented_keys(headers)):
-                max_delay_s = app.config.wrong_key_delay_ms / 1000
-                with app.wrong_keys.delay_answer(peer, max_delay_s) as wait_s:
-                    time.sleep(wait_s)
+            app.wrong_keys.delay(headers, peer, app.config.wrong_key_delay_ms / 1000)
             raise
 
     def _answer_options(self, exchange: Exchange, matches: list[Match]) -> None:
@@ -20611,7 +20954,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 50. Dashboard ==========================================================
+# ==== 52. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -20679,7 +21022,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 51. API endpoints ======================================================
+# ==== 53. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -21117,7 +21460,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 52. Health and logs ====================================================
+# ==== 54. Health and logs ====================================================
 # The state of the server and its log. Reports pick their numbers from one `snapshot`.
 
 
@@ -21221,11 +21564,47 @@ def snapshot(app: App) -> Json:
     }
 
 
+def _is_operator(app: App, exchange: Exchange) -> bool:
+    """Return whether the request of a public route has the admin key. A wrong key is answered as
+    late as on other routes, so that nobody tries keys here."""
+    headers, peer = exchange.headers, exchange.peer
+    try:
+        authorize(app.config, app.keys, Access.ADMIN, headers, peer)
+    except Forbidden:
+        return False
+    except Unauthorized:
+        app.wrong_keys.delay(headers, peer, app.config.wrong_key_delay_ms / 1000)
+        return False
+    return True
+
+
+def _tenants_in_health(app: App, *, is_operator: bool) -> Json:
+    """Return how many tenants there are, and for the operator also who they are."""
+    tenants = [key for key in app.keys.all() if key.tenant.folder]
+    if not is_operator:
+        return {"tenantCount": len(tenants)}
+    loads = tenant_loads(app)
+    names = ("running", "waiting", "parked")
+    return {"tenantCount": len(tenants), "tenants": [
+        {"name": key.name, "level": key.tenant.profile["level"],
+         **{name: loads[name].get(key.caller.scope, 0) for name in names}} for key in tenants
+    ]}
+
+
+def tenant_loads(app: App) -> dict[str, dict[str, int]]:
+    """Return the numbers of running and waiting requests and of parked processes by scope."""
+    return {
+        "running": app.gate.running_by_caller(), "waiting": app.gate.waiting_by_caller(),
+        "parked": app.pool.parked_by_caller(),
+    }
+
+
 def get_health(app: App, exchange: Exchange) -> None:
-    """GET /health: return the state of the server."""
+    """GET /health: return the state of the server; with the admin key also the tenants by name."""
     advertised = app.config.advertised_key
     key = {"anonymousKey": advertised} if advertised else {}
-    exchange.response.send_json({**snapshot(app), **key})
+    tenants = _tenants_in_health(app, is_operator=_is_operator(app, exchange))
+    exchange.response.send_json({**snapshot(app), **key, **tenants})
 
 
 def get_ready(app: App, exchange: Exchange) -> None:
@@ -21336,7 +21715,7 @@ def get_logs(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# ==== 53. Key endpoints ======================================================
+# ==== 55. Key endpoints ======================================================
 # What the operator calls to manage keys and their quotas.
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
@@ -21552,6 +21931,8 @@ def _key_entry(app: App, key: Key) -> Json:
         "webSearch": key.web_search,
         "softPercent": key.soft_percent,
         "modelQuotas": key.model_quotas,
+        # The login of its own, with what is known of its plan; null = the server's.
+        "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
         "lastUsed": iso(key.used_s),
         "createdAt": iso(key.created_s),
         "revokedAt": iso(key.revoked_s),
@@ -21589,11 +21970,29 @@ def _connect_fields(app: App) -> Json:
 
 def get_keys(app: App, exchange: Exchange) -> None:
     """GET /api/keys: list all keys, newest first, with the use of their quotas but without their
-    secrets; revoked keys are included. `connectUrl` is the address that devices reach, or null,
-    and `connectNote` says why."""
+    secrets; revoked keys are included. `logins` are those of keys, with what the keys of each have
+    used. `connectUrl` is the address that devices reach, or null, and `connectNote` says why."""
     keys = app.keys.all()
     entries = [_key_entry(app, key) for key in keys]
-    exchange.response.send_json({"keys": entries, **_connect_fields(app)})
+    exchange.response.send_json(
+        {"keys": entries, "logins": _logins_of(app, keys), **_connect_fields(app)}
+    )
+
+
+def _logins_of(app: App, keys: list[Key]) -> list[Json]:
+    """Return the logins of these keys but the server's: what is known of each and of its plan, the
+    names of its keys, and what they have used in the periods of quotas."""
+    owners: dict[Login, list[Key]] = {}
+    for key in keys:
+        owners.setdefault(key.login, []).append(key)
+    owners.pop(SERVER_LOGIN, None)
+    found = []
+    for login, own in owners.items():
+        reports = [app.ledger.quota_report(key) for key in own]
+        used = {name: sum(each[name]["used"] for each in reports) for name in _QUOTA_NAMES}
+        names = [key.name for key in own]
+        found.append({**app.logins.report(login), "keys": names, "used": used})
+    return found
 
 
 def _with_storage_warning(app: App, body: Json) -> Json:
@@ -21622,14 +22021,33 @@ def _audited_change(
         raise not_stored
 
 
+#: The form of a secret that the operator brings along.
+_SECRET_PATTERN = "[A-Za-z0-9_-]{32,128}"
+_SECRET_BODY: Json = {
+    "type": ["string", "null"], "pattern": f"^{_SECRET_PATTERN}$", "description": "null: a new one",
+}
+
+
+def _given_secret(app: App, fields: Fields) -> str:
+    """Return the secret that a key is to have; empty = a new one. Raises BadRequest, KeyExists."""
+    secret = fields.text("secret") or ""
+    if secret and not re.fullmatch(_SECRET_PATTERN, secret):
+        raise fields.invalid("secret", "32 to 128 letters, digits, _ and -")
+    if any(same_secret(secret, each) for each in app.config.secrets):
+        raise KeyExists("The server itself uses this secret: choose another one.", param="secret")
+    return secret
+
+
 def create_key(app: App, exchange: Exchange) -> None:
-    """POST /api/keys: create a key; only this response contains its secret."""
-    fields = _read_fields(exchange, (*_KEY_NAMES, "quota"))
+    """POST /api/keys: create a key; only this response contains its secret. `secret` keeps one that
+    clients have already."""
+    fields = _read_fields(exchange, (*_KEY_NAMES, "quota", "secret"))
     columns = _key_columns(app, fields)
     quota = fields.child("quota")
     if quota is not None:
         columns["quota"] = _set_limits(quota)
-    key, secret = app.keys.create(str(columns.pop("name", "")), columns)
+    secret = _given_secret(app, fields)
+    key, secret = app.keys.create(str(columns.pop("name", "")), columns, secret)
     _audit(app, exchange, "key_created", key=key.name, id=key.id)
     body = {"id": key.id, "key": secret, **_key_entry(app, key), **_connect_fields(app)}
     exchange.response.send_json(_with_storage_warning(app, body), status=201)
@@ -21657,19 +22075,23 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
     revoked = False
     with contextlib.suppress(NotFound):
         found = app.keys.find(key)
-        with _audited_change(app, exchange, "key_revoked", found):
-            revoked = app.keys.revoke(found)
+        try:
+            with _audited_change(app, exchange, "key_revoked", found):
+                revoked = app.keys.revoke(found)
+        finally:
+            app.login_replaced(found.login)
+            app.store.overwrite_deleted()
     exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
 
 def rotate_key(app: App, exchange: Exchange, key: str) -> None:
-    """POST /api/keys/{key}/rotate {"grace": "24h"}: replace the key's secret; the old one works
-    until the end of `grace`, or without it stops working at once."""
+    """POST /api/keys/{key}/rotate {"grace": "24h"}: replace the key's secret, by `secret` if that
+    is given; the old one works until the end of `grace`, or without it stops working at once."""
     found = app.keys.find(key)
     raw = exchange.body()
-    fields = _with_known_fields(Fields(parse_json_body(raw) if raw else {}), ("grace",))
+    fields = _with_known_fields(Fields(parse_json_body(raw) if raw else {}), ("grace", "secret"))
     grace_s = _grace_s(fields)
-    secret = app.keys.rotate(found, grace_s)
+    secret = app.keys.rotate(found, grace_s, _given_secret(app, fields))
     _audit(app, exchange, "key_rotated", key=found.name, id=found.id, grace_s=grace_s or None)
     old = _key_entry(app, app.keys.find(str(found.id)))["oldSecret"]
     body = {"id": found.id, "name": found.name, "key": secret, "oldSecret": old}
@@ -21720,7 +22142,297 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     exchange.response.send_json(_with_storage_warning(app, body))
 
 
-# ==== 54. Usage endpoints ====================================================
+# ==== 56. Tenant endpoints ===================================================
+# What the operator adds to keys: logins of their own, and the profiles of tenants.
+
+_LOGIN_FIELDS = ("token", "folder")
+
+
+def _own_login(app: App, key: Key, fields: Fields) -> Login:
+    """Return the login that a body names. Raises BadRequest, whose message has nothing of it."""
+    if fields.value("folder") is True and key.tenant.folder:
+        place = os.path.join(tenant_path(app, key.tenant), "claude")
+        _make_folder(place)
+        return Login(folder=place)
+    token, folder = (fields.text(name) for name in _LOGIN_FIELDS)
+    if (token is None) == (folder is None):
+        raise BadRequest("Send either `token` or `folder`.")
+    if folder is not None:
+        return Login(folder=_login_folder(fields, folder))
+    # Terminals break it into lines.
+    token = "".join((token or "").split())
+    if not re.fullmatch(r"[\x21-\x7e]{20,4096}", token) or token.startswith(("sk-ant-api", "ocp_")):
+        raise fields.invalid("token", "the whole token that `claude setup-token` has printed")
+    return Login(token)
+
+
+def _login_folder(fields: Fields, text: str) -> str:
+    """Return the path of a folder in which somebody has logged in. Raises BadRequest."""
+    folder = os.path.normpath(os.path.expanduser(text))
+    path = os.path.join(folder, ".credentials.json")
+    if not os.path.isabs(folder) or not os.path.isfile(path):
+        raise fields.invalid(
+            "folder", "an absolute path of a folder on the server that holds .credentials.json: "
+            "`CLAUDE_CONFIG_DIR=FOLDER claude auth login` there makes it"
+        )
+    # claude writes renewed tokens into it.
+    if not os.access(path, os.R_OK | os.W_OK) or not os.access(folder, os.W_OK):
+        raise fields.invalid("folder", "a folder that the server's user may read and write")
+    return folder
+
+
+def _send_login(app: App, exchange: Exchange, key: Key, login: Login) -> None:
+    """Give a key this login and send the key. Idle processes with it start anew."""
+    try:
+        with _audited_change(app, exchange, "key_login_changed", key, login=login.kind):
+            app.keys.change(key, {"login": login})
+    finally:
+        app.login_replaced(key.login)
+        app.store.overwrite_deleted()
+    app.login_renewed(login)
+    entry = _key_entry(app, app.keys.find(str(key.id)))
+    exchange.response.send_json(_with_storage_warning(app, entry))
+
+
+def set_key_login(app: App, exchange: Exchange, key: str) -> None:
+    """PUT /api/keys/{key}/login {"token": "..."} or {"folder": "/path"}: answer this key's requests
+    with a Claude login of its own. The token is not shown again. For a tenant `"folder": true` is
+    the folder `claude` in its own."""
+    found = app.keys.find(key)
+    fields = _read_fields(exchange, _LOGIN_FIELDS)
+    if app.demo:
+        raise LoginConflict("This server is a demo: it uses no account.")
+    _send_login(app, exchange, found, _own_login(app, found, fields))
+
+
+def remove_key_login(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/login: answer this key's requests with the server's login again."""
+    _send_login(app, exchange, app.keys.find(key), SERVER_LOGIN)
+
+
+_MAX_TENANT_PROMPT_CHARS = 32_000
+_MAX_INSTANCE_BYTES = 16_384
+_MAX_ENV_VARIABLES = 200
+_MAX_ENV_BYTES = 32_768
+#: Variables that could change claude, the loader or a relay itself, in any case.
+_BLOCKED_ENV = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|.*_PROXY|(PYTHON|PERL|RUBY|CLAUDE).*|"
+    r"(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|"
+    r"XDG|DBUS|SSL)_.*", re.IGNORECASE,
+)
+_TENANT_SCHEMAS: dict[str, Json] = {
+    "level": {"enum": [*TENANT_LEVELS, None]},
+    "prompt": {"type": ["string", "null"], "maxLength": _MAX_TENANT_PROMPT_CHARS},
+    "instance": {"type": ["object", "null"], "description": "what finds the instance again"},
+}
+
+
+def tenant_path(app: App, tenant: Tenant) -> str:
+    """Return the path of a tenant's folder."""
+    return os.path.join(app.state_folder.path_of("tenants"), tenant.folder)
+
+
+def _make_folder(path: str) -> bool:
+    """Make a folder with mode 0700; return False if it is there. Raises StorageFailed."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        os.mkdir(path, mode=0o700)
+    except FileExistsError:
+        return False
+    except OSError as problem:
+        raise StorageFailed(f"A folder cannot be made ({problem.strerror}): {path}") from None
+    return True
+
+
+def _folder_name(app: App, key: Key) -> str:
+    """Return the name of the folder of a new tenant: that of its key, made to fit."""
+    plain = unicodedata.normalize("NFKD", key.name).encode("ascii", "ignore").decode("ascii")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:48] or f"tenant-{key.id}"
+    is_taken = any(_folded(other.tenant.folder) == _folded(name) for other in app.keys.all())
+    return f"{name}-{key.id}" if is_taken else name
+
+
+def _profile_changes(fields: Fields) -> Json:
+    """Return the fields of a profile that a body sets; null is the default. Raises BadRequest."""
+    level, prompt = fields.text("level"), fields.text("prompt")
+    if level not in (None, *TENANT_LEVELS):
+        raise fields.invalid("level", " or ".join(TENANT_LEVELS) + ": this server has no other")
+    if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
+        raise fields.invalid("prompt", f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
+    instance = fields.child("instance")
+    if instance is not None and len(to_json(instance.object)) > _MAX_INSTANCE_BYTES:
+        raise fields.invalid("instance", f"at most {_MAX_INSTANCE_BYTES:,} bytes of JSON")
+    given = {"level": level, "prompt": prompt, "instance": instance and instance.object}
+    return {
+        name: TENANT_PROFILE[name] if given[name] is None else given[name]
+        for name in TENANT_PROFILE if name in fields.object
+    }
+
+
+def _tenant_key(app: App, key: str) -> Key:
+    """Return the key of a tenant. Raises NotFound."""
+    found = app.keys.find(key)
+    if not found.tenant.folder:
+        raise NotFound(f"The key {found.name!r} has no tenant: PUT makes it one.")
+    return found
+
+
+def _skill_counts(path: str) -> Json:
+    """Return how many skills a tenant's folder has, and how many entries beside them are none."""
+    try:
+        with os.scandir(os.path.join(path, "skills")) as found:
+            entries = list(found)
+    except OSError:
+        entries = []
+    count = sum(
+        each.is_dir(follow_symlinks=False)
+        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", each.name) is not None
+        and os.path.isfile(os.path.join(each.path, "SKILL.md")) for each in entries
+    )
+    return {"count": count, "skipped": len(entries) - count}
+
+
+def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) -> Json:
+    tenant, path = key.tenant, tenant_path(app, key.tenant)
+    return {
+        "keyId": key.id, "name": key.name, **tenant.profile,
+        "levelInForce": tenant.profile["level"],
+        "folder": path,
+        "env": sorted(tenant.env),
+        "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
+        "skills": _skill_counts(path),
+        "maxConcurrent": key.max_concurrent,
+        **{name: counts.get(key.caller.scope, 0) for name, counts in loads.items()},
+        "spares": app.pool.spares_of(key.login),
+        "lastUsed": None if key.used_s is None else iso_time(key.used_s),
+    }
+
+
+def _send_tenant(app: App, exchange: Exchange, key: Key, status: int = 200, **more: object) -> None:
+    entry = _tenant_entry(app, app.keys.find(str(key.id)), tenant_loads(app))
+    exchange.response.send_json(_with_storage_warning(app, {**entry, **more}), status)
+
+
+def get_tenants(app: App, exchange: Exchange) -> None:
+    """GET /api/tenants: list all tenants with what they do and may do; of their variables only the
+    names."""
+    loads = tenant_loads(app)
+    entries = [_tenant_entry(app, key, loads) for key in app.keys.all() if key.tenant.folder]
+    exchange.response.send_json({"tenants": entries})
+
+
+def get_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """GET /api/keys/{key}/tenant: return the tenant of this key."""
+    _send_tenant(app, exchange, _tenant_key(app, key))
+
+
+def _change_tenant(
+    app: App, exchange: Exchange, key: Key, event: str, change: Callable[[Tenant], Tenant],
+    **shown: object,
+) -> bool:
+    """Change a tenant and log it with names only. Return whether that changed anything."""
+    try:
+        with _audited_change(app, exchange, event, key, **shown):
+            before, after = app.keys.set_tenant(key, change)
+    finally:
+        app.store.overwrite_deleted()
+    return before != after
+
+
+def put_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """PUT /api/keys/{key}/tenant: make this key a tenant's, or replace the tenant's profile. The
+    variables stay."""
+    found = app.keys.require_unrevoked(app.keys.find(key))
+    fields = _read_fields(exchange, (*TENANT_PROFILE, "adopt"))
+    profile = {**TENANT_PROFILE, **_profile_changes(fields)}
+    adopts, is_new = fields.flag("adopt"), not found.tenant.folder
+    if app.demo:
+        raise BadRequest("This server is a demo: it has no tenants.")
+    folder = found.tenant.folder or _folder_name(app, found)
+    if not _make_folder(tenant_path(app, Tenant(folder))) and is_new and not adopts:
+        raise FolderExists(
+            f"There is a folder tenants/{folder} in the server's state folder: send "
+            '`"adopt": true` to take it over, or move it away.', param="adopt",
+        )
+    is_changed = _change_tenant(
+        app, exchange, found, "tenant_made" if is_new else "tenant_changed",
+        lambda tenant: tenant._replace(folder=folder, profile=profile),
+    )
+    _send_tenant(app, exchange, found, 201 if is_new else 200, changed=is_changed)
+
+
+def change_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """PATCH /api/keys/{key}/tenant: change fields of the tenant's profile; the others stay."""
+    found = _tenant_key(app, key)
+    changes = _profile_changes(_read_fields(exchange, tuple(TENANT_PROFILE)))
+    is_changed = _change_tenant(
+        app, exchange, found, "tenant_changed",
+        lambda tenant: tenant._replace(profile={**tenant.profile, **changes}),
+        fields=list(changes),
+    )
+    _send_tenant(app, exchange, found, changed=is_changed)
+
+
+def remove_tenant(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/tenant: forget the tenant and its variables; its key and its folder
+    stay."""
+    found = app.keys.find(key)
+    removed = bool(found.tenant.folder) and _change_tenant(
+        app, exchange, found, "tenant_removed", lambda _: NO_TENANT
+    )
+    exchange.response.send_json(_with_storage_warning(app, {"removed": removed, "idOrName": key}))
+
+
+def _env_changes(fields: Fields) -> dict[str, str | None]:
+    """Return the variables that a body sets; None removes one. Raises BadRequest, which names the
+    variable and never its value."""
+    changes = {name: fields.text(name) for name in fields.object}
+    for name, value in changes.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+            shown = one_line(name, 80)
+            raise BadRequest(f"{shown!r} is no name of a variable.", param=shown)
+        if value is not None and _BLOCKED_ENV.fullmatch(name):
+            raise BadRequest(f"{name}: a tenant must not set this variable.", param=name)
+        size = len((value or "").encode("utf-8", "surrogatepass"))
+        if value is not None and ("\0" in value or size > _MAX_ENV_BYTES):
+            raise fields.invalid(name, f"at most {_MAX_ENV_BYTES:,} bytes, none of them zero")
+    return changes
+
+
+def change_tenant_env(app: App, exchange: Exchange, key: str) -> None:
+    """PATCH /api/keys/{key}/tenant/env {"A": "value", "B": null}: set variables of the tenant; null
+    removes one. Values are not shown again."""
+    found = _tenant_key(app, key)
+    changes = _env_changes(Fields(parse_json_body(exchange.body())))
+    before = found.tenant.env
+
+    def changed(tenant: Tenant) -> Tenant:
+        env = {name: value for name, value in {**tenant.env, **changes}.items()
+               if value is not None}
+        if len(env) > _MAX_ENV_VARIABLES:
+            raise BadRequest(f"A tenant may have {_MAX_ENV_VARIABLES} variables at most.")
+        return tenant._replace(env=env)
+
+    names = {
+        "changed": [n for n, value in changes.items() if value not in (None, before.get(n))],
+        "removed": [n for n, value in changes.items() if value is None and n in before],
+    }
+    _change_tenant(app, exchange, found, "tenant_env_changed", changed, **names)
+    env = app.keys.find(str(found.id)).tenant.env
+    exchange.response.send_json(_with_storage_warning(app, {**names, "names": sorted(env)}))
+
+
+def set_tenant_login(app: App, exchange: Exchange, key: str) -> None:
+    """PUT /api/keys/{key}/tenant/login: as PUT /api/keys/{key}/login, of a tenant only."""
+    set_key_login(app, exchange, str(_tenant_key(app, key).id))
+
+
+def remove_tenant_login(app: App, exchange: Exchange, key: str) -> None:
+    """DELETE /api/keys/{key}/tenant/login: as DELETE /api/keys/{key}/login, of a tenant only."""
+    remove_key_login(app, exchange, str(_tenant_key(app, key).id))
+
+
+# ==== 57. Usage endpoints ====================================================
 # Running requests, usage, the own numbers of a key's holder, and failures.
 
 
@@ -22041,7 +22753,7 @@ def get_status(app: App, exchange: Exchange) -> None:
     })
 
 
-# ==== 55. Management endpoints ===============================================
+# ==== 58. Management endpoints ===============================================
 # What the operator calls to change settings, test alerts, clear the cache, log claude in, and have
 # requests captured; and metrics.
 
@@ -22248,7 +22960,7 @@ def stop_capture(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"stopped": stopped, **app.capture.report()})
 
 
-# ==== 56. Pages and OpenAPI ==================================================
+# ==== 59. Pages and OpenAPI ==================================================
 # The pages for browsers, the script for devices, and the OpenAPI document.
 
 
@@ -22381,6 +23093,13 @@ def _closed(properties: Mapping[str, Json]) -> Json:
 
 
 _KEY_PROPERTIES = {name: schema for name, _, _, schema in _KEY_FIELDS}
+_LOGIN_BODY: Json = {
+    **_closed({
+        "token": {**_NAME, "maxLength": 4096},
+        "folder": {"anyOf": [{**_NAME, "maxLength": 4096}, {"const": True}]},
+    }),
+    "minProperties": 1, "maxProperties": 1,
+}
 
 #: Schemas of request bodies, by operation.
 _BODIES: dict[str, Json] = {
@@ -22391,10 +23110,21 @@ _BODIES: dict[str, Json] = {
         )
         for operation, (required, more) in _REQUESTS.items()
     },
-    "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY}),
+    "create_key": _closed({**_KEY_PROPERTIES, "quota": _QUOTA_BODY, "secret": _SECRET_BODY}),
     "change_key": _closed(_KEY_PROPERTIES),
-    "rotate_key": _closed({"grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"}}),
+    "rotate_key": _closed({
+        "grace": {"type": ["string", "null"], "description": "24h, 90m, 7d"},
+        "secret": _SECRET_BODY,
+    }),
     "change_quota": {**_QUOTA_BODY, "minProperties": 1},
+    "set_key_login": _LOGIN_BODY,
+    "set_tenant_login": _LOGIN_BODY,
+    "put_tenant": _closed({**_TENANT_SCHEMAS, "adopt": {"type": ["boolean", "null"]}}),
+    "change_tenant": _closed(_TENANT_SCHEMAS),
+    "change_tenant_env": {
+        "type": "object", "maxProperties": _MAX_ENV_VARIABLES,
+        "additionalProperties": {"type": ["string", "null"], "maxLength": _MAX_ENV_BYTES},
+    },
     "finish_login": {
         **_object_type(["code"], {"code": {**_NAME, "maxLength": _MAX_CODE_CHARS}}),
         "additionalProperties": False,
@@ -22441,7 +23171,8 @@ _QUERIES: dict[str, dict[str, Json]] = {
 }
 #: Status codes of responses that are not in the error format, by operation; otherwise 200.
 _STATUSES = {
-    "create_key": ("201",), "begin_login": ("201",), "start_capture": ("201",),
+    "create_key": ("201",), "put_tenant": ("200", "201"),
+    "begin_login": ("201",), "start_capture": ("201",),
     "change_settings": ("200", "207", "400"), "get_root": ("200", "302"),
 }
 #: Media types of responses, by operation; otherwise JSON.
@@ -22520,7 +23251,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 57. Table of routes ====================================================
+# ==== 60. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -22551,6 +23282,16 @@ ROUTES = (
     Route("DELETE", "/api/keys/{key}",           Access.ADMIN,  CHAT,        revoke_key),
     Route("POST",   "/api/keys/{key}/rotate",    Access.ADMIN,  CHAT,        rotate_key),
     Route("DELETE", "/api/keys/{key}/grace",     Access.ADMIN,  CHAT,        end_grace),
+    Route("PUT",    "/api/keys/{key}/login",     Access.ADMIN,  CHAT,        set_key_login),
+    Route("DELETE", "/api/keys/{key}/login",     Access.ADMIN,  CHAT,        remove_key_login),
+    Route("GET",    "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        get_tenant),
+    Route("PUT",    "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        put_tenant),
+    Route("PATCH",  "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        change_tenant),
+    Route("DELETE", "/api/keys/{key}/tenant",    Access.ADMIN,  CHAT,        remove_tenant),
+    Route("PATCH",  "/api/keys/{key}/tenant/env", Access.ADMIN, CHAT,        change_tenant_env),
+    Route("PUT",    "/api/keys/{key}/tenant/login", Access.ADMIN, CHAT,      set_tenant_login),
+    Route("DELETE", "/api/keys/{key}/tenant/login", Access.ADMIN, CHAT,      remove_tenant_login),
+    Route("GET",    "/api/tenants",              Access.ADMIN,  CHAT,        get_tenants),
     Route("GET",    "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        get_quota),
     Route("PATCH",  "/api/keys/{key}/quota",     Access.ADMIN,  CHAT,        change_quota),
     Route("GET",    "/api/requests",             Access.ADMIN,  CHAT,        get_requests),
@@ -22585,7 +23326,7 @@ ROUTES = (
 )
 
 
-# ==== 58. Demo claude ========================================================
+# ==== 61. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -22788,7 +23529,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 59. Command line =======================================================
+# ==== 62. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

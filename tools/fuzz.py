@@ -252,6 +252,7 @@ LIVE = {"cacheTTL": 600_000, "cacheMaxBytes": 262_144, "maxQueue": 64, "heartbea
 #: How a client begins that speaks TLS.
 TLS_HELLO = b"\x16\x03"
 
+TENANT: Json = {"level": "api", "prompt": "Be brief.", "instance": {"container": "box-1"}}
 #: What a route takes, in one or several forms. A route that is not here takes no body.
 BODIES: Mapping[tuple[str, str], Sequence[Json]] = {
     ("POST", "/v1/chat/completions"): (CHAT_FULL, CHAT_SHAPED, CHAT_SESSION, CHAT_LEGACY),
@@ -264,6 +265,11 @@ BODIES: Mapping[tuple[str, str], Sequence[Json]] = {
     ("POST", "/v1/embeddings"): ({"model": "m", "input": "text"},),
     ("POST", "/api/keys"): ({**KEY, "quota": QUOTA},),
     ("PATCH", "/api/keys/{key}"): (KEY,),
+    ("PUT", "/api/keys/{key}/login"): ({"token": "sk-ant-oat01-of-another-account"},),
+    ("PUT", "/api/keys/{key}/tenant"): (TENANT,),
+    ("PATCH", "/api/keys/{key}/tenant"): (TENANT,),
+    ("PATCH", "/api/keys/{key}/tenant/env"): ({"SECRET": "value", "OLD": None},),
+    ("PUT", "/api/keys/{key}/tenant/login"): ({"folder": True},),
     ("POST", "/api/keys/{key}/rotate"): ({"grace": "1h"},),
     ("PATCH", "/api/keys/{key}/quota"): (QUOTA,),
     ("PATCH", "/settings"): (LIVE,),
@@ -1035,6 +1041,7 @@ class Fuzzed:
             self._users += 1
             name = f"fuzz-user-{self._users}"
             user = self.call("POST", "/api/keys", {"name": name}).json()["key"]
+        self.call("PUT", f"/api/keys/{name}/tenant", {"adopt": True})
         stored = self.call("POST", "/v1/responses", {"input": GREETING}, user).json()
         self.call("POST", "/v1/chat/completions", CHAT_SESSION)
         with self._lock:

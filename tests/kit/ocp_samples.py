@@ -180,7 +180,18 @@ KEY: Json = {
     "softPercent": 80, "modelQuotas": {"opus": {"usdDaily": 1.5}},
     "quota": QUOTA["quota"], "modelQuotaUse": QUOTA["modelQuotaUse"],
 }
-KEYS: Json = {"keys": [KEY, {
+ANNA: Json = {
+    "id": 3, "keyPreview": "ocp_Wq1b...v0cE", "name": "anna", "createdAt": "2026-11-19T09:00:00Z",
+    "revoked": 0, "expiry": None, "expired": False, "models": [], "maxConcurrent": 0, "note": "",
+    "lastUsed": "2026-11-20T14:40:00Z",
+}
+LOGIN: Json = {
+    "id": "0c6f1d2a93be", "kind": "token", "folder": None, "state": "logged in",
+    "plan": {"currentSession": {"percent": "12%"},
+             "weeklyLimits": {"allModels": {"percent": "4%"}}},
+    "keys": ["anna"], "used": {"daily": 31, "tokensDaily": 84_200},
+}
+KEYS: Json = {"logins": [LOGIN], "keys": [ANNA, KEY, {
     "id": 1, "keyPreview": "ocp_8dQx...Zk3a", "name": "old phone",
     "created_at": "2026-10-01 08:00:00", "revoked": 1, "expiry": None, "expired": False,
     "models": [], "maxConcurrent": 0, "note": "", "lastUsed": None}]}

@@ -31,21 +31,23 @@ MAX_CLASS_LINES = 400
 
 #: How many lines each section of ocp_server.py is meant to have, and how far beyond it may be.
 SECTION_LINES = {
-    "Small tools": 280, "Settings": 680, "Errors": 350, "Log": 320, "Models": 760,
-    "Turns and events": 820, "Store": 420, "Keys and callers": 610,
+    "Small tools": 280, "Settings": 680, "Errors": 380, "Log": 320, "Models": 760,
+    "Turns and events": 820, "Store": 430, "Tenants": 90, "Keys and callers": 660,
     "Prices and limits": 190, "Usage rows": 290, "Usage and quotas": 400, "Tags": 120,
     "Patterns": 100, "JSON Schema": 580,
     "Model schemas": 440, "Request fields": 390, "Attachments": 370, "Content": 380, "Tools": 560,
     "Dialects": 370, "Chat completions": 420, "Messages": 240, "Response items": 300,
     "Responses": 460, "Claude protocol": 220, "Claude input": 410, "Plan and failures": 320,
     "Claude answers": 640, "Claude program": 630, "Claude process": 630, "Gate": 160,
-    "Conversations": 160, "Process pool": 380, "Sessions and responses": 250, "Cache": 250,
-    "Account": 290, "Sign-in": 220, "Alerts": 415, "Metrics": 140, "Connections": 390,
+    "Conversations": 160, "Process pool": 400, "Sessions and responses": 250, "Cache": 250,
+    "Account": 290, "Logins": 90, "Sign-in": 220, "Alerts": 415, "Metrics": 140,
+    "Connections": 390,
     "The original OCP": 290, "State folder": 175, "Capture": 240, "Jobs": 320,
-    "Running turns": 480, "Answering": 350, "App": 380, "Routes": 80, "HTTP server": 780,
+    "Running turns": 480, "Answering": 350, "App": 400, "Routes": 80, "HTTP server": 780,
     "Dashboard": 70, "API endpoints": 360, "Health and logs": 220, "Key endpoints": 390,
-    "Usage endpoints": 330, "Management endpoints": 210, "Pages and OpenAPI": 280,
-    "Table of routes": 55, "Demo claude": 190, "Command line": 310,
+    "Tenant endpoints": 310, "Usage endpoints": 330,
+    "Management endpoints": 210, "Pages and OpenAPI": 280,
+    "Table of routes": 62, "Demo claude": 190, "Command line": 310,
 }
 #: The same of ocp_channels.py.
 CHANNELS_SECTION_LINES = {

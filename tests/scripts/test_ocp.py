@@ -507,6 +507,44 @@ def test_keys_are_changed_by_the_api(tmp_path: Path, words: list[str], sent: Jso
     assert [(r.method, r.path, r.body) for r in changes] == [sent]
 
 
+LOGIN_REPLY = {**samples.KEY, "login": {
+    "id": "0123456789ab", "kind": "token", "folder": None, "state": "not known yet"}}
+
+
+def test_a_token_comes_over_standard_input_and_is_not_shown(tmp_path: Path) -> None:
+    with stub_server({"PUT /api/keys/anna/login": (200, LOGIN_REPLY)}) as server:
+        found = run(tmp_path, server.url, "keys", "login", "anna", stdin="sk-ant-oat01-\nabc\n")
+        (asked,) = (r for r in server.requests if r.method == "PUT")
+    assert found.code == 0, found
+    assert asked.body == {"token": "sk-ant-oat01-\nabc\n"}
+    assert "claude login" in found.stdout and "its own, by token: not known yet" in found.stdout
+    assert "sk-ant" not in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("words, sent", [
+    (["--folder", "/home/anna/.claude"],
+     ("PUT", "/api/keys/anna/login", {"folder": "/home/anna/.claude"})),
+    (["--server"], ("DELETE", "/api/keys/anna/login", None)),
+])
+def test_a_login_can_be_a_folder_or_the_servers(
+    tmp_path: Path, words: list[str], sent: Json
+) -> None:
+    answers = {f"{method} /api/keys/anna/login": (200, samples.KEY) for method in ("PUT", "DELETE")}
+    with stub_server(answers) as server:
+        found = run(tmp_path, server.url, "keys", "login", "anna", *words)
+        changes = [(r.method, r.path, r.body) for r in server.requests if r.method != "GET"]
+    assert (found.code, changes) == (0, [sent])
+
+
+@pytest.mark.parametrize("words, stdin", [
+    ([], ""), ([], " \n"), (["--server", "--folder", "/x"], "")])
+def test_without_a_token_nothing_is_sent(tmp_path: Path, words: list[str], stdin: str) -> None:
+    with stub_server({}) as server:
+        found = run(tmp_path, server.url, "keys", "login", "anna", *words, stdin=stdin)
+        assert not [r for r in server.requests if r.method == "PUT"]
+    assert found.code == 2
+
+
 def test_an_old_secret_with_grace_is_shown(tmp_path: Path) -> None:
     old = {"keyPreview": "ocp_aaaa...zzzz", "until": "2027-01-31T12:00:00.000Z"}
     answers = {
@@ -1273,7 +1311,7 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("words, asked, answer, names", [
-    (["keys", "show", ""], "GET /api/keys", samples.KEYS, {"laptop"}),
+    (["keys", "show", ""], "GET /api/keys", samples.KEYS, {"laptop", "anna"}),
     (["ask", "--model", "claude-s"], "GET /v1/models", samples.MODELS, {"claude-sonnet-5-5"}),
     (["clear", ""], "GET /sessions", samples.SESSIONS, {"chat-1"}),
     (["requests", "stop", "req_4"], "GET /api/requests", samples.REQUESTS,

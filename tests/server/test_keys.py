@@ -282,6 +282,63 @@ def test_a_secret_is_told_only_once(house: Server) -> None:
     assert not [reply for reply in later if made["key"] in reply.text]
 
 
+# ---------------------------------------------------------------------------
+# A secret that clients have already
+# ---------------------------------------------------------------------------
+
+def test_a_key_may_be_made_with_a_secret_that_its_client_has_already(house: Server) -> None:
+    secret = "c0ffee" * 10
+
+    made = new_key(house, name="moved", secret=secret)
+
+    assert (made["key"], is_good(house, secret)) == (secret, True)
+    assert made["keyPreview"] == "c0ffeec0...ffee"
+    assert secret not in as_admin(house, "GET", "/api/keys").text
+
+
+def test_a_key_may_be_rotated_to_a_secret_that_stands_somewhere_already(house: Server) -> None:
+    made, secret = new_key(house), "in-the-file_" * 4
+
+    assert rotate(house, made["id"], secret=secret).json()["key"] == secret
+    assert (is_good(house, secret), is_good(house, made["key"])) == (True, False)
+
+
+@pytest.mark.parametrize("state", ["valid", "revoked", "replaced"])
+def test_a_secret_that_a_key_has_or_had_makes_no_other_one(house: Server, state: str) -> None:
+    made, other = new_key(house), new_key(house)
+    if state == "revoked":
+        revoke(house, made["id"])
+    if state == "replaced":
+        rotate(house, made["id"])
+
+    replies = [as_admin(house, "POST", "/api/keys", {"secret": made["key"]}),
+               rotate(house, other["id"], secret=made["key"])]
+
+    for reply in replies:
+        assert (reply.status, error_of(reply)["code"]) == (409, "key_exists")
+        assert made["key"] not in reply.text
+    assert is_good(house, other["key"])
+
+
+def test_the_admin_key_is_no_secret_of_a_key(tmp_path: Path) -> None:
+    secret = "admin-of-a-house-with-a-long-key"
+    with running_server(tmp_path, env={**MULTI, "OCP_ADMIN_KEY": secret}) as server:
+        reply = as_admin(server, "POST", "/api/keys", {"secret": secret}, key=secret)
+
+    assert (reply.status, error_of(reply)["code"]) == (409, "key_exists")
+
+
+@pytest.mark.parametrize("secret", ["a" * 31, "a" * 129, "a" * 31 + " ", "a" * 31 + "\u00e9", 7])
+def test_a_secret_of_another_form_is_refused(house: Server, secret: Json) -> None:
+    made = new_key(house)
+
+    replies = [as_admin(house, "POST", "/api/keys", {"secret": secret}),
+               rotate(house, made["id"], secret=secret)]
+
+    assert [param_of(reply) for reply in replies] == ["secret"] * 2
+    assert is_good(house, made["key"])
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"null", b'"laptop"', b"{"])
 @pytest.mark.parametrize(("method", "path"), [
     ("POST", "/api/keys"), ("PATCH", "/api/keys/bodiless"), ("PATCH", "/api/keys/bodiless/quota"),

@@ -253,6 +253,7 @@ def test_every_route_that_reads_a_body_describes_it(document: Json, open_server:
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     made = open_server.call("POST", "/api/keys", {"name": "x"}, headers)
     assert made.status == 201
+    assert open_server.call("PUT", "/api/keys/x/tenant", {}, headers).status == 201
     for method, path, operation in operations(document):
         if (method.upper(), path) == ENDLESS or method in ("get", "delete"):
             continue

@@ -42,6 +42,8 @@ CONTRACT = {
     "ModelNeedsNewerClaude": (404, INVALID, "model_needs_newer_claude", False),
     "MethodNotAllowed": (405, INVALID, "method_not_allowed", False),
     "Conflict": (409, INVALID, "name_taken", False),
+    "KeyExists": (409, INVALID, "key_exists", False),
+    "FolderExists": (409, INVALID, "folder_exists", False),
     "LoginConflict": (409, INVALID, "login_conflict", False),
     "CaptureRuns": (409, INVALID, "capture_runs", False),
     "RequestTimeout": (408, INVALID, "request_timeout", True),

@@ -24,6 +24,7 @@ class FakeProcess:
 
     def __init__(self, name: str = "") -> None:
         self.name = name
+        self.login = ocp.SERVER_LOGIN
         self.lives = True
         self.looks = 0
         self.version = ocp.REWINDS_ALL_SINCE

@@ -588,7 +588,8 @@ class Idle:
     """A process that waits."""
 
     def __init__(self, model_id: str, born_s: float) -> None:
-        self.model_id = model_id
+        self.model_id = self.kind = model_id
+        self.login = ocp.SERVER_LOGIN
         self.born_s = born_s
         self.is_primed = False
         self.is_dismissed = False

@@ -28,8 +28,10 @@ def config(**changes: object) -> Any:
 class FakeProcess:
     """A process, as far as the pool looks at it."""
 
-    def __init__(self, model_id: str, born_s: float, *, lives: bool = True) -> None:
-        self.model_id = model_id
+    def __init__(self, kind: Any, born_s: float, *, lives: bool = True) -> None:
+        """`kind` is a ProcessKind, or for the server's login the name of a model."""
+        self.kind = kind
+        self.model_id, self.login = (kind, ocp.SERVER_LOGIN) if isinstance(kind, str) else kind
         self.born_s = born_s
         self.lives = lives
         #: Whether its end has come, once it was stopped.
@@ -145,7 +147,7 @@ def uses_of(text: str) -> dict[str, Any]:
     for place, word in enumerate(text.split()):
         wait_s = float("inf") if "." in word[1:2] else float(word[2:]) if "+" in word else 0.0
         age_s = float(word[2:]) if "-" in word else place
-        found[word[0]] = ocp.ModelUse(NOW_S - age_s, NOW_S + wait_s)
+        found[word[0]] = ocp.KindUse(NOW_S - age_s, NOW_S + wait_s)
     return found
 
 
@@ -210,22 +212,22 @@ class Stable:
     def __repr__(self) -> str:
         return repr(self.pool)
 
-    def _start(self, model_id: str) -> FakeProcess:
+    def _start(self, kind: Any) -> FakeProcess:
         if self.failure is not None:
             raise self.failure
-        self.started.append(FakeProcess(model_id, self.clock()))
+        self.started.append(FakeProcess(kind, self.clock()))
         return self.started[-1]
 
-    def want(self, *model_ids: str) -> None:
-        """These models are in use, one after the other."""
-        for model_id in model_ids:
-            self.pool.mark_used(model_id)
+    def want(self, *kinds: Any) -> None:
+        """These kinds are in use, one after the other."""
+        for kind in kinds:
+            self.pool.mark_used(kind)
             self.clock.advance(0.001)
 
-    def take(self, model_id: str) -> FakeProcess:
+    def take(self, kind: Any) -> FakeProcess:
         """A process for a request: a spare, or a new one."""
-        self.pool.mark_used(model_id)
-        taken: FakeProcess = self.pool.take_spare(model_id) or self.pool.start(model_id)
+        self.pool.mark_used(kind)
+        taken: FakeProcess = self.pool.take_spare(kind) or self.pool.start(kind)
         return taken
 
     def tend(self, after_s: float = 1.0) -> None:
@@ -245,10 +247,10 @@ class Stable:
         return bool(self.pool.has_work_soon(self.config))
 
 
-def warm(*model_ids: str, **settings: object) -> Stable:
-    """A stable in which each of these models has a spare."""
+def warm(*kinds: Any, **settings: object) -> Stable:
+    """A stable in which each of these kinds has a spare."""
     stable = Stable(**settings)
-    stable.want(*model_ids)
+    stable.want(*kinds)
     stable.tend()
     return stable
 
@@ -436,6 +438,57 @@ def test_a_process_that_was_at_work_when_all_were_dropped_becomes_no_spare() -> 
     stable.pool.put_spare(process)
 
     assert (stable.pool.spares(), process.stops) == ({}, [True])
+
+
+# ---------------------------------------------------------------------------
+# Several logins
+# ---------------------------------------------------------------------------
+
+OWNERS, ANNAS = ocp.ProcessKind("a"), ocp.ProcessKind("a", ocp.Login("token-of-anna"))
+
+
+def test_a_spare_serves_its_own_login_only() -> None:
+    stable = warm(OWNERS, ANNAS, warm_total=8)
+    owners, annas = sorted(stable.started, key=lambda process: process.login != ocp.SERVER_LOGIN)
+
+    assert stable.pool.spares() == {"a": 2}
+    assert (stable.pool.take_spare(ANNAS), stable.pool.take_spare(ANNAS)) == (annas, None)
+    assert stable.pool.take_any_spare() is owners
+    assert stable.pool.take_any_spare() is None
+
+
+def test_all_logins_share_the_places_of_spares() -> None:
+    kinds = [ocp.ProcessKind("a", ocp.Login(f"token-{number}")) for number in range(5)]
+    stable = warm(*kinds, warm_total=3)
+
+    assert stable.pool.spares() == {"a": 3}
+    # Those that were used last have them.
+    assert [stable.pool.spares_of(kind.login) for kind in kinds] == [0, 0, 1, 1, 1]
+
+
+def test_dropping_a_login_leaves_the_others_alone() -> None:
+    stable = warm(OWNERS, ANNAS)
+    annas_at_work, owners_at_work = stable.take(ANNAS), stable.take(OWNERS)
+    stable.tend()
+
+    stable.pool.drop(ANNAS.login)
+    stable.pool.put_spare(annas_at_work)
+    stable.pool.put_spare(owners_at_work)
+
+    assert annas_at_work.stops == [True]
+    assert owners_at_work.stops == []
+    assert stable.pool.spares_of(ANNAS.login) == 0
+    stable.tend()
+    assert stable.pool.spares_of(ANNAS.login) == 1
+
+
+def test_no_spare_is_started_for_a_login_that_is_over() -> None:
+    stable = warm(OWNERS, ANNAS)
+
+    stable.pool.drop(ANNAS.login, is_over=True)
+    stable.tend()
+
+    assert (stable.pool.spares_of(ANNAS.login), stable.pool.spares()) == (0, {"a": 1})
 
 
 def test_dropped_spares_are_replaced_after_a_moment() -> None:
