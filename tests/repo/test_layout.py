@@ -56,7 +56,7 @@ REMOVED_MODULES = {
 #: What a script may import: in the standard library of 3.9 and of every later version.
 #: An interpreter can list only its own modules, and 3.9 not even these.
 ALLOWED_MODULES = {
-    "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "codecs",
+    "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "calendar", "codecs",
     "collections", "concurrent", "contextlib", "copy", "ctypes", "dataclasses", "datetime",
     "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "gc",
     "getpass", "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib",
@@ -64,7 +64,7 @@ ALLOWED_MODULES = {
     "operator", "os", "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random",
     "re", "resource", "secrets", "select", "selectors", "shlex", "shutil", "signal", "site",
     "socket", "socketserver", "sqlite3", "ssl", "stat", "string", "struct", "subprocess", "sys",
-    "sysconfig", "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing",
+    "sysconfig", "tarfile", "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing",
     "unicodedata", "urllib", "uuid", "warnings", "weakref", "webbrowser", "zipfile", "zlib",
 }
 #: Names that a section of ocp_server.py may use although a later one defines them.
