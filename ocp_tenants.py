@@ -872,6 +872,13 @@ def parsed_config(world: World, content: bytes) -> dict[str, Json]:
         raise failed(f"openclaw.json {problem}") from None
 
 
+def has_include(value: Json) -> bool:
+    """Return whether a configuration, or a part of it, is taken from other files."""
+    if isinstance(value, dict):
+        return "$include" in value or any(map(has_include, value.values()))
+    return isinstance(value, list) and any(map(has_include, value))
+
+
 def read_file(world: World, instance: Instance, path: str) -> HeldFile | None:
     """Return a file of an instance, None if it does not exist. Raises Problem for what cannot be
     read, is no regular file, or too large."""
@@ -935,20 +942,37 @@ def tar_of(name: str, file: HeldFile, at_s: float) -> bytes:
 
 def put_file(world: World, instance: Instance, path: str, file: HeldFile) -> None:
     """Write a file into a container, whole or not at all. Raises Problem."""
-    docker, (folder, name) = Docker(world), os.path.split(path)
-    draft = f".ocp-{name}" if instance.is_running else name
-    ran = docker.put_tar(instance.where, folder, tar_of(draft, file, world.clock()))
-    if ran.code == 0 and instance.is_running:
-        ran = docker.exec(instance.where, "mv", "-T", "--", f"{folder}/{draft}", path)
+    put_draft(world, instance, draft_of(path) if instance.is_running else path, file)
+    if instance.is_running:
+        move_draft(world, instance, path)
+
+
+def put_draft(world: World, instance: Instance, path: str, file: HeldFile) -> None:
+    """Write a new file into a container. Raises Problem."""
+    folder, name = os.path.split(path)
+    ran = Docker(world).put_tar(instance.where, folder, tar_of(name, file, world.clock()))
     if ran.code != 0:
         raise failed(f"{path} was not written: {ran.complaint}")
 
 
-def remove_file(world: World, instance: Instance, path: str) -> None:
-    """Remove a file of a container. Raises Problem."""
-    ran = Docker(world).exec(instance.where, "rm", "-f", "--", path)
+def move_draft(world: World, instance: Instance, path: str) -> None:
+    """Let the draft replace the file in a container. Raises Problem."""
+    ran = Docker(world).exec(instance.where, "mv", "-T", "--", draft_of(path), path)
     if ran.code != 0:
-        raise failed(f"{path} was not removed: {ran.complaint}")
+        raise failed(f"{path} was not written: {ran.complaint}")
+
+
+def draft_of(path: str) -> str:
+    """Return where a new file of a container lies before it replaces the one at `path`."""
+    folder, name = os.path.split(path)
+    return f"{folder}/.ocp-{name}"
+
+
+def remove_files(world: World, instance: Instance, *paths: str) -> None:
+    """Remove files of a container, if they are there. Raises Problem."""
+    ran = Docker(world).exec(instance.where, "rm", "-f", "--", *paths)
+    if ran.code != 0:
+        raise failed(f"{paths[0]} was not removed: {ran.complaint}")
 
 
 def run_openclaw(world: World, instance: Instance, *words: str) -> Ran | None:
@@ -1344,11 +1368,13 @@ def planning_copy(folder: Folder, held: HeldFile | None) -> Iterator[tuple[str, 
 def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: str) -> list[str]:
     """Return the lines that ocp_connect.py would change in openclaw.json. Raises Problem."""
     words = [*connect_words(job, instance, folder, url), "--dry-run"]
+    held = read_file(job.world, instance, instance.config_path)
+    if held and has_include(parsed_config(job.world, held.content)):
+        raise failed("openclaw.json takes parts from other files ($include): change it by hand")
     if not instance.is_container:
         check_folder(instance)
         told = run_connect(job.world, folder.connect_home, instance.config_path, key, *words)
     else:
-        held = read_file(job.world, instance, instance.config_path)
         with planning_copy(folder, held) as (home, staged):
             told = run_connect(job.world, home, staged, key, *words)
     return [str(line) for edit in told.get("edits") or () for line in as_dict(edit).get("diff", ())]
@@ -1515,19 +1541,13 @@ def push_config(
     if not instance.is_running:
         put_file(world, instance, path, file)
         return ["file changed"]
-    docker, (parent, name) = Docker(world), os.path.split(path)
-    draft = f"{parent}/.ocp-{name}"
-    ran = docker.put_tar(instance.where, parent, tar_of(f".ocp-{name}", file, world.clock()))
-    if ran.code != 0:
-        raise failed(f"{path} was not written: {ran.complaint}")
+    put_draft(world, instance, draft_of(path), file)
     try:
         if read_file(world, instance, path) != before:
             return []
-        ran = docker.exec(instance.where, "mv", "-T", "--", draft, path)
-        if ran.code != 0:
-            raise failed(f"{path} was not written: {ran.complaint}")
+        move_draft(world, instance, path)
     finally:
-        docker.exec(instance.where, "rm", "-f", "--", draft)
+        Docker(world).exec(instance.where, "rm", "-f", "--", draft_of(path))
     return ["file changed", *validated(world, instance, before, file)]
 
 
@@ -1546,7 +1566,7 @@ def validated(
     told = "; ".join(clean(as_dict(row).get("message") or row) for row in issues or ())
     if read_file(world, instance, instance.config_path) == file:
         if before is None:
-            remove_file(world, instance, instance.config_path)
+            remove_files(world, instance, instance.config_path)
         else:
             put_file(world, instance, instance.config_path, before)
     raise failed(f"OpenClaw does not accept the change, which was undone: {told or ran.complaint}")
@@ -1610,10 +1630,26 @@ def take_back(folder: Folder, instance: Instance) -> list[str]:
             back = _read_own(staged)
         done += give_back(world, instance, held, back)
         shutil.rmtree(folder.connect_home)
-    if instance.is_container and read_file(world, instance, contained_key(instance)):
-        remove_file(world, instance, contained_key(instance))
+    if instance.is_container:
+        done += drop_key(world, instance)
     shutil.rmtree(folder.inside("instance"))
     return done or ["nothing of ours was there"]
+
+
+def drop_key(world: World, instance: Instance) -> list[str]:
+    """Remove the key from a container, and drafts that are left. Returns what is left to say.
+    Raises Problem."""
+    key_path = contained_key(instance)
+    if instance.is_running:
+        remove_files(
+            world, instance, key_path, draft_of(key_path), draft_of(instance.config_path))
+        return []
+    held = read_file(world, instance, key_path)
+    if not held:
+        return []
+    # Nothing can be removed from a stopped container, only replaced.
+    put_file(world, instance, key_path, held._replace(content=b""))
+    return [f"{key_path} is left there, empty"]
 
 
 def give_back(
@@ -1625,7 +1661,7 @@ def give_back(
     if read_file(world, instance, instance.config_path) != held:
         raise failed("openclaw.json was changed just now: run this again")
     if back is None:
-        remove_file(world, instance, instance.config_path)
+        remove_files(world, instance, instance.config_path)
     elif held is not None:
         put_file(world, instance, instance.config_path, held._replace(content=back.content))
     return ["file given back"]

@@ -24,6 +24,7 @@ import shutil
 import sys
 import tarfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
@@ -312,6 +313,8 @@ def node(place: Path, words: list[str]) -> int:
             print(answer.read().decode())
     except OSError as problem:
         print(problem, file=sys.stderr)
+        if isinstance(problem, urllib.error.HTTPError):
+            print(problem.read().decode())
         return 1
     return 0
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
+import pytest
+
+import fake_docker
 from fake_docker import FakeDocker
 from fake_tenants_api import ADMIN, FakeServer, fake_server
 from processes import Ran
@@ -16,8 +21,75 @@ from project import REPO, load_script
 
 Json = Any
 tenants = load_script("ocp_tenants")
+Running: Any = tenants.Running
 #: When all commands run.
 NOW_S = 1_795_953_600.0
+
+
+class Quick(Running):  # type: ignore[misc]
+    """A program at work, in this process where it is the fake docker or ocp_connect.py."""
+
+    def __init__(
+        self, command: Sequence[str], environ: Mapping[str, str], stdin: bytes, timeout_s: float
+    ) -> None:
+        self.reason = ""
+        folder = Path(environ.get("FAKE_DOCKER", "/nonexistent"))
+        is_docker = shutil.which(command[0], path=environ.get("PATH", "")) == str(
+            folder.parent / "bin" / "docker") and not (folder / "hang").exists()
+        is_connect = command[0] == sys.executable and command[1].endswith("ocp_connect.py")
+        self.ran: Json = None
+        if is_docker:
+            self.ran = in_process(lambda: docker(folder, command[1:]), stdin)
+        elif is_connect:
+            self.ran = in_process(lambda: connect(command[1], command[2:], environ), stdin)
+        else:
+            super().__init__(command, environ, stdin, timeout_s)
+        if self.ran:
+            self.output = io.BytesIO(self.ran[1])
+
+    def kill(self, reason: str) -> None:
+        self.reason = reason
+        if not self.ran:
+            super().kill(reason)
+
+    def finish(self, output: bytes = b"") -> Any:
+        if not self.ran:
+            return super().finish(output)
+        if self.reason:
+            return tenants.Ran(None, output, f"docker {self.reason}")
+        return tenants.Ran(self.ran[0], output, self.ran[2])
+
+
+def in_process(do: Callable[[], int], stdin: bytes) -> tuple[int, bytes, str]:
+    """Exit code, output and errors of a program's main."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(content), "utf-8", write_through=True)
+               for name, content in (("stdin", stdin), ("stdout", b""), ("stderr", b""))}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        try:
+            code = do()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    buffers: Any = [streams[name].buffer for name in ("stdout", "stderr")]
+    output, error = (buffer.getvalue() for buffer in buffers)
+    return code, output, error.decode()
+
+
+def docker(folder: Path, words: Sequence[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_docker, "ROOT", folder)
+        return fake_docker.main(list(words))
+
+
+def connect(script: str, words: Sequence[str], environ: Mapping[str, str]) -> int:
+    module = tenants.connect_module(script)
+    machine = module.Machine(environ["HOME"], environ, sys.platform, False)
+    try:
+        return int(module.program(words, machine, module.Terminal("/nowhere")))
+    except module.Problem as problem:
+        print(f"ocp_connect: {problem}", file=sys.stderr)
+        return int(problem.code)
 
 
 class Lab:
@@ -80,10 +152,12 @@ class Lab:
 
 
 @contextmanager
-def tenants_lab(folder: Path) -> Iterator[Lab]:
-    """A Lab whose server listens."""
+def tenants_lab(folder: Path, quick: bool = True) -> Iterator[Lab]:
+    """A Lab whose server listens. Unless it is quick, programs are started as they are."""
     ocp_home = folder / "ocp"
     for each in (ocp_home, folder / "home"):
         os.mkdir(each)
-    with fake_server(ocp_home) as server:
+    with fake_server(ocp_home) as server, pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setattr(tenants, "Running", Quick)
         yield Lab(folder, server)

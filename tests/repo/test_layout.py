@@ -60,12 +60,12 @@ ALLOWED_MODULES = {
     "collections", "concurrent", "contextlib", "copy", "ctypes", "dataclasses", "datetime",
     "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "gc",
     "getpass", "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib",
-    "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes",
-    "operator", "os", "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random",
-    "re", "resource", "secrets", "select", "selectors", "shlex", "shutil", "signal", "site",
-    "socket", "socketserver", "sqlite3", "ssl", "stat", "string", "struct", "subprocess", "sys",
-    "sysconfig", "tarfile", "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing",
-    "unicodedata", "urllib", "uuid", "warnings", "weakref", "webbrowser", "zipfile", "zlib",
+    "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes", "operator",
+    "os", "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random", "re", "resource",
+    "secrets", "select", "selectors", "shlex", "shutil", "signal", "site", "socket", "socketserver",
+    "sqlite3", "ssl", "stat", "string", "struct", "subprocess", "sys", "sysconfig", "tarfile",
+    "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing", "unicodedata",
+    "urllib", "uuid", "warnings", "weakref", "webbrowser", "zipfile", "zlib",
 }
 #: Names that a section of ocp_server.py may use although a later one defines them.
 ALLOWED_FORWARD: frozenset[str] = frozenset()
