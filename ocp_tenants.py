@@ -13,9 +13,10 @@ It runs on the server's machine, alone as `python3 ocp_tenants.py` too. It needs
 beside it for what it writes into openclaw.json, and the program `docker` for containers. Commands
 that change something accept --dry-run; all accept --json.
 
-The server is --server, or OCP_URL, or the one that the installer wrote into ~/.ocp/install.json,
-or http://127.0.0.1:3456. The admin key is OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key.
-OCP_HOME replaces ~/.ocp. OCP_DOCKER names another client, such as podman.
+The server is --server, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or the one
+that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key is
+OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key. OCP_HOME replaces ~/.ocp. OCP_DOCKER names
+another client, such as podman.
 
 Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server answers;
 4 the admin key is missing or wrong; 130 interrupted.
@@ -523,7 +524,9 @@ def find_server(world: World, named: str = "") -> Server:
     record: dict[str, Json] = {}
     with contextlib.suppress(OSError, ValueError):
         record = read_record(os.path.join(world.ocp_home, "install.json")) or {}
+    port = world.environ.get("CLAUDE_PROXY_PORT", "").strip()
     given = (("--server", named), ("OCP_URL", world.environ.get("OCP_URL", "")),
+             ("CLAUDE_PROXY_PORT", f"http://127.0.0.1:{port}" if port else ""),
              ("install.json", str(record.get("url") or "")))
     source, text = next((pair for pair in given if pair[1].strip()), ("", DEFAULT_URL))
     url = parse_url(text, source)
@@ -1201,9 +1204,10 @@ class Plan(NamedTuple):
             parts.append("the file of its key")
         if self.dotenv:
             parts.append(self.dotenv.path)
+        parts = ["as it should be"] if self.is_empty else parts
         if not self.is_proved:
             parts.append("stopped: the address cannot be proved")
-        return "; ".join(parts) if not self.is_empty else "as it should be"
+        return "; ".join(parts)
 
 
 def is_holder(server: Server, secret: str, name: str) -> bool:
@@ -2020,6 +2024,7 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
     if not run.args.dry_run and not is_empty:
         run.confirm("Do this?")
         results = [carried_out(job, each) for each in results]
+        run.say("Done:")
         show_results(run, results, lambda each: ", ".join(each.done))
     failures = [each for each in results if each.problem]
     if not run.args.dry_run and results:
@@ -2061,8 +2066,10 @@ def cmd_undo(run: Run) -> Exit:
     known = [name for name in known if not names or name in names]
     if not known:
         run.say("There is nothing to undo.")
+    width = max(map(len, known), default=0)
     for name in known:
-        run.say(f"  {name}  {world.shown_path(str(place_of(world, name).get('where')))}")
+        where = world.shown_path(str(place_of(world, name).get("where")))
+        run.say(f"  {name:{width}}  {clean(where)}")
     results: list[Result] = []
     if known and not run.args.dry_run:
         run.confirm("Give these back?")

@@ -7,6 +7,7 @@ FakeDocker makes them and puts the program on a PATH. Below its folder:
     NAME/reach.json     an address inside -> the address here that it leads to
     calls.jsonl         every call, its words in a line
     fail.json           [[pattern, code, message], ...]: calls that match it, joined by spaces, fail
+    images.json         the variables of images, by their names
     gone                an id that `docker ps` lists and nothing else knows
     hang                calls that contain its text never end
     change.json         [pattern, path, text, times]: a call that matches changes that file first
@@ -177,6 +178,10 @@ def ps(words: list[str]) -> int:
 
 
 def inspect(words: list[str]) -> int:
+    if words[:3] == ["--type", "image", "--"]:
+        images = json.loads((ROOT / "images.json").read_text())
+        print(json.dumps([{"Config": {"Env": images[words[3]]}}]))
+        return 0
     assert words[:2] == ["--type", "container"], words
     places = [(name, container(name)) for name in words[2:]]
     print(json.dumps([inspected(place) for _, place in places if place]))
