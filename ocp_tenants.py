@@ -414,10 +414,14 @@ def run_words(
 TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 
 
+#: Names that the server gives to no key.
+_RESERVED = re.compile(r"admin|anonymous|local|public|remote|shared|[0-9]+|")
+
+
 def fitted_name(text: str) -> str:
-    """Return `text` made to fit the form of a tenant's name; "instance" where nothing is left."""
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower()[:200]).strip("-")[:40].strip("-")
-    return words or "instance"
+    """Return `text` made to fit the form of a tenant's name."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()[:200]).strip("-")[:30].strip("-")
+    return f"openclaw-{words or 'instance'}" if _RESERVED.fullmatch(words) else words
 
 
 def checked_name(text: str) -> str:
@@ -732,7 +736,7 @@ def folder_instances(world: World) -> list[Instance]:
         folder = os.path.join(world.home, entry)
         inside = ("openclaw.json", "workspace")
         if match and any(os.path.exists(os.path.join(folder, each)) for each in inside):
-            found.append(folder_instance(folder, fitted_name(match[1]) if match[1] else "local"))
+            found.append(folder_instance(folder, fitted_name(match[1] or "local")))
     return found
 
 
@@ -747,10 +751,14 @@ def place_of(world: World, folder: str) -> dict[str, Json]:
         return {}
 
 
+#: The server names the folder of a tenant after its key, whatever it is called.
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
 def tenant_folders(world: World) -> list[str]:
     """Return the folders of tenants on this machine."""
     with contextlib.suppress(OSError):
-        return sorted(filter(TENANT_NAME.fullmatch, os.listdir(world.tenants_folder)))
+        return sorted(filter(_FOLDER_NAME.fullmatch, os.listdir(world.tenants_folder)))
     return []
 
 
@@ -1056,8 +1064,8 @@ def count_skills(world: World, instance: Instance, root: str) -> int:
 # Set up, apply, undo.
 
 
-#: What the server is told of a tenant that is new.
-LEVELS = ("api", "tools", "agent")
+#: What may run on the server for a tenant. At `api` that is nothing.
+LEVELS = ("api",)
 #: The file of the key in a container, in its state folder.
 _CONTAINER_KEY = "ocp-key"
 _BRIDGE = "172.17.0.1"
@@ -1162,8 +1170,8 @@ class Job(NamedTuple):
     options: Options
 
     def folder(self, name: str) -> Folder:
-        told = str(self.tenants.get(name, {}).get("folder") or name)
-        return Folder(self.world, told if TENANT_NAME.fullmatch(told) else name)
+        told = os.path.basename(str(self.tenants.get(name, {}).get("folder") or name))
+        return Folder(self.world, told if _FOLDER_NAME.fullmatch(told) else name)
 
 
 class Plan(NamedTuple):
@@ -1431,7 +1439,8 @@ def plan_for(job: Job, instance: Instance) -> Plan:
     if read_only not in ("", "0", "false"):
         raise failed("OPENCLAW_CONFIG_READONLY is set in its container")
     folder, row = job.folder(instance.name), job.tenants.get(instance.name)
-    if row is None and os.path.isdir(folder.path) and not folder.place() and not job.options.adopt:
+    if row is None and os.path.isdir(folder.path) and not (
+            folder.secret() or folder.place() or job.options.adopt):
         raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
     key = key_state(job, instance, folder)
     url, is_proved = address_for(job, instance)
@@ -1581,7 +1590,10 @@ def proof(job: Job, plan: Plan) -> str:
     instance = plan.instance
     if not instance.is_container:
         question = {"model": "haiku", "messages": [{"role": "user", "content": "Reply: pong"}]}
-        told = job.server.ask("POST", "/v1/chat/completions", question, plan.folder.secret())
+        try:
+            told = job.server.ask("POST", "/v1/chat/completions", question, plan.folder.secret())
+        except Problem as problem:
+            raise failed(f"it is set up, and gets no answer: {problem}") from None
     else:
         ran = Docker(job.world).exec(
             instance.where, "node", "-e", _ANSWER_SCRIPT, plan.url, contained_key(instance),
@@ -1616,7 +1628,7 @@ def instance_at(world: World, name: str, place: Mapping[str, Json]) -> Instance:
                 return Instance(
                     name, "container", str(row.get("Name")).lstrip("/"), str(place["stateDir"]),
                     str(place["configPath"]), str(row.get("Id")), running, row)
-    raise failed(f"its container {clean(where)} is gone: find it with --container")
+    raise failed(f"its container {clean(where)} is gone, so its file cannot be given back")
 
 
 def take_back(folder: Folder, instance: Instance) -> list[str]:
@@ -1627,6 +1639,7 @@ def take_back(folder: Folder, instance: Instance) -> list[str]:
     elif not instance.is_container:
         told = run_connect(world, folder.connect_home, instance.config_path, "", "undo", "--yes")
         done += ["file given back"] * bool(told.get("written"))
+        shutil.rmtree(folder.connect_home)
     else:
         held = read_file(world, instance, instance.config_path)
         with planning_copy(folder, held) as (home, staged):
@@ -2039,9 +2052,8 @@ def _total(results: Sequence[Result]) -> str:
     good = [each for each in results if each.plan and not each.problem]
     made = [each for each in good if each.plan and not each.plan.is_empty]
     parts = [f"{counted(len(made), 'tenant')} set up"] if made else []
-    was = len(good) - len(made)
-    parts += [f"{was} {'was' if was == 1 else 'were'}"] if was else []
-    failures = len(results) - len(good)
+    was, failures = len(good) - len(made), len(results) - len(good)
+    parts += [f"{was} {'was' if was == 1 else 'were'} before"] if was else []
     parts += [f"{failures} failed"] if failures else []
     return ", ".join(parts) + "." + (" Undo: ocp tenants undo" if made else "")
 
@@ -2098,13 +2110,12 @@ def cmd_list(run: Run) -> Exit:
     world, job = run.world, run.job()
     rows = []
     for name, row in sorted(job.tenants.items()):
-        level, real = str(row.get("level")), str(row.get("levelInForce") or row.get("level"))
         where = str(job.folder(name).place().get("where") or "-")
         env, skills = row.get("env"), as_dict(row.get("skills")).get("count")
         waiting = f" (+{row['waiting']})" if row.get("waiting") else ""
         rows.append([
-            name, level if level == real else f"{level}, works as {real}", world.shown_path(where),
-            str(as_dict(row.get("login")).get("kind") or row.get("login") or "server"),
+            name, str(row.get("levelInForce") or row.get("level")), world.shown_path(where),
+            "own" if row.get("login") else "server",
             str(len(env) if isinstance(env, list) else 0), str(skills or 0),
             f"{row['running']}{waiting}" if row.get("running") or waiting else "-",
             age(row.get("lastUsed"), world.clock())])
@@ -2126,9 +2137,6 @@ def cmd_show(run: Run) -> Exit:
     for key, value in rows:
         shown = value if isinstance(value, (str, int)) else json.dumps(value)
         run.say(f"  {key}: {clean(shown)}")
-    if told.get("levelInForce") not in (None, told.get("level")):
-        run.say(f"ATTENTION: the server works at level {clean(told['levelInForce'])} at most: see "
-                "OCP_TENANT_LEVEL.")
     if place:
         run.say(f"  where: {run.world.shown_path(str(place.get('where')))}")
     run.print_json({**told, "place": place or None})
@@ -2191,22 +2199,10 @@ def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
     return Exit.OK
 
 
-#: Options of `edit`, each with its field of the API and what it takes.
-EDITS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--level": ("level", {"choices": LEVELS, "help": "what it may run on the server"}),
-    "--client-tools": ("clientTools", {
-        "choices": ("keep", "drop"), "help": "whether the client's tools reach the model"}),
-    "--commands": ("commands", {
-        "choices": ("none", "read", "act"), "help": "commands of OpenClaw that it may run"}),
-    "--text": ("text", {"choices": ("all", "final"), "help": "which text of its rounds is sent"}),
-}
-
-
 def cmd_edit(run: Run) -> Exit:
     """Change a tenant."""
     args, name = run.args, _known(run)
-    told = vars(args)
-    body = {field: told[field] for field, _ in EDITS.values() if told.get(field) is not None}
+    body = {"level": args.level} if args.level else {}
     if args.prompt is not None:
         try:
             with open(args.prompt, encoding="utf-8") as file:
@@ -2241,8 +2237,9 @@ def cmd_remove(run: Run) -> Exit:
     run.confirm(f"Remove {name}?")
     if folder.place():
         result = _undone(world, folder.name)
-        if result.problem:
-            raise failed(f"{result.problem}. Nothing was removed.")
+        if result.problem and not args.purge:
+            raise failed(f"{result.problem}. Nothing was removed; --purge removes it all the same.")
+        run.say(result.problem)
     job.server.tenant(name, "DELETE")
     if not args.keep_key:
         job.server.ask("DELETE", f"/api/keys/{urllib.parse.quote(name, safe='')}")
@@ -2361,7 +2358,7 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--dry-run",), {"action": "store_true", "help": "show everything and change nothing"}),
         (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
     "setup": [
-        (("--level",), {"choices": LEVELS, "help": "what it may run on the server (default api)"}),
+        (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
         (("--primary",), {"dest": "role", "action": "store_const", "const": "primary",
                           "help": "make this server the default model"}),
         (("--backup",), {"dest": "role", "action": "store_const", "const": "backup",
@@ -2380,12 +2377,13 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--local",), {"metavar": "DIR", "help": "its state folder"}),
         (("--secret-stdin",), {"action": "store_true", "help": "the key is in standard input"})],
     "edit": [
-        *(((name,), {"dest": field, **options}) for name, (field, options) in EDITS.items()),
+        (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
         (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
         (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
     "remove": [
         (("--keep-key",), {"action": "store_true", "help": "the key stays, without a tenant"}),
-        (("--purge",), {"action": "store_true", "help": "delete its folder"})],
+        (("--purge",), {
+            "action": "store_true", "help": "delete its folder, even if its instance is gone"})],
     "env": [
         (("--set",), {"metavar": "NAME", "action": "append", "default": [],
                       "help": "set a variable; its value comes from standard input"}),

@@ -17,12 +17,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 Json = Any
 ADMIN = "admin-key-of-the-fake"
-LEVELS = ("api", "tools", "agent")
-PROFILE: Json = {
-    "level": "api", "prompt": "", "clientTools": "keep", "skills": True, "relay": None,
-    "commands": "read", "tools": ["Read", "Grep", "Bash"], "sandbox": True, "text": "all",
-    "instance": None,
-}
+PROFILE: Json = {"level": "api", "prompt": "", "instance": None}
 BLOCKED = re.compile(
     r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|"
     r"OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL)_.*|"
@@ -53,7 +48,6 @@ class FakeServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mode = "multi"
-        self.bound = "api"
         self.has_tenants = True
         #: By name: {"id", "name", "secret", "maxConcurrent"}.
         self.keys: dict[str, dict[str, Json]] = {}
@@ -130,6 +124,8 @@ class FakeServer:
 
     def create_key(self, call: Call) -> tuple[int, Json]:
         name = call.body["name"]
+        if re.fullmatch(r"admin|anonymous|local|public|remote|shared|[0-9]+", name):
+            raise Refused(400, "invalid_value", f"name: must not be {name}")
         if name in self.keys:
             raise Refused(409, "name_taken", f"There is a key {name}")
         secret = self.new_secret(call.body)
@@ -151,12 +147,11 @@ class FakeServer:
     def row(self, name: str) -> Json:
         """A tenant as GET /api/tenants has it."""
         told = self.tenants[name]
-        level = told["profile"]["level"]
         return {
-            "id": self.keys[name]["id"], "name": name, "folder": told["folder"],
-            "level": level,
-            "levelInForce": LEVELS[min(LEVELS.index(level), LEVELS.index(self.bound))],
-            "login": {"kind": "server", "ok": True}, "env": sorted(told["env"]),
+            "keyId": self.keys[name]["id"], "name": name, **told["profile"],
+            "levelInForce": told["profile"]["level"],
+            "folder": str(self.folder / "tenants" / told["folder"]),
+            "login": None, "env": sorted(told["env"]),
             "skills": {"count": 0, "skipped": 0}, "maxConcurrent": 1, "running": 0, "waiting": 0,
             "parked": 0, "spares": 0, "lastUsed": None}
 
@@ -167,7 +162,7 @@ class FakeServer:
         return self.tenants[name]
 
     def whole(self, name: str) -> Json:
-        return {**self.tenants[name]["profile"], **self.row(name)}
+        return self.row(name)
 
     def list_tenants(self, call: Call) -> tuple[int, Json]:
         if not self.has_tenants:
@@ -182,8 +177,8 @@ class FakeServer:
         for field, value in body.items():
             if field not in PROFILE:
                 raise Refused(400, "unknown_field", f"{field} is no field")
-            if field == "level" and value not in LEVELS:
-                raise Refused(400, "invalid_value", "level: api, tools or agent")
+            if field == "level" and value != "api":
+                raise Refused(400, "invalid_value", "level: one of api")
         return dict(body)
 
     def put_tenant(self, call: Call, name: str) -> tuple[int, Json]:

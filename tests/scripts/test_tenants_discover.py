@@ -88,7 +88,7 @@ def test_local_folders_are_found_with_a_configuration_or_a_workspace(lab: Lab) -
     (lab.home / ".openclaw-empty").mkdir()
     (lab.home / ".openclawish").mkdir()
 
-    assert lab.names() == ["local", "space", "work"]
+    assert lab.names() == ["openclaw-local", "space", "work"]
 
 
 def test_a_folder_that_a_container_mounts_is_the_containers(lab: Lab) -> None:
@@ -164,7 +164,7 @@ def test_a_configuration_that_cannot_be_read_is_named_and_the_others_are_listed(
     assert ran.code == 0 and (root / STATE[1:]).is_dir()
     assert "alice: openclaw.json" in ran.stdout
     assert "bob: /home/node/.openclaw/openclaw.json is a link, or no file" in ran.stdout
-    assert "local  folder" in ran.stdout
+    assert "openclaw-local  folder" in ran.stdout
 
 
 def test_the_table_is_that_of_the_page(lab: Lab) -> None:
@@ -173,10 +173,14 @@ def test_the_table_is_that_of_the_page(lab: Lab) -> None:
     lab.local()
 
     assert lab.run("discover").stdout == (
-        "  Name   Kind       Where                     State    Leads to           Skills\n"
-        "  alice  container  alice-openclaw-gateway-1  running  api.anthropic.com       0\n"
-        "  bob    container  openclaw-cell-bob         stopped  -                       0\n"
-        "  local  folder     ~/.openclaw               -        -                       0\n")
+        "  Name            Kind       Where                     State    Leads to           "
+        "Skills\n"
+        "  alice           container  alice-openclaw-gateway-1  running  api.anthropic.com  "
+        "     0\n"
+        "  bob             container  openclaw-cell-bob         stopped  -                  "
+        "     0\n"
+        "  openclaw-local  folder     ~/.openclaw               -        -                  "
+        "     0\n")
 
 
 # ---------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def test_without_docker_folders_are_listed_and_one_line_says_so(lab: Lab) -> Non
 
     ran = lab.run("discover")
 
-    assert ran.code == 0 and "local  folder" in ran.stdout
+    assert ran.code == 0 and "openclaw-local  folder" in ran.stdout
     assert ran.stdout.endswith("Containers are not listed: there is no program docker\n")
     assert lab.json("discover")["docker"] == {
         "found": False, "error": "there is no program docker"}
@@ -269,6 +273,11 @@ def test_a_state_folder_that_is_no_plain_path_is_not_used(lab: Lab, path: str) -
     copied = {call[-2] for call in lab.docker.calls() if call[0] == "cp"}
     assert copied == {f"alice-openclaw-gateway-1:{STATE}/{each}" for each in (
         "openclaw.json", "skills", "workspace/skills")}
+
+
+@pytest.mark.parametrize("text", ["admin", "local", "42", "Shared", "", "--"])
+def test_a_name_that_the_server_gives_to_no_key_is_made_longer(text: str) -> None:
+    assert tenants.fitted_name(text).startswith("openclaw-")
 
 
 @pytest.mark.parametrize("name", ["UPPER", "a_b", "a" * 41, "-a", "a-", "", "../x", "a b"])
