@@ -11,6 +11,7 @@ import pytest
 
 from depth import by_depth
 from fake_docker import CONFIG, NODE_UID
+from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, fake_server
 from tenants_lab import Lab, tenants, tenants_lab
 
@@ -653,6 +654,28 @@ def test_after_an_end_at_any_step_of_undo_the_next_one_gives_back(lab: Lab) -> N
         assert lab.tree_of(root) == before, at
         if not was_killed:
             break
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(real_client() is None, reason="the docker client is not installed")
+def test_the_real_docker_client_does_the_same_over_a_stand_in_for_its_daemon(
+    tmp_path: Path
+) -> None:
+    with tenants_lab(tmp_path, quick=False) as lab, fake_engine(tmp_path, lab.docker) as environ:
+        lab.environ.update(environ)
+        root = container(lab)
+        missing = container(lab, "bob", config=None, is_running=False)
+
+        ran = lab.run("setup", "--yes")
+
+        assert ran.code == 0, ran
+        assert 'key made, file changed, validated, answered "pong"' in ran.stdout
+        assert "start it and run `ocp tenants check bob`" in ran.stdout
+        assert (root / KEY_FILE).read_text().strip() == lab.server.keys["alice"]["secret"]
+        assert config_of(missing / CONFIG_FILE)["models"]["providers"]["claude-local"]
+        assert lab.run("check").code == 0
+        assert lab.run("undo", "--yes", "alice").code == 0
+        assert (root / CONFIG_FILE).read_text() == CONFIG and not (root / KEY_FILE).exists()
 
 
 def test_the_programs_themselves_do_the_same_as_in_one_process(tmp_path: Path) -> None:
