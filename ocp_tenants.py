@@ -337,10 +337,9 @@ class Ran(NamedTuple):
 
 
 class Running:
-    """A program at work, its output a stream. It is killed with its group when its time is over.
-
-    Raises OSError where it cannot be started.
-    """
+    """A program at work, its output a stream. It is killed with its group when its time is over,
+    and at the end of a `with` in which finish() was not reached. Raises OSError where it cannot be
+    started."""
 
     def __init__(
         self, command: Sequence[str], environ: Mapping[str, str], stdin: bytes, timeout_s: float
@@ -363,6 +362,14 @@ class Running:
         if stdin:
             threading.Thread(target=self._feed, args=[stdin], daemon=True).start()
 
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.returncode is None:
+            self.kill("was interrupted")
+            self.finish()
+
     def _feed(self, stdin: bytes) -> None:
         assert self._process.stdin
         with contextlib.suppress(OSError), self._process.stdin as pipe:
@@ -371,8 +378,9 @@ class Running:
     def kill(self, reason: str) -> None:
         """End the program and all that it started. `reason` goes into the message."""
         self._reason = self._reason or reason
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def finish(self, output: bytes = b"") -> Ran:
         """Wait for the end, and return how it was, with the output that was read."""
@@ -398,16 +406,11 @@ def run_words(
         running = Running(command, environ, stdin, timeout_s)
     except (OSError, ValueError) as error:
         return Ran(None, b"", f"{command[0]}: {getattr(error, 'strerror', None) or error}")
-    try:
+    with running:
         output = running.output.read(limit_bytes + 1)
         if len(output) > limit_bytes:
             running.kill(f"printed more than {limit_bytes} bytes")
-    except BaseException:
-        running.kill("was interrupted")
-        raise
-    finally:
-        ran = running.finish()
-    return ran._replace(output=output[:limit_bytes])
+        return running.finish(output[:limit_bytes])
 
 
 #: The form of a tenant's name, also a part of paths.
@@ -917,8 +920,10 @@ def _read_contained(world: World, instance: Instance, path: str) -> HeldFile | N
     except OSError as error:
         raise failed(f"docker: {error.strerror}") from None
     found, problem = None, ""
-    try:
-        with tarfile.open(fileobj=running.output, mode="r|") as tar:
+    with running:
+        # What docker says of an error tells more than what is wrong with its tar.
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(
+                fileobj=running.output, mode="r|") as tar:
             entry = tar.next()
             file = tar.extractfile(entry) if entry and entry.isreg() else None
             if entry is None or file is None:
@@ -927,12 +932,9 @@ def _read_contained(world: World, instance: Instance, path: str) -> HeldFile | N
                 problem = f"{path} is too large"
             else:
                 found = HeldFile(file.read(), entry.uid, entry.gid, entry.mode & 0o7777)
-            for _ in tar:
-                pass
-    except (tarfile.TarError, OSError):
-        # What docker says tells more.
-        found = None
-    ran = running.finish()
+        while running.output.read(65_536):
+            pass
+        ran = running.finish()
     if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
         return None
     if ran.code != 0 or found is None:
@@ -1049,14 +1051,15 @@ def count_skills(world: World, instance: Instance, root: str) -> int:
     except OSError as error:
         raise failed(f"docker: {error.strerror}") from None
     found = 0
-    with contextlib.suppress(tarfile.TarError, OSError):
-        with tarfile.open(fileobj=running.output, mode="r|") as tar:
+    with running:
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(
+                fileobj=running.output, mode="r|") as tar:
             for number, entry in enumerate(tar):
                 found += entry.isreg() and os.path.basename(entry.name) == "SKILL.md"
                 if number > 20_000 or tar.offset > 200_000_000:
                     running.kill("has too much to count")
                     break
-    running.finish()
+        running.finish()
     return found
 
 
@@ -1384,7 +1387,7 @@ def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: st
     if held and has_include(parsed_config(job.world, held.content)):
         raise failed("openclaw.json takes parts from other files ($include): change it by hand")
     if not instance.is_container:
-        check_folder(instance)
+        check_folder(job.world, instance)
         told = run_connect(job.world, folder.connect_home, instance.config_path, key, *words)
     else:
         with planning_copy(folder, held) as (home, staged):
@@ -1392,9 +1395,13 @@ def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: st
     return [str(line) for edit in told.get("edits") or () for line in as_dict(edit).get("diff", ())]
 
 
-def check_folder(instance: Instance) -> None:
-    """Raise Problem for a local instance that this user may not change."""
+def check_folder(world: World, instance: Instance) -> None:
+    """Raise Problem for a local instance that this user may not change, or that could not read its
+    key."""
     path = instance.config_path
+    if os.stat(instance.state_dir).st_uid != os.stat(world.ocp_home).st_uid:
+        raise failed(f"{instance.state_dir} belongs to another user than {world.ocp_home}, in "
+                     "which its key would be")
     target = path if os.path.exists(path) else instance.state_dir
     if not os.access(target, os.W_OK):
         raise failed(f"{target} is not yours to write")
@@ -1434,7 +1441,8 @@ def plan_for(job: Job, instance: Instance) -> Plan:
     """Return what an instance needs; changes nothing. Raises Problem for one to leave alone."""
     if instance.doubt:
         raise failed(f"{instance.doubt}: tell them apart with --container or --local")
-    checked_name(instance.name)
+    if instance.name not in job.tenants:
+        checked_name(instance.name)
     read_only = container_env(instance.inspected).get("OPENCLAW_CONFIG_READONLY", "")
     if read_only not in ("", "0", "false"):
         raise failed("OPENCLAW_CONFIG_READONLY is set in its container")
@@ -1962,7 +1970,9 @@ def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
     found = discover(run.world)
     if found.docker_error:
         run.say(f"Containers are not touched: {found.docker_error}")
-    instances = found.instances
+    # A key that was renamed keeps the folder of its first name.
+    names = {job.folder(name).name: name for name in job.tenants}
+    instances = [each._replace(name=names.get(each.name, each.name)) for each in found.instances]
     if only_tenants:
         for name in run.args.names:
             if name not in job.tenants:

@@ -47,6 +47,10 @@ class Quick(Running):  # type: ignore[misc]
         if self.ran:
             self.output = io.BytesIO(self.ran[1])
 
+    def __exit__(self, *_: object) -> None:
+        if not self.ran:
+            super().__exit__()
+
     def kill(self, reason: str) -> None:
         self.reason = reason
         if not self.ran:

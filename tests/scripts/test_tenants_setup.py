@@ -393,6 +393,17 @@ def test_a_key_that_was_rotated_elsewhere_gets_a_new_secret(lab: Lab) -> None:
     assert lab.server.keys["alice"]["secret"] != "elsewhere" * 5
 
 
+def test_a_key_that_was_renamed_keeps_its_instance(lab: Lab) -> None:
+    container(lab)
+    lab.run("setup", "--yes")
+    for rows in (lab.server.keys, lab.server.tenants):
+        rows["anna"] = {**rows.pop("alice"), "name": "anna"}
+
+    assert "anna  as it should be" in lab.run("check").stdout
+    assert "anna  as it should be" in lab.run("setup", "--yes").stdout
+    assert list(lab.server.keys) == ["anna"]
+
+
 def test_a_revoked_key_is_made_anew(lab: Lab) -> None:
     container(lab)
     lab.run("setup", "--yes")
