@@ -1111,6 +1111,9 @@ class Folder(NamedTuple):
     def write(self, content: bytes, *parts: str) -> None:
         """Write a private file, and make its folders. Raises Problem."""
         path = self.inside(*parts)
+        for each in (self.path, os.path.dirname(path)):
+            if os.path.islink(each):
+                raise failed(f"{each} is a link, which the files of a tenant never are")
         try:
             make_folders(os.path.dirname(path))
             write_whole(path, content)
@@ -1989,7 +1992,7 @@ class Result(NamedTuple):
     done: tuple[str, ...] = ()
     problem: str = ""
 
-    def as_json(self, secret: str) -> dict[str, Json]:
+    def as_json(self) -> dict[str, Json]:
         plan = self.plan
         return {
             "name": self.instance.name, "kind": self.instance.kind, "where": self.instance.where,
@@ -2053,7 +2056,7 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
     if not run.args.dry_run and results:
         run.say(_total(results))
     run.print_json({"server": job.server.url, "dryRun": run.args.dry_run,
-                    "instances": [each.as_json("") for each in results]})
+                    "instances": [each.as_json() for each in results]})
     return Exit.FAILED if failures else Exit.OK
 
 
@@ -2073,7 +2076,7 @@ def cmd_check(run: Run) -> Exit:
     job = run.job()
     results = [planned(job, each) for each in instances_of(run, job, only_tenants=True)]
     show_results(run, results, lambda each: each.plan.summary if each.plan else "")
-    run.print_json({"server": job.server.url, "instances": [each.as_json("") for each in results]})
+    run.print_json({"server": job.server.url, "instances": [each.as_json() for each in results]})
     is_good = all(each.plan and each.plan.is_empty for each in results)
     return Exit.OK if is_good else Exit.FAILED
 
@@ -2098,7 +2101,7 @@ def cmd_undo(run: Run) -> Exit:
         results = [_undone(world, name) for name in known]
         show_results(run, results, lambda each: ", ".join(each.done))
     run.print_json({"dryRun": run.args.dry_run, "instances": [
-        each.as_json("") for each in results] or known})
+        each.as_json() for each in results] or known})
     return Exit.FAILED if any(each.problem for each in results) else Exit.OK
 
 
@@ -2177,7 +2180,7 @@ def cmd_add(run: Run) -> Exit:
             run.confirm("Do this?")
             result = carried_out(job, result)
             show_results(run, [result], lambda each: ", ".join(each.done))
-        run.print_json(result.as_json(""))
+        run.print_json(result.as_json())
         return Exit.FAILED if result.problem else Exit.OK
     if args.dry_run:
         run.say(f"  {name}  {'its key' if name in job.keys else 'new key'}, level "

@@ -424,6 +424,19 @@ def test_a_folder_of_somebody_else_is_used_only_when_told(lab: Lab) -> None:
     assert lab.run("setup", "--yes", "--adopt").code == 0
 
 
+@pytest.mark.parametrize("place", ["tenants/alice", "tenants/alice/instance"])
+def test_the_files_of_a_tenant_follow_no_link(lab: Lab, tmp_path: Path, place: str) -> None:
+    container(lab)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (lab.ocp_home / place).parent.mkdir(parents=True)
+    (lab.ocp_home / place).symlink_to(outside)
+
+    ran = lab.run("setup", "--yes", "--adopt")
+
+    assert ran.code == 1 and "is a link" in ran.stdout and not list(outside.iterdir())
+
+
 def test_no_secret_is_shown_or_given_to_a_program_as_a_word(lab: Lab) -> None:
     container(lab)
     said = [lab.run("setup", "--yes", "--json"), lab.run("list", "--json"), lab.run("check"),
