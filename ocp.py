@@ -319,6 +319,11 @@ COMMANDS = (
         argument("rest", nargs="*", metavar="ARGUMENT",
                  help="arguments of ocp_channels.py; none = its help"),
     )),
+    Command("tenants", "give each OpenClaw of this machine a key of its own", (
+        argument("rest", nargs="*", metavar="COMMAND",
+                 help="discover, setup, list, undo, ... and their arguments: see `ocp tenants "
+                      "--help`"),
+    ), examples=("tenants discover", "tenants setup --dry-run", "tenants undo")),
     Command("sync", "update the list of models in OpenClaw",
             (flag("--dry-run", help="only show what would change"), REPORT),
             examples=("sync --dry-run", "sync")),
@@ -380,7 +385,7 @@ ROOT = Command("", "", (
 GROUPS = (
     ("Everyday", ("status", "usage", "ask", "dashboard", "models", "requests", "logs",
                   "errors")),
-    ("Devices", ("keys", "lan", "connect", "channels", "sync", "tls")),
+    ("Devices", ("keys", "lan", "connect", "channels", "tenants", "sync", "tls")),
     ("Server", ("start", "stop", "restart", "health", "settings", "alerts", "sessions", "clear",
                 "cache")),
     ("Care", ("login", "doctor", "capture", "update", "version", "completion", "help")),
@@ -2899,18 +2904,18 @@ def cmd_lan(env: Env, args: argparse.Namespace) -> Exit:
     return Exit.OK if is_good else Exit.FAILED
 
 
-def connect_command(env: Env, *words: str) -> list[str]:
-    """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
-    return _beside_command(env, "ocp_connect.py", "HOST", *words)
-
-
-def _beside_command(env: Env, name: str, example: str, *words: str) -> list[str]:
-    """Return the command that runs another of OCP's scripts. Raises Problem if it is not there."""
+def script_command(env: Env, name: str, *words: str) -> list[str]:
+    """Return the command that runs another script. Raises Problem if it is not there."""
     script = env.beside(name)
     if not os.path.exists(script):
         raise failed(f"{script} is not there. Copy {name} from the server's checkout of OCP beside "
-                     f"this ocp.py, or run it alone: python3 {name} {example}")
+                     f"this ocp.py, or run it alone: python3 {name}")
     return [sys.executable, script, *words]
+
+
+def connect_command(env: Env, *words: str) -> list[str]:
+    """Return the command that runs ocp_connect.py. Raises Problem if it is not there."""
+    return script_command(env, "ocp_connect.py", *words)
 
 
 def connect_options(env: Env) -> list[str]:
@@ -2936,9 +2941,18 @@ def cmd_channels(env: Env, args: argparse.Namespace) -> Exit:
 
     It may run for long, and ends in good order only if signals reach it alone.
     """
-    command = _beside_command(env, "ocp_channels.py", "--help", *(args.rest or ["--help"]))
+    command = script_command(env, "ocp_channels.py", *(args.rest or ["--help"]))
     env.stdout.flush()
     os.execve(command[0], command, dict(env.environ))
+
+
+def cmd_tenants(env: Env, args: argparse.Namespace) -> Exit:
+    return _run_attached(env, script_command(env, "ocp_tenants.py", *args.rest))
+
+
+def tenants_commands(env: Env) -> list[str]:
+    """Return the commands of ocp_tenants.py, none if it is not there."""
+    return re.findall(r'\n    Command\("([a-z-]+)"', text_of(env.beside("ocp_tenants.py")))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:
@@ -5407,7 +5421,7 @@ def parse(env: Env, words: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of a command line. Raises Problem, and SystemExit after a --help."""
     command = behind_options(words)
     _refuse_unknown(command)
-    if command[:1] in (["connect"], ["channels"]):
+    if command[:1] in (["connect"], ["channels"], ["tenants"]):
         # The options behind it, --help too, are another program's.
         words = [*words[:len(words) - len(command)], command[0], "--", *command[1:]]
     whole = filled(Whole(prog="ocp", allow_abbrev=False), ROOT, "cmd")
@@ -5453,8 +5467,9 @@ def _server_names(env: Env, metavar: str) -> list[str]:
 def _argument_words(env: Env, command: Command, before: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield what may be an argument of a command after the words `before`, each with its help."""
     last = before[-1] if before else ""
-    if command.name == "connect":
-        yield from ((name, "") for name in connect_options(env))
+    if command.name in ("connect", "tenants"):
+        found = connect_options if command.name == "connect" else tenants_commands
+        yield from ((name, "") for name in found(env))
         return
     arguments = (*command.arguments, *EVERYWHERE)
     expecting = [each for each in arguments if last in each.names and "metavar" in each.options]

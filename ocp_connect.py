@@ -1740,6 +1740,10 @@ class Context:
     asked: Sequence[str] = ()
     #: Whether shells get nothing new but the certificate.
     certificate_only: bool = False
+    #: For an OpenClaw that sees another machine, such as one in a container: the address of the
+    #: server there, and the file there that holds the key, which is then not saved here.
+    openclaw_url: str = ""
+    openclaw_key_path: str = ""
 
     @property
     def key_words(self) -> str:
@@ -2457,7 +2461,8 @@ def openclaw_provider(context: Context, secret: str, present: Json) -> list[Chan
     key: Json = OPENCLAW_NO_KEY
     changes: list[Change] = []
     if server.key:
-        source = {"source": "file", "path": context.machine.key_file, "mode": "singleValue"}
+        path = context.openclaw_key_path or context.machine.key_file
+        source = {"source": "file", "path": path, "mode": "singleValue"}
         changes.append(SetValue((*_OPENCLAW_SECRETS, secret), source, owned=True))
         key = {"source": "file", "provider": secret, "id": "value"}
     entry = {"baseUrl": server.api, "apiKey": key, "api": "openai-completions",
@@ -2471,11 +2476,13 @@ def openclaw_provider(context: Context, secret: str, present: Json) -> list[Chan
 def openclaw_steps(context: Context) -> list[Step]:
     """Add the provider, and choose the default model. Raise Problem."""
     machine, path = context.machine, openclaw_config(context.machine)
-    url = context.server.url
+    url = context.openclaw_url or context.server.url
+    context = dataclasses.replace(context, server=context.server._replace(url=url))
+    key_path = context.openclaw_key_path or machine.key_file
     secret, _ = with_name(
         dataclasses.replace(context, provider=""), "OpenClaw", "ocp", path,
         providers_at(*_OPENCLAW_SECRETS),
-        lambda entry: url if text_at(entry, "path") == machine.key_file else "")
+        lambda entry: url if text_at(entry, "path") == key_path else "")
     context, notes = with_name(
         context, "OpenClaw", OPENCLAW_PROVIDER, path, providers_at(*_OPENCLAW_PROVIDERS),
         lambda entry: text_at(entry, "baseUrl"))
@@ -2866,7 +2873,7 @@ def make_plan(context: Context, tools: Sequence[Tool], record: Record) -> Plan:
     if server.certificate and shell not in tools and any(tool.needs_variables for tool in tools):
         context, tools = dataclasses.replace(context, certificate_only=True), [shell, *tools]
     plan = Plan(tools=list(tools))
-    if server.key:
+    if server.key and not context.openclaw_key_path:
         key = (WholeFile(server.key),)
         path = context.machine.key_file
         steps.append((OWN_FILES, FileStep(path, "lines", key, "the key, readable by you only")))
@@ -3505,6 +3512,29 @@ HOST_HELP = (
     "or without a path; or one of the words undo and list")
 
 
+def whole_address(text: str) -> str:
+    """Return an address without a trailing slash or /v1, for argparse."""
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://HOST:3456")
+    return re.sub(r"(/v1)?/*$", "", text)
+
+
+def absolute_path(text: str) -> str:
+    if not text.startswith("/") or clean(text) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an absolute path")
+    return text
+
+
+def _add_role(parser: argparse.ArgumentParser) -> None:
+    role = parser.add_mutually_exclusive_group()
+    role.add_argument("--primary", dest="role", action="store_const", const=Role.PRIMARY,
+                      help="make OCP the default, also of tools that have another one")
+    role.add_argument("--backup", dest="role", action="store_const", const=Role.BACKUP,
+                      help="do not make OCP the default of any tool; in OpenClaw, add it as the "
+                           "last fallback")
+    parser.set_defaults(role=Role.AUTO)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocp_connect", description="Configure the tools of this machine to use an OCP server.",
@@ -3519,17 +3549,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--only", metavar="TOOL,...", type=tool_list, default=[], help="only these tools")
     add("--skip", metavar="TOOL,...", type=tool_list, default=[], help="all but these tools")
     flag("--all", help="all tools, also those that are not found here")
-    role = parser.add_mutually_exclusive_group()
-    role.add_argument("--primary", dest="role", action="store_const", const=Role.PRIMARY,
-                      help="make OCP the default, also of tools that have another one")
-    role.add_argument("--backup", dest="role", action="store_const", const=Role.BACKUP,
-                      help="do not make OCP the default of any tool; in OpenClaw, add it as the "
-                           "last fallback")
+    _add_role(parser)
     flag("--allow-fallback",
          help="OpenClaw: keep your fallbacks when OCP is the primary model")
     add("--provider-name", metavar="NAME", type=provider_name,
         help=f"the name of OCP among the providers of a tool (default: {OPENCLAW_PROVIDER} in "
              "OpenClaw, OCP in Zed, ocp elsewhere)")
+    add("--openclaw-url", metavar="URL", type=whole_address,
+        help="OpenClaw: the server's address where OpenClaw runs, such as in a container")
+    add("--openclaw-key-path", metavar="PATH", type=absolute_path,
+        help="OpenClaw: the file there that holds the key, which is then not saved here")
     flag("--anthropic",
          help="also configure Claude Code and Anthropic SDKs; not on the server's own machine")
     flag("--skip-answer", help="do not send a real request at the end")
@@ -3542,7 +3571,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--yes", "-y", help="do not ask for confirmation")
     flag("--json", help="print JSON")
     add("--version", action="version", version=f"ocp_connect {VERSION}")
-    parser.set_defaults(role=Role.AUTO)
     return parser
 
 
@@ -3649,7 +3677,9 @@ class Run:
         if args.anthropic:
             refuse_loop(machine, server)
         context = Context(machine, server, args.role, args.allow_fallback, args.anthropic,
-                          self._original_text, args.provider_name or "", asked=args.only)
+                          self._original_text, args.provider_name or "", asked=args.only,
+                          openclaw_url=args.openclaw_url or "",
+                          openclaw_key_path=args.openclaw_key_path or "")
         plan = make_plan(context, self._tools(), self.record)
         shown = {**plan_json(plan, machine, server.key), "server": url}
         self.say(show_plan(plan, machine, server.key, args.dry_run))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 #: Scripts that are offered alone too.
-SINGLE = ("ocp_server.py", "ocp.py", "ocp_connect.py", "ocp_channels.py")
+SINGLE = ("ocp_server.py", "ocp.py", "ocp_connect.py", "ocp_channels.py", "ocp_tenants.py")
 #: What only those who change OCP need.
 LEFT_OUT = ("tests/", "bench/", "tools/", ".", "pyproject.toml", "ocp-plugin/test/")
 #: Who may sign a release, in the form of ssh-keygen. Where it is there, `ocp update` wants it.

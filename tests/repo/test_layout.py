@@ -68,16 +68,16 @@ REMOVED_MODULES = {
 #: What a script may import: in the standard library of 3.9 and of every later version.
 #: An interpreter can list only its own modules, and 3.9 not even these.
 ALLOWED_MODULES = {
-    "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "codecs",
+    "__future__", "argparse", "array", "ast", "base64", "binascii", "bisect", "calendar", "codecs",
     "collections", "concurrent", "contextlib", "copy", "csv", "ctypes", "dataclasses", "datetime",
     "difflib", "email", "enum", "errno", "fcntl", "filecmp", "fnmatch", "functools", "gc",
     "getpass", "glob", "grp", "gzip", "hashlib", "heapq", "hmac", "html", "http", "importlib",
-    "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes",
-    "operator", "os", "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random",
-    "re", "resource", "secrets", "select", "selectors", "shlex", "shutil", "signal", "site",
-    "socket", "socketserver", "sqlite3", "ssl", "stat", "string", "struct", "subprocess", "sys",
-    "sysconfig", "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing",
-    "unicodedata", "urllib", "uuid", "warnings", "weakref", "webbrowser", "zipfile", "zlib",
+    "inspect", "io", "ipaddress", "itertools", "json", "logging", "math", "mimetypes", "operator",
+    "os", "pathlib", "platform", "plistlib", "pprint", "pwd", "queue", "random", "re", "resource",
+    "secrets", "select", "selectors", "shlex", "shutil", "signal", "site", "socket", "socketserver",
+    "sqlite3", "ssl", "stat", "string", "struct", "subprocess", "sys", "sysconfig", "tarfile",
+    "tempfile", "textwrap", "threading", "time", "traceback", "types", "typing", "unicodedata",
+    "urllib", "uuid", "warnings", "weakref", "webbrowser", "zipfile", "zlib",
 }
 #: Names that a section of ocp_server.py may use although a later one defines them.
 ALLOWED_FORWARD: frozenset[str] = frozenset()
@@ -97,18 +97,19 @@ def tree_of(path: Path) -> ast.Module:
 # ---------------------------------------------------------------------------
 
 _OF_THE_SERVICE = ["ocp.py", "setup.py_install.py", "uninstall.py"]
+_WITH_TENANTS = sorted([*_OF_THE_SERVICE, "ocp_tenants.py"])
 #: Scripts that have to work alone, and therefore hold copies of a few functions.
 SHARED = {
     "drain": ["ocp.py", "setup.py_install.py"],
-    "exit": sorted([*_OF_THE_SERVICE, "ocp_channels.py"]), "run_program": _OF_THE_SERVICE,
-    "write_whole": sorted([*_OF_THE_SERVICE, "ocp_channels.py"]),
-    "read_record": _OF_THE_SERVICE, "confirm": _OF_THE_SERVICE,
+    "exit": sorted([*_WITH_TENANTS, "ocp_channels.py"]), "run_program": _OF_THE_SERVICE,
+    "write_whole": sorted([*_WITH_TENANTS, "ocp_channels.py"]),
+    "read_record": _WITH_TENANTS, "confirm": _WITH_TENANTS,
     "env_file": ["ocp.py", "ocp_server.py", "setup.py_install.py"],
     "wrong_lines": ["ocp_server.py", "setup.py_install.py"],
     "removed_settings": ["ocp_server.py", "setup.py_install.py"],
     "shown_path": ["setup.py_install.py", "uninstall.py"],
-    "http_json": ["ocp.py", "setup.py_install.py"],
-    "any_certificate": ["ocp.py", "setup.py_install.py"],
+    "http_json": ["ocp.py", "ocp_tenants.py", "setup.py_install.py"],
+    "any_certificate": ["ocp.py", "ocp_tenants.py", "setup.py_install.py"],
     "certificate": ["ocp.py", "ocp_connect.py", "ocp_server.py"],
 }
 
@@ -130,7 +131,7 @@ def test_what_scripts_share_is_the_same_to_the_byte() -> None:
         assert len({pieces[script][name] for script in scripts}) == 1, name
 
 
-@pytest.mark.parametrize("name", [*_OF_THE_SERVICE, "ocp_channels.py"])
+@pytest.mark.parametrize("name", [*_WITH_TENANTS, "ocp_channels.py"])
 def test_the_index_of_a_script_lists_its_sections_in_order(name: str) -> None:
     text = (REPO / name).read_text()
     titles = re.findall(r"^# ==== (\d+)\. (.+?) =+$", text, re.M)

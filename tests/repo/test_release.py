@@ -53,7 +53,7 @@ class Repository:
         (folder / "tools").mkdir(parents=True)
         (folder / "tests").mkdir()
         shutil.copy(REPO / "tools" / "release.py", folder / "tools")
-        for name in ("ocp_server.py", "ocp_connect.py", "ocp_channels.py"):
+        for name in ("ocp_server.py", "ocp_connect.py", "ocp_channels.py", "ocp_tenants.py"):
             (folder / name).write_text('"""x"""\nVERSION = "0.1.0"\nOTHER = "0.1.0"\n')
         (folder / "ocp.py").write_text("#!/usr/bin/env python3\n")
         (folder / "ocp.py").chmod(0o755)
@@ -119,7 +119,7 @@ def test_the_files_of_a_release_fit_their_sums_and_are_built_the_same_again(
     built = repository.dist()
     assert set(built) == {
         "SHA256SUMS", "ocp-0.2.0.tar.gz", "ocp.py", "ocp_channels.py", "ocp_connect.py",
-        "ocp_server.py"}
+        "ocp_server.py", "ocp_tenants.py"}
     for line in built["SHA256SUMS"].decode().splitlines():
         wanted, _, name = line.partition("  ")
         assert hashlib.sha256(built[name]).hexdigest() == wanted

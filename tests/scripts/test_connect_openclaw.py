@@ -231,6 +231,37 @@ def test_with_a_key_the_provider_names_the_file_that_holds_it(either: Lab) -> No
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
 
 
+def test_an_openclaw_elsewhere_gets_its_own_address_and_path_of_the_key(either: Lab) -> None:
+    original = either.has({"gateway": {"port": 1}})
+    there = {"openclaw_url": "http://172.17.0.1:3456", "openclaw_key_path": "/state/ocp-key"}
+
+    either.connect("openclaw", **there)
+
+    assert either.providers()["claude-local"]["baseUrl"] == "http://172.17.0.1:3456/v1"
+    assert either.config()["secrets"]["providers"]["ocp"]["path"] == "/state/ocp-key"
+    assert not (either.folder / ".config/ocp/key").exists()
+    assert not either.plan("openclaw", **there).edits
+    either.connect("openclaw", **{**there, "openclaw_url": "http://host.docker.internal:3456"})
+    assert [row["baseUrl"] for row in either.providers().values()] == [
+        "http://host.docker.internal:3456/v1"]
+    either.undo("openclaw")
+    assert either.file.read_bytes() == original
+
+
+@pytest.mark.parametrize(("word", "complaint"), [
+    ("--openclaw-url=172.17.0.1:3456", "is not an address"),
+    ("--openclaw-url=http://a b", "is not an address"),
+    ("--openclaw-key-path=key", "is not an absolute path"),
+    ("--openclaw-key-path=/a\nb", "is not an absolute path")])
+def test_an_address_or_path_elsewhere_that_is_none_is_refused(
+    bare: Lab, capsys: pytest.CaptureFixture[str], word: str, complaint: str
+) -> None:
+    with pytest.raises(SystemExit):
+        bare.run("127.0.0.1", word)
+
+    assert complaint in capsys.readouterr().err
+
+
 def test_without_a_key_there_is_openclaws_word_for_none(either: Lab) -> None:
     either.connect("openclaw", server=KEYLESS)
 

@@ -1147,6 +1147,13 @@ def test_the_help_of_connect_is_that_of_its_script(words: list[str]) -> None:
     assert "--provider-name" in ran.stdout and "--undo" in ran.stdout
 
 
+@pytest.mark.parametrize("words", [["tenants", "--help"], ["help", "tenants"]])
+def test_the_help_of_tenants_is_that_of_its_script(words: list[str]) -> None:
+    ran = subprocess.run([sys.executable, str(REPO / "ocp.py"), *words], capture_output=True,
+                         text=True, check=True)
+    assert "usage: ocp tenants" in ran.stdout and "discover" in ran.stdout
+
+
 def all_examples() -> list[str]:
     rows = [row for command in ocp.COMMANDS for row in (command, *command.actions)]
     return [example for row in rows for example in row.examples]
@@ -1201,7 +1208,7 @@ def test_the_version_option_is_one_line_and_asks_nobody(tmp_path: Path, option: 
 
 
 @pytest.mark.parametrize("words", [
-    each for each in all_commands() if each not in (["connect"], ["channels"])
+    each for each in all_commands() if each not in (["connect"], ["channels"], ["tenants"])
 ], ids=" ".join)
 def test_every_command_has_help_and_a_function(tmp_path: Path, words: list[str]) -> None:
     found = run(tmp_path, DEAD_URL, *words, "--help")
@@ -1301,6 +1308,7 @@ def test_commands_actions_options_and_choices_are_completed(tmp_path: Path) -> N
     assert completed(tmp_path, DEAD_URL, "status", "--u") == {"--url"}
     offered = completed(tmp_path, DEAD_URL, "connect", "box", "--")
     assert {"--undo", "--provider-name", "--primary"} <= offered and "--url" not in offered
+    assert {"discover", "setup", "gen-key"} <= completed(tmp_path, DEAD_URL, "tenants", "")
     assert completed(tmp_path, DEAD_URL, "completion", "z") == {"zsh"}
     assert completed(tmp_path, DEAD_URL, "logs", "e") == {"error"}
     assert completed(tmp_path, DEAD_URL, "help", "keys", "re") == {"rename", "revoke"}
@@ -1447,7 +1455,8 @@ def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
 
 
 @pytest.mark.parametrize("words", [
-    ["connect", "--undo", "--yes"], ["connect", "box", "--list"], ["channels", "start", "-d"]])
+    ["connect", "--undo", "--yes"], ["connect", "box", "--list"], ["channels", "start", "-d"],
+    ["tenants"], ["tenants", "--json"], ["tenants", "setup", "alice", "--yes", "--help"]])
 def test_every_option_behind_a_script_is_its_own(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / f"ocp_{words[0]}.py").write_text("import sys; print(sys.argv[1:])")
     ran = subprocess.run([sys.executable, str(copied(tmp_path)), *words], capture_output=True,
@@ -1474,10 +1483,10 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copy(REPO / "ocp.py", folder))
 
 
-def test_a_script_that_is_not_there_is_told(tmp_path: Path) -> None:
-    for name in ("connect", "channels"):
-        found = run_env(ocp_env(tmp_path, name, "box", tree=tmp_path))
-        assert found.code == 1 and f"Copy ocp_{name}.py" in found.stderr
+@pytest.mark.parametrize("name", ["connect", "channels", "tenants"])
+def test_a_script_that_is_not_there_is_told(tmp_path: Path, name: str) -> None:
+    found = run_env(ocp_env(tmp_path, name, "box", tree=tmp_path))
+    assert found.code == 1 and f"Copy ocp_{name}.py" in found.stderr
 
 
 def test_progress_is_said_on_a_terminal_only(tmp_path: Path) -> None:

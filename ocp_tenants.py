@@ -1,0 +1,2475 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# ///
+"""ocp_tenants sets up OpenClaw instances for one OCP server, each with a key of its own.
+
+    ocp tenants discover        find OpenClaw containers and folders on this machine
+    ocp tenants setup           make a key for each, and write the server into its openclaw.json
+    ocp tenants                 list the tenants
+    ocp tenants undo            give every openclaw.json back as it was
+
+It runs on the server's machine, alone as `python3 ocp_tenants.py` too. It needs ocp_connect.py
+beside it for what it writes into openclaw.json, and the program `docker` for containers. Commands
+that change something accept --dry-run; all accept --json.
+
+The server is --server, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or the one
+that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key is
+OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key. OCP_HOME replaces ~/.ocp. OCP_DOCKER names
+another client, such as podman.
+
+Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server answers;
+4 the admin key is missing or wrong; 130 interrupted.
+"""
+# Sections (search for "==== 8" to jump to the eighth):
+#
+#      1. Small tools      shared pieces, the world outside, running programs, names and keys
+#      2. The server       where it is, which key it gets, what it knows of tenants
+#      3. Docker           its client, by argv only
+#      4. Instances        OpenClaw containers and folders of this machine
+#      5. OpenClaw files   read and replace the files of an instance, in a container or not
+#      6. Tenants          set up, apply, undo
+#      7. Skills           compare, fetch and bring skills
+#      8. Import           the configuration of another gateway
+#      9. Command line     arguments, output, main
+from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("OCP needs Python 3.9 or later; this is Python %d.%d." % sys.version_info[:2])
+if sys.platform == "win32":
+    sys.exit("ocp_tenants runs on Linux and macOS; on Windows, run it in WSL.")
+
+import argparse
+import calendar
+import contextlib
+import dataclasses
+import enum
+import functools
+import hashlib
+import http.client
+import importlib.util
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import ssl
+import stat
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, TextIO
+
+VERSION = "1.0.0"
+
+#: A JSON value.
+Json = Any
+
+
+# ==== 1. Small tools =========================================================
+# Pieces between "--- shared: NAME" and "--- end shared" are in other scripts too; a test compares
+# them. Then the world outside, programs, and the forms that names have to have.
+
+
+# --- shared: exit
+class Exit(enum.IntEnum):
+    """The exit codes of OCP's scripts. What was not done never ends with OK."""
+
+    OK = 0
+    FAILED = 1
+    #: Wrong arguments or settings, or nobody to ask.
+    USAGE = 2
+    #: No server answers; for the installer: installed, but claude does not answer.
+    UNREACHABLE = 3
+    #: The key is missing or wrong, or the system requires other rights.
+    DENIED = 4
+    INTERRUPTED = 130
+
+
+class Problem(Exception):
+    """What went wrong, and what the user can do. `body` is the JSON of a server's refusal."""
+
+    def __init__(self, code: Exit, message: str, body: Any = None) -> None:
+        super().__init__(message)
+        self.code, self.body = code, body
+# --- end shared
+
+
+# --- shared: write_whole
+#: Added to the name of a file while it is written. uninstall.py removes what is left of one.
+DRAFT = ".ocp-draft"
+
+
+def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file so that after a crash the old or the new one is there, never a part.
+
+    What root writes gets the owner of its folder: the state of a service of the machine belongs
+    to the user that it runs as. Raises OSError.
+    """
+    draft = path + DRAFT
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.geteuid() == 0:
+        folder = os.stat(os.path.dirname(path))
+        os.chown(draft, folder.st_uid, folder.st_gid)
+    os.chmod(draft, mode)
+    os.replace(draft, path)
+# --- end shared
+
+
+# --- shared: read_record
+def ocp_home(environ: Mapping[str, str], home: str) -> str:
+    """Return the folder of OCP's state: OCP_HOME, or ~/.ocp."""
+    named = environ.get("OCP_HOME", "").strip() or "~/.ocp"
+    return os.path.abspath(os.path.join(home, named[2:]) if named.startswith("~/") else named)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """Return the installer's record, install.json; None if there is none.
+
+    Raises ValueError with advice for the user if it cannot be used, OSError if it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("actions"), list):
+        raise ValueError(f"{path} is damaged. Move it away, and run setup.py_install.py again.")
+    if record.get("version") != 1:
+        raise ValueError(f"{path} was written by another version of OCP: use its scripts.")
+    return record
+# --- end shared
+
+
+# --- shared: confirm
+def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
+    """Ask before something is changed, unless the user said --yes.
+
+    Raises Problem for any answer but yes, and where nobody can be asked.
+    """
+    if yes:
+        return
+    # Whoever started the program may have closed its standard input.
+    if stdin is None or not stdin.isatty():
+        raise Problem(Exit.USAGE, "There is no terminal to ask on: say --yes, or --dry-run.")
+    stdout.write(f"{question} [y/N] ")
+    stdout.flush()
+    if stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Problem(Exit.FAILED, "Nothing was changed.")
+# --- end shared
+
+
+# --- shared: http_json
+class HttpProblem(Exception):
+    """A request without a useful answer. `kind` is "unreachable" (nobody answered), "denied" (401,
+    403), "upstream" (5xx) or "refused"; `status` is 0 where nobody answered, `body` the JSON."""
+
+    def __init__(
+        self, kind: str, message: str, status: int = 0, body: Any = None, request_id: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.kind, self.status, self.body = kind, status, body
+        self.request_id = request_id
+
+
+@contextlib.contextmanager
+def http_open(
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a request, its body still unread. Raises HttpProblem. No proxy is used and
+    no redirection followed, so that the key reaches this address and no other."""
+    parts = urllib.parse.urlsplit(url)
+    connect: Any = http.client.HTTPConnection
+    if parts.scheme == "https":
+        connect = functools.partial(http.client.HTTPSConnection, context=tls)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    content = None
+    if body is not None:
+        headers["Content-Type"], content = "application/json", json.dumps(body).encode()
+    with contextlib.closing(connect(parts.hostname or "", parts.port, timeout=timeout_s)) as link:
+        try:
+            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            link.request(method, target, content, headers)
+            answer = link.getresponse()
+            text = b"" if answer.status < 300 else answer.read()
+        except (OSError, http.client.HTTPException) as problem:
+            reason = getattr(problem, "strerror", None) or str(problem) or "no HTTP came back"
+            raise HttpProblem("unreachable", reason) from None
+        with contextlib.closing(answer):
+            if answer.status >= 300:
+                raise http_problem(answer.status, text, answer.headers.get("X-Request-Id", ""))
+            yield answer
+
+
+def http_problem(status: int, text: bytes, request_id: str) -> HttpProblem:
+    """The problem that an answer with such a status stands for."""
+    kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
+    body, message = None, text[:200].decode("utf-8", "replace").strip()
+    with contextlib.suppress(ValueError):
+        body = json.loads(text)
+    error = body.get("error") if isinstance(body, dict) else None
+    told = error.get("message") if isinstance(error, dict) else error
+    return HttpProblem(kind, str(told or message), status, body, request_id)
+
+
+def http_json(
+    method: str, url: str, body: object = None, key: str = "", timeout_s: float = 15.0,
+    tls: ssl.SSLContext | None = None,
+) -> Any:
+    """The JSON value that the server answers. Raises HttpProblem."""
+    with http_open(method, url, body, key, timeout_s, tls) as answer:
+        try:
+            return json.loads(answer.read())
+        except (OSError, http.client.HTTPException) as problem:
+            raise HttpProblem("unreachable", f"the answer broke off: {problem}") from None
+        except ValueError:
+            raise HttpProblem("refused", "no JSON came back", answer.status) from None
+# --- end shared
+
+
+# --- shared: any_certificate
+def any_certificate() -> ssl.SSLContext:
+    """Return a context that accepts every certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+# --- end shared
+
+
+def failed(message: str) -> Problem:
+    """Return the error of a command that was not able to do its work."""
+    return Problem(Exit.FAILED, message)
+
+
+def clean(text: object) -> str:
+    """Return `text` without the control characters that could command a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 file" or "2 files"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def as_dict(value: Json) -> dict[str, Json]:
+    """Return `value` if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+#: Variables that no program started from here is given: the keys of this server.
+_OWN_SECRETS = ("OCP_ADMIN_KEY", "OCP_CONNECT_KEY")
+
+
+@dataclasses.dataclass
+class World:
+    """The world around a command."""
+
+    environ: Mapping[str, str]
+    #: The user's home folder.
+    home: str
+    stdin: TextIO
+    stdout: TextIO
+    stderr: TextIO
+    #: The folder of this script, with ocp_connect.py beside it.
+    tree: str
+    clock: Callable[[], float] = time.time
+
+    @property
+    def ocp_home(self) -> str:
+        return ocp_home(self.environ, self.home)
+
+    @property
+    def tenants_folder(self) -> str:
+        """Return the folder that holds one folder for each tenant."""
+        return os.path.join(self.ocp_home, "tenants")
+
+    @property
+    def child_environ(self) -> dict[str, str]:
+        """Return the environment for programs that are started."""
+        return {name: value for name, value in self.environ.items() if name not in _OWN_SECRETS}
+
+    def say(self, text: str) -> None:
+        print(text, file=self.stdout, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=self.stderr, flush=True)
+
+    def shown_path(self, path: str) -> str:
+        """Return a path with ~ for the home folder."""
+        inside = path.startswith(self.home + os.sep)
+        return "~" + path[len(self.home):] if inside else path
+
+
+class Ran(NamedTuple):
+    """How a program ended. A code of None: it did not run to its end, and `error` says why."""
+
+    code: int | None
+    output: bytes
+    error: str
+
+    @property
+    def text(self) -> str:
+        return self.output.decode("utf-8", "replace")
+
+    @property
+    def complaint(self) -> str:
+        """Return its complaint in one line, for a message."""
+        lines = [line.strip() for line in f"{self.error}\n{self.text}".splitlines()]
+        return next((clean(line)[:300] for line in lines if line), f"it ended with {self.code}")
+
+
+class Running:
+    """A program at work, its output a stream. It is killed with its group when its time is over,
+    and at the end of a `with` in which finish() was not reached. Raises OSError where it cannot be
+    started."""
+
+    def __init__(
+        self, command: Sequence[str], environ: Mapping[str, str], stdin: bytes, timeout_s: float
+    ) -> None:
+        self._name, self._reason = command[0], ""
+        self._error = tempfile.TemporaryFile()  # noqa: SIM115 - finish() closes it
+        try:
+            self._process = subprocess.Popen(
+                list(command), env=dict(environ), cwd="/", stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stderr=self._error,
+                start_new_session=True)
+        except BaseException:
+            self._error.close()
+            raise
+        assert self._process.stdout
+        self.output: IO[bytes] = self._process.stdout
+        self._timer = threading.Timer(timeout_s, self.kill, [f"took longer than {timeout_s:.0f} s"])
+        self._timer.daemon = True
+        self._timer.start()
+        if stdin:
+            threading.Thread(target=self._feed, args=[stdin], daemon=True).start()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.returncode is None:
+            self.kill("was interrupted")
+            self.finish()
+
+    def _feed(self, stdin: bytes) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(OSError), self._process.stdin as pipe:
+            pipe.write(stdin)
+
+    def kill(self, reason: str) -> None:
+        """End the program and all that it started. `reason` goes into the message."""
+        self._reason = self._reason or reason
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def finish(self, output: bytes = b"") -> Ran:
+        """Wait for the end, and return how it was, with the output that was read."""
+        try:
+            code = self._process.wait()
+        finally:
+            self._timer.cancel()
+            self.output.close()
+        self._error.seek(0)
+        with self._error as file:
+            error = file.read(10_000).decode("utf-8", "replace")
+        return Ran(None, output, f"{self._name} {self._reason}") if self._reason else Ran(
+            code, output, error)
+
+
+def run_words(
+    command: Sequence[str], environ: Mapping[str, str], stdin: bytes = b"",
+    timeout_s: float = 15.0, limit_bytes: int = 20_000_000,
+) -> Ran:
+    """Run a program to its end, without a terminal. Never raises for one that cannot be run, is
+    too slow or prints too much."""
+    try:
+        running = Running(command, environ, stdin, timeout_s)
+    except (OSError, ValueError) as error:
+        return Ran(None, b"", f"{command[0]}: {getattr(error, 'strerror', None) or error}")
+    with running:
+        output = running.output.read(limit_bytes + 1)
+        if len(output) > limit_bytes:
+            running.kill(f"printed more than {limit_bytes} bytes")
+        return running.finish(output[:limit_bytes])
+
+
+#: The form of a tenant's name, also a part of paths.
+TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
+
+
+#: Names that the server gives to no key.
+_RESERVED = re.compile(r"admin|anonymous|local|public|remote|shared|[0-9]+|")
+
+
+def fitted_name(text: str) -> str:
+    """Return `text` made to fit the form of a tenant's name."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()[:200]).strip("-")[:30].strip("-")
+    return f"openclaw-{words or 'instance'}" if _RESERVED.fullmatch(words) else words
+
+
+def checked_name(text: str) -> str:
+    """Return a tenant's name. Raises Problem for what none may be."""
+    if not TENANT_NAME.fullmatch(text):
+        raise Problem(Exit.USAGE, f"{clean(text)[:80]!r} is no name of a tenant: use up to 40 "
+                                  "small letters, digits and hyphens.")
+    return text
+
+
+def new_secret() -> str:
+    """Return a new key: "ocp_" and 32 characters."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+    return "ocp_" + "".join(secrets.choice(alphabet) for _ in range(32))
+
+
+def stamp_of(at_s: float) -> str:
+    """Return epoch seconds as the name of a folder: 20270131T140000Z."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(at_s))
+
+
+# ==== 2. The server ==========================================================
+# Where the server is, and what it knows of tenants.
+
+
+DEFAULT_URL = "http://127.0.0.1:3456"
+
+
+def parse_url(text: str, source: str) -> str:
+    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none."""
+    text = text.strip() if "://" in text else f"http://{text.strip()}"
+    try:
+        parts = urllib.parse.urlsplit(text)
+        is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable or re.search(r"[\x00-\x20\x7f@]", text):
+        raise Problem(
+            Exit.USAGE, f"{source}: {clean(text)!r} is not an address such as {DEFAULT_URL}.")
+    path = parts.path.rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path[:-3] if path.endswith('/v1') else path}"
+
+
+def is_loopback(url: str) -> bool:
+    """Return whether an address leads to this machine by its loopback name."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def port_of(url: str) -> int:
+    parts = urllib.parse.urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+class Server(NamedTuple):
+    """The server whose keys the instances get."""
+
+    url: str
+    #: The admin key.
+    key: str
+
+    def ask(self, method: str, path: str, body: object = None, key: str = "") -> Json:
+        """Return the JSON of an answer. `key` replaces the admin key. Raises Problem, whose body is
+        that of the refusal."""
+        tls = any_certificate() if is_loopback(self.url) else None
+        try:
+            return http_json(method, self.url + path, body, key or self.key, 15.0, tls)
+        except HttpProblem as problem:
+            message = clean(problem).rstrip(".")
+            if problem.kind == "unreachable":
+                raise Problem(Exit.UNREACHABLE, f"Cannot connect to {self.url}: {message}.\n"
+                              "Start the server with `ocp start`.") from None
+            if problem.kind == "denied":
+                raise Problem(Exit.DENIED, f"{self.url} refused: {message}.\nIts admin key is "
+                              "taken from OCP_ADMIN_KEY, or from ~/.ocp/admin-key.",
+                              problem.body) from None
+            raise Problem(Exit.FAILED, f"{self.url} answered {problem.status}: {message}.",
+                          problem.body) from None
+
+    def keys(self) -> dict[str, dict[str, Json]]:
+        """Return the active keys by name. Raises Problem."""
+        rows = as_dict(self.ask("GET", "/api/keys")).get("keys")
+        rows = [as_dict(row) for row in rows] if isinstance(rows, list) else []
+        return {str(row.get("name")): row for row in rows if not row.get("revokedAt")}
+
+    def tenants(self) -> dict[str, dict[str, Json]]:
+        """Return the tenants by name. Raises Problem."""
+        rows = as_dict(self.ask("GET", "/api/tenants")).get("tenants")
+        rows = [as_dict(row) for row in rows] if isinstance(rows, list) else []
+        return {str(row.get("name")): row for row in rows}
+
+    def tenant(self, name: str, method: str = "GET", body: object = None, more: str = "") -> Json:
+        """Return the answer to a request about one tenant. Raises Problem."""
+        return self.ask(method, f"/api/keys/{urllib.parse.quote(name, safe='')}/tenant{more}", body)
+
+
+def error_code(problem: Problem) -> str:
+    """Return the code in a server's refusal, empty if there is none."""
+    return str(as_dict(as_dict(problem.body).get("error")).get("code") or "")
+
+
+def find_server(world: World, named: str = "") -> Server:
+    """Return the server to use, not asked yet. Raises Problem for an address that is none."""
+    record: dict[str, Json] = {}
+    with contextlib.suppress(OSError, ValueError):
+        record = read_record(os.path.join(world.ocp_home, "install.json")) or {}
+    port = world.environ.get("CLAUDE_PROXY_PORT", "").strip()
+    given = (("--server", named), ("OCP_URL", world.environ.get("OCP_URL", "")),
+             ("CLAUDE_PROXY_PORT", f"http://127.0.0.1:{port}" if port else ""),
+             ("install.json", str(record.get("url") or "")))
+    source, text = next((pair for pair in given if pair[1].strip()), ("", DEFAULT_URL))
+    url = parse_url(text, source)
+    key = world.environ.get("OCP_ADMIN_KEY", "").strip()
+    if not key and (is_loopback(url) or source == "install.json"):
+        # The key of the file is this machine's own: it is sent to no other.
+        folder = str(record.get("data_dir") or world.ocp_home)
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(folder, "admin-key"), encoding="utf-8") as file:
+                key = file.read(10_000).strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise Problem(Exit.USAGE, "The admin key contains characters that no key has.")
+    return Server(url, key)
+
+
+# ==== 3. Docker ==============================================================
+# The program docker, by argv only: no shell, `--` before names, a time limit, bounded output.
+
+
+#: The form of a container's name.
+CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+#: For what copies files.
+_COPY_S = 120.0
+
+
+class Docker(NamedTuple):
+    """The client of docker, or of what OCP_DOCKER names."""
+
+    world: World
+
+    @property
+    def program(self) -> str:
+        return self.world.environ.get("OCP_DOCKER", "").strip() or "docker"
+
+    def run(self, *words: str, stdin: bytes = b"", timeout_s: float = 15.0) -> Ran:
+        """Run the client. Never raises."""
+        return run_words([self.program, *words], self.world.child_environ, stdin, timeout_s)
+
+    def containers(self) -> tuple[list[dict[str, Json]], str]:
+        """Return what `docker inspect` says of all containers, and why there is nothing, empty if
+        docker answered. `docker ps` with a format would measure the sizes of all of them."""
+        listed = self.run("ps", "--no-trunc", "--quiet", "--all")
+        if listed.code is None and shutil.which(
+                self.program, path=self.world.environ.get("PATH", os.defpath)) is None:
+            return [], f"there is no program {clean(self.program)}"
+        ids = [word for word in listed.text.split() if re.fullmatch(r"[0-9a-f]{12,64}", word)]
+        if listed.code != 0 or not ids:
+            return [], "" if listed.code == 0 else listed.complaint
+        # One that is gone meanwhile makes it fail, and the others are printed all the same.
+        told = self.run("inspect", "--type", "container", *ids)
+        found: Json = None
+        with contextlib.suppress(ValueError):
+            found = json.loads(told.text)
+        if not isinstance(found, list):
+            return [], told.complaint
+        return [row for row in found if isinstance(row, dict)], ""
+
+    def exec(self, container: str, *words: str, stdin: bytes = b"", timeout_s: float = 15.0) -> Ran:
+        """Run a program in a container, its words unchanged. Never raises."""
+        options = ["--interactive"] if stdin else []
+        return self.run("exec", *options, "--", container, *words, stdin=stdin, timeout_s=timeout_s)
+
+    def open_tar(self, container: str, path: str) -> Running:
+        """Return `docker cp` at work: its output is a tar of `path`. Works on a stopped container.
+
+        Raises OSError where docker cannot be run. The caller reads, then calls finish().
+        """
+        command = [self.program, "cp", "--", f"{container}:{path}", "-"]
+        return Running(command, self.world.child_environ, b"", _COPY_S)
+
+    def put_tar(self, container: str, folder: str, content: bytes) -> Ran:
+        """Unpack a tar into a folder of a container, owners and modes as its entries say."""
+        return self.run("cp", "--", "-", f"{container}:{folder}", stdin=content, timeout_s=_COPY_S)
+
+
+# ==== 4. Instances ===========================================================
+# OpenClaw containers and folders of this machine. Nothing here changes anything.
+
+
+class Instance(NamedTuple):
+    """One OpenClaw of this machine."""
+
+    #: What its tenant is called.
+    name: str
+    #: "container" or "folder".
+    kind: str
+    #: The name of the container, or the state folder.
+    where: str
+    #: The state folder, in the container where there is one.
+    state_dir: str
+    #: The path of openclaw.json.
+    config_path: str
+    #: Of the container; empty for a folder.
+    container_id: str = ""
+    #: Whether programs can be run there: False for a stopped container.
+    is_running: bool = True
+    #: What `docker inspect` says of the container.
+    inspected: Mapping[str, Json] = {}
+    #: Why it is left alone, empty if it is not.
+    doubt: str = ""
+
+    @property
+    def is_container(self) -> bool:
+        return self.kind == "container"
+
+    @property
+    def state(self) -> str:
+        return "-" if not self.is_container else "running" if self.is_running else "stopped"
+
+
+_COMPOSE = "com.docker.compose."
+_GATEWAY = re.compile(r"(?:(.+)-)?openclaw-gateway(?:-[0-9]+)?")
+_CELL = re.compile(r"openclaw-cell-(.+)")
+_CLI = re.compile(r"(?:.+-)?openclaw-cli(?:-.*)?")
+#: Where OpenClaw's image has its state.
+_IMAGE_STATE = "/home/node/.openclaw"
+
+
+def container_env(inspected: Mapping[str, Json]) -> dict[str, str]:
+    """Return the variables of a container."""
+    rows = as_dict(inspected.get("Config")).get("Env")
+    pairs = (str(row).partition("=") for row in (rows if isinstance(rows, list) else ()))
+    return {name: value for name, _, value in pairs}
+
+
+def container_labels(inspected: Mapping[str, Json]) -> dict[str, str]:
+    labels = as_dict(as_dict(inspected.get("Config")).get("Labels"))
+    return {name: str(value) for name, value in labels.items()}
+
+
+def container_mounts(inspected: Mapping[str, Json]) -> dict[str, str]:
+    """Return the sources of a container's mounts by their places in it."""
+    rows = inspected.get("Mounts")
+    rows = [as_dict(row) for row in rows] if isinstance(rows, list) else []
+    return {str(row.get("Destination")).rstrip("/"): str(row.get("Source") or row.get("Name"))
+            for row in rows}
+
+
+def is_usable_path(path: str) -> bool:
+    """Return whether a path that a container names may be used in it."""
+    return path.startswith("/") and clean(path) == path and os.path.normpath(path) == path
+
+
+def container_state(inspected: Mapping[str, Json]) -> str:
+    """Return the state folder in a container."""
+    env = container_env(inspected)
+    homes = (env.get("OPENCLAW_HOME", ""), env.get("HOME", ""))
+    mounted = (path for path in container_mounts(inspected) if path.endswith("/.openclaw"))
+    found = (env.get("OPENCLAW_STATE_DIR", ""), *(f"{home}/.openclaw" for home in homes if home),
+             *mounted, _IMAGE_STATE)
+    return next(path for path in found if is_usable_path(path))
+
+
+def host_path(inspected: Mapping[str, Json], path: str) -> str:
+    """Return where a path of a container lies on this machine, empty if in no mount."""
+    for place, source in sorted(container_mounts(inspected).items(), reverse=True):
+        if path == place or path.startswith(place + "/"):
+            return os.path.realpath(source + path[len(place):]) if source[:1] == "/" else ""
+    return ""
+
+
+def tenant_name_of(inspected: Mapping[str, Json]) -> str:
+    """Return what the tenant of a container is called, empty if it is no OpenClaw."""
+    name, labels = str(inspected.get("Name") or "").lstrip("/"), container_labels(inspected)
+    service = labels.get(f"{_COMPOSE}service", "")
+    if service == "openclaw-cli" or not service and _CLI.fullmatch(name):
+        return ""
+    cell, gateway = _CELL.fullmatch(name), _GATEWAY.fullmatch(name)
+    image = str(as_dict(inspected.get("Config")).get("Image") or "")
+    has_state = "OPENCLAW_STATE_DIR" in container_env(inspected) or any(
+        place.endswith("/.openclaw") for place in container_mounts(inspected))
+    if not (service == "openclaw-gateway" or cell or gateway or has_state and "openclaw" in image):
+        return ""
+    project = labels.get(f"{_COMPOSE}project", "")
+    return fitted_name(cell and cell[1] or project or gateway and gateway[1] or name)
+
+
+def container_instances(rows: Sequence[Mapping[str, Json]]) -> list[Instance]:
+    """Return the instances among containers."""
+    found = []
+    for row in rows:
+        name, container = tenant_name_of(row), str(row.get("Name") or "").lstrip("/")
+        if not name or not CONTAINER_NAME.fullmatch(container):
+            continue
+        state_dir = container_state(row)
+        config = container_env(row).get("OPENCLAW_CONFIG_PATH", "")
+        found.append(Instance(
+            name, "container", container, state_dir,
+            config if is_usable_path(config) else f"{state_dir}/openclaw.json",
+            str(row.get("Id") or ""), as_dict(row.get("State")).get("Running") is True, row))
+    return found
+
+
+def folder_instance(folder: str, name: str) -> Instance:
+    return Instance(name, "folder", folder, folder, os.path.join(folder, "openclaw.json"))
+
+
+def folder_instances(world: World) -> list[Instance]:
+    """Return the instances among the folders of the user's home."""
+    found = []
+    for entry in sorted(os.listdir(world.home)):
+        match = re.fullmatch(r"\.openclaw(?:-([A-Za-z0-9_-]{1,64}))?", entry)
+        folder = os.path.join(world.home, entry)
+        inside = ("openclaw.json", "workspace")
+        if match and any(os.path.exists(os.path.join(folder, each)) for each in inside):
+            found.append(folder_instance(folder, fitted_name(match[1] or "local")))
+    return found
+
+
+def place_of(world: World, folder: str) -> dict[str, Json]:
+    """Return what was written down about the instance of a tenant, by the tenant's folder; empty if
+    nothing was."""
+    path = os.path.join(world.tenants_folder, folder, "instance", "instance.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return as_dict(json.load(file))
+    except (OSError, ValueError):
+        return {}
+
+
+#: The server names the folder of a tenant after its key, whatever it is called.
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def tenant_folders(world: World) -> list[str]:
+    """Return the folders of tenants on this machine."""
+    with contextlib.suppress(OSError):
+        return sorted(filter(_FOLDER_NAME.fullmatch, os.listdir(world.tenants_folder)))
+    return []
+
+
+class Discovery(NamedTuple):
+    """What was found on this machine."""
+
+    instances: list[Instance]
+    #: Why docker was not asked, empty if it was.
+    docker_error: str
+
+
+def discover(world: World) -> Discovery:
+    """Return all instances of this machine; those of one name or one state folder with a doubt."""
+    rows, error = Docker(world).containers()
+    containers = container_instances(rows)
+    mounted = {host_path(each.inspected, each.state_dir): each for each in containers}
+    folders = [each for each in folder_instances(world)
+               if os.path.realpath(each.where) not in mounted]
+    # A tenant's own instance is told apart by what was written down.
+    known = {str(place_of(world, name).get("where")): name for name in tenant_folders(world)}
+    found = [each._replace(name=known.get(each.where, each.name))
+             for each in (*containers, *folders)]
+    return Discovery(with_doubts(found, set(known)), error)
+
+
+def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance]:
+    """Return the instances, those that cannot be told apart with the reason. `known` are places of
+    tenants."""
+    def shared(key: Callable[[Instance], str], each: Instance) -> list[str]:
+        return [other.where for other in instances
+                if other is not each and key(other) and key(other) == key(each)]
+
+    found = []
+    for each in instances:
+        names = shared(lambda one: one.name, each)
+        states = shared(lambda one: host_path(one.inspected, one.state_dir), each)
+        doubt = f"{names[0]} has the same name" if names else (
+            f"{states[0]} has the same state folder" if states else "")
+        found.append(each._replace(doubt="" if each.where in known else doubt))
+    return found
+
+
+def choose(instances: Sequence[Instance], names: Sequence[str]) -> list[Instance]:
+    """Return the instances with these names, all without names. Raises Problem for an unknown
+    one."""
+    known = {each.name for each in instances}
+    for name in names:
+        if name not in known:
+            raise failed(f"There is no instance {clean(name)[:80]!r} here: see `ocp tenants "
+                         "discover`, or name it with --container or --local.")
+    return [each for each in instances if not names or each.name in names]
+
+
+def named_instance(
+    world: World, name: str, container: str = "", folder: str = ""
+) -> Instance | None:
+    """Return the instance that --container or --local names, None without them. Raises Problem."""
+    if folder:
+        path = folder[2:] if folder[:2] == "~/" else os.path.abspath(folder)
+        path = os.path.join(world.home, path)
+        if not os.path.isdir(path):
+            raise failed(f"--local: {clean(path)} is no folder.")
+        return folder_instance(path, name)
+    if not container:
+        return None
+    if not CONTAINER_NAME.fullmatch(container):
+        raise Problem(Exit.USAGE, f"--container: {clean(container)[:80]!r} is no container's name.")
+    rows, error = Docker(world).containers()
+    for row in rows:
+        if container in (str(row.get("Name") or "").lstrip("/"), row.get("Id")):
+            label = {"com.docker.compose.service": "openclaw-gateway"}
+            config = {**as_dict(row.get("Config")), "Labels": label}
+            return container_instances([{**row, "Config": config}])[0]._replace(
+                name=name, inspected=row)
+    raise failed(f"There is no container {container}" + (f": {error}." if error else "."))
+
+
+# ==== 5. OpenClaw files ======================================================
+# The files of one instance, read and replaced alike in a container and in a folder.
+
+
+#: The largest openclaw.json, or key, that is read.
+_MAX_FILE_BYTES = 2_000_000
+
+
+class HeldFile(NamedTuple):
+    """A file of an instance."""
+
+    content: bytes
+    uid: int
+    gid: int
+    mode: int
+
+
+def connect_script(world: World) -> str:
+    """Return the path of ocp_connect.py. Raises Problem if it is not there."""
+    script = os.path.join(world.tree, "ocp_connect.py")
+    if not os.path.exists(script):
+        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
+                     "OCP beside this ocp_tenants.py: it knows how to change openclaw.json.")
+    return script
+
+
+@functools.cache
+def connect_module(script: str) -> Any:
+    """Return ocp_connect.py as a module: its reader understands openclaw.json with comments."""
+    name = "ocp_connect_of_tenants"
+    spec = importlib.util.spec_from_file_location(name, script)
+    assert spec and spec.loader
+    # Dataclasses look their module up there while it is being executed.
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parsed_config(world: World, content: bytes) -> dict[str, Json]:
+    """Return the values of an openclaw.json. Raises Problem, with the reason."""
+    module = connect_module(connect_script(world))
+    try:
+        return as_dict(module.json_load(module.decoded(content)))
+    except module.UnsafeEdit as problem:
+        raise failed(f"openclaw.json {problem}") from None
+
+
+def has_include(value: Json) -> bool:
+    """Return whether a configuration, or a part of it, is taken from other files."""
+    if isinstance(value, dict):
+        return "$include" in value or any(map(has_include, value.values()))
+    return isinstance(value, list) and any(map(has_include, value))
+
+
+def read_file(world: World, instance: Instance, path: str) -> HeldFile | None:
+    """Return a file of an instance, None if it does not exist. Raises Problem for what cannot be
+    read, is no regular file, or too large."""
+    return _read_contained(world, instance, path) if instance.is_container else _read_own(path)
+
+
+def _read_own(path: str) -> HeldFile | None:
+    try:
+        # Without waiting for the writer of a named pipe, which may never come.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            told = os.fstat(file.fileno())
+            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise failed(f"{path} cannot be read: {error.strerror}") from None
+    if content is None or len(content) > _MAX_FILE_BYTES:
+        raise failed(f"{path} is no regular file, or too large")
+    return HeldFile(content, told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode))
+
+
+def _read_contained(world: World, instance: Instance, path: str) -> HeldFile | None:
+    try:
+        running = Docker(world).open_tar(instance.where, path)
+    except OSError as error:
+        raise failed(f"docker: {error.strerror}") from None
+    found, problem = None, ""
+    with running:
+        # What docker says of an error tells more than what is wrong with its tar.
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(
+                fileobj=running.output, mode="r|") as tar:
+            entry = tar.next()
+            file = tar.extractfile(entry) if entry and entry.isreg() else None
+            if entry is None or file is None:
+                problem = f"{path} is a link, or no file"
+            elif entry.size > _MAX_FILE_BYTES:
+                problem = f"{path} is too large"
+            else:
+                found = HeldFile(file.read(), entry.uid, entry.gid, entry.mode & 0o7777)
+        while running.output.read(65_536):
+            pass
+        ran = running.finish()
+    if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
+        return None
+    if ran.code != 0 or found is None:
+        raise failed(problem if ran.code == 0 and problem else ran.complaint)
+    return found
+
+
+def tar_of(name: str, file: HeldFile, at_s: float) -> bytes:
+    """Return a tar with one file."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.uid, entry.gid = len(file.content), file.uid, file.gid
+    entry.mode, entry.mtime = file.mode, int(at_s)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        tar.addfile(entry, io.BytesIO(file.content))
+    return out.getvalue()
+
+
+def put_file(world: World, instance: Instance, path: str, file: HeldFile) -> None:
+    """Write a file into a container, whole or not at all. Raises Problem."""
+    put_draft(world, instance, draft_of(path) if instance.is_running else path, file)
+    if instance.is_running:
+        move_draft(world, instance, path)
+
+
+def put_draft(world: World, instance: Instance, path: str, file: HeldFile) -> None:
+    """Write a new file into a container. Raises Problem."""
+    folder, name = os.path.split(path)
+    ran = Docker(world).put_tar(instance.where, folder, tar_of(name, file, world.clock()))
+    if ran.code != 0:
+        raise failed(f"{path} was not written: {ran.complaint}")
+
+
+def move_draft(world: World, instance: Instance, path: str) -> None:
+    """Let the draft replace the file in a container. Raises Problem."""
+    ran = Docker(world).exec(instance.where, "mv", "-T", "--", draft_of(path), path)
+    if ran.code != 0:
+        raise failed(f"{path} was not written: {ran.complaint}")
+
+
+def draft_of(path: str) -> str:
+    """Return where a new file of a container lies before it replaces the one at `path`."""
+    folder, name = os.path.split(path)
+    return f"{folder}/.ocp-{name}"
+
+
+def remove_files(world: World, instance: Instance, *paths: str) -> None:
+    """Remove files of a container, if they are there. Raises Problem."""
+    ran = Docker(world).exec(instance.where, "rm", "-f", "--", *paths)
+    if ran.code != 0:
+        raise failed(f"{paths[0]} was not removed: {ran.complaint}")
+
+
+def run_openclaw(world: World, instance: Instance, *words: str) -> Ran | None:
+    """Run OpenClaw's own command in a running container; None where there is no such program."""
+    for program in (("openclaw",), ("node", "openclaw.mjs")):
+        ran = Docker(world).exec(instance.where, *program, *words, timeout_s=60.0)
+        if ran.code not in (126, 127):
+            return ran
+    return None
+
+
+class Look(NamedTuple):
+    """What the files of an instance say."""
+
+    #: The host of its default model, "this server", or "-".
+    leads_to: str
+    #: How many skills of its own it has.
+    skills: int
+    #: Why its files cannot be used, empty if they can.
+    problem: str
+
+
+_SKILL_ROOTS = ("workspace/skills", "skills")
+
+
+def look_at(world: World, instance: Instance, server_port: int) -> Look:
+    """Return what the files of an instance say. Never raises."""
+    try:
+        held = read_file(world, instance, instance.config_path)
+        config = parsed_config(world, held.content) if held else {}
+        roots = [f"{instance.state_dir}/{root}" for root in _SKILL_ROOTS]
+        skills = sum(count_skills(world, instance, root) for root in roots)
+    except Problem as problem:
+        return Look("?", 0, str(problem))
+    return Look(leads_to(config, server_port), skills, "")
+
+
+def leads_to(config: Mapping[str, Json], server_port: int) -> str:
+    """Return where the default model of a configuration is asked."""
+    model = as_dict(as_dict(config.get("agents")).get("defaults")).get("model")
+    primary = model if isinstance(model, str) else as_dict(model).get("primary")
+    provider = str(primary or "").partition("/")[0]
+    providers = as_dict(as_dict(config.get("models")).get("providers"))
+    entry = as_dict(providers.get(provider))
+    named = as_dict(as_dict(config.get("env")).get("vars")).get("ANTHROPIC_BASE_URL")
+    url = str(entry.get("baseUrl") or (named if provider == "anthropic" else "") or "")
+    if not url:
+        return {"": "-", "anthropic": "api.anthropic.com"}.get(provider, clean(provider)[:40])
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_here = (parts.port == server_port and as_dict(entry.get("apiKey")).get("id") == "value")
+        return "this server" if is_here else clean(parts.netloc.rpartition("@")[2])[:40]
+    except ValueError:
+        return "?"
+
+
+def count_skills(world: World, instance: Instance, root: str) -> int:
+    """Return how many skills lie below a folder of an instance. Raises Problem."""
+    if not instance.is_container:
+        return sum("SKILL.md" in names for _, _, names in os.walk(root))
+    try:
+        running = Docker(world).open_tar(instance.where, root)
+    except OSError as error:
+        raise failed(f"docker: {error.strerror}") from None
+    found = 0
+    with running:
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(
+                fileobj=running.output, mode="r|") as tar:
+            for number, entry in enumerate(tar):
+                found += entry.isreg() and os.path.basename(entry.name) == "SKILL.md"
+                if number > 20_000 or tar.offset > 200_000_000:
+                    running.kill("has too much to count")
+                    break
+        running.finish()
+    return found
+
+
+# ==== 6. Tenants =============================================================
+# Set up, apply, undo.
+
+
+#: What may run on the server for a tenant. At `api` that is nothing.
+LEVELS = ("api",)
+#: The file of the key in a container, in its state folder.
+_CONTAINER_KEY = "ocp-key"
+_BRIDGE = "172.17.0.1"
+#: Prints what the server says of itself, seen from inside.
+_HEALTH_SCRIPT = (
+    "fetch(process.argv[1]+'/health',{signal:AbortSignal.timeout(3000)})"
+    ".then(r=>r.text()).then(t=>console.log(t),e=>{console.error(e.message);process.exit(1)})")
+#: Sends one question with the key of a file, and prints the answer.
+_ANSWER_SCRIPT = (
+    "fetch(process.argv[1]+'/v1/chat/completions',{method:'POST',signal:AbortSignal.timeout(60000),"
+    "headers:{'Content-Type':'application/json',Authorization:'Bearer '+"
+    "require('fs').readFileSync(process.argv[2],'utf8').trim()},body:JSON.stringify({model:'haiku',"
+    "messages:[{role:'user',content:'Reply: pong'}]})}).then(async r=>{console.log(await r.text());"
+    "process.exit(r.ok?0:1)},e=>{console.error(e.message);process.exit(1)})")
+
+
+class Folder(NamedTuple):
+    """The files of one tenant on this machine."""
+
+    world: World
+    #: Its name below the folder of the tenants.
+    name: str
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.world.tenants_folder, self.name)
+
+    @property
+    def key_path(self) -> str:
+        return os.path.join(self.path, "key")
+
+    @property
+    def connect_home(self) -> str:
+        """Return what is ocp_connect.py's XDG_CONFIG_HOME for this tenant."""
+        return os.path.join(self.path, "connect")
+
+    def inside(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+    def write(self, content: bytes, *parts: str) -> None:
+        """Write a private file, and make its folders. Raises Problem."""
+        path = self.inside(*parts)
+        for each in (self.path, os.path.dirname(path)):
+            if os.path.islink(each):
+                raise failed(f"{each} is a link, which the files of a tenant never are")
+        try:
+            make_folders(os.path.dirname(path))
+            write_whole(path, content)
+        except OSError as error:
+            raise failed(f"{path} cannot be written: {error.strerror}") from None
+
+    def read(self, *parts: str) -> bytes:
+        """Return the content of a file, empty if there is none. Raises Problem."""
+        held = _read_own(self.inside(*parts))
+        return held.content if held else b""
+
+    def secret(self) -> str:
+        """Return the saved key, empty if there is none."""
+        text = self.read("key").decode("utf-8", "replace").strip()
+        return text if re.fullmatch(r"[A-Za-z0-9_-]{32,128}", text) else ""
+
+    def place(self) -> dict[str, Json]:
+        """Return what was written down about the instance, empty if nothing was."""
+        return place_of(self.world, self.name)
+
+
+def make_folders(folder: str) -> None:
+    """Make a private folder and its parents, owned as the folder above. Raises OSError."""
+    if os.path.isdir(folder):
+        return
+    above = os.path.dirname(folder)
+    make_folders(above)
+    os.mkdir(folder, 0o700)
+    if os.geteuid() == 0:
+        owner = os.stat(above)
+        os.chown(folder, owner.st_uid, owner.st_gid)
+
+
+class Options(NamedTuple):
+    """What a command line asks of setup and apply."""
+
+    level: str = ""
+    #: --primary or --backup, empty without.
+    role: str = ""
+    provider_name: str = ""
+    #: The server's address as instances see it, empty to find it.
+    url: str = ""
+    #: Whether a key that has no tenant yet may become one.
+    existing: bool = False
+    #: Whether a folder that is there without a tenant may be used.
+    adopt: bool = False
+    #: Whether no question is sent at the end.
+    skip_answer: bool = False
+    #: The .env to change, "" for none, "auto" to find it.
+    dotenv: str = ""
+
+
+class Job(NamedTuple):
+    """One run of a command: the world, the server, and what it knew at the start."""
+
+    world: World
+    server: Server
+    keys: Mapping[str, Mapping[str, Json]]
+    tenants: Mapping[str, Mapping[str, Json]]
+    options: Options
+
+    def folder(self, name: str) -> Folder:
+        told = os.path.basename(str(self.tenants.get(name, {}).get("folder") or name))
+        return Folder(self.world, told if _FOLDER_NAME.fullmatch(told) else name)
+
+
+class Plan(NamedTuple):
+    """What one instance needs."""
+
+    instance: Instance
+    folder: Folder
+    #: "" for a key that works, "new", or "new secret".
+    key: str
+    #: Whether the tenant has to be made, or gets another level.
+    writes_tenant: bool
+    level: str
+    #: The address of the server as the instance sees it, and whether that was tried.
+    url: str
+    is_proved: bool
+    #: Whether the file of the key in the container has to be written.
+    writes_key: bool
+    #: The lines that differ in openclaw.json, none where nothing does.
+    diff: tuple[str, ...]
+    #: The change of .env, None for none.
+    dotenv: DotenvEdit | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.key or self.writes_tenant or self.writes_key or self.diff or self.dotenv)
+
+    @property
+    def summary(self) -> str:
+        """Return what is to be done, in a few words."""
+        parts = []
+        if self.key or self.writes_tenant:
+            key = {"new": "new key", "new secret": "new secret"}.get(self.key, "its key")
+            parts.append(f"{key}, level {self.level}")
+        if self.diff:
+            parts.append(f"openclaw.json: this server at {self.url}/v1")
+        if self.writes_key and not self.key:
+            parts.append("the file of its key")
+        if self.dotenv:
+            parts.append(self.dotenv.path)
+        parts = ["as it should be"] if self.is_empty else parts
+        if not self.is_proved:
+            parts.append("stopped: the address cannot be proved")
+        return "; ".join(parts)
+
+
+def is_holder(server: Server, secret: str, name: str) -> bool:
+    """Return whether the server knows a secret as the key of this name. Raises Problem."""
+    if not secret:
+        return False
+    try:
+        scope = as_dict(server.ask("GET", "/api/usage?limit=1&hours=1", key=secret)).get("scope")
+    except Problem as problem:
+        if problem.code is Exit.DENIED:
+            return False
+        raise
+    return as_dict(scope).get("self") == name
+
+
+def start_job(world: World, server: Server, options: Options) -> Job:
+    """Return a job, the server asked. Raises Problem where it is not there, refuses the admin
+    key, has no tenants, or is not in mode multi."""
+    health = as_dict(server.ask("GET", "/health"))
+    if "version" not in health or "authMode" not in health:
+        raise failed(f"What answers at {server.url} is not an OCP server.")
+    if health["authMode"] != "multi":
+        raise failed(f"{server.url} is in mode {clean(health['authMode'])}, in which keys have no "
+                     "effect: set CLAUDE_AUTH_MODE=multi and restart it.")
+    try:
+        tenants = server.tenants()
+    except Problem as problem:
+        if problem.code is Exit.FAILED and " 404: " in str(problem):
+            raise failed(f"OCP {clean(health['version'])} at {server.url} has no tenants: update "
+                         "it with `ocp update`.") from None
+        raise
+    return Job(world, server, server.keys(), tenants, options)
+
+
+# -- addresses ----------------------------------------------------------------
+
+
+def gateways_of(inspected: Mapping[str, Json]) -> list[str]:
+    """Return the addresses of this machine in the networks of a container."""
+    networks = as_dict(as_dict(inspected.get("NetworkSettings")).get("Networks"))
+    found = [str(as_dict(each).get("Gateway") or "") for each in networks.values()]
+    return [each for each in found if re.fullmatch(r"[0-9.]{7,15}|[0-9a-f:]{2,39}", each)]
+
+
+def inside_urls(job: Job, instance: Instance) -> list[str]:
+    """Return the addresses to try from a container, the likeliest first."""
+    told = urllib.parse.urlsplit(job.server.url)
+    network = str(as_dict(instance.inspected.get("HostConfig")).get("NetworkMode") or "")
+    if network == "host" or not is_loopback(job.server.url):
+        return [job.server.url]
+    hosts = ["host.docker.internal", *gateways_of(instance.inspected), _BRIDGE]
+    ends = f":{port_of(job.server.url)}{told.path}"
+    known = str(job.folder(instance.name).place().get("url") or "")
+    urls = [f"{told.scheme}://{f'[{host}]' if ':' in host else host}{ends}" for host in hosts]
+    return list(dict.fromkeys([*([known] if known in urls else []), *urls]))
+
+
+def is_same_server(before: Json, seen: Json, after: Json) -> bool:
+    """Return whether three answers of /health, the outer ones asked here, are one server's: its
+    clock and its counter stand between them."""
+    def numbers(health: Json) -> tuple[Json, Json, Json]:
+        told = as_dict(health)
+        stats = as_dict(told.get("stats"))
+        return told.get("version"), told.get("uptime"), stats.get("totalRequests")
+
+    versions, uptimes, totals = zip(*map(numbers, (before, seen, after)))
+    if len(set(versions)) != 1 or not all(isinstance(each, int) for each in (*uptimes, *totals)):
+        return False
+    return list(uptimes) == sorted(uptimes) and list(totals) == sorted(totals)
+
+
+def answers_inside(job: Job, instance: Instance, url: str) -> bool:
+    """Return whether this very server answers at an address in a container. Raises Problem."""
+    before = job.server.ask("GET", "/health")
+    ran = Docker(job.world).exec(instance.where, "node", "-e", _HEALTH_SCRIPT, url, timeout_s=6.0)
+    if ran.code is None:
+        raise failed(ran.complaint)
+    after = job.server.ask("GET", "/health")
+    with contextlib.suppress(ValueError):
+        return ran.code == 0 and is_same_server(before, json.loads(ran.text), after)
+    return False
+
+
+def address_for(job: Job, instance: Instance) -> tuple[str, bool]:
+    """Return the server's address for an instance, and whether it was tried. Raises Problem."""
+    if job.options.url:
+        return parse_url(job.options.url, "--url"), True
+    if not instance.is_container:
+        return job.server.url, True
+    urls = inside_urls(job, instance)
+    if not instance.is_running:
+        known = job.folder(instance.name).place().get("url") == urls[0]
+        return (urls[0] if known or len(urls) == 1 else urls[1]), False
+    found = next((url for url in urls if answers_inside(job, instance, url)), "")
+    if not found:
+        raise failed(
+            f"this server answers at none of {', '.join(urls)} in the container. Set CLAUDE_BIND "
+            "to an address that containers reach, such as 0.0.0.0, and restart the server; or name "
+            "the address with --url")
+    return found, True
+
+
+# -- openclaw.json ------------------------------------------------------------
+
+
+def run_connect(world: World, connect_home: str, config_path: str, key: str, *words: str) -> Json:
+    """Run ocp_connect.py for one openclaw.json and return its JSON. Raises Problem. Without a
+    program `openclaw` it edits the text, and comments stay."""
+    environ = {
+        "HOME": world.home, "LANG": "C.UTF-8", "PATH": "", "XDG_CONFIG_HOME": connect_home,
+        "OPENCLAW_CONFIG_PATH": config_path, "OCP_CONNECT_KEY": key,
+        "OPENCLAW_STATE_DIR": os.path.dirname(config_path)}
+    ran = run_words([sys.executable, connect_script(world), *words, "--only", "openclaw", "--json"],
+                    environ, timeout_s=60.0)
+    told: Json = None
+    with contextlib.suppress(ValueError):
+        told = json.loads(ran.text)
+    if not isinstance(told, dict):
+        raise failed(re.sub(r"^ocp_connect: ", "", ran.complaint))
+    problems = [f"openclaw.json {clean(as_dict(row).get('reason'))}; add this by hand:\n"
+                f"{as_dict(row).get('snippet')}" for row in told.get("byHand") or ()]
+    problems += [clean(row) for row in told.get("failures") or ()]
+    if problems:
+        raise failed("\n".join(problems))
+    return told
+
+
+def connect_words(job: Job, instance: Instance, folder: Folder, url: str) -> list[str]:
+    """Return the arguments of ocp_connect.py for an instance."""
+    options = job.options
+    key_path = contained_key(instance) if instance.is_container else folder.key_path
+    words = [job.server.url, "--yes", "--skip-answer", "--openclaw-url", url,
+             "--openclaw-key-path", key_path]
+    words += [f"--{options.role}"] if options.role else []
+    return words + (["--provider-name", options.provider_name] if options.provider_name else [])
+
+
+def contained_key(instance: Instance) -> str:
+    """Return the path of the key in a container."""
+    return f"{instance.state_dir}/{_CONTAINER_KEY}"
+
+
+@contextlib.contextmanager
+def planning_copy(folder: Folder, held: HeldFile | None) -> Iterator[tuple[str, str]]:
+    """Yield a throw-away home of ocp_connect.py and an openclaw.json in it, as the tenant has them,
+    so that a plan writes nothing of the tenant's."""
+    with tempfile.TemporaryDirectory(prefix="ocp-tenants-") as temporary:
+        home, staged = os.path.join(temporary, "connect"), os.path.join(temporary, "openclaw.json")
+        if os.path.isdir(folder.connect_home):
+            shutil.copytree(folder.connect_home, home)
+            record = os.path.join(home, "ocp", "connect.json")
+            own = folder.inside("instance", "openclaw.json")
+            with contextlib.suppress(FileNotFoundError):
+                with open(record, encoding="utf-8") as file:
+                    text = file.read()
+                write_whole(record, text.replace(json.dumps(own), json.dumps(staged)).encode())
+        if held is not None:
+            write_whole(staged, held.content)
+        yield home, staged
+
+
+def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: str) -> list[str]:
+    """Return the lines that ocp_connect.py would change in openclaw.json. Raises Problem."""
+    words = [*connect_words(job, instance, folder, url), "--dry-run"]
+    held = read_file(job.world, instance, instance.config_path)
+    if held and has_include(parsed_config(job.world, held.content)):
+        raise failed("openclaw.json takes parts from other files ($include): change it by hand")
+    if not instance.is_container:
+        check_folder(job.world, instance)
+        told = run_connect(job.world, folder.connect_home, instance.config_path, key, *words)
+    else:
+        with planning_copy(folder, held) as (home, staged):
+            told = run_connect(job.world, home, staged, key, *words)
+    return [str(line) for edit in told.get("edits") or () for line in as_dict(edit).get("diff", ())]
+
+
+def check_folder(world: World, instance: Instance) -> None:
+    """Raise Problem for a local instance that this user may not change, or that could not read its
+    key."""
+    path = instance.config_path
+    if os.stat(instance.state_dir).st_uid != os.stat(world.ocp_home).st_uid:
+        raise failed(f"{instance.state_dir} belongs to another user than {world.ocp_home}, in "
+                     "which its key would be")
+    target = path if os.path.exists(path) else instance.state_dir
+    if not os.access(target, os.W_OK):
+        raise failed(f"{target} is not yours to write")
+
+
+# -- plans --------------------------------------------------------------------
+
+
+def key_state(job: Job, instance: Instance, folder: Folder) -> str:
+    """Return what the key of an instance needs: "", "new" or "new secret". Raises Problem."""
+    name = instance.name
+    if name not in job.keys:
+        return "new"
+    if is_holder(job.server, folder.secret(), name):
+        return ""
+    if name not in job.tenants and not job.options.existing:
+        raise failed(f"there is a key {name} already, which may be a device's. --existing gives it "
+                     "a new secret for this instance")
+    return "new secret"
+
+
+def container_uid(world: World, instance: Instance) -> int:
+    """Return the user that OpenClaw has in a container. Raises Problem."""
+    if instance.is_running:
+        ran = Docker(world).exec(instance.where, "id", "-u")
+        text = ran.text.strip()
+    else:
+        text = str(as_dict(instance.inspected.get("Config")).get("User") or "").partition(":")[0]
+    if text.isdecimal() and text.isascii() and len(text) < 10:
+        return int(text)
+    if instance.is_running:
+        raise failed(f"`id -u` in {instance.where}: {ran.complaint}")
+    return 0 if text in ("", "root") else 1000
+
+
+def plan_for(job: Job, instance: Instance) -> Plan:
+    """Return what an instance needs; changes nothing. Raises Problem for one to leave alone."""
+    if instance.doubt:
+        raise failed(f"{instance.doubt}: tell them apart with --container or --local")
+    if instance.name not in job.tenants:
+        checked_name(instance.name)
+    read_only = container_env(instance.inspected).get("OPENCLAW_CONFIG_READONLY", "")
+    if read_only not in ("", "0", "false"):
+        raise failed("OPENCLAW_CONFIG_READONLY is set in its container")
+    folder, row = job.folder(instance.name), job.tenants.get(instance.name)
+    if row is None and os.path.isdir(folder.path) and not (
+            folder.secret() or folder.place() or job.options.adopt):
+        raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
+    key = key_state(job, instance, folder)
+    url, is_proved = address_for(job, instance)
+    secret = folder.secret() if not key else ""
+    diff = planned_diff(job, instance, folder, url, secret or job.server.key)
+    level = job.options.level or str((row or {}).get("level") or LEVELS[0])
+    return Plan(
+        instance, folder, key, row is None or row.get("level") != level, level, url, is_proved,
+        instance.is_container and not has_key(job.world, instance, secret), tuple(diff),
+        plan_dotenv(job, instance, url) if job.options.dotenv else None)
+
+
+def has_key(world: World, instance: Instance, secret: str) -> bool:
+    """Return whether the file in a container holds this key, as OpenClaw wants it. Raises
+    Problem."""
+    if not secret:
+        return False
+    with contextlib.suppress(Problem):
+        held = read_file(world, instance, contained_key(instance))
+        return held is not None and held.content.strip() == secret.encode() and (
+            held.mode & 0o077 == 0 and held.uid == container_uid(world, instance))
+    return False
+
+
+# -- carrying out -------------------------------------------------------------
+
+
+def carry_out(job: Job, plan: Plan) -> list[str]:
+    """Do what a plan says, and return what was done. Raises Problem. Each step may be the last
+    one: the next run goes on, and undo takes back what is there."""
+    instance, folder, done = plan.instance, plan.folder, []
+    if plan.is_empty:
+        return ["nothing to do"]
+    place = {"kind": instance.kind, "where": instance.where, "id": instance.container_id,
+             "stateDir": instance.state_dir, "configPath": instance.config_path, "url": plan.url}
+    earlier = folder.place()
+    folder.write(json.dumps({**earlier, **place}, indent=1).encode(), "instance", "instance.json")
+    if plan.key:
+        done.append(make_key(job, plan))
+    if plan.writes_tenant:
+        body = {"level": plan.level, "instance": place}
+        is_there = instance.name in job.tenants
+        job.server.tenant(instance.name, *(("PATCH", body) if is_there else (
+            "PUT", {**body, "adopt": True})))
+    if plan.writes_key:
+        uid = container_uid(job.world, instance)
+        put_file(job.world, instance, contained_key(instance),
+                 HeldFile(folder.secret().encode() + b"\n", uid, uid, 0o600))
+    if plan.diff:
+        done += change_config(job, plan)
+    if plan.dotenv:
+        done.append(write_dotenv(plan))
+    if plan.writes_key and instance.is_running:
+        run_openclaw(job.world, instance, "secrets", "reload")
+    if not instance.is_running:
+        return [*done, f"start it and run `ocp tenants check {instance.name}`"]
+    return done if job.options.skip_answer else [*done, proof(job, plan)]
+
+
+def make_key(job: Job, plan: Plan) -> str:
+    """Give an instance's key a secret, saved here first. Returns what was done. Raises Problem."""
+    name, secret = plan.instance.name, new_secret()
+    plan.folder.write(secret.encode() + b"\n", "key")
+    if plan.key == "new":
+        job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
+        return "key made"
+    path = f"/api/keys/{urllib.parse.quote(name, safe='')}/rotate"
+    job.server.ask("POST", path, {"secret": secret})
+    return "new secret"
+
+
+def change_config(job: Job, plan: Plan) -> list[str]:
+    """Let ocp_connect.py change openclaw.json. Returns what was done. Raises Problem."""
+    instance, folder = plan.instance, plan.folder
+    words = connect_words(job, instance, folder, plan.url)
+    if not instance.is_container:
+        make_folders(folder.connect_home)
+        run_connect(job.world, folder.connect_home, instance.config_path, folder.secret(), *words)
+        return ["file changed"]
+    staged = folder.inside("instance", "openclaw.json")
+    for _ in range(3):
+        before = read_file(job.world, instance, instance.config_path)
+        stage(folder, before)
+        run_connect(job.world, folder.connect_home, staged, folder.secret(), *words)
+        after = folder.read("instance", "openclaw.json")
+        if before is not None and before.content == after:
+            return []
+        done = push_config(job, instance, before, after)
+        if done:
+            return done
+    raise failed("openclaw.json was changed by something else each time it was written: try again")
+
+
+def stage(folder: Folder, held: HeldFile | None) -> None:
+    """Put a container's openclaw.json where ocp_connect.py edits it. Raises Problem."""
+    if held is None:
+        folder.write(b"", "instance", "openclaw.json")
+        os.unlink(folder.inside("instance", "openclaw.json"))
+    else:
+        folder.write(held.content, "instance", "openclaw.json")
+
+
+def push_config(
+    job: Job, instance: Instance, before: HeldFile | None, after: bytes
+) -> list[str]:
+    """Replace a container's openclaw.json that is still as before. Returns what was done, nothing
+    if it has changed meanwhile. Raises Problem where OpenClaw does not accept it."""
+    world, path = job.world, instance.config_path
+    uid = container_uid(world, instance)
+    file = before._replace(content=after) if before else HeldFile(after, uid, uid, 0o600)
+    if not instance.is_running:
+        put_file(world, instance, path, file)
+        return ["file changed"]
+    put_draft(world, instance, draft_of(path), file)
+    try:
+        if read_file(world, instance, path) != before:
+            return []
+        move_draft(world, instance, path)
+    finally:
+        Docker(world).exec(instance.where, "rm", "-f", "--", draft_of(path))
+    return ["file changed", *validated(world, instance, before, file)]
+
+
+def validated(
+    world: World, instance: Instance, before: HeldFile | None, file: HeldFile
+) -> list[str]:
+    """Let OpenClaw check its new file; put the old one back if it refuses. Raises Problem."""
+    ran = run_openclaw(world, instance, "config", "validate", "--json")
+    if ran is None or ran.code is None:
+        return ["not validated"]
+    if ran.code == 0:
+        return ["validated"]
+    issues: Json = None
+    with contextlib.suppress(ValueError):
+        issues = as_dict(json.loads(ran.text)).get("issues")
+    told = "; ".join(clean(as_dict(row).get("message") or row) for row in issues or ())
+    if read_file(world, instance, instance.config_path) == file:
+        if before is None:
+            remove_files(world, instance, instance.config_path)
+        else:
+            put_file(world, instance, instance.config_path, before)
+    raise failed(f"OpenClaw does not accept the change, which was undone: {told or ran.complaint}")
+
+
+def proof(job: Job, plan: Plan) -> str:
+    """Send one question as the instance does. Returns what came back. Raises Problem."""
+    instance = plan.instance
+    if not instance.is_container:
+        question = {"model": "haiku", "messages": [{"role": "user", "content": "Reply: pong"}]}
+        try:
+            told = job.server.ask("POST", "/v1/chat/completions", question, plan.folder.secret())
+        except Problem as problem:
+            raise failed(f"it is set up, and gets no answer: {problem}") from None
+    else:
+        ran = Docker(job.world).exec(
+            instance.where, "node", "-e", _ANSWER_SCRIPT, plan.url, contained_key(instance),
+            timeout_s=90.0)
+        told = None
+        with contextlib.suppress(ValueError):
+            told = json.loads(ran.text)
+        if ran.code != 0:
+            error = as_dict(as_dict(told).get("error")).get("message")
+            raise failed(f"it is set up, and gets no answer: {clean(error or ran.complaint)}")
+    choices = as_dict(told).get("choices")
+    message = as_dict(as_dict(choices[0] if isinstance(choices, list) and choices else None)
+                      .get("message"))
+    return f'answered "{clean(message.get("content"))[:40]}"'
+
+
+# -- taking back --------------------------------------------------------------
+
+
+def instance_at(world: World, name: str, place: Mapping[str, Json]) -> Instance:
+    """Return the instance that was written down. Raises Problem if it is gone."""
+    where = str(place.get("where") or "")
+    if place.get("kind") != "container":
+        return folder_instance(where, name)._replace(config_path=str(place.get("configPath")))
+    rows, error = Docker(world).containers()
+    if error:
+        raise failed(error)
+    for known in (where, str(place.get("id"))):
+        for row in rows:
+            if known in (str(row.get("Name") or "").lstrip("/"), row.get("Id")):
+                running = as_dict(row.get("State")).get("Running") is True
+                return Instance(
+                    name, "container", str(row.get("Name")).lstrip("/"), str(place["stateDir"]),
+                    str(place["configPath"]), str(row.get("Id")), running, row)
+    raise failed(f"its container {clean(where)} is gone, so its file cannot be given back")
+
+
+def take_back(folder: Folder, instance: Instance) -> list[str]:
+    """Give an instance its files back. Returns what was done. Raises Problem."""
+    world, done = folder.world, take_back_dotenv(folder)
+    if not os.path.isdir(folder.connect_home):
+        pass
+    elif not instance.is_container:
+        told = run_connect(world, folder.connect_home, instance.config_path, "", "undo", "--yes")
+        done += ["file given back"] * bool(told.get("written"))
+        shutil.rmtree(folder.connect_home)
+    else:
+        held = read_file(world, instance, instance.config_path)
+        with planning_copy(folder, held) as (home, staged):
+            run_connect(world, home, staged, "", "undo", "--yes")
+            back = _read_own(staged)
+        done += give_back(world, instance, held, back)
+        shutil.rmtree(folder.connect_home)
+    if instance.is_container:
+        done += drop_key(world, instance)
+    shutil.rmtree(folder.inside("instance"))
+    return done or ["nothing of ours was there"]
+
+
+def drop_key(world: World, instance: Instance) -> list[str]:
+    """Remove the key from a container, and drafts that are left. Returns what is left to say.
+    Raises Problem."""
+    key_path = contained_key(instance)
+    if instance.is_running:
+        remove_files(
+            world, instance, key_path, draft_of(key_path), draft_of(instance.config_path))
+        return []
+    held = read_file(world, instance, key_path)
+    if not held:
+        return []
+    # Nothing can be removed from a stopped container, only replaced.
+    put_file(world, instance, key_path, held._replace(content=b""))
+    return [f"{key_path} is left there, empty"]
+
+
+def give_back(
+    world: World, instance: Instance, held: HeldFile | None, back: HeldFile | None
+) -> list[str]:
+    """Write what a container's openclaw.json was before. Raises Problem."""
+    if (held and held.content) == (back and back.content):
+        return []
+    if read_file(world, instance, instance.config_path) != held:
+        raise failed("openclaw.json was changed just now: run this again")
+    if back is None:
+        remove_files(world, instance, instance.config_path)
+    elif held is not None:
+        put_file(world, instance, instance.config_path, held._replace(content=back.content))
+    return ["file given back"]
+
+
+# -- .env ---------------------------------------------------------------------
+
+
+class DotenvEdit(NamedTuple):
+    """New content for the .env of a compose project."""
+
+    path: str
+    before: bytes
+    url: str
+
+
+def plan_dotenv(job: Job, instance: Instance, url: str) -> DotenvEdit | None:
+    """Return the change of an instance's .env, None where there is nothing to do. Raises
+    Problem."""
+    path = job.options.dotenv
+    if path == "auto":
+        labels = container_labels(instance.inspected)
+        listed = labels.get(f"{_COMPOSE}project.environment_file", "").split(",")[0]
+        folder = labels.get(f"{_COMPOSE}project.working_dir", "")
+        guess = os.path.join(job.world.home, "openclaw", ".env")
+        named = [listed, folder and os.path.join(folder, ".env"), f"{guess}.{instance.name}", guess]
+        path = next((each for each in named if os.path.isabs(each) and os.path.isfile(each)), "")
+        if not path:
+            raise failed("its .env was not found: name it, --dotenv PATH")
+    held = _read_own(path)
+    if held is None or os.path.islink(path):
+        raise failed(f"--dotenv: {clean(path)} is no file of its own")
+    folder_secret = job.folder(instance.name).secret()
+    after = dotenv_text(held.content, url, folder_secret)
+    return None if after == held.content else DotenvEdit(path, held.content, url)
+
+
+def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
+    """Return a .env with the address and the key in place of its own, at the lines' very start."""
+    newline = b"\r\n" if b"\r\n" in content else b"\n"
+    for name, value in ((b"ANTHROPIC_BASE_URL", url), (b"ANTHROPIC_API_KEY", secret)):
+        line = name + b"=" + value.encode()
+        pattern = rb"(?m)^" + name + rb"=[^\r\n]*"
+        if re.search(pattern, content):
+            content = re.sub(pattern, lambda _, line=line: line, content)  # type: ignore[misc]
+        else:
+            content += newline if content and not content.endswith(b"\n") else b""
+            content += line + newline
+    return content
+
+
+def write_dotenv(plan: Plan) -> str:
+    """Change a .env, its copy kept. Returns what was done. Raises Problem."""
+    edit, folder = plan.dotenv, plan.folder
+    assert edit
+    after = dotenv_text(edit.before, edit.url, folder.secret())
+    if not folder.read("instance", "dotenv"):
+        folder.write(edit.before, "instance", "dotenv")
+    # Where it is stands beside the copy before anything is written there.
+    place = {**folder.place(), "dotenv": edit.path, "dotenvDigest": digest(after)}
+    folder.write(json.dumps(place, indent=1).encode(), "instance", "instance.json")
+    replace_own(edit.path, after)
+    return f"{edit.path} changed: make the container anew, `docker compose up -d`"
+
+
+def replace_own(path: str, content: bytes) -> None:
+    """Replace a file of this machine, with its owner and mode. Raises Problem."""
+    try:
+        told = os.stat(path)
+        write_whole(path, content, stat.S_IMODE(told.st_mode))
+        if os.geteuid() == 0:
+            os.chown(path, told.st_uid, told.st_gid)
+    except OSError as error:
+        raise failed(f"{path} cannot be written: {error.strerror}") from None
+
+
+def take_back_dotenv(folder: Folder) -> list[str]:
+    """Give the .env back as it was; one that was changed since gets its two lines back."""
+    place = folder.place()
+    path, original = str(place.get("dotenv") or ""), folder.read("instance", "dotenv")
+    held = _read_own(path) if path else None
+    if held is None:
+        return []
+    if digest(held.content) == place.get("dotenvDigest"):
+        back = original
+    else:
+        back = with_lines_of(held.content, original)
+    if back != held.content:
+        replace_own(path, back)
+    return [f"{path} given back"]
+
+
+def with_lines_of(content: bytes, original: bytes) -> bytes:
+    """Return a .env with the two lines as the original has them, or without them."""
+    for name in (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY"):
+        pattern = rb"(?m)^" + name + rb"=[^\r\n]*(\r?\n)?"
+        was = re.search(pattern, original)
+        line = was[0] if was else b""
+        content = re.sub(pattern, lambda _, line=line: line, content)  # type: ignore[misc]
+    return content
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# -- variables of an instance -------------------------------------------------
+
+
+class FoundEnv(NamedTuple):
+    """The variables of an instance, and those that are left out with the reason."""
+
+    values: dict[str, str]
+    left_out: dict[str, str]
+
+
+_BLOCKED = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|(?:LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|"
+    r"OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL)_.*|"
+    r"(?:PYTHON|PERL|RUBY|CLAUDE).*|.*_PROXY", re.I)
+
+
+def env_of(
+    world: World, instance: Instance, config: Mapping[str, Json], primary: Mapping[str, str],
+    with_container: bool = False,
+) -> FoundEnv:
+    """Return the variables that an instance's configuration sets. `primary` maps a skill's key to
+    the variable that its apiKey stands for."""
+    own = container_env(instance.inspected) if instance.is_container else dict(world.environ)
+    rows: list[tuple[str, Json]] = []
+    env = as_dict(config.get("env"))
+    rows += [pair for pair in env.items() if pair[0] not in ("vars", "shellEnv")]
+    rows += as_dict(env.get("vars")).items()
+    for key, entry in as_dict(as_dict(config.get("skills")).get("entries")).items():
+        rows += as_dict(as_dict(entry).get("env")).items()
+        if "apiKey" in as_dict(entry):
+            rows.append((primary.get(key, f"apiKey of {clean(key)}"), entry["apiKey"]))
+    found = FoundEnv({}, {})
+    if with_container and instance.is_container:
+        image = image_env(world, instance)
+        rows[:0] = [pair for pair in own.items() if image.get(pair[0]) != pair[1]]
+    for name, value in rows:
+        reason, text = env_value(value, own)
+        if not reason and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+            reason = "no name of a variable"
+        elif not reason and _BLOCKED.fullmatch(name):
+            reason = "could change claude or this server"
+        if reason:
+            found.left_out[clean(name)] = reason
+        else:
+            found.values[name] = with_sources(text, instance)
+    return found
+
+
+def env_value(value: Json, own: Mapping[str, str]) -> tuple[str, str]:
+    """Return why a value cannot be taken, and the value itself."""
+    if isinstance(value, dict):
+        name = str(value.get("id"))
+        if value.get("source") != "env":
+            return f"a reference to {clean(value.get('source'))}", ""
+        return ("", own[name]) if name in own else (f"there is no {clean(name)}", "")
+    if not isinstance(value, str):
+        return "no text", ""
+    missing = [name for name in re.findall(r"\$\{([A-Z_][A-Z0-9_]*)\}", value) if name not in own]
+    if missing:
+        return f"there is no {missing[0]}", ""
+    return "", re.sub(r"\$\{([A-Z_][A-Z0-9_]*)\}", lambda match: own[match[1]], value)
+
+
+def image_env(world: World, instance: Instance) -> dict[str, str]:
+    """Return the variables that a container has of its image. Raises Problem."""
+    image = str(instance.inspected.get("Image") or as_dict(
+        instance.inspected.get("Config")).get("Image") or "")
+    ran = Docker(world).run("inspect", "--type", "image", "--", image)
+    rows: Json = None
+    with contextlib.suppress(ValueError):
+        rows = json.loads(ran.text)
+    if ran.code != 0 or not isinstance(rows, list) or not rows:
+        raise failed(f"its image cannot be inspected: {ran.complaint}")
+    return container_env(as_dict(rows[0]))
+
+
+def with_sources(text: str, instance: Instance) -> str:
+    """Return a value with the place in a container that it begins with replaced by its source."""
+    for place, source in sorted(container_mounts(instance.inspected).items(), reverse=True):
+        if place and (text == place or text.startswith(place + "/")) and source.startswith("/"):
+            return source + text[len(place):]
+    return text
+
+
+# ==== 7. Skills ==============================================================
+# Compare, fetch and bring skills.
+
+
+# ==== 8. Import ==============================================================
+# The configuration of another gateway.
+
+
+# ==== 9. Command line ========================================================
+# Arguments, output, main.
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> str:
+    """Return rows as columns; those named in `numbers` are aligned to the right."""
+    lines = [[clean(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  " + "  ".join(
+        cell.rjust(width) if title in numbers else cell.ljust(width)
+        for title, cell, width in zip(header, line, widths)).rstrip() for line in lines)
+
+
+def age(at: Json, now_s: float) -> str:
+    """Return how long ago a time of the API was, "-" for none."""
+    try:
+        then_s = calendar.timegm(time.strptime(str(at)[:19], "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return "-"
+    past_s = max(0, int(now_s - then_s))
+    for unit, unit_s in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if past_s >= unit_s:
+            return f"{past_s // unit_s}{unit} ago"
+    return f"{past_s}s ago"
+
+
+class Run(NamedTuple):
+    """One invocation: the world and the arguments."""
+
+    world: World
+    args: argparse.Namespace
+
+    def say(self, text: str) -> None:
+        """Print text, unless JSON was asked for."""
+        if text and not self.args.json:
+            self.world.say(text)
+
+    def print_json(self, value: Json) -> None:
+        """Print the one JSON value of a run, if it was asked for."""
+        if self.args.json:
+            self.world.say(json.dumps(value, indent=2))
+
+    def server(self) -> Server:
+        return find_server(self.world, self.args.server or "")
+
+    def job(self) -> Job:
+        """Return the job of these arguments. Raises Problem."""
+        told = vars(self.args)
+        given = {name: told[name] for name in Options._fields if told.get(name)}
+        return start_job(self.world, self.server(), Options(**given))
+
+    def confirm(self, question: str) -> None:
+        confirm(question, self.args.yes, self.world.stdin, self.world.stderr)
+
+
+# -- instances ----------------------------------------------------------------
+
+
+def cmd_discover(run: Run) -> Exit:
+    """List the instances of this machine."""
+    world = run.world
+    found, port = discover(world), port_of(run.server().url)
+    looks = [(each, look_at(world, each, port)) for each in found.instances]
+    rows = [[each.name + "?" * bool(each.doubt), each.kind, world.shown_path(each.where),
+             each.state, look.leads_to, str(look.skills)] for each, look in looks]
+    run.say(table(("Name", "Kind", "Where", "State", "Leads to", "Skills"), rows, ["Skills"])
+            if rows else "No OpenClaw was found here.")
+    for each, look in looks:
+        for reason in filter(None, (each.doubt, look.problem)):
+            run.say(f"  {each.name}: {clean(reason)}")
+    run.say(found.docker_error and f"Containers are not listed: {found.docker_error}")
+    run.print_json({
+        "docker": {"found": not found.docker_error, "error": found.docker_error},
+        "instances": [{
+            "name": each.name, "kind": each.kind, "where": each.where, "state": each.state,
+            "leadsTo": look.leads_to, "skills": look.skills, "doubt": each.doubt,
+            "problem": look.problem} for each, look in looks]})
+    return Exit.OK
+
+
+def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
+    """Return the instances that the arguments name. Raises Problem."""
+    found = discover(run.world)
+    if found.docker_error:
+        run.say(f"Containers are not touched: {found.docker_error}")
+    # A key that was renamed keeps the folder of its first name.
+    names = {job.folder(name).name: name for name in job.tenants}
+    instances = [each._replace(name=names.get(each.name, each.name)) for each in found.instances]
+    if only_tenants:
+        for name in run.args.names:
+            if name not in job.tenants:
+                raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
+        instances = [each for each in instances if each.name in job.tenants]
+    return choose(instances, run.args.names)
+
+
+class Result(NamedTuple):
+    """What became of one instance."""
+
+    instance: Instance
+    plan: Plan | None = None
+    done: tuple[str, ...] = ()
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Json]:
+        plan = self.plan
+        return {
+            "name": self.instance.name, "kind": self.instance.kind, "where": self.instance.where,
+            "plan": plan.summary if plan else None, "url": plan.url if plan else None,
+            "diff": list(plan.diff) if plan else [], "done": list(self.done),
+            "problem": self.problem}
+
+
+def planned(job: Job, instance: Instance) -> Result:
+    """Return the plan of an instance, or why there is none."""
+    try:
+        return Result(instance, plan_for(job, instance))
+    except Problem as problem:
+        return Result(instance, problem=str(problem).rstrip("."))
+
+
+def carried_out(job: Job, result: Result) -> Result:
+    """Carry out a plan, whatever becomes of the others."""
+    if result.plan is None:
+        return result
+    try:
+        return result._replace(done=tuple(carry_out(job, result.plan)))
+    except Problem as problem:
+        return result._replace(problem=str(problem).rstrip("."))
+
+
+def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
+    """Print one line for each instance."""
+    width = max((len(each.instance.name) for each in results), default=0)
+    for each in results:
+        first, *more = (f"FAILED: {each.problem}" if each.problem else words(each)).split("\n")
+        run.say("\n".join([f"  {each.instance.name:{width}}  {clean(first)}",
+                           *(f"      {clean(line)}" for line in more)]))
+
+
+def cmd_setup(run: Run) -> Exit:
+    """Make tenants of instances."""
+    return _set_up(run, only_tenants=False)
+
+
+def cmd_apply(run: Run) -> Exit:
+    """Write the server into the instances of tenants again."""
+    return _set_up(run, only_tenants=True)
+
+
+def _set_up(run: Run, only_tenants: bool) -> Exit:
+    job = run.job()
+    run.say(f"Server {job.server.url}, mode multi")
+    results = [planned(job, each) for each in instances_of(run, job, only_tenants)]
+    if not results:
+        run.say("No OpenClaw was found here: see `ocp tenants discover`.")
+    show_results(run, results, lambda each: "\n".join(
+        [each.plan.summary, *(each.plan.diff if run.args.dry_run else ())] if each.plan else []))
+    is_empty = all(each.plan is None or each.plan.is_empty for each in results)
+    if not run.args.dry_run and not is_empty:
+        run.confirm("Do this?")
+        results = [carried_out(job, each) for each in results]
+        run.say("Done:")
+        show_results(run, results, lambda each: ", ".join(each.done))
+    failures = [each for each in results if each.problem]
+    if not run.args.dry_run and results:
+        run.say(_total(results))
+    run.print_json({"server": job.server.url, "dryRun": run.args.dry_run,
+                    "instances": [each.as_json() for each in results]})
+    return Exit.FAILED if failures else Exit.OK
+
+
+def _total(results: Sequence[Result]) -> str:
+    """Return what became of all instances, in a sentence."""
+    good = [each for each in results if each.plan and not each.problem]
+    made = [each for each in good if each.plan and not each.plan.is_empty]
+    parts = [f"{counted(len(made), 'tenant')} set up"] if made else []
+    was, failures = len(good) - len(made), len(results) - len(good)
+    parts += [f"{was} {'was' if was == 1 else 'were'} before"] if was else []
+    parts += [f"{failures} failed"] if failures else []
+    return ", ".join(parts) + "." + (" Undo: ocp tenants undo" if made else "")
+
+
+def cmd_check(run: Run) -> Exit:
+    """Look at each step of apply, and make none."""
+    job = run.job()
+    results = [planned(job, each) for each in instances_of(run, job, only_tenants=True)]
+    show_results(run, results, lambda each: each.plan.summary if each.plan else "")
+    run.print_json({"server": job.server.url, "instances": [each.as_json() for each in results]})
+    is_good = all(each.plan and each.plan.is_empty for each in results)
+    return Exit.OK if is_good else Exit.FAILED
+
+
+def cmd_undo(run: Run) -> Exit:
+    """Give instances their files back. It needs no server."""
+    world, names = run.world, run.args.names
+    known = [name for name in tenant_folders(world) if place_of(world, name)]
+    for name in names:
+        if name not in known:
+            raise failed(f"Nothing is to be undone for {clean(name)[:80]!r}.")
+    known = [name for name in known if not names or name in names]
+    if not known:
+        run.say("There is nothing to undo.")
+    width = max(map(len, known), default=0)
+    for name in known:
+        where = world.shown_path(str(place_of(world, name).get("where")))
+        run.say(f"  {name:{width}}  {clean(where)}")
+    results: list[Result] = []
+    if known and not run.args.dry_run:
+        run.confirm("Give these back?")
+        results = [_undone(world, name) for name in known]
+        show_results(run, results, lambda each: ", ".join(each.done))
+    run.print_json({"dryRun": run.args.dry_run, "instances": [
+        each.as_json() for each in results] or known})
+    return Exit.FAILED if any(each.problem for each in results) else Exit.OK
+
+
+def _undone(world: World, name: str) -> Result:
+    place = place_of(world, name)
+    instance = Instance(name, str(place.get("kind")), str(place.get("where")), "", "")
+    try:
+        instance = instance_at(world, name, place)
+        return Result(instance, done=tuple(take_back(Folder(world, name), instance)))
+    except Problem as problem:
+        return Result(instance, problem=str(problem).rstrip("."))
+
+
+# -- tenants ------------------------------------------------------------------
+
+
+def cmd_list(run: Run) -> Exit:
+    """List the tenants."""
+    world, job = run.world, run.job()
+    rows = []
+    for name, row in sorted(job.tenants.items()):
+        where = str(job.folder(name).place().get("where") or "-")
+        env, skills = row.get("env"), as_dict(row.get("skills")).get("count")
+        waiting = f" (+{row['waiting']})" if row.get("waiting") else ""
+        rows.append([
+            name, str(row.get("levelInForce") or row.get("level")), world.shown_path(where),
+            "own" if row.get("login") else "server",
+            str(len(env) if isinstance(env, list) else 0), str(skills or 0),
+            f"{row['running']}{waiting}" if row.get("running") or waiting else "-",
+            age(row.get("lastUsed"), world.clock())])
+    header = ("Name", "Level", "Where", "Login", "Env", "Skills", "Now", "Last used")
+    run.say(table(header, rows, ["Env", "Skills"]) if rows else
+            "There are no tenants: `ocp tenants setup` makes them.")
+    run.print_json({"tenants": [
+        {**row, "where": job.folder(name).place().get("where")}
+        for name, row in sorted(job.tenants.items())]})
+    return Exit.OK
+
+
+def cmd_show(run: Run) -> Exit:
+    """Show one tenant."""
+    job, name = run.job(), _known(run)
+    told = as_dict(job.server.tenant(name))
+    place = job.folder(name).place()
+    rows = [(key, value) for key, value in told.items() if value not in (None, "", [], {})]
+    for key, value in rows:
+        shown = value if isinstance(value, (str, int)) else json.dumps(value)
+        run.say(f"  {key}: {clean(shown)}")
+    if place:
+        run.say(f"  where: {run.world.shown_path(str(place.get('where')))}")
+    run.print_json({**told, "place": place or None})
+    return Exit.OK
+
+
+def _known(run: Run) -> str:
+    return checked_name(run.args.name)
+
+
+def cmd_add(run: Run) -> Exit:
+    """Make a tenant, and print its key."""
+    world, args, name = run.world, run.args, _known(run)
+    job = run.job()
+    if name in job.tenants:
+        raise failed(f"There is a tenant {name} already: see `ocp tenants show {name}`.")
+    if name in job.keys and not args.existing:
+        raise failed(f"There is a key {name} already: `ocp tenants add {name} --existing` makes it "
+                     "a tenant.")
+    instance = named_instance(world, name, args.container or "", args.local or "")
+    if args.apply:
+        instance = instance or choose(discover(world).instances, [name])[0]
+        result = planned(job, instance)
+        if result.problem:
+            raise failed(result.problem)
+        show_results(run, [result], lambda each: each.plan.summary if each.plan else "")
+        if not args.dry_run:
+            run.confirm("Do this?")
+            result = carried_out(job, result)
+            show_results(run, [result], lambda each: ", ".join(each.done))
+        run.print_json(result.as_json())
+        return Exit.FAILED if result.problem else Exit.OK
+    if args.dry_run:
+        run.say(f"  {name}  {'its key' if name in job.keys else 'new key'}, level "
+                f"{args.level or LEVELS[0]}")
+        return Exit.OK
+    return _added(run, job, name, instance)
+
+
+def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
+    """Make a tenant whose instance is not touched."""
+    args, world, folder = run.args, run.world, job.folder(name)
+    secret = world.stdin.readline().strip() if args.secret_stdin else new_secret()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
+        raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
+                                  "_ from standard input.")
+    if name not in job.keys:
+        job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
+        folder.write(secret.encode() + b"\n", "key")
+    place = instance and {
+        "kind": instance.kind, "where": instance.where, "id": instance.container_id,
+        "stateDir": instance.state_dir, "configPath": instance.config_path}
+    job.server.tenant(name, "PUT", {
+        "level": args.level or LEVELS[0], "instance": place,
+        "adopt": args.adopt or name not in job.keys})
+    run.print_json({"name": name, "key": secret if name not in job.keys else None})
+    if not args.json and name not in job.keys:
+        world.say(secret)
+        world.note(f"This is the key of {name}. It is shown only now.")
+    return Exit.OK
+
+
+def cmd_edit(run: Run) -> Exit:
+    """Change a tenant."""
+    args, name = run.args, _known(run)
+    body = {"level": args.level} if args.level else {}
+    if args.prompt is not None:
+        try:
+            with open(args.prompt, encoding="utf-8") as file:
+                body["prompt"] = file.read(200_000)
+        except (OSError, ValueError) as error:
+            raise failed(f"--prompt: {clean(args.prompt)} cannot be read: {error}") from None
+    if args.no_prompt:
+        body["prompt"] = ""
+    if not body:
+        raise Problem(Exit.USAGE, "Nothing to change: see `ocp tenants edit --help`.")
+    if args.dry_run:
+        run.say(f"  {name}  {', '.join(body)}")
+        return Exit.OK
+    answer = run.job().server.tenant(name, "PATCH", body)
+    run.say(f"{name}: {', '.join(body)} changed")
+    run.print_json(answer)
+    return Exit.OK
+
+
+def cmd_remove(run: Run) -> Exit:
+    """Undo, revoke the key, and put the tenant's folder away."""
+    world, args, name = run.world, run.args, _known(run)
+    job = run.job()
+    if name not in job.tenants:
+        raise failed(f"There is no tenant {name}: see `ocp tenants`.")
+    folder = job.folder(name)
+    away = "deletes its folder" if args.purge else "puts its folder away"
+    key = "keeps its key" if args.keep_key else "revokes its key"
+    run.say(f"  {name}  gives its files back, {key}, {away}")
+    if args.dry_run:
+        return Exit.OK
+    run.confirm(f"Remove {name}?")
+    if folder.place():
+        result = _undone(world, folder.name)
+        if result.problem and not args.purge:
+            raise failed(f"{result.problem}. Nothing was removed; --purge removes it all the same.")
+        run.say(result.problem)
+    job.server.tenant(name, "DELETE")
+    if not args.keep_key:
+        job.server.ask("DELETE", f"/api/keys/{urllib.parse.quote(name, safe='')}")
+    if os.path.isdir(folder.path):
+        put_away(folder, args.purge)
+    run.say(f"{name} removed")
+    run.print_json({"removed": name, "keyKept": args.keep_key})
+    return Exit.OK
+
+
+def put_away(folder: Folder, is_purged: bool) -> None:
+    """Move a tenant's folder to those of removed tenants, or delete it. Raises Problem."""
+    removed = os.path.join(folder.world.tenants_folder, ".removed")
+    try:
+        if is_purged:
+            shutil.rmtree(folder.path)
+            return
+        make_folders(removed)
+        stamp = stamp_of(folder.world.clock())
+        os.rename(folder.path, os.path.join(removed, f"{folder.name}-{stamp}"))
+    except OSError as error:
+        raise failed(f"{folder.path} cannot be put away: {error.strerror}") from None
+
+
+def cmd_gen_key(run: Run) -> Exit:
+    """Print a key, and keep nothing."""
+    secret = new_secret()
+    run.say(secret)
+    run.print_json({"key": secret})
+    return Exit.OK
+
+
+def cmd_env(run: Run) -> Exit:
+    """Show the names of a tenant's variables, or change them."""
+    args, name = run.args, _known(run)
+    job, changes, left_out = run.job(), _env_changes(run), dict[str, str]()
+    if args.take_over:
+        found = _found_env(run, job, name)
+        changes, left_out = {**found.values, **changes}, found.left_out
+    for each, reason in left_out.items():
+        run.say(f"  {each} is left out: {reason}")
+    if args.dry_run:
+        run.say("  " + (", ".join(sorted(changes)) or "nothing to change"))
+        return Exit.OK
+    told = as_dict(job.server.tenant(name, "PATCH", changes, "/env") if changes
+                   else job.server.tenant(name))
+    names = told.get("names") if changes else told.get("env")
+    names = names if isinstance(names, list) else []
+    run.say("\n".join(f"  {clean(each)}" for each in names) or f"{name} has no variables.")
+    run.print_json({"name": name, "names": names, "leftOut": left_out})
+    return Exit.OK
+
+
+def _env_changes(run: Run) -> dict[str, str | None]:
+    """Return the variables that --set and --unset name; the values come from standard input, one
+    value as a whole, several one in a line. Raises Problem."""
+    args = run.args
+    changes: dict[str, str | None] = dict.fromkeys(args.unset)
+    text = run.world.stdin.read(10_000_000) if args.set else ""
+    values = [text[:-1] if text.endswith("\n") else text]
+    values = text.splitlines() if len(args.set) > 1 else values
+    if len(values) < len(args.set):
+        raise Problem(Exit.USAGE, f"{counted(len(args.set), 'value')} are wanted on standard "
+                                  f"input, one in a line, and {len(values)} came.")
+    return {**changes, **dict(zip(args.set, values))}
+
+
+def _found_env(run: Run, job: Job, name: str) -> FoundEnv:
+    """Return the variables of a tenant's instance. Raises Problem."""
+    world, place = run.world, job.folder(name).place()
+    instance = instance_at(world, name, place) if place else choose(
+        discover(world).instances, [name])[0]
+    held = read_file(world, instance, instance.config_path)
+    return env_of(world, instance, parsed_config(world, held.content) if held else {},
+                  {}, run.args.container_env)
+
+
+# -- arguments ----------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """One command."""
+
+    name: str
+    help: str
+    do: Callable[[Run], Exit]
+    #: What it takes: "names", "name", "changes" (--dry-run and --yes), "setup".
+    takes: tuple[str, ...] = ()
+
+
+COMMANDS = (
+    Command("list", "list the tenants", cmd_list),
+    Command("discover", "find OpenClaw containers and folders on this machine", cmd_discover),
+    Command("setup", "make a tenant of each instance, or of those named", cmd_setup,
+            ("names", "changes", "setup")),
+    Command("apply", "write the server into the instances of tenants again", cmd_apply,
+            ("names", "changes", "setup")),
+    Command("check", "look at each step of apply, and make none", cmd_check, ("names",)),
+    Command("undo", "give the files of instances back", cmd_undo, ("names", "changes")),
+    Command("show", "show one tenant", cmd_show, ("name",)),
+    Command("add", "make a tenant, and print its key", cmd_add,
+            ("name", "changes", "setup", "add")),
+    Command("edit", "change a tenant", cmd_edit, ("name", "changes", "edit")),
+    Command("remove", "undo, revoke the key, put the folder away", cmd_remove,
+            ("name", "changes", "remove")),
+    Command("env", "show the names of a tenant's variables, or change them", cmd_env,
+            ("name", "changes", "env")),
+    Command("gen-key", "print a new key, and keep nothing", cmd_gen_key),
+)
+
+#: What commands take, each group an argument in a line: its names, and its options for argparse.
+ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
+    "names": [(("names",), {"nargs": "*", "metavar": "NAME"})],
+    "name": [(("name",), {"metavar": "NAME"})],
+    "changes": [
+        (("--dry-run",), {"action": "store_true", "help": "show everything and change nothing"}),
+        (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
+    "setup": [
+        (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
+        (("--primary",), {"dest": "role", "action": "store_const", "const": "primary",
+                          "help": "make this server the default model"}),
+        (("--backup",), {"dest": "role", "action": "store_const", "const": "backup",
+                         "help": "make this server the last fallback"}),
+        (("--provider-name",), {"metavar": "NAME", "help": "its name in openclaw.json"}),
+        (("--url",), {"metavar": "URL", "help": "the server's address as the instance sees it"}),
+        (("--dotenv",), {"nargs": "?", "const": "auto", "metavar": "PATH",
+                         "help": "also change the .env of its compose project"}),
+        (("--existing",), {"action": "store_true",
+                           "help": "a key of that name becomes the tenant's, with a new secret"}),
+        (("--adopt",), {"action": "store_true", "help": "use a folder that is there already"}),
+        (("--skip-answer",), {"action": "store_true", "help": "send no question at the end"})],
+    "add": [
+        (("--apply",), {"action": "store_true", "help": "write it into the instance too"}),
+        (("--container",), {"metavar": "NAME", "help": "its container"}),
+        (("--local",), {"metavar": "DIR", "help": "its state folder"}),
+        (("--secret-stdin",), {"action": "store_true", "help": "the key is in standard input"})],
+    "edit": [
+        (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
+        (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
+        (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
+    "remove": [
+        (("--keep-key",), {"action": "store_true", "help": "the key stays, without a tenant"}),
+        (("--purge",), {
+            "action": "store_true", "help": "delete its folder, even if its instance is gone"})],
+    "env": [
+        (("--set",), {"metavar": "NAME", "action": "append", "default": [],
+                      "help": "set a variable; its value comes from standard input"}),
+        (("--unset",), {"metavar": "NAME", "action": "append", "default": [],
+                        "help": "remove a variable"}),
+        (("--import",), {"dest": "take_over", "action": "store_true",
+                         "help": "take those of the instance's openclaw.json"}),
+        (("--container-env",), {"action": "store_true",
+                                "help": "with --import: also the container's own"})],
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ocp tenants", allow_abbrev=False,
+        description="Set up OpenClaw instances, each with a key of its own.")
+    parser.add_argument("--version", action="version", version=f"ocp_tenants {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        each = commands.add_parser(
+            command.name, help=command.help, description=f"{command.help}.", allow_abbrev=False)
+        for group in command.takes:
+            for names, options in ARGUMENTS[group]:
+                each.add_argument(*names, **options)
+        each.add_argument("--server", metavar="URL", help="the server (default: this machine's)")
+        each.add_argument("--json", action="store_true", help="print JSON")
+        each.set_defaults(do=command.do)
+    return parser
+
+
+def program(argv: Sequence[str], world: World) -> Exit:
+    """Do what the arguments ask for. Raises Problem, and SystemExit for wrong arguments."""
+    words = list(argv)
+    if not words or words[0] in ("--json", "--server"):
+        words = ["list", *words]
+    with contextlib.redirect_stdout(world.stdout), contextlib.redirect_stderr(world.stderr):
+        args = build_parser().parse_args(words)
+    do: Callable[[Run], Exit] = args.do
+    return do(Run(world, args))
+
+
+def main(argv: Sequence[str], world: World) -> int:
+    """Return the exit code; print every failure as a sentence on standard error."""
+    try:
+        return int(program(argv, world))
+    except SystemExit as end:
+        return int(end.code or 0)
+    except Problem as problem:
+        world.note(f"ocp tenants: {problem}")
+        return int(problem.code)
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has ended.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return int(Exit.FAILED)
+    except OSError as error:
+        world.note(f"ocp tenants: {clean(error)}")
+        return int(Exit.FAILED)
+    except KeyboardInterrupt:
+        world.note("\nInterrupted: run it again to go on, or `ocp tenants undo`.")
+        return int(Exit.INTERRUPTED)
+
+
+def this_world() -> World:
+    """Return the world as it is."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Whoever started this has closed it, as `>&-` does.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        if mode == "w":
+            getattr(sys, name).reconfigure(errors="replace")
+    return World(dict(os.environ), os.path.expanduser("~"), sys.stdin, sys.stdout, sys.stderr,
+                 os.path.dirname(os.path.realpath(__file__)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], this_world()))

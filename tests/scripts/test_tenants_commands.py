@@ -1,0 +1,348 @@
+"""The commands of `ocp tenants` for one tenant, the .env of a compose project, and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import pytest
+
+from fake_tenants_api import BLOCKED
+from project import REPO
+from tenants_lab import Lab, tenants, tenants_lab
+
+STATE = "home/node/.openclaw"
+PAGE = REPO / "docs/tenants.md"
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    with tenants_lab(tmp_path) as made:
+        yield made
+
+
+def container(lab: Lab, name: str = "alice", **more: Any) -> Path:
+    return lab.docker.compose(name, **{"reach": lab.reach(), **more})
+
+
+# ---------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------
+
+def test_the_samples_of_the_page_are_what_is_shown(lab: Lab) -> None:
+    container(lab)
+    lab.docker.add("openclaw-cell-bob", is_running=False, config="{}")
+    lab.local()
+    text = PAGE.read_text()
+    for name, line in re.findall(r"(?m)^<!-- (\w+) -->\n```text\n\$ ocp tenants(.*)$", text):
+        ran = lab.run(*line.split())
+        assert ran.stderr == "", name
+        shown = ran.stdout.replace(str(lab.port), "3456")
+        block = f"<!-- {name} -->\n```text\n$ ocp tenants{line}\n"
+        before, _, after = text.partition(block)
+        text = before + block + shown + after[after.index("```"):]
+    if os.environ.get("OCP_UPDATE_DOCS"):
+        PAGE.write_text(text)
+    assert PAGE.read_text() == text
+
+
+def test_the_page_names_every_command_and_option() -> None:
+    text = PAGE.read_text()
+    options = {name for group in tenants.ARGUMENTS.values() for names, _ in group
+               for name in names if name.startswith("--")}
+    missing = {command.name for command in tenants.COMMANDS if command.name not in text}
+    missing |= {name for name in options if name not in text}
+    assert not missing
+
+
+# ---------------------------------------------------------------------------
+# One tenant
+# ---------------------------------------------------------------------------
+
+def test_add_prints_the_key_alone_on_standard_output(lab: Lab) -> None:
+    ran = lab.run("add", "alice", "--level", "api")
+
+    assert ran.code == 0 and ran.stdout == f"{lab.server.keys['alice']['secret']}\n"
+    assert "shown only now" in ran.stderr
+    assert lab.server.tenants["alice"]["profile"]["level"] == "api"
+
+
+def test_add_takes_a_key_from_standard_input(lab: Lab) -> None:
+    secret = "a1" * 20
+
+    assert lab.run("add", "alice", "--secret-stdin", stdin=f"{secret}\n").code == 0
+    assert lab.server.keys["alice"]["secret"] == secret
+    assert lab.run("add", "bob", "--secret-stdin", stdin="short\n").code == 2
+    assert lab.run("add", "bob", "--secret-stdin", stdin=f"{secret}\n").code == 1
+
+
+def test_a_key_that_was_added_is_used_by_apply_later(lab: Lab) -> None:
+    root = container(lab)
+    lab.run("add", "alice")
+
+    ran = lab.run("apply", "alice", "--yes")
+
+    assert ran.code == 0, ran
+    assert (root / STATE / "ocp-key").read_text().strip() == lab.server.keys["alice"]["secret"]
+
+
+def test_add_with_apply_writes_the_instance_and_prints_no_key(lab: Lab) -> None:
+    local = lab.local(".openclaw-x")
+
+    ran = lab.run("add", "carol", "--local", "~/.openclaw-x", "--apply", "--yes")
+
+    assert ran.code == 0 and "claude-local" in local.read_text()
+    assert lab.server.keys["carol"]["secret"] not in ran.stdout + ran.stderr
+
+
+def test_add_refuses_what_is_there(lab: Lab) -> None:
+    lab.server.keys["bob"] = {"id": 1, "name": "bob", "secret": "s" * 40}
+    lab.run("add", "alice")
+
+    assert "There is a tenant alice already" in lab.run("add", "alice").stderr
+    assert "ocp tenants add bob --existing" in lab.run("add", "bob").stderr
+    assert lab.run("add", "bob", "--existing").code == 0
+    assert lab.server.keys["bob"]["secret"] == "s" * 40 and "bob" in lab.server.tenants
+
+
+@pytest.mark.parametrize(("words", "code", "reason"), [
+    (["--container", "--help"], 2, ""), (["--container=a;b"], 2, "is no container's name"),
+    (["--container=nobody"], 1, "There is no container nobody"),
+    (["--local=/nowhere"], 1, "is no folder")])
+def test_add_refuses_an_instance_that_is_none(
+    lab: Lab, words: list[str], code: int, reason: str
+) -> None:
+    ran = lab.run("add", "alice", "--apply", "--yes", *words)
+
+    assert ran.code == code and reason in ran.stderr and not lab.server.keys
+
+
+def test_edit_changes_fields_and_takes_the_prompt_from_a_file(lab: Lab, tmp_path: Path) -> None:
+    lab.run("add", "alice")
+    (tmp_path / "prompt").write_text("You act for Alice.\n")
+
+    ran = lab.run("edit", "alice", "--prompt", str(tmp_path / "prompt"), "--level", "api")
+
+    profile = lab.server.tenants["alice"]["profile"]
+    assert ran.code == 0 and profile["prompt"] == "You act for Alice.\n"
+    lab.run("edit", "alice", "--no-prompt")
+    assert lab.server.tenants["alice"]["profile"]["prompt"] == ""
+    assert lab.run("edit", "alice").code == 2
+    assert lab.run("edit", "nobody", "--level", "api").code == 1
+    assert lab.run("edit", "alice", "--level", "tools").code == 2
+
+
+def test_show_tells_everything_but_secrets(lab: Lab) -> None:
+    container(lab)
+    lab.run("setup", "--yes")
+    lab.run("env", "alice", "--set", "A", stdin="value-of-a")
+
+    ran = lab.run("show", "alice")
+
+    assert "level: api" in ran.stdout and "where: alice-openclaw-gateway-1" in ran.stdout
+    assert '"A"' in ran.stdout and "value-of-a" not in ran.stdout
+    assert lab.json("show", "alice")["place"]["kind"] == "container"
+
+
+def test_remove_undoes_revokes_and_puts_the_folder_away(lab: Lab) -> None:
+    root = container(lab)
+    before = lab.tree_of(root)
+    lab.run("setup", "--yes")
+
+    ran = lab.run("remove", "alice", "--yes")
+
+    assert ran.code == 0 and lab.tree_of(root) == before
+    assert not lab.server.keys and not lab.server.tenants
+    [away] = (lab.ocp_home / "tenants/.removed").iterdir()
+    assert away.name.startswith("alice-2026") and not (lab.ocp_home / "tenants/alice").exists()
+    assert lab.run("setup", "--yes").code == 0
+
+
+def test_remove_can_keep_the_key_and_delete_the_folder(lab: Lab) -> None:
+    lab.run("add", "alice")
+    assert lab.run("remove", "alice").code == 2 and "alice" in lab.server.tenants
+
+    assert lab.run("remove", "alice", "--yes", "--keep-key", "--purge").code == 0
+    assert "alice" in lab.server.keys and not lab.server.tenants
+    assert not list((lab.ocp_home / "tenants").iterdir())
+
+
+def test_remove_stops_where_the_instance_cannot_be_given_back(lab: Lab) -> None:
+    container(lab)
+    lab.run("setup", "--yes")
+    lab.docker.remove("alice-openclaw-gateway-1")
+
+    ran = lab.run("remove", "alice", "--yes")
+
+    assert ran.code == 1 and "Nothing was removed" in ran.stderr and "alice" in lab.server.keys
+    assert lab.run("remove", "alice", "--yes", "--purge").code == 0
+    assert not lab.server.keys and not (lab.ocp_home / "tenants/alice").exists()
+
+
+def test_gen_key_prints_another_key_each_time_and_keeps_nothing(lab: Lab) -> None:
+    before = lab.everything()
+    keys = {lab.run("gen-key").stdout for _ in range(5)}
+
+    assert len(keys) == 5 and lab.everything() == before and not lab.server.calls
+    assert all(re.fullmatch(r"ocp_[A-Za-z0-9]{32}\n", key) for key in keys)
+
+
+@pytest.mark.parametrize("command", ["list", "discover", "check", "setup", "undo", "gen-key"])
+def test_json_is_one_value_and_nothing_else(lab: Lab, command: str) -> None:
+    container(lab)
+
+    json.loads(lab.run(command, "--json", *(["--dry-run"] if command == "setup" else [])).stdout)
+
+
+def test_without_a_command_tenants_are_listed(lab: Lab) -> None:
+    assert "There are no tenants" in lab.run().stdout
+    lab.run("add", "alice")
+    assert lab.run().stdout == lab.run("list").stdout != ""
+    assert lab.run("--json").stdout == lab.run("list", "--json").stdout
+
+
+# ---------------------------------------------------------------------------
+# Variables
+# ---------------------------------------------------------------------------
+
+def env_of(lab: Lab, name: str = "alice") -> dict[str, str]:
+    return dict(lab.server.tenants[name]["env"])
+
+
+def test_values_of_variables_come_from_standard_input_and_are_never_shown(lab: Lab) -> None:
+    lab.run("add", "alice")
+
+    said = [lab.run("env", "alice", "--set", "A", stdin="first\nsecond\n"),
+            lab.run("env", "alice", "--set", "B", "--set", "C", stdin="bbb\nccc\n"),
+            lab.run("env", "alice"), lab.run("env", "alice", "--json")]
+
+    assert env_of(lab) == {"A": "first\nsecond", "B": "bbb", "C": "ccc"}
+    assert said[2].stdout == "  A\n  B\n  C\n"
+    assert not [ran for ran in said if "bbb" in ran.stdout or "second" in ran.stdout]
+    lab.run("env", "alice", "--unset", "A")
+    assert env_of(lab).keys() == {"B", "C"}
+    assert lab.run("env", "alice", "--set", "D", "--set", "E", stdin="one").code == 2
+    assert lab.run("env", "alice", "--set", "PATH", stdin="x").code == 1
+
+
+CONFIG = """{
+  env: {vars: {A: "a", MULTI: "one\\ntwo", FROM: "${TOKEN}/x", GONE: "${NOBODY}"}, OLD: "old",
+        shellEnv: {enabled: true}, PATH: "/evil", ld_preload: "x", "a b": "x"},
+  skills: {entries: {
+    one: {env: {ONE: "1", HERE: "/home/node/.openclaw/data"}},
+    two: {env: {TWO: {source: "env", provider: "default", id: "TOKEN"},
+                FILE: {source: "file", provider: "x", id: "value"}, NUMBER: 3}}}}}
+"""
+
+
+def test_every_form_of_a_variable_is_taken_from_an_instance(lab: Lab) -> None:
+    container(lab, config=CONFIG, env=["TOKEN=t0ken", "LANG=C"], mounts=[
+        {"Type": "bind", "Source": "/srv/alice", "Destination": f"/{STATE}"}])
+    lab.run("add", "alice")
+
+    ran = lab.run("env", "alice", "--import")
+
+    assert ran.code == 0, ran
+    assert env_of(lab) == {
+        "A": "a", "MULTI": "one\ntwo", "FROM": "t0ken/x", "OLD": "old", "ONE": "1",
+        "HERE": "/srv/alice/data", "TWO": "t0ken"}
+    for line in ("GONE is left out: there is no NOBODY", "PATH is left out: could change claude",
+                 "ld_preload is left out", "a b is left out: no name",
+                 "NUMBER is left out: no text", "FILE is left out: a reference to file"):
+        assert line in ran.stdout
+    assert "t0ken" not in ran.stdout
+
+
+def test_the_containers_own_variables_are_taken_without_those_of_its_image(lab: Lab) -> None:
+    container(lab, config="{}", env=["MINE=1", "LANG=C", "FROM_IMAGE=2", "NODE_ENV=production"])
+    (lab.docker.folder / "images.json").write_text(json.dumps({
+        "ghcr.io/openclaw/openclaw:2026.9.6": ["FROM_IMAGE=2", "LANG=C"]}))
+    lab.run("add", "alice")
+
+    assert lab.run("env", "alice", "--import", "--container-env").code == 0
+    assert env_of(lab) == {"MINE": "1"}
+
+
+def test_what_the_server_blocks_is_blocked_here(lab: Lab) -> None:
+    names = ["PATH", "HOME", "LD_X", "DYLD_Y", "NODE_OPTIONS", "PYTHONPATH", "CLAUDE_X", "CLAUDE",
+             "OPENAI_API_KEY", "http_proxy", "SSL_CERT_FILE", "GIT_DIR", "A", "TOKEN", "PROXY",
+             "MAX_X", "Path"]
+    assert [bool(tenants._BLOCKED.fullmatch(name)) for name in names] == [
+        bool(BLOCKED.fullmatch(name)) for name in names]
+
+
+# ---------------------------------------------------------------------------
+# .env
+# ---------------------------------------------------------------------------
+
+DOTENV = ("# ANTHROPIC_API_KEY=commented\nexport ANTHROPIC_API_KEY=exported\n"
+          "MY_ANTHROPIC_API_KEY=mine\n ANTHROPIC_BASE_URL=indented\n")
+
+
+def dotenv_lab(lab: Lab, text: Optional[bytes], **labels: str) -> Path:
+    folder = lab.home / "compose"
+    folder.mkdir()
+    container(lab, labels={
+        "com.docker.compose.project.working_dir": str(folder), **labels})
+    if text is not None:
+        (folder / ".env").write_bytes(text)
+        (folder / ".env").chmod(0o640)
+    return folder / ".env"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("more", ["", "ANTHROPIC_API_KEY=old\nOTHER=1", "OTHER=1\n"])
+def test_two_lines_of_the_dotenv_are_ours_and_undo_gives_it_back(
+    lab: Lab, newline: str, more: str
+) -> None:
+    text = (DOTENV + more).replace("\n", newline).encode()
+    path = dotenv_lab(lab, text)
+
+    assert lab.run("setup", "--yes", "--dotenv").code == 0
+
+    after = path.read_bytes().decode()
+    secret = lab.server.keys["alice"]["secret"]
+    lines = re.split(r"\r?\n", after)
+    assert f"ANTHROPIC_API_KEY={secret}" in lines and "ANTHROPIC_API_KEY=old" not in lines
+    assert f"ANTHROPIC_BASE_URL=http://172.17.0.1:{lab.port}" in lines
+    assert all(line in lines for line in DOTENV.splitlines())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert newline == "\n" or after.count("\n") == after.count("\r\n")
+    assert "as it should be" in lab.run("setup", "--yes", "--dotenv").stdout
+    lab.run("undo", "--yes")
+    assert path.read_bytes() == text
+
+
+def test_of_a_dotenv_that_was_changed_since_only_our_lines_go(lab: Lab) -> None:
+    path = dotenv_lab(lab, b"ANTHROPIC_API_KEY=old\nOTHER=1\n")
+    lab.run("setup", "--yes", "--dotenv")
+    path.write_text(path.read_text() + "SINCE=1\n")
+
+    lab.run("undo", "--yes")
+
+    assert path.read_text() == "ANTHROPIC_API_KEY=old\nOTHER=1\nSINCE=1\n"
+
+
+def test_the_dotenv_of_another_name_is_found_by_its_label(lab: Lab) -> None:
+    other = lab.home / "alice.env"
+    other.write_text("A=1\n")
+    path = dotenv_lab(lab, b"B=1\n", **{
+        "com.docker.compose.project.environment_file": str(other)})
+
+    lab.run("setup", "--yes", "--dotenv")
+
+    assert "ANTHROPIC_API_KEY" in other.read_text() and path.read_bytes() == b"B=1\n"
+
+
+def test_a_dotenv_that_is_not_found_or_a_link_is_refused_and_nothing_is_changed(lab: Lab) -> None:
+    path = dotenv_lab(lab, None)
+    path.symlink_to("/etc/passwd")
+
+    assert "is no file of its own" in lab.run("setup", "--yes", "--dotenv").stdout
+    path.unlink()
+    assert "its .env was not found" in lab.run("setup", "--yes", "--dotenv").stdout
+    assert not lab.server.keys
