@@ -198,7 +198,7 @@ def json_object(data: Union[str, bytes]) -> Json:
     """Return the JSON object that a text is, {} if it is none."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -400,6 +400,8 @@ class Row(NamedTuple):
     has_login: bool = False
     #: Where the owner gets the credentials, one sentence.
     help: str = ""
+    #: Other words for settings, which files for OpenClaw have: the word here by the other one.
+    synonyms: Mapping[str, str] = {}
 
 
 # ==== 3. Settings ============================================================
@@ -662,6 +664,12 @@ class _Level(NamedTuple):
     def of(self, key: str) -> str:
         return f"{self.place}.{key}".lstrip(".")
 
+    def renamed(self, words: Mapping[str, str]) -> _Level:
+        """Return it with the right words for settings that are called otherwise."""
+        other = {words[key]: value for key, value in self.values.items() if key in words}
+        own = {key: value for key, value in self.values.items() if key not in words}
+        return self._replace(values={**other, **own})
+
 
 class _Reader:
     """Reads one file, and collects what is wrong with it."""
@@ -706,13 +714,14 @@ class _Reader:
         stand in the channel itself or nothing is named."""
         known = {*(each.key for each in SETTINGS), *row.settings, *row.credentials, "enabled",
                  "name"}
+        channel = channel.renamed(row.synonyms)
         self.check_names(channel, {*known, "accounts"})
         named = dict(self._objects(channel, "accounts"))
         if not named or any(channel.values.get(key) for key in row.credentials):
             yield self._account(row, "default", [channel], top)
         shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
         for name, own in named.items():
-            level = _Level("account", f"{channel.place}.accounts.{name}", own)
+            level = _Level("account", f"{channel.place}.accounts.{name}", own).renamed(row.synonyms)
             if not _ACCOUNT_NAME.fullmatch(name):
                 self.errors.append(f"{level.place}: use a name of letters, digits, - and _")
             self.check_names(level, known)
@@ -2092,6 +2101,249 @@ def _closed(text: str) -> str:
 
 
 # ==== 10. Opcode gateway =====================================================
+# Discord and QQ push events over a WebSocket as {"op", "d", "s", "t"}; `s` numbers the events of a
+# session. A connection that broke is followed by one that resumes the session after the last event
+# that is safe here, and the platform sends again what came after it. One `run` is one connection.
+# https://discord.com/developers/docs/events/gateway, https://bot.q.qq.com/wiki/develop/api-v2/
+
+_DISPATCH, _HEARTBEAT, _IDENTIFY, _RESUME, _RECONNECT = 0, 1, 2, 6, 7
+_INVALID_SESSION, _HELLO, _HEARTBEAT_ACK = 9, 10, 11
+#: How long the first frame may take, and then the first event.
+_HELLO_S, _READY_S = 15.0, 30.0
+#: Closes a connection and leaves its session open; 1000 and 1001 would end both.
+_CLOSE_TO_RESUME = 4000
+#: The pause before a new session, and the one when connections are cut as soon as they are made.
+_NEW_SESSION_S, _CUT_PAUSE_S = 3.0, 60.0
+_CUT_WITHIN_S, _MAX_CUTS = 5.0, 3
+
+
+class Ending(NamedTuple):
+    """What follows the end of a connection. By default its session is resumed at once."""
+
+    #: What is wrong, and what the owner has to do first; empty if nothing.
+    why: str = ""
+    fix: str = ""
+    is_session_over: bool = False
+    after_s: float = 0.0
+
+
+_NEW_SESSION = Ending(is_session_over=True, after_s=_NEW_SESSION_S)
+_TOO_FAST = Ending(after_s=60.0)
+
+
+class OpcodeChannel(Channel):
+    """A channel that receives by such a gateway. The state of its account is the session:
+    {"session_id", "seq", "url", "bot_id"}, {} without one."""
+
+    #: What follows each code that a connection is closed or a call is refused with, if it is not
+    #: to try again.
+    endings: ClassVar[Mapping[int, Ending]] = {}
+    #: Added to the address of the gateway.
+    query: ClassVar[str] = ""
+
+    def __init__(
+        self, tools: Tools, http: Http, root: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`root` is the address of the platform's API."""
+        super().__init__(tools, http)
+        self._root, self._clock = root, clock
+        self._session: Json = {}
+        #: When the connection was begun, and how many in a row ended as soon as they were made.
+        self._began_s, self._cuts = 0.0, 0
+        #: How often to send a heartbeat, when the next one is due, and whether the last was heard.
+        self._beat_every_s, self._beat_s, self._is_beat_heard = 0.0, math.inf, True
+        #: Until when the connection has to come to its first event.
+        self._ready_by_s = math.inf
+
+    # -- what a platform adds ---------------------------------------------------------------------
+
+    def token(self) -> str:
+        """Return the token of the bot as the gateway takes it. Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def headers(self) -> Mapping[str, str]:
+        """Return the headers of each call. Raises Fatal, Retry."""
+        return {"Authorization": self.token()}
+
+    def gateway_url(self) -> str:
+        """Return where a new session begins. Raises Fatal, Retry."""
+        raise NotImplementedError
+
+    def identity(self) -> Json:
+        """Return what begins a session, besides the token."""
+        raise NotImplementedError
+
+    def message(self, event: str, data: Json) -> Optional[Message]:
+        """Return the message in an event, None for what is no message of a person."""
+        raise NotImplementedError
+
+    def disconnected(self) -> None:
+        """Forget what may be the reason for the end of a connection."""
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def call(self, method: str, path: str, body: Optional[Json] = None) -> HttpAnswer:
+        """Return the answer to a call. Raises Fatal, Retry."""
+        try:
+            return self.http.call(method, self._root + path, body, self.headers())
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+
+    def ask(self, path: str) -> Json:
+        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
+        answer = self.call("GET", path)
+        if answer.status != 200:
+            usual = Ending(after_s=answer.retry_after_s)
+            self._end(f"status {answer.status}", self.endings.get(code_of(answer), usual))
+        return answer.json()
+
+    def probe(self) -> str:
+        """Return the name of the bot. Raises Fatal, Retry."""
+        return f"@{self.ask('/users/@me').get('username', '?')}"
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
+        url = str(attachment.ref["url"])
+        # A stranger's message must not make this program ask its own network.
+        is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
+        if not (url.startswith("https://") or is_local):
+            raise SendFailed("never", "not an https address")
+        try:
+            answer = self.http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        if answer.status != 200:
+            raise SendFailed("never", f"status {answer.status}")
+        return answer.body
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive over one connection until it ends. Raises Fatal, Retry."""
+        self._session, self._began_s = self.tools.state(), self._clock()
+        url = str(self._session.get("url") or self.gateway_url())
+        try:
+            connection = WebSocket.connect(self.http.connector, url.rstrip("/") + self.query)
+        except NetworkFailed as problem:
+            # The address that was given for the session may be gone; the session need not be.
+            self._session = {**self._session, "url": ""}
+            self._keep()
+            raise Retry(str(problem)) from None
+        self.tools.on_stop(lambda: connection.close(_CLOSE_TO_RESUME))
+        try:
+            self._serve(connection)
+        except WebSocketClosed as closed:
+            if not self.tools.stop.is_set():
+                self._end(str(closed), self.endings.get(closed.code, Ending()))
+        finally:
+            connection.close(_CLOSE_TO_RESUME)
+            self._keep()
+
+    def _keep(self) -> None:
+        """Keep the session; what came since then comes again if that fails."""
+        with contextlib.suppress(OSError):
+            if self._session != self.tools.state():
+                self.tools.accept(None, self._session)
+
+    def _end(self, why: str, ending: Ending) -> NoReturn:
+        """Raise what follows the end of a connection."""
+        self.disconnected()
+        if ending.fix:
+            raise Fatal(ending.why, ending.fix)
+        if ending.is_session_over:
+            self._session = {}
+        self._cuts = self._cuts + 1 if self._clock() - self._began_s < _CUT_WITHIN_S else 0
+        raise Retry(why, _CUT_PAUSE_S if self._cuts >= _MAX_CUTS else ending.after_s)
+
+    def _serve(self, connection: WebSocket) -> None:
+        """Take frames, and send heartbeats. Raises Fatal, Retry, WebSocketClosed."""
+        self._beat_s, self._is_beat_heard = math.inf, True
+        self._ready_by_s = self._clock() + _HELLO_S
+        while True:
+            now_s = self._clock()
+            if now_s >= self._ready_by_s:
+                self._end("no word from the gateway", Ending())
+            if now_s >= self._beat_s:
+                if not self._is_beat_heard:
+                    self._end("no answer to the heartbeat", Ending())
+                self._beat(connection)
+                self._keep()
+            text = connection.receive(min(self._beat_s, self._ready_by_s) - self._clock())
+            if text is not None:
+                self._take(connection, json_object(text))
+
+    def _take(self, connection: WebSocket, frame: Json) -> None:
+        op = frame.get("op")
+        if op == _HELLO:
+            self._greet(connection, frame)
+        elif op == _DISPATCH:
+            self._dispatch(frame)
+        elif op == _HEARTBEAT:
+            self._beat(connection)
+        elif op == _HEARTBEAT_ACK:
+            self._is_beat_heard = True
+        elif op == _RECONNECT:
+            self._end("the platform wants another connection", Ending())
+        elif op == _INVALID_SESSION:
+            is_over = frame.get("d") is not True
+            self._end("the session is not valid", _NEW_SESSION._replace(is_session_over=is_over))
+        if self._ready_by_s == math.inf:
+            self.tools.note_frame()
+
+    def _greet(self, connection: WebSocket, frame: Json) -> None:
+        """Answer the first frame: resume the session, or begin one."""
+        try:
+            self._beat_every_s = max(1.0, float(frame["d"]["heartbeat_interval"]) / 1000)
+        except (KeyError, TypeError, ValueError):
+            self._end("a greeting was not understood", Ending())
+        now_s = self._clock()
+        # Not all clients at once, after the platform has cut all of them off.
+        self._beat_s = now_s + self._beat_every_s * secrets.randbelow(1000) / 1000
+        self._ready_by_s = now_s + _READY_S
+        found = {name: self._session.get(name) for name in ("session_id", "seq")}
+        op, content = (_RESUME, found) if found["session_id"] else (_IDENTIFY, self.identity())
+        connection.send(compact({"op": op, "d": {"token": self.token(), **content}}))
+
+    def _beat(self, connection: WebSocket) -> None:
+        connection.send(compact({"op": _HEARTBEAT, "d": self._session.get("seq")}))
+        self._is_beat_heard, self._beat_s = False, self._clock() + self._beat_every_s
+
+    def _dispatch(self, frame: Json) -> None:
+        """Take an event: hand over its message, and count it. Raises OSError."""
+        event, seq = str(frame.get("t")), frame.get("s")
+        data = frame["d"] if isinstance(frame.get("d"), dict) else {}
+        session = {**self._session, "seq": seq} if isinstance(seq, int) else self._session
+        message = None
+        try:
+            if event == "READY":
+                session = {"session_id": str(data["session_id"]), "seq": seq,
+                           "url": str(data.get("resume_gateway_url") or ""),
+                           "bot_id": str(data["user"]["id"])}
+            else:
+                message = self.message(event, data)
+        except (AttributeError, KeyError, TypeError, ValueError) as problem:
+            # An event in a form that nobody knows must not come again for ever.
+            self.tools.log("warning", "an event was not understood", why=repr(problem))
+        if message is not None or event == "READY":
+            self.tools.accept(message, session)
+        # Not before it is safe: an event that failed is asked for again.
+        self._session, self._ready_by_s = session, math.inf
+
+
+def code_of(answer: HttpAnswer) -> int:
+    """Return the platform's code of a refusal, else its status."""
+    content = answer.json()
+    code = content.get("err_code") or content.get("code")
+    return code if code and isinstance(code, int) else answer.status
+
+
+def linked_file(found: Json) -> Attachment:
+    """Return a file that a message names, with its address, which may lack its first word."""
+    mime, url = str(found.get("content_type") or "").partition(";")[0], str(found["url"])
+    url = url if "://" in url else f"https://{url.lstrip('/')}"
+    return Attachment("image" if mime.startswith("image/") else "file",
+                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
+                      {"url": url})
 
 
 # ==== 11. Telegram ===========================================================
@@ -2407,9 +2659,459 @@ Telegram.row = Row(
 
 
 # ==== 12. Discord ============================================================
+# Events by the opcode gateway, everything else by REST. https://discord.com/developers/docs
+
+_DISCORD_API = "https://discord.com/api/v10"
+#: Guilds, messages in them, direct messages, and what messages say.
+_DISCORD_INTENTS = 1 | 1 << 9 | 1 << 12 | 1 << 15
+_DISCORD_TOKEN = Ending("the token is refused", "take a new one at discord.com/developers/"
+                        "applications: Bot, Reset Token")
+_DISCORD_CLIENT = Ending("the gateway refuses this program", "use a newer version of it")
+#: Types of messages that people write: a plain one, and a reply.
+_DISCORD_TYPES = (0, 19)
+_DISCORD_MENTION = re.compile(r"<@!?(\d+)>")
+#: Suppresses the previews of links.
+_DISCORD_NO_EMBEDS = 4
+#: An error's code: the bot may not quote, because it may not read the history of the channel.
+_DISCORD_NO_QUOTE = 160_002
+#: How many new sessions of a day are left for other programs of the bot.
+_DISCORD_SPARED_SESSIONS = 10
+#: The pause after a 429 that did not come from Discord itself, but from the network before it.
+_DISCORD_BANNED_S = 600.0
+
+#: The Markdown that Discord shows: three levels of headings, and links whose label is no link.
+DISCORD_MARKDOWN = Markup(
+    heading=lambda level, text: f"{'#' * level} {text}" if level <= 3 else f"**{text}**",
+    link=lambda label, url: url if label in ("", url) else f"[{label}]({url})",
+)
+
+
+class DiscordLimits:
+    """Until when the platform takes no more calls, by route; the route "" is all of them.
+    https://discord.com/developers/docs/topics/rate-limits"""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # Guards the field below.
+        self._lock = threading.Lock()
+        self._until_s: dict[str, float] = {}
+
+    def check(self, route: str) -> None:
+        """Raise SendFailed if a call would come too early."""
+        with self._lock:
+            until_s = max(self._until_s.get(route, 0.0), self._until_s.get("", 0.0))
+        if until_s > self._clock():
+            raise SendFailed("wait", "as many calls as are allowed", until_s - self._clock())
+
+    def note(self, route: str, answer: HttpAnswer) -> None:
+        """Take in what an answer tells of the limits. Raises SendFailed if the call was over."""
+        is_over = answer.status == 429
+        if not is_over and answer.headers.get("x-ratelimit-remaining") != "0":
+            return
+        content = answer.json()
+        try:
+            wait_s = float(content["retry_after"] if is_over
+                           else answer.headers["x-ratelimit-reset-after"])
+        except (KeyError, TypeError, ValueError):
+            wait_s = 1.0
+        is_of_all = is_over and bool(content.get("global"))
+        if is_over and ("via" not in answer.headers or not content):
+            is_of_all, wait_s = True, _DISCORD_BANNED_S
+        now_s = self._clock()
+        with self._lock:
+            self._until_s = {each: s for each, s in self._until_s.items() if s > now_s}
+            self._until_s["" if is_of_all else route] = now_s + wait_s
+        if is_over:
+            raise SendFailed("wait", "too many calls", wait_s)
+
+
+class Discord(OpcodeChannel):
+    """A bot of Discord."""
+
+    query = "/?v=10&encoding=json"
+    endings = {
+        **dict.fromkeys((401, 4004), _DISCORD_TOKEN), 4008: _TOO_FAST,
+        **dict.fromkeys((4003, 4007, 4009), _NEW_SESSION),
+        **dict.fromkeys((4010, 4011, 4012, 4013), _DISCORD_CLIENT),
+        4014: Ending("the bot may not read what messages say", "switch Message Content Intent on "
+                     "at discord.com/developers/applications: Bot, Privileged Gateway Intents"),
+    }
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http, tools.settings.get("apiRoot") or _DISCORD_API, clock)
+        self._limits = DiscordLimits(clock)
+
+    # -- receiving ------------------------------------------------------------------------------
+
+    def gateway_url(self) -> str:
+        """Return where a new session begins, unless too many did today. Raises Fatal, Retry."""
+        found = self.ask("/gateway/bot")
+        limit = found.get("session_start_limit") or {}
+        if limit.get("remaining", _DISCORD_SPARED_SESSIONS) < _DISCORD_SPARED_SESSIONS:
+            raise Retry("too many sessions today", limit.get("reset_after", 0) / 1000)
+        return str(found.get("url") or "")
+
+    def token(self) -> str:
+        """Return the token of the bot."""
+        return str(self.tools.settings["token"])
+
+    def headers(self) -> Mapping[str, str]:
+        """Return the headers of each call; without a form of its own the second is refused."""
+        return {"Authorization": f"Bot {self.token()}",
+                "User-Agent": f"DiscordBot (https://localhost/ocp, {VERSION})"}
+
+    def identity(self) -> Json:
+        """Return which events are wanted, and from what."""
+        properties = {"os": sys.platform, "browser": "ocp", "device": "ocp"}
+        return {"intents": _DISCORD_INTENTS, "properties": properties}
+
+    def message(self, event: str, data: Json) -> Optional[Message]:
+        """Return the message in an event, None for what is no message of a person."""
+        author = data.get("author") or {}
+        is_other = author.get("bot") or data.get("webhook_id") or (
+            data.get("type") not in _DISCORD_TYPES)
+        if event != "MESSAGE_CREATE" or is_other:
+            return None
+        text, is_mentioned = self._without_mention(data)
+        attachments = tuple(map(linked_file, data.get("attachments") or []))
+        if not (text or attachments):
+            return None
+        guild, place = str(data.get("guild_id") or ""), str(data["channel_id"])
+        return Message(
+            id=str(data["id"]), chat=place, kind="group" if guild else "direct",
+            sender=str(author["id"]),
+            sender_name=str(author.get("global_name") or author.get("username") or author["id"]),
+            text=text, is_mentioned=is_mentioned or not guild,
+            quoted=str((data.get("referenced_message") or {}).get("content") or ""),
+            attachments=attachments, at_s=time.time(),
+            route={"channel_id": place, "message_id": str(data["id"])},
+            group=guild, place=place if guild else "",
+        )
+
+    def _without_mention(self, data: Json) -> tuple[str, bool]:
+        """Return the text without the bot's own name, and whether the message is for the bot."""
+        own = self._session.get("bot_id")
+        names = {str(each["id"]): each.get("global_name") or each.get("username")
+                 for each in data.get("mentions") or []}
+
+        def shown(found: re.Match[str]) -> str:
+            return "" if found[1] == own else f"@{names.get(found[1]) or found[1]}"
+
+        quoted = (data.get("referenced_message") or {}).get("author") or {}
+        text = _DISCORD_MENTION.sub(shown, str(data.get("content") or "")).strip()
+        return text, own in names or quoted.get("id") == own
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        # A call that is made again with the same nonce returns the message of the first one.
+        body: Json = {**self._content(part), "nonce": part.nonce[:25], "enforce_nonce": True}
+        if self.tools.settings.get("suppressEmbeds") is not False:
+            body["flags"] = _DISCORD_NO_EMBEDS
+        if route.get("is_reply"):
+            body["message_reference"] = {
+                "message_id": route["message_id"], "fail_if_not_exists": False,
+            }
+        return str(self._deliver("POST", route, "messages", body).get("id", ""))
+
+    def edit(self, route: Json, message_id: str, part: Part) -> None:
+        """Replace the text of a message. Raises SendFailed."""
+        self._deliver("PATCH", route, f"messages/{message_id}", self._content(part))
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing" for ten seconds. Raises SendFailed."""
+        if not is_over:
+            self._deliver("POST", route, "typing", {})
+
+    def _content(self, part: Part) -> Json:
+        """Return the text of a part, which rings for nobody whatever it says."""
+        text = render(part.text, PLAIN) if part.is_plain else self.render(part.text)
+        return {"content": text, "allowed_mentions": {"parse": [], "replied_user": False}}
+
+    def _deliver(self, method: str, route: Json, what: str, body: Json) -> Json:
+        """Return the answer to a call that a chat sees. Raises SendFailed."""
+        path = f"/channels/{route['channel_id']}/{what}"
+        limit = f"{method} {route['channel_id']} {what.partition('/')[0]}"
+        self._limits.check(limit)
+        try:
+            answer = self.call(method, path, body)
+        except Retry as problem:
+            raise SendFailed("later", str(problem)) from None
+        self._limits.note(limit, answer)
+        if answer.status < 300:
+            return answer.json()
+        if code_of(answer) == _DISCORD_NO_QUOTE and "message_reference" in body:
+            bare = {name: value for name, value in body.items() if name != "message_reference"}
+            return self._deliver(method, route, what, bare)
+        # That the token is refused is for the receiver to find out.
+        kind = "later" if answer.status >= 500 or answer.status == 401 else "never"
+        raise SendFailed(kind, str(answer.json().get("message") or f"status {answer.status}"))
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the Markdown that Discord shows."""
+        return render(markdown, DISCORD_MARKDOWN)
+
+
+Discord.row = Row(
+    "discord", (), "Discord", Discord, limit=2000,
+    credentials={"token": "DISCORD_BOT_TOKEN"},
+    settings={"apiRoot": platform_url_value, "guilds": mapping_value, "suppressEmbeds": flag_value,
+              "tokenFile": text_value},
+    # Five messages in five seconds are allowed in each channel.
+    can_edit=True, edit_every_s=1.5, edit_every_in_groups_s=1.5, typing_every_s=8.0, pace_s=1.0,
+    help="At discord.com/developers/applications: New Application, Bot, Reset Token; switch on "
+         "Message Content Intent there.",
+    synonyms={"botToken": "token"},
+)
 
 
 # ==== 13. QQ =================================================================
+# The official bot API: events by the opcode gateway, answers by REST. An answer is taken only as a
+# reply to a message, five times and for some time: https://bot.q.qq.com/wiki/develop/api-v2/
+
+_QQ_API, _QQ_TOKENS = "https://api.sgroup.qq.com", "https://bots.qq.com/app/getAppAccessToken"
+#: People and groups; guilds, and people in guilds.
+_QQ_INTENTS, _QQ_GUILD_INTENTS = 1 << 25, 1 << 30 | 1 << 12
+#: Codes in the place of a token: it is asked for too often, and the credentials do not fit.
+_QQ_TOKEN_LATER, _QQ_TOKEN_WRONG = 100_001, 100_016
+#: The pause when the platform is asked too often.
+_QQ_WAIT_S = 60.0
+#: What follows each code of a refused message. "done" is the same one again, "link" an address in
+#: it; the others are kinds of SendFailed.
+_QQ_REFUSALS = {
+    22_009: "held", 40_034_024: "held", 40_034_025: "held", 40_034_102: "held",
+    40_034_012: "plain", 304_041: "plain", 40_054_005: "done", 40_054_010: "link", 304_003: "link",
+}
+#: Types of messages: that are sent as text, as Markdown, as "typing"; that quote another one.
+_QQ_TEXT, _QQ_MARKED, _QQ_TYPING, _QQ_QUOTING = 0, 2, 6, 103
+_QQ_MENTION = re.compile(r"<@!?([\w-]+)>")
+_QQ_FACE = re.compile(r'<faceType=[^>]*?ext="([^">]*)"[^>]*>')
+_QQ_LINK = re.compile(r"://|(?<=\w)\.(?=[A-Za-z]{2})")
+_QQ_MARKDOWN = Markup(link=lambda label, url: f"[{label or url}]({url})")
+
+
+class QQPlace(NamedTuple):
+    """Where the messages of an event come from, and where their answers go."""
+
+    kind: str
+    #: The field with the id of the chat, in the event or its author.
+    chat: str
+    path: str
+    #: Whether the event itself says that the message is for the bot.
+    is_mention: bool = False
+
+
+_QQ_PLACES = {
+    "C2C_MESSAGE_CREATE": QQPlace("direct", "user_openid", "/v2/users/{}/messages"),
+    "GROUP_AT_MESSAGE_CREATE": QQPlace("group", "group_openid", "/v2/groups/{}/messages", True),
+    "GROUP_MESSAGE_CREATE": QQPlace("group", "group_openid", "/v2/groups/{}/messages"),
+    "AT_MESSAGE_CREATE": QQPlace("group", "channel_id", "/channels/{}/messages", True),
+    "DIRECT_MESSAGE_CREATE": QQPlace("direct", "guild_id", "/dms/{}/messages"),
+}
+
+
+class QQLinkRefused(SendFailed):
+    """A message was refused because of an address of the web in it."""
+
+
+class QQ(OpcodeChannel):
+    """A bot of QQ."""
+
+    endings = {
+        **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
+        11_298: Ending("this machine's public address is not on the bot's list",
+                       "add it at q.qq.com: Development, IP white list"),
+        4914: Ending("the bot is offline, or only in the sandbox", "publish it at q.qq.com, or set "
+                     "apiRoot to https://sandbox.api.sgroup.qq.com"),
+        4915: Ending("the bot is banned", "see its page at q.qq.com"),
+    }
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http, tools.settings.get("apiRoot") or _QQ_API, clock)
+        self._token_url = tools.settings.get("tokenUrl") or _QQ_TOKENS
+        self._is_markdown = tools.settings.get("markdownSupport") is not False
+        # Guards the fields below. Held while a token is fetched, so that one thread does.
+        self._token_lock = threading.Lock()
+        self._token, self._token_until_s = "", -math.inf
+
+    # -- the token --------------------------------------------------------------------------------
+
+    def token(self) -> str:
+        """Return the bot's token of these hours. Raises Fatal, Retry."""
+        with self._token_lock:
+            if self._clock() >= self._token_until_s:
+                self._token, life_s = self._new_token()
+                # Not in the last minutes of its life.
+                self._token_until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
+            return f"QQBot {self._token}"
+
+    def _new_token(self) -> tuple[str, float]:
+        """Return a token, and its seconds. Raises Fatal, Retry."""
+        settings = self.tools.settings
+        body = {"appId": settings["appId"], "clientSecret": settings["clientSecret"]}
+        try:
+            content = self.http.call("POST", self._token_url, body).json()
+            if content.get("code") == _QQ_TOKEN_WRONG:
+                raise Fatal("appId and clientSecret do not fit", "copy both at q.qq.com")
+            return str(content["access_token"]), float(content["expires_in"])
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        except (KeyError, TypeError, ValueError):
+            is_early = content.get("code") == _QQ_TOKEN_LATER
+            raise Retry("no token", _QQ_WAIT_S if is_early else 0.0) from None
+
+    def disconnected(self) -> None:
+        """Forget the token: that it is not valid is a frequent reason."""
+        with self._token_lock:
+            self._token_until_s = -math.inf
+
+    # -- receiving ------------------------------------------------------------------------------
+
+    def gateway_url(self) -> str:
+        """Return where every session is. Raises Fatal, Retry."""
+        return str(self.ask("/gateway").get("url") or "")
+
+    def identity(self) -> Json:
+        """Return which events are wanted."""
+        has_guilds = bool(self.tools.settings.get("guilds"))
+        return {"intents": _QQ_INTENTS | _QQ_GUILD_INTENTS * has_guilds, "shard": [0, 1]}
+
+    def message(self, event: str, data: Json) -> Optional[Message]:
+        """Return the message in an event, None for what is no message of a person."""
+        place, author = _QQ_PLACES.get(event), data.get("author") or {}
+        if place is None or author.get("bot"):
+            return None
+        text, is_mentioned = self._without_mention(data)
+        files = data.get("attachments") or []
+        spoken = [str(each["asr_refer_text"]) for each in files if each.get("asr_refer_text")]
+        text = "\n".join(filter(None, [text, *spoken]))
+        attachments = tuple(linked_file(each) for each in files if not each.get("asr_refer_text"))
+        if not (text or attachments):
+            return None
+        chat = str(data.get(place.chat) or author[place.chat])
+        sender = str(author.get("user_openid") or author.get("member_openid") or author["id"])
+        is_group = place.kind == "group"
+        elements = data.get("msg_elements") if data.get("message_type") == _QQ_QUOTING else None
+        return Message(
+            id=str(data["id"]), chat=chat, kind=place.kind, sender=sender,
+            sender_name=str(author.get("username") or sender), text=text,
+            is_mentioned=is_mentioned or place.is_mention or not is_group,
+            quoted=str(elements[0].get("content") or "") if elements else "",
+            attachments=attachments, at_s=time.time(),
+            route={"path": place.path.format(urllib.parse.quote(chat, safe="")),
+                   "msg_id": str(data["id"])},
+            group=str(data.get("guild_id") or chat) if is_group else "",
+            place=chat if is_group else "",
+        )
+
+    def _without_mention(self, data: Json) -> tuple[str, bool]:
+        """Return the text without the bot's own name, and whether that was in it."""
+        names: dict[str, str] = {}
+        is_mentioned = False
+        for each in data.get("mentions") or []:
+            user = str(each.get("member_openid") or each.get("id") or "")
+            is_own = bool(each.get("is_you")) or user == self._session.get("bot_id")
+            names[user] = "" if is_own else f"@{each.get('nickname') or each.get('username')}"
+            is_mentioned = is_mentioned or is_own
+        text = _QQ_FACE.sub(_qq_face, str(data.get("content") or ""))
+        text = _QQ_MENTION.sub(lambda found: names.get(found[1], found[0]), text)
+        return text.strip(), is_mentioned
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        # Guilds take Markdown only from some bots, and not in replies.
+        is_marked = self._is_markdown and not part.is_plain and route["path"].startswith("/v2/")
+        text = self.render(part.text) if is_marked else render(part.text, PLAIN)
+        # The same for a part that is sent again, and another one for it in another form: a refused
+        # message may count as sent.
+        number = int(part.nonce[:6], 16) * 8 + 2 * is_marked
+        try:
+            return self._reply(route, text, number, is_marked=is_marked)
+        except QQLinkRefused as refused:
+            self.tools.log("warning", "links were broken up", why=refused)
+            broken = _QQ_LINK.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+            return self._reply(route, broken, number + 1, is_marked=is_marked)
+
+    def _reply(self, route: Json, text: str, number: int, *, is_marked: bool) -> str:
+        body: Json = {"markdown": {"content": text}} if is_marked else {"content": text}
+        if route["path"].startswith("/v2/"):
+            body = {**body, "msg_type": _QQ_MARKED if is_marked else _QQ_TEXT, "msg_seq": number}
+        return str(self._deliver(route, body).get("id", ""))
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing" for a minute to a person. Counts as an answer. Raises SendFailed."""
+        if not is_over and route["path"].startswith("/v2/users/"):
+            self._deliver(route, {
+                "msg_type": _QQ_TYPING, "input_notify": {"input_type": 1, "input_second": 60},
+                "msg_seq": secrets.randbelow(1 << 24) * 8 + 7,
+            })
+
+    def _deliver(self, route: Json, body: Json) -> Json:
+        """Return the answer to a reply. Raises SendFailed."""
+        sent = {**body, "msg_id": route["msg_id"]}
+        try:
+            answer = self.call("POST", route["path"], sent)
+            if answer.status == 401:
+                self.disconnected()
+                answer = self.call("POST", route["path"], sent)
+        except (Fatal, Retry) as problem:
+            raise SendFailed("later", str(problem)) from None
+        if answer.status >= 300 and _QQ_REFUSALS.get(code_of(answer)) != "done":
+            self._refuse(answer)
+        return answer.json()
+
+    def _refuse(self, answer: HttpAnswer) -> NoReturn:
+        """Raise what follows a refusal."""
+        content = answer.json()
+        why = str(content.get("message") or f"status {answer.status}")
+        if answer.status == 429:
+            raise SendFailed("wait", why, answer.retry_after_s or _QQ_WAIT_S)
+        kind = _QQ_REFUSALS.get(code_of(answer), "")
+        if kind == "link":
+            raise QQLinkRefused("never", why)
+        if kind == "plain":
+            self._is_markdown = False
+        if not kind and "msg_id" in why:
+            # There are more codes for a message that can be answered no more.
+            kind = "held"
+        # A body that is no JSON comes from before the platform.
+        is_passing = answer.status >= 500 or answer.status == 401 or not content
+        raise SendFailed(kind or ("later" if is_passing else "never"), why)
+
+    def render(self, markdown: str) -> str:
+        """Return the text as Markdown, or plain if this bot may not send that."""
+        return render(markdown, _QQ_MARKDOWN if self._is_markdown else PLAIN)
+
+
+def _qq_face(found: re.Match[str]) -> str:
+    """Return what an emoji of QQ's own is called."""
+    try:
+        return f"[{json.loads(base64.b64decode(found[1]))['text']}]"
+    except (ValueError, KeyError, TypeError):
+        return "[emoji]"
+
+
+def _qq_guilds_value(value: object) -> Json:
+    """Return the guilds that are listened to; true is all of them."""
+    return {"*": {}} if value is True else {} if value is False else mapping_value(value)
+
+
+QQ.row = Row(
+    "qqbot", ("qq",), "QQ", QQ, limit=4000,
+    credentials={"appId": "QQBOT_APP_ID", "clientSecret": "QQBOT_CLIENT_SECRET"},
+    settings={"apiRoot": platform_url_value, "tokenUrl": platform_url_value,
+              "markdownSupport": flag_value, "groups": mapping_value, "guilds": _qq_guilds_value},
+    # "Typing" counts as one of the answers, so it is shown once.
+    typing_every_s=3600.0, budget=5,
+    help="At q.qq.com: create a bot, and copy AppID and AppSecret under Development.",
+)
 
 
 # ==== 14. DingTalk ===========================================================
@@ -2421,7 +3123,7 @@ Telegram.row = Row(
 # ==== 16. Channel table ======================================================
 # Each channel that is built in; plugins add rows of their own.
 
-ROWS: tuple[Row, ...] = (Telegram.row,)
+ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row)
 
 
 # ==== 17. Access =============================================================
@@ -2539,12 +3241,19 @@ class Access:
                                bare_id(sender)) > 0
 
 
+def is_shut(place: object) -> bool:
+    """Return whether the settings of a place say that nothing in it is answered; `allow` and
+    `enabled` are OpenClaw's words."""
+    return place is False or isinstance(place, dict) and False in (
+        place.get("allow"), place.get("enabled"))
+
+
 def judge_group(account: Account, message: Message) -> Verdict:
     """Return whether a message in a group is answered: by its place, its sender, its mention."""
     settings = account.settings
     if settings["groupPolicy"] == "disabled":
         return Verdict("groups are off")
-    places = settings.get("groups") or settings.get("guilds") or {}
+    places = {**(settings.get("guilds") or {}), **(settings.get("groups") or {})}
     group = places.get(message.group, places.get("*"))
     if group is None and settings["groupPolicy"] == "allowlist":
         return Verdict("the group is not listed")
@@ -2552,8 +3261,8 @@ def judge_group(account: Account, message: Message) -> Verdict:
     channels = group.get("channels") if isinstance(group, dict) else None
     if isinstance(channels, dict):
         levels.append(channels.get(message.place, channels.get("*", False)))
-        if levels[-1] is False:
-            return Verdict("the channel is not listed")
+    if any(map(is_shut, levels)):
+        return Verdict("the channel is not listed")
     if not is_listed(message.sender, settings["groupAllowFrom"]):
         return Verdict("not in groupAllowFrom")
     has_to_be_mentioned = settings["requireMention"]

@@ -1,4 +1,4 @@
-"""A running ocp_channels.py with its own OCP_HOME, between a fake Telegram and a fake agent."""
+"""A running ocp_channels.py with its own OCP_HOME, between a fake platform and a fake agent."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ SCRIPT = REPO / "ocp_channels.py"
 class Gateway:
     """The program in a folder of its own. Its path is short, because a socket's has to be."""
 
-    def __init__(self, telegram: FakeTelegram, agent: FakeAgent, top: Optional[Json] = None,
+    def __init__(self, telegram: Optional[FakeTelegram], agent: FakeAgent,
+                 top: Optional[Json] = None, channels: Optional[Json] = None,
                  **channel: Json) -> None:
-        self.telegram, self.agent = telegram, agent
+        """`channels` are other ones than the account of Telegram, which has the settings of
+        `channel`."""
+        self.telegram: Any = telegram
+        self.agent = agent
         self.home = Path(tempfile.mkdtemp(prefix="ocp-ch-", dir="/tmp"))
         self.settings: Json = {
             "agentUrl": agent.url, **(top or {}),
-            "channels": {"telegram": {"botToken": telegram.token, "apiRoot": telegram.url,
-                                      "allowFrom": ["1000"], **channel}}}
+            "channels": channels or {"telegram": {
+                "botToken": self.telegram.token, "apiRoot": self.telegram.url,
+                "allowFrom": ["1000"], **channel}}}
         self.process: Optional[Fork] = None
 
     def __enter__(self) -> Gateway:

@@ -1,7 +1,8 @@
-"""ocp_channels.py that ends itself as kill -9 would, at the Nth step after its first message.
+"""ocp_channels.py that ends itself as kill -9 would, at the Nth step after its first message, or at
+the first one of a name.
 
 A step is the moment before or after a change of the database, the end of a transaction, or a call
-of a platform. Its arguments are N, a file for the step's name, and those of ocp_channels.py."""
+of a platform. Its arguments are the step, a file for its name, and those of ocp_channels.py."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ import ocp_channels  # noqa: E402
 class Killer:
     """Counts steps."""
 
-    def __init__(self, left: int, file: str) -> None:
-        self._left, self._file = left, file
+    def __init__(self, step: str, file: str) -> None:
+        """`step` is a number or a name."""
+        self._name, self._file = step, file
+        self._left = int(step) if step.isdigit() else 0
         self.is_counting = False
 
     def step(self, name: str) -> None:
@@ -29,7 +32,7 @@ class Killer:
         if not self.is_counting:
             return
         self._left -= 1
-        if self._left == 0:
+        if self._left == 0 or name == self._name:
             Path(self._file).write_text(name)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -49,7 +52,7 @@ def between(killer: Killer, owner: Any, method: str, name_of: Callable[..., str]
 
 def main(words: list[str]) -> int:
     """Run the gateway until it ends itself."""
-    killer = Killer(int(words[0]), words[1])
+    killer = Killer(words[0], words[1])
     accept, transaction = ocp_channels.LiveAccount.accept, ocp_channels.Store.transaction
 
     def counted_accept(self: Any, message: Any, state: Any = None) -> None:

@@ -41,6 +41,10 @@ CLIENTS = {
     "jsqr": ".qr",
     # python-telegram-bot
     "telegram": ".channels",
+    # discord.py
+    "discord": ".channels",
+    # qq-botpy
+    "botpy": ".channels",
 }
 
 
