@@ -94,7 +94,7 @@ import types
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Optional, TextIO, Union, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, TextIO, Union, cast
 
 VERSION = "1.0.0"
 
@@ -1492,6 +1492,8 @@ class WebSocket:
         # One frame is sent at a time. Guards `_is_closing` too.
         self._lock = threading.Lock()
         self._is_closing = False
+        #: When bytes last came, by time.monotonic; those of a pong count too.
+        self.heard_s = time.monotonic()
 
     @classmethod
     def connect(
@@ -1566,6 +1568,7 @@ class WebSocket:
         if not piece:
             raise WebSocketClosed(_NO_CLOSE)
         self._buffer += piece
+        self.heard_s = time.monotonic()
         return True
 
     def _next_frame(self) -> Optional[tuple[int, bool, bytes]]:
@@ -1967,7 +1970,7 @@ def _read_table(lines: list[str], markup: Markup) -> Optional[str]:
     if len(head) > _MAX_LISTED_COLUMNS or not body:
         return markup.fence("", markup.escape(_aligned(rows)))
     blocks = [
-        "\n".join(
+        markup.line_end.join(
             f"{_inline(name, markup)}: {_inline(cell, markup)}" if name else _inline(cell, markup)
             for name, cell in itertools.zip_longest(head, row[:len(head)], fillvalue="") if cell
         )
@@ -3115,6 +3118,407 @@ QQ.row = Row(
 
 
 # ==== 14. DingTalk ===========================================================
+# Stream mode: frames come over a WebSocket, and come again until they are answered. A reply goes to
+# the address that came with its message, or by the API when that address has expired.
+# https://open.dingtalk.com/document/development/introduction-to-stream-mode
+
+_DINGTALK_API, _DINGTALK_LOGIN = "https://api.dingtalk.com", "https://oapi.dingtalk.com"
+_DINGTALK_TOPIC = "/v1.0/im/bot/messages/get"
+#: After how much silence the server is pinged, and after how much it counts as gone.
+_DINGTALK_PING_S, _DINGTALK_GONE_S = 20.0, 90.0
+#: After so long without a message another connection is made: some get nothing but pongs.
+_DINGTALK_QUIET_S = 3600.0
+#: How long a connection is read after another one took over, and how long each one lasts at least.
+_DINGTALK_DRAIN_S, _DINGTALK_SHORT_S = 30.0, 5.0
+#: Why a connection is refused, and what to do.
+_DINGTALK_REFUSED = {
+    400: ("the app has no stream mode, is not published, or its credentials do not fit", "at "
+          "open-dev.dingtalk.com choose stream mode for the robot, publish the app, and copy "
+          "Client ID and Client Secret"),
+    401: ("clientId and clientSecret do not fit", "copy both at open-dev.dingtalk.com: "
+          "Credentials and Basic Information"),
+}
+#: Texts in the code of a refused message, the kind of failure that each is, and its pause.
+_DINGTALK_FAILURES = (
+    ("QpsLimit", "wait", 2.0), ("130101", "later", 60.0), ("460101", "never", 0.0),
+)
+#: The life of a login, the least pause between two questions, and how long failures are passing.
+_LOGIN_S, _DINGTALK_POLL_S, _DINGTALK_FAILING_S = 480.0, 3.0, 120.0
+_DINGTALK_CONSOLE = ("create an app with a robot in stream mode at open-dev.dingtalk.com, publish "
+                     "it, and add its clientId and clientSecret")
+
+#: The Markdown that DingTalk shows: a line ends only after two spaces.
+DINGTALK_MARKDOWN = Markup(
+    strike=("", ""), line_end="  \n",
+    quote=lambda lines: "  \n".join(f"> {line}" for line in lines),
+)
+
+
+class DingTalk(Channel):
+    """A robot of DingTalk."""
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http)
+        self._clock = clock
+        self._root = tools.settings.get("endpoint") or _DINGTALK_API
+        self._is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
+        # Guards the fields below. Held while a token is fetched, so that one thread does.
+        self._token_lock = threading.Lock()
+        self._token, self._token_until_s = "", -math.inf
+        #: When the last message came. A later connection may set it too.
+        self._message_s = clock()
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def _post(self, url: str, body: Json, **headers: str) -> HttpAnswer:
+        """Return the answer to a call. Raises NetworkFailed."""
+        # Bodies are limited in bytes, so letters stay as they are.
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
+        return self.http.call("POST", url, data, sent)
+
+    def _ask(self, path: str, body: Json) -> HttpAnswer:
+        """Return the answer to a call of the API. Raises NetworkFailed, Fatal, Retry."""
+        for _ in range(2):
+            token = self._access_token()
+            answer = self._post(self._root + path, body, **{"x-acs-dingtalk-access-token": token})
+            if answer.status != 401:
+                break
+            with self._token_lock:
+                self._token_until_s = -math.inf
+        return answer
+
+    def _access_token(self) -> str:
+        """Return the token of these hours. Raises NetworkFailed, Fatal, Retry."""
+        settings = self.tools.settings
+        with self._token_lock:
+            if self._clock() >= self._token_until_s:
+                content = self._opened("/v1.0/oauth2/accessToken", {
+                    "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
+                self._token = str(content.get("accessToken") or "")
+                life_s = content.get("expireIn")
+                life_s = life_s if isinstance(life_s, int) else 0
+                self._token_until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
+            if not self._token:
+                raise Retry("no token")
+            return self._token
+
+    def _opened(self, path: str, body: Json) -> Json:
+        """Return the answer to a call with the credentials. Raises NetworkFailed, Fatal, Retry."""
+        answer = self._post(self._root + path, body)
+        if answer.status in _DINGTALK_REFUSED:
+            why, fix = _DINGTALK_REFUSED[answer.status]
+            raise Fatal(f"{why} ({clean(answer.json().get('message') or answer.status)})", fix)
+        if answer.status != 200:
+            raise Retry(f"status {answer.status}", answer.retry_after_s)
+        return answer.json()
+
+    def probe(self) -> str:
+        """Return the id of the app. Raises Fatal, Retry."""
+        try:
+            self._access_token()
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        return f"app {self.tools.settings['clientId']}"
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive messages until the account has to stop. Raises Fatal, Retry."""
+        while not self.tools.stop.is_set():
+            began_s = self._clock()
+            connection = self._connect()
+            self.tools.on_stop(connection.close)
+            try:
+                self._serve(connection)
+            except WebSocketClosed as closed:
+                if self.tools.stop.is_set():
+                    return
+                raise Retry(str(closed)) from None
+            except BaseException:
+                connection.close()
+                raise
+            # What falls between two connections is lost, so the old one is read until its end.
+            threading.Thread(target=self._drain, args=(connection,), daemon=True).start()
+            if self._clock() - began_s < _DINGTALK_SHORT_S:
+                raise Retry("the platform wants another connection")
+
+    def _connect(self) -> WebSocket:
+        """Return a connection with a new ticket. Raises Fatal, Retry."""
+        settings = self.tools.settings
+        try:
+            content = self._opened("/v1.0/gateway/connections/open", {
+                "clientId": settings["clientId"], "clientSecret": settings["clientSecret"],
+                "subscriptions": [{"type": "CALLBACK", "topic": _DINGTALK_TOPIC}],
+                "ua": f"ocp/{VERSION}", "localIp": "",
+            })
+            ticket = urllib.parse.quote_plus(str(content["ticket"]))
+            url = f"{platform_url_value(content['endpoint'])}?ticket={ticket}"
+            connection = WebSocket.connect(self.http.connector, url)
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+        except (KeyError, ValueError):
+            raise Retry("no connection was offered") from None
+        self.tools.note_frame()
+        return connection
+
+    def _serve(self, connection: WebSocket) -> None:
+        """Take frames until another connection has to take over. Raises Retry, OSError,
+        WebSocketClosed."""
+        self._message_s = self._clock()
+        while self._clock() - self._message_s < _DINGTALK_QUIET_S:
+            text = connection.receive(_DINGTALK_PING_S)
+            if text is None:
+                if time.monotonic() - connection.heard_s > _DINGTALK_GONE_S:
+                    raise Retry("nothing was heard for a while")
+                connection.ping()
+            elif self._take(connection, json_object(text)):
+                return
+
+    def _drain(self, connection: WebSocket) -> None:
+        """Take the frames that still come over an old connection."""
+        until_s = self._clock() + _DINGTALK_DRAIN_S
+        with contextlib.suppress(WebSocketClosed, OSError):
+            while self._clock() < until_s and not self.tools.stop.is_set():
+                text = connection.receive(1.0)
+                if text is not None:
+                    self._take(connection, json_object(text))
+        connection.close()
+
+    def _take(self, connection: WebSocket, frame: Json) -> bool:
+        """Take a frame; return whether the connection is about to end. Raises OSError,
+        WebSocketClosed."""
+        self.tools.note_frame()
+        headers = frame["headers"] if isinstance(frame.get("headers"), dict) else {}
+        kind, topic = frame.get("type"), str(headers.get("topic"))
+        if kind == "SYSTEM":
+            if topic == "ping":
+                answer_frame(connection, headers, 200, frame.get("data") or "{}")
+            return topic == "disconnect"
+        if kind == "CALLBACK" and topic == _DINGTALK_TOPIC:
+            self._message_s = self._clock()
+            message = None
+            try:
+                message = self._message(json_object(str(frame.get("data"))))
+            except (AttributeError, KeyError, TypeError, ValueError) as problem:
+                # A message in a form that nobody knows must not come again for ever.
+                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            if message is not None:
+                self.tools.accept(message)
+            answer_frame(connection, headers, 200, compact({"response": "OK"}))
+        elif kind in ("CALLBACK", "EVENT"):
+            answer_frame(connection, headers, 404, "{}")
+        return False
+
+    def _message(self, data: Json) -> Optional[Message]:
+        robot = str(data.get("robotCode") or self.tools.settings["clientId"])
+        text, quoted, attachments = dingtalk_content(data, robot)
+        if data["senderId"] == data.get("chatbotUserId") or not (text or attachments):
+            return None
+        staff, place = str(data.get("senderStaffId") or ""), str(data["conversationId"])
+        sender = staff or str(data["senderId"])
+        is_direct = str(data["conversationType"]) == "1"
+        return Message(
+            # It is the same one when the frame comes again, which has another id then.
+            id=str(data["msgId"]), chat=sender if is_direct else place,
+            kind="direct" if is_direct else "group", sender=sender,
+            sender_name=str(data.get("senderNick") or sender), text=text,
+            # A group shows a robot nothing else.
+            is_mentioned=is_direct or data.get("isInAtList") is not False,
+            quoted=quoted, attachments=attachments, at_s=float(data.get("createAt") or 0) / 1000,
+            route={"webhook": self._webhook(data), "robot": robot, "staff": staff,
+                   "until_s": float(data.get("sessionWebhookExpiredTime") or 0) / 1000,
+                   "group": "" if is_direct else place},
+            group="" if is_direct else place, place="" if is_direct else place,
+        )
+
+    def _webhook(self, data: Json) -> str:
+        """Return where replies go; empty if that is not DingTalk."""
+        url = str(data.get("sessionWebhook") or "")
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        is_theirs = parts.scheme == "https" and f".{host}".endswith(".dingtalk.com")
+        if url and not is_theirs and not (self._is_local and is_loopback(host)):
+            self.tools.log("warning", "a reply address is not DingTalk's", host=host)
+            return ""
+        return url
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part; the platform gives no id. Raises SendFailed."""
+        text = self.render(part.text)
+        title = render(part.text, PLAIN).strip().partition("\n")[0][:20]
+        is_called = bool(route["group"] and route["staff"] and route.get("is_reply"))
+        if is_called:
+            # Without its name in the text the person is not called.
+            text = f"@{route['staff']}  \n{text}"
+        content = {"title": title or "-", "text": text}
+        try:
+            if not (time.time() < route["until_s"] and self._reply(route, content, is_called)):
+                self._send_by_api(route, content)
+        except (NetworkFailed, Fatal, Retry) as problem:
+            raise SendFailed("later", str(problem)) from None
+        return ""
+
+    def _reply(self, route: Json, content: Json, is_called: bool) -> bool:
+        """Send by the address that came with the message; return whether that was possible. Raises
+        NetworkFailed, SendFailed."""
+        if not route["webhook"]:
+            return False
+        called = {"at": {"atUserIds": [route["staff"]]}} if is_called else {}
+        answer = self._post(route["webhook"], {
+            "msgtype": "markdown", "markdown": content, **called})
+        found = answer.json()
+        if answer.status == 200 and found.get("errcode") == 0:
+            return True
+        check_refusal(answer, str(found.get("errcode")), str(found.get("errmsg")))
+        return False
+
+    def _send_by_api(self, route: Json, content: Json) -> None:
+        """Send by the API. Raises NetworkFailed, Fatal, Retry, SendFailed."""
+        body = {"robotCode": route["robot"], "msgKey": "sampleMarkdown",
+                "msgParam": json.dumps(content, ensure_ascii=False)}
+        if route["group"]:
+            answer = self._ask("/v1.0/robot/groupMessages/send",
+                               {**body, "openConversationId": route["group"]})
+        elif route["staff"]:
+            answer = self._ask("/v1.0/robot/oToMessages/batchSend",
+                               {**body, "userIds": [route["staff"]]})
+        else:
+            raise SendFailed("held", "only a new message brings an address for the answer")
+        found = answer.json()
+        if found.get("flowControlledStaffIdList"):
+            raise SendFailed("later", "too many messages", 60.0)
+        if answer.status != 200 or not found.get("processQueryKey") or (
+                found.get("invalidStaffIdList")):
+            why = str(found.get("message") or f"status {answer.status}")
+            check_refusal(answer, str(found.get("code")), why)
+            raise SendFailed("never", why)
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the Markdown that DingTalk shows."""
+        return render(markdown, DINGTALK_MARKDOWN)
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
+        try:
+            found = self._ask("/v1.0/robot/messageFiles/download", {
+                "downloadCode": attachment.ref["code"], "robotCode": attachment.ref["robot"]})
+        except (NetworkFailed, Fatal, Retry) as problem:
+            raise SendFailed("later", str(problem)) from None
+        url = str(found.json().get("downloadUrl") or "")
+        return downloaded(self.http, url, max_bytes, is_local=self._is_local)
+
+    # -- login ------------------------------------------------------------------------------------
+
+    def login(self, console: Console) -> Json:
+        """Have the person who scans a QR code create an app, and return its credentials. Raises
+        Fatal."""
+        begun = self._register("init", source=(
+            self.tools.settings.get("loginSource") or "DING_DWS_CLAW"))
+        begun = self._register("begin", nonce=begun.get("nonce"))
+        if not begun.get("device_code"):
+            raise Fatal("DingTalk offers no login", _DINGTALK_CONSOLE)
+        console.show_link(str(begun.get("verification_uri_complete")))
+        console.say("Scan it with DingTalk and confirm there.")
+        interval = begun.get("interval")
+        pause_s = max(_DINGTALK_POLL_S, interval if isinstance(interval, int) else 0)
+        until_s = failing_until_s = self._clock() + _LOGIN_S
+        found: Json = {}
+        while self._clock() < min(until_s, failing_until_s):
+            self.tools.stop.wait(pause_s)
+            found = self._register("poll", device_code=begun["device_code"])
+            if found.get("status") == "SUCCESS":
+                return {"clientId": str(found["client_id"]),
+                        "clientSecret": str(found["client_secret"])}
+            failing_until_s = until_s if found.get("status") == "WAITING" else min(
+                failing_until_s, self._clock() + _DINGTALK_FAILING_S)
+        raise Fatal(f"nobody confirmed ({clean(found.get('fail_reason') or 'timed out')})",
+                    f"try again, or {_DINGTALK_CONSOLE}")
+
+    def _register(self, step: str, **body: Any) -> Json:
+        """Return the answer to a step of a login, {} if it failed."""
+        root = self.tools.settings.get("oapiEndpoint") or _DINGTALK_LOGIN
+        try:
+            found = self._post(f"{root}/app/registration/{step}", body).json()
+        except NetworkFailed:
+            return {}
+        return found if found.get("errcode") == 0 else {}
+
+
+def answer_frame(connection: WebSocket, headers: Json, code: int, data: str) -> None:
+    """Answer a frame. Raises WebSocketClosed."""
+    connection.send(compact({
+        "code": code, "message": "OK" if code == 200 else "not implement",
+        "headers": {"contentType": "application/json", "messageId": headers.get("messageId")},
+        "data": data,
+    }))
+
+
+def check_refusal(answer: HttpAnswer, code: str, why: str) -> None:
+    """Raise SendFailed for a refusal of DingTalk's that no other way of sending changes."""
+    for words, kind, pause_s in _DINGTALK_FAILURES:
+        if words in code:
+            raise SendFailed(kind, why, pause_s)
+    if answer.status >= 500 or answer.status == 429:
+        raise SendFailed("later", f"status {answer.status}", answer.retry_after_s)
+
+
+def dingtalk_content(data: Json, robot: str) -> tuple[str, str, tuple[Attachment, ...]]:
+    """Return the text of a message, the text that it quotes, and its files."""
+    kind, text = data.get("msgtype"), data.get("text") or {}
+    content = data.get("content") or {}
+    content = json_object(content) if isinstance(content, str) else content
+    replied = text.get("repliedMsg") or content.get("repliedMsg")
+    quoted = dingtalk_content({
+        "msgtype": replied.get("msgType"), "content": replied.get("content")}, robot)[0] if (
+            isinstance(replied, dict) and "repliedMsg" not in replied) else ""
+    items = content["richText"] if kind == "richText" else [
+        {"text": text.get("content"), **content, "type": kind}]
+    texts, files = [], []
+    for item in items:
+        said, code = item.get("text") or item.get("recognition"), item.get("downloadCode")
+        if said:
+            texts.append(str(said))
+        elif code:
+            is_image = item.get("type") == "picture"
+            files.append(Attachment(
+                "image" if is_image else "file",
+                clean(item.get("fileName") or item.get("type") or "file"),
+                "image/jpeg" if is_image else "", 0, {"code": str(code), "robot": robot}))
+    return "".join(texts).strip(), quoted, tuple(files)
+
+
+def downloaded(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
+    """Return the bytes at an address that came with a message. Raises SendFailed, ValueError if
+    there are more."""
+    # A stranger's message must not make this program ask its own network.
+    url = url if is_local else re.sub("^http:", "https:", url)
+    if not (url.startswith("https://") or is_local):
+        raise SendFailed("never", "not an https address")
+    try:
+        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+    except NetworkFailed as problem:
+        raise SendFailed("later", str(problem)) from None
+    if answer.status != 200:
+        raise SendFailed("never", f"status {answer.status}")
+    return answer.body
+
+
+DingTalk.row = Row(
+    "dingtalk-connector", ("dingtalk",), "DingTalk", DingTalk, limit=3500,
+    credentials={"clientId": "DINGTALK_CLIENT_ID", "clientSecret": "DINGTALK_CLIENT_SECRET"},
+    settings={"endpoint": platform_url_value, "oapiEndpoint": platform_url_value,
+              "loginSource": text_value, "groups": mapping_value,
+              "groupSessionScope": one_of("group", "group_sender")},
+    # A group takes twenty messages in a minute.
+    pace_s=3.0, has_login=True,
+    help=f"Run {PROGRAM} login --channel dingtalk-connector, or at open-dev.dingtalk.com create an "
+    "app with a robot in stream mode, publish it, and copy Client ID and Client Secret.",
+)
 
 
 # ==== 15. WeChat =============================================================
@@ -3123,7 +3527,7 @@ QQ.row = Row(
 # ==== 16. Channel table ======================================================
 # Each channel that is built in; plugins add rows of their own.
 
-ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row)
+ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row, DingTalk.row)
 
 
 # ==== 17. Access =============================================================
