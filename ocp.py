@@ -3496,7 +3496,8 @@ def _check_database(facts: Facts) -> Finding:
 def _private_paths(facts: Facts) -> list[tuple[str, int]]:
     """Return everything that nobody else may read, with its right mode."""
     folder = facts.here.data_dir
-    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem")
+    names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "admin-key", "tls/key.pem", "channels.json",
+             "channels.db")
     files = [*(os.path.join(folder, name) for name in names), facts.here.env_file]
     return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
             if os.path.exists(path)]

@@ -2206,18 +2206,8 @@ class OpcodeChannel(Channel):
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        url = str(attachment.ref["url"])
-        # A stranger's message must not make this program ask its own network.
         is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        if not (url.startswith("https://") or is_local):
-            raise SendFailed("never", "not an https address")
-        try:
-            answer = self.http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
-        if answer.status != 200:
-            raise SendFailed("never", f"status {answer.status}")
-        return answer.body
+        return linked_bytes(self.http, str(attachment.ref["url"]), max_bytes, is_local=is_local)
 
     # -- receiving --------------------------------------------------------------------------------
 
@@ -2347,6 +2337,21 @@ def linked_file(found: Json) -> Attachment:
     return Attachment("image" if mime.startswith("image/") else "file",
                       clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
                       {"url": url})
+
+
+def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
+    """Return the bytes at an address that a message names. Raises SendFailed, ValueError if there
+    are more. `is_local` = the platform is a stand-in on this machine."""
+    # A stranger's message must not make this program ask its own network.
+    if not (url.startswith("https://") or is_local):
+        raise SendFailed("never", "not an https address")
+    try:
+        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+    except NetworkFailed as problem:
+        raise SendFailed("later", str(problem)) from None
+    if answer.status != 200:
+        raise SendFailed("never", f"status {answer.status}")
+    return answer.body
 
 
 # ==== 11. Telegram ===========================================================
@@ -2927,6 +2932,7 @@ class QQ(OpcodeChannel):
         **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
         11_298: Ending("this machine's public address is not on the bot's list",
                        "add it at q.qq.com: Development, IP white list"),
+        4014: Ending("the bot may not hear of guilds", "take guilds out of its settings"),
         4914: Ending("the bot is offline, or only in the sandbox", "publish it at q.qq.com, or set "
                      "apiRoot to https://sandbox.api.sgroup.qq.com"),
         4915: Ending("the bot is banned", "see its page at q.qq.com"),
@@ -3126,26 +3132,22 @@ _DINGTALK_API, _DINGTALK_LOGIN = "https://api.dingtalk.com", "https://oapi.dingt
 _DINGTALK_TOPIC = "/v1.0/im/bot/messages/get"
 #: After how much silence the server is pinged, and after how much it counts as gone.
 _DINGTALK_PING_S, _DINGTALK_GONE_S = 20.0, 90.0
-#: After so long without a message another connection is made: some get nothing but pongs.
-_DINGTALK_QUIET_S = 3600.0
-#: How long a connection is read after another one took over, and how long each one lasts at least.
-_DINGTALK_DRAIN_S, _DINGTALK_SHORT_S = 30.0, 5.0
-#: Why a connection is refused, and what to do.
+#: How long a connection is used, because some get nothing but pongs in the end; how long it is read
+#: after another one took over; and a life that is too short for making the next one at once.
+_DINGTALK_LIFE_S, _DINGTALK_DRAIN_S, _DINGTALK_SHORT_S = 3600.0, 30.0, 5.0
+#: Why an app is refused, by status, and what to do.
 _DINGTALK_REFUSED = {
     400: ("the app has no stream mode, is not published, or its credentials do not fit", "at "
           "open-dev.dingtalk.com choose stream mode for the robot, publish the app, and copy "
           "Client ID and Client Secret"),
-    401: ("clientId and clientSecret do not fit", "copy both at open-dev.dingtalk.com: "
-          "Credentials and Basic Information"),
+    401: ("clientId and clientSecret do not fit", "copy both at open-dev.dingtalk.com"),
 }
 #: Texts in the code of a refused message, the kind of failure that each is, and its pause.
 _DINGTALK_FAILURES = (
     ("QpsLimit", "wait", 2.0), ("130101", "later", 60.0), ("460101", "never", 0.0),
 )
-#: The life of a login, the least pause between two questions, and how long failures are passing.
+#: The life of a login, the least pause between two questions, and how long failures may pass.
 _LOGIN_S, _DINGTALK_POLL_S, _DINGTALK_FAILING_S = 480.0, 3.0, 120.0
-_DINGTALK_CONSOLE = ("create an app with a robot in stream mode at open-dev.dingtalk.com, publish "
-                     "it, and add its clientId and clientSecret")
 
 #: The Markdown that DingTalk shows: a line ends only after two spaces.
 DINGTALK_MARKDOWN = Markup(
@@ -3164,49 +3166,23 @@ class DingTalk(Channel):
         self._clock = clock
         self._root = tools.settings.get("endpoint") or _DINGTALK_API
         self._is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        # Guards the fields below. Held while a token is fetched, so that one thread does.
-        self._token_lock = threading.Lock()
-        self._token, self._token_until_s = "", -math.inf
-        #: When the last message came. A later connection may set it too.
-        self._message_s = clock()
+        #: The token of these hours, and until when it is used.
+        self._token = "", -math.inf
 
     # -- calls ------------------------------------------------------------------------------------
 
     def _post(self, url: str, body: Json, **headers: str) -> HttpAnswer:
-        """Return the answer to a call. Raises NetworkFailed."""
+        """Return the answer to a call. Raises Retry."""
         # Bodies are limited in bytes, so letters stay as they are.
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
-        return self.http.call("POST", url, data, sent)
-
-    def _ask(self, path: str, body: Json) -> HttpAnswer:
-        """Return the answer to a call of the API. Raises NetworkFailed, Fatal, Retry."""
-        for _ in range(2):
-            token = self._access_token()
-            answer = self._post(self._root + path, body, **{"x-acs-dingtalk-access-token": token})
-            if answer.status != 401:
-                break
-            with self._token_lock:
-                self._token_until_s = -math.inf
-        return answer
-
-    def _access_token(self) -> str:
-        """Return the token of these hours. Raises NetworkFailed, Fatal, Retry."""
-        settings = self.tools.settings
-        with self._token_lock:
-            if self._clock() >= self._token_until_s:
-                content = self._opened("/v1.0/oauth2/accessToken", {
-                    "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
-                self._token = str(content.get("accessToken") or "")
-                life_s = content.get("expireIn")
-                life_s = life_s if isinstance(life_s, int) else 0
-                self._token_until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
-            if not self._token:
-                raise Retry("no token")
-            return self._token
+        try:
+            return self.http.call("POST", url, data, sent)
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
 
     def _opened(self, path: str, body: Json) -> Json:
-        """Return the answer to a call with the credentials. Raises NetworkFailed, Fatal, Retry."""
+        """Return the answer to a call with the credentials. Raises Fatal, Retry."""
         answer = self._post(self._root + path, body)
         if answer.status in _DINGTALK_REFUSED:
             why, fix = _DINGTALK_REFUSED[answer.status]
@@ -3215,12 +3191,33 @@ class DingTalk(Channel):
             raise Retry(f"status {answer.status}", answer.retry_after_s)
         return answer.json()
 
+    def _ask(self, path: str, body: Json) -> HttpAnswer:
+        """Return the answer to a call of the API. Raises Fatal, Retry."""
+        for _ in range(2):
+            headers = {"x-acs-dingtalk-access-token": self._access_token()}
+            answer = self._post(f"{self._root}/v1.0/robot/{path}", body, **headers)
+            if answer.status != 401:
+                break
+            self._token = "", -math.inf
+        return answer
+
+    def _access_token(self) -> str:
+        """Return the token of these hours. Raises Fatal, Retry."""
+        token, until_s = self._token
+        if self._clock() >= until_s:
+            settings = self.tools.settings
+            content = self._opened("/v1.0/oauth2/accessToken", {
+                "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
+            try:
+                token, life_s = str(content["accessToken"]), float(content["expireIn"])
+            except (KeyError, TypeError, ValueError):
+                raise Retry("no token") from None
+            self._token = token, self._clock() + max(life_s - 300, life_s * 2 / 3)
+        return token
+
     def probe(self) -> str:
         """Return the id of the app. Raises Fatal, Retry."""
-        try:
-            self._access_token()
-        except NetworkFailed as problem:
-            raise Retry(str(problem)) from None
+        self._access_token()
         return f"app {self.tools.settings['clientId']}"
 
     # -- receiving --------------------------------------------------------------------------------
@@ -3228,15 +3225,14 @@ class DingTalk(Channel):
     def run(self) -> None:
         """Receive messages until the account has to stop. Raises Fatal, Retry."""
         while not self.tools.stop.is_set():
-            began_s = self._clock()
-            connection = self._connect()
+            began_s, connection = self._clock(), self._connect()
             self.tools.on_stop(connection.close)
             try:
-                self._serve(connection)
+                self._serve(connection, _DINGTALK_LIFE_S)
             except WebSocketClosed as closed:
-                if self.tools.stop.is_set():
-                    return
-                raise Retry(str(closed)) from None
+                if not self.tools.stop.is_set():
+                    raise Retry(str(closed)) from None
+                return
             except BaseException:
                 connection.close()
                 raise
@@ -3248,27 +3244,25 @@ class DingTalk(Channel):
     def _connect(self) -> WebSocket:
         """Return a connection with a new ticket. Raises Fatal, Retry."""
         settings = self.tools.settings
+        content = self._opened("/v1.0/gateway/connections/open", {
+            "clientId": settings["clientId"], "clientSecret": settings["clientSecret"],
+            "subscriptions": [{"type": "CALLBACK", "topic": _DINGTALK_TOPIC}],
+            "ua": f"ocp/{VERSION}", "localIp": "",
+        })
         try:
-            content = self._opened("/v1.0/gateway/connections/open", {
-                "clientId": settings["clientId"], "clientSecret": settings["clientSecret"],
-                "subscriptions": [{"type": "CALLBACK", "topic": _DINGTALK_TOPIC}],
-                "ua": f"ocp/{VERSION}", "localIp": "",
-            })
             ticket = urllib.parse.quote_plus(str(content["ticket"]))
             url = f"{platform_url_value(content['endpoint'])}?ticket={ticket}"
             connection = WebSocket.connect(self.http.connector, url)
-        except NetworkFailed as problem:
-            raise Retry(str(problem)) from None
-        except (KeyError, ValueError):
-            raise Retry("no connection was offered") from None
+        except (NetworkFailed, KeyError, ValueError) as problem:
+            raise Retry(f"no connection: {problem}") from None
         self.tools.note_frame()
         return connection
 
-    def _serve(self, connection: WebSocket) -> None:
-        """Take frames until another connection has to take over. Raises Retry, OSError,
-        WebSocketClosed."""
-        self._message_s = self._clock()
-        while self._clock() - self._message_s < _DINGTALK_QUIET_S:
+    def _serve(self, connection: WebSocket, life_s: float) -> None:
+        """Take frames for so long, or until the platform wants another connection. Raises Retry,
+        OSError, WebSocketClosed."""
+        until_s = self._clock() + life_s
+        while self._clock() < until_s:
             text = connection.receive(_DINGTALK_PING_S)
             if text is None:
                 if time.monotonic() - connection.heard_s > _DINGTALK_GONE_S:
@@ -3278,27 +3272,18 @@ class DingTalk(Channel):
                 return
 
     def _drain(self, connection: WebSocket) -> None:
-        """Take the frames that still come over an old connection."""
-        until_s = self._clock() + _DINGTALK_DRAIN_S
-        with contextlib.suppress(WebSocketClosed, OSError):
-            while self._clock() < until_s and not self.tools.stop.is_set():
-                text = connection.receive(1.0)
-                if text is not None:
-                    self._take(connection, json_object(text))
+        # It has a thread of its own, and what it cannot take over comes again.
+        with contextlib.suppress(Exception):
+            self._serve(connection, _DINGTALK_DRAIN_S)
         connection.close()
 
     def _take(self, connection: WebSocket, frame: Json) -> bool:
-        """Take a frame; return whether the connection is about to end. Raises OSError,
-        WebSocketClosed."""
+        """Take a frame and answer it; return whether the platform wants another connection. Raises
+        OSError, WebSocketClosed."""
         self.tools.note_frame()
         headers = frame["headers"] if isinstance(frame.get("headers"), dict) else {}
-        kind, topic = frame.get("type"), str(headers.get("topic"))
-        if kind == "SYSTEM":
-            if topic == "ping":
-                answer_frame(connection, headers, 200, frame.get("data") or "{}")
-            return topic == "disconnect"
-        if kind == "CALLBACK" and topic == _DINGTALK_TOPIC:
-            self._message_s = self._clock()
+        kind, code, data = (frame.get("type"), headers.get("topic")), 404, "{}"
+        if kind == ("CALLBACK", _DINGTALK_TOPIC):
             message = None
             try:
                 message = self._message(json_object(str(frame.get("data"))))
@@ -3307,9 +3292,15 @@ class DingTalk(Channel):
                 self.tools.log("warning", "a message was not understood", why=repr(problem))
             if message is not None:
                 self.tools.accept(message)
-            answer_frame(connection, headers, 200, compact({"response": "OK"}))
-        elif kind in ("CALLBACK", "EVENT"):
-            answer_frame(connection, headers, 404, "{}")
+            code, data = 200, compact({"response": "OK"})
+        elif kind == ("SYSTEM", "ping"):
+            code, data = 200, str(frame.get("data") or data)
+        elif kind[0] not in ("CALLBACK", "EVENT"):
+            return kind == ("SYSTEM", "disconnect")
+        connection.send(compact({
+            "code": code, "message": "OK" if code == 200 else "not implement", "data": data,
+            "headers": {"contentType": "application/json", "messageId": headers.get("messageId")},
+        }))
         return False
 
     def _message(self, data: Json) -> Optional[Message]:
@@ -3317,86 +3308,69 @@ class DingTalk(Channel):
         text, quoted, attachments = dingtalk_content(data, robot)
         if data["senderId"] == data.get("chatbotUserId") or not (text or attachments):
             return None
-        staff, place = str(data.get("senderStaffId") or ""), str(data["conversationId"])
+        staff, webhook = (str(data.get(key) or "") for key in ("senderStaffId", "sessionWebhook"))
         sender = staff or str(data["senderId"])
-        is_direct = str(data["conversationType"]) == "1"
+        group = "" if str(data["conversationType"]) == "1" else str(data["conversationId"])
+        until_s = float(data.get("sessionWebhookExpiredTime") or 0) / 1000
         return Message(
             # It is the same one when the frame comes again, which has another id then.
-            id=str(data["msgId"]), chat=sender if is_direct else place,
-            kind="direct" if is_direct else "group", sender=sender,
-            sender_name=str(data.get("senderNick") or sender), text=text,
+            id=str(data["msgId"]), chat=group or sender, kind="group" if group else "direct",
+            sender=sender, sender_name=str(data.get("senderNick") or sender), text=text,
             # A group shows a robot nothing else.
-            is_mentioned=is_direct or data.get("isInAtList") is not False,
-            quoted=quoted, attachments=attachments, at_s=float(data.get("createAt") or 0) / 1000,
-            route={"webhook": self._webhook(data), "robot": robot, "staff": staff,
-                   "until_s": float(data.get("sessionWebhookExpiredTime") or 0) / 1000,
-                   "group": "" if is_direct else place},
-            group="" if is_direct else place, place="" if is_direct else place,
+            is_mentioned=not group or data.get("isInAtList") is not False, quoted=quoted,
+            attachments=attachments, at_s=float(data.get("createAt") or 0) / 1000,
+            route={"webhook": webhook if self._is_theirs(webhook) else "", "until_s": until_s,
+                   "robot": robot, "staff": staff, "group": group},
+            group=group, place=group,
         )
 
-    def _webhook(self, data: Json) -> str:
-        """Return where replies go; empty if that is not DingTalk."""
-        url = str(data.get("sessionWebhook") or "")
+    def _is_theirs(self, url: str) -> bool:
+        """Return whether an address for replies is DingTalk's."""
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
-        is_theirs = parts.scheme == "https" and f".{host}".endswith(".dingtalk.com")
-        if url and not is_theirs and not (self._is_local and is_loopback(host)):
-            self.tools.log("warning", "a reply address is not DingTalk's", host=host)
-            return ""
-        return url
+        return parts.scheme == "https" and f".{host}".endswith(".dingtalk.com") or (
+            self._is_local and is_loopback(host))
 
     # -- sending ----------------------------------------------------------------------------------
 
     def send(self, route: Json, part: Part) -> str:
         """Send a part; the platform gives no id. Raises SendFailed."""
-        text = self.render(part.text)
-        title = render(part.text, PLAIN).strip().partition("\n")[0][:20]
-        is_called = bool(route["group"] and route["staff"] and route.get("is_reply"))
-        if is_called:
+        text, called = self.render(part.text), {}
+        title = render(part.text, PLAIN).strip().partition("\n")[0][:20] or "-"
+        if route["group"] and route["staff"] and route.get("is_reply"):
             # Without its name in the text the person is not called.
             text = f"@{route['staff']}  \n{text}"
-        content = {"title": title or "-", "text": text}
+            called = {"at": {"atUserIds": [route["staff"]]}}
+        content = {"title": title, "text": text}
         try:
-            if not (time.time() < route["until_s"] and self._reply(route, content, is_called)):
-                self._send_by_api(route, content)
-        except (NetworkFailed, Fatal, Retry) as problem:
+            if route["webhook"] and time.time() < route["until_s"]:
+                answer = self._post(route["webhook"], {
+                    "msgtype": "markdown", "markdown": content, **called})
+                code = answer.json().get("errcode")
+                if code == 0:
+                    return ""
+                check_refusal(answer, str(code))
+            self._send_by_api(route, content)
+        except (Fatal, Retry) as problem:
             raise SendFailed("later", str(problem)) from None
         return ""
 
-    def _reply(self, route: Json, content: Json, is_called: bool) -> bool:
-        """Send by the address that came with the message; return whether that was possible. Raises
-        NetworkFailed, SendFailed."""
-        if not route["webhook"]:
-            return False
-        called = {"at": {"atUserIds": [route["staff"]]}} if is_called else {}
-        answer = self._post(route["webhook"], {
-            "msgtype": "markdown", "markdown": content, **called})
-        found = answer.json()
-        if answer.status == 200 and found.get("errcode") == 0:
-            return True
-        check_refusal(answer, str(found.get("errcode")), str(found.get("errmsg")))
-        return False
-
     def _send_by_api(self, route: Json, content: Json) -> None:
-        """Send by the API. Raises NetworkFailed, Fatal, Retry, SendFailed."""
-        body = {"robotCode": route["robot"], "msgKey": "sampleMarkdown",
-                "msgParam": json.dumps(content, ensure_ascii=False)}
-        if route["group"]:
-            answer = self._ask("/v1.0/robot/groupMessages/send",
-                               {**body, "openConversationId": route["group"]})
-        elif route["staff"]:
-            answer = self._ask("/v1.0/robot/oToMessages/batchSend",
-                               {**body, "userIds": [route["staff"]]})
-        else:
+        """Send by the API. Raises Fatal, Retry, SendFailed."""
+        if not (route["group"] or route["staff"]):
             raise SendFailed("held", "only a new message brings an address for the answer")
+        path, to = ("groupMessages/send", {"openConversationId": route["group"]}) if route[
+            "group"] else ("oToMessages/batchSend", {"userIds": [route["staff"]]})
+        answer = self._ask(path, {
+            **to, "robotCode": route["robot"], "msgKey": "sampleMarkdown",
+            "msgParam": json.dumps(content, ensure_ascii=False)})
         found = answer.json()
-        if found.get("flowControlledStaffIdList"):
-            raise SendFailed("later", "too many messages", 60.0)
-        if answer.status != 200 or not found.get("processQueryKey") or (
-                found.get("invalidStaffIdList")):
-            why = str(found.get("message") or f"status {answer.status}")
-            check_refusal(answer, str(found.get("code")), why)
-            raise SendFailed("never", why)
+        is_flooded, is_wrong = (found.get(f"{key}StaffIdList") for key in (
+            "flowControlled", "invalid"))
+        if not found.get("processQueryKey") or is_flooded or is_wrong:
+            check_refusal(answer, str(found.get("code")))
+            raise SendFailed("later" if is_flooded else "never", str(
+                found.get("message") or f"status {answer.status}"))
 
     def render(self, markdown: str) -> str:
         """Return the text as the Markdown that DingTalk shows."""
@@ -3405,77 +3379,64 @@ class DingTalk(Channel):
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
         try:
-            found = self._ask("/v1.0/robot/messageFiles/download", {
-                "downloadCode": attachment.ref["code"], "robotCode": attachment.ref["robot"]})
-        except (NetworkFailed, Fatal, Retry) as problem:
+            url = self._ask("messageFiles/download", attachment.ref).json().get("downloadUrl")
+        except (Fatal, Retry) as problem:
             raise SendFailed("later", str(problem)) from None
-        url = str(found.json().get("downloadUrl") or "")
-        return downloaded(self.http, url, max_bytes, is_local=self._is_local)
+        url = str(url) if self._is_local else re.sub("^http:", "https:", str(url))
+        return linked_bytes(self.http, url, max_bytes, is_local=self._is_local)
 
     # -- login ------------------------------------------------------------------------------------
 
     def login(self, console: Console) -> Json:
         """Have the person who scans a QR code create an app, and return its credentials. Raises
         Fatal."""
-        begun = self._register("init", source=(
-            self.tools.settings.get("loginSource") or "DING_DWS_CLAW"))
-        begun = self._register("begin", nonce=begun.get("nonce"))
-        if not begun.get("device_code"):
-            raise Fatal("DingTalk offers no login", _DINGTALK_CONSOLE)
-        console.show_link(str(begun.get("verification_uri_complete")))
-        console.say("Scan it with DingTalk and confirm there.")
-        interval = begun.get("interval")
-        pause_s = max(_DINGTALK_POLL_S, interval if isinstance(interval, int) else 0)
-        until_s = failing_until_s = self._clock() + _LOGIN_S
-        found: Json = {}
+        nonce = self._register("init", source=(
+            self.tools.settings.get("loginSource") or "DING_DWS_CLAW")).get("nonce")
+        begun = self._register("begin", nonce=nonce)
+        pause_s = max(_DINGTALK_POLL_S, float(begun.get("interval") or 0))
+        until_s = failing_until_s = self._clock() + _LOGIN_S * bool(begun.get("device_code"))
+        if begun.get("device_code"):
+            console.show_link(str(begun.get("verification_uri_complete")))
+            console.say("Scan it with DingTalk and confirm there.")
+        found: Json = {"fail_reason": "no login is offered"}
         while self._clock() < min(until_s, failing_until_s):
             self.tools.stop.wait(pause_s)
             found = self._register("poll", device_code=begun["device_code"])
             if found.get("status") == "SUCCESS":
-                return {"clientId": str(found["client_id"]),
-                        "clientSecret": str(found["client_secret"])}
+                return {"clientId": found.get("client_id"), "clientSecret": found.get(
+                    "client_secret")}
             failing_until_s = until_s if found.get("status") == "WAITING" else min(
                 failing_until_s, self._clock() + _DINGTALK_FAILING_S)
         raise Fatal(f"nobody confirmed ({clean(found.get('fail_reason') or 'timed out')})",
-                    f"try again, or {_DINGTALK_CONSOLE}")
+                    "try again, or create the app yourself at open-dev.dingtalk.com, publish it, "
+                    "and add its clientId and clientSecret")
 
     def _register(self, step: str, **body: Any) -> Json:
         """Return the answer to a step of a login, {} if it failed."""
         root = self.tools.settings.get("oapiEndpoint") or _DINGTALK_LOGIN
-        try:
+        with contextlib.suppress(Retry):
             found = self._post(f"{root}/app/registration/{step}", body).json()
-        except NetworkFailed:
-            return {}
-        return found if found.get("errcode") == 0 else {}
+            return found if found.get("errcode") == 0 else {}
+        return {}
 
 
-def answer_frame(connection: WebSocket, headers: Json, code: int, data: str) -> None:
-    """Answer a frame. Raises WebSocketClosed."""
-    connection.send(compact({
-        "code": code, "message": "OK" if code == 200 else "not implement",
-        "headers": {"contentType": "application/json", "messageId": headers.get("messageId")},
-        "data": data,
-    }))
-
-
-def check_refusal(answer: HttpAnswer, code: str, why: str) -> None:
+def check_refusal(answer: HttpAnswer, code: str) -> None:
     """Raise SendFailed for a refusal of DingTalk's that no other way of sending changes."""
     for words, kind, pause_s in _DINGTALK_FAILURES:
         if words in code:
-            raise SendFailed(kind, why, pause_s)
+            raise SendFailed(kind, code, pause_s)
     if answer.status >= 500 or answer.status == 429:
         raise SendFailed("later", f"status {answer.status}", answer.retry_after_s)
 
 
 def dingtalk_content(data: Json, robot: str) -> tuple[str, str, tuple[Attachment, ...]]:
     """Return the text of a message, the text that it quotes, and its files."""
-    kind, text = data.get("msgtype"), data.get("text") or {}
-    content = data.get("content") or {}
+    kind, text, content = data.get("msgtype"), data.get("text") or {}, data.get("content") or {}
     content = json_object(content) if isinstance(content, str) else content
-    replied = text.get("repliedMsg") or content.get("repliedMsg")
-    quoted = dingtalk_content({
-        "msgtype": replied.get("msgType"), "content": replied.get("content")}, robot)[0] if (
-            isinstance(replied, dict) and "repliedMsg" not in replied) else ""
+    replied, quoted = text.get("repliedMsg"), ""
+    if replied:
+        quoted = dingtalk_content({
+            "msgtype": replied.get("msgType"), "content": replied.get("content")}, robot)[0]
     items = content["richText"] if kind == "richText" else [
         {"text": text.get("content"), **content, "type": kind}]
     texts, files = [], []
@@ -3484,28 +3445,11 @@ def dingtalk_content(data: Json, robot: str) -> tuple[str, str, tuple[Attachment
         if said:
             texts.append(str(said))
         elif code:
-            is_image = item.get("type") == "picture"
-            files.append(Attachment(
-                "image" if is_image else "file",
-                clean(item.get("fileName") or item.get("type") or "file"),
-                "image/jpeg" if is_image else "", 0, {"code": str(code), "robot": robot}))
+            name = clean(item.get("fileName") or item.get("type") or "file")
+            kind, mime = ("image", "image/jpeg") if name == "picture" else ("file", "")
+            files.append(Attachment(kind, name, mime, 0, {"downloadCode": code,
+                                                          "robotCode": robot}))
     return "".join(texts).strip(), quoted, tuple(files)
-
-
-def downloaded(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
-    """Return the bytes at an address that came with a message. Raises SendFailed, ValueError if
-    there are more."""
-    # A stranger's message must not make this program ask its own network.
-    url = url if is_local else re.sub("^http:", "https:", url)
-    if not (url.startswith("https://") or is_local):
-        raise SendFailed("never", "not an https address")
-    try:
-        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-    except NetworkFailed as problem:
-        raise SendFailed("later", str(problem)) from None
-    if answer.status != 200:
-        raise SendFailed("never", f"status {answer.status}")
-    return answer.body
 
 
 DingTalk.row = Row(

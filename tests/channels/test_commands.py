@@ -72,6 +72,7 @@ def test_from_an_empty_home_to_an_answer_with_two_commands_and_one_approval(
     assert len(gateway.agent.requests) == 1
 
 
+@pytest.mark.slow
 def test_start_status_and_stop_from_several_shells(gateway: Gateway) -> None:
     assert gateway.run("status").code == 3 and gateway.run("stop").code == 3
     add(gateway)
@@ -90,6 +91,7 @@ def test_start_status_and_stop_from_several_shells(gateway: Gateway) -> None:
     assert gateway.run("status").code == 3
 
 
+@pytest.mark.slow
 def test_one_account_stops_and_starts_while_another_goes_on(gateway: Gateway) -> None:
     add(gateway)
     with FakeTelegram("1:another-token") as other:
@@ -183,6 +185,7 @@ def test_a_refused_token_is_shown_and_does_not_end_the_gateway(gateway: Gateway)
     assert one["error"] == "the token is refused: take a new one from @BotFather"
 
 
+@pytest.mark.slow
 def test_somebody_else_who_polls_the_bot_is_reported(gateway: Gateway) -> None:
     gateway.telegram.fail("getUpdates", 409, "Conflict: terminated by other getUpdates request")
     gateway.start()

@@ -262,7 +262,8 @@ def test_what_follows_a_close(
     assert qq.tokens == tokens
 
 
-@pytest.mark.parametrize(("code", "words"), [(4914, "sandbox.api"), (4915, "q.qq.com")])
+@pytest.mark.parametrize(("code", "words"), [
+    (4014, "guilds"), (4914, "sandbox.api"), (4915, "q.qq.com")])
 def test_a_close_that_no_retry_mends_says_what_to_do(
     qq: FakeQQ, channel: Any, tools: FakeTools, code: int, words: str
 ) -> None:

@@ -91,6 +91,7 @@ def test_an_unknown_slash_word_goes_to_the_agent(shared: Gateway) -> None:
     eventually(lambda: shared.telegram.screen(7) == ["You said: /etc/hosts what is it"])
 
 
+@pytest.mark.slow
 def test_an_answer_grows_on_the_screen_and_comes_once(shared: Gateway) -> None:
     telegram = shared.telegram
     shared.agent.enqueue(streamed(*(f"This is sentence {n}. " for n in range(8)), pause_s=0.5))
@@ -103,6 +104,7 @@ def test_an_answer_grows_on_the_screen_and_comes_once(shared: Gateway) -> None:
     assert all(later - earlier > 0.9 for earlier, later in zip(edits, edits[1:-1]))
 
 
+@pytest.mark.slow
 def test_a_preview_that_outgrows_a_message_goes_on_in_the_next_one(shared: Gateway) -> None:
     telegram = shared.telegram
     paragraphs = [f"{letter * 1500}\n\n" for letter in "abcdef"]
@@ -113,6 +115,7 @@ def test_a_preview_that_outgrows_a_message_goes_on_in_the_next_one(shared: Gatew
     assert joined.replace("\n", "") == "".join(paragraphs).replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_pause_that_telegram_asks_for_costs_no_answer(shared: Gateway) -> None:
     telegram = shared.telegram
     telegram.fail("editMessageText", 429, "Too Many Requests: retry after 1", retry_after=1)

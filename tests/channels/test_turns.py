@@ -90,6 +90,7 @@ def test_what_follows_a_part_that_was_not_sent(
     assert chat.channel.sent == sent
 
 
+@pytest.mark.slow
 def test_one_chat_that_fails_does_not_hold_up_another(chat: Chat) -> None:
     chat.channel.failures.put(SendFailed("later", "network", 30.0))
     chat.say("one", sender="1000")
