@@ -75,6 +75,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -3466,12 +3467,408 @@ DingTalk.row = Row(
 
 
 # ==== 15. WeChat =============================================================
+# The bot API that the vendor's plugin for OpenClaw speaks (2.4.9), by long polls. A bot belongs to
+# the person who scans its QR code. It may write only with the newest token of the other person's
+# messages, ten times for each. https://www.npmjs.com/package/@tencent-weixin/openclaw-weixin
+
+_WECHAT_API, _WECHAT_CDN = "https://ilinkai.weixin.qq.com", "https://novac2c.cdn.weixin.qq.com/c2c"
+#: The version of the protocol as a text, and in the headers of each call: a byte for each part.
+_WECHAT_VERSION = "2.4.9"
+_WECHAT_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(2 << 16 | 4 << 8 | 9)}
+#: How long the server holds a poll, at most; and the connection may be silent for a little longer.
+_WECHAT_HOLD_S, _WECHAT_MAX_HOLD_S, _WECHAT_SLACK_S = 35.0, 120.0, 10.0
+#: The pauses after failed polls, in turns.
+_WECHAT_PAUSES_S = (2.0, 2.0, 30.0)
+#: Codes of refusals: the bot is bound elsewhere, or idled too long; the message is not taken now.
+_WECHAT_NOT_LOGGED_IN, _WECHAT_NOT_NOW = -14, -2
+_WECHAT_LOGIN = f"run {PROGRAM} login --channel openclaw-weixin"
+#: Of how many people the token is kept.
+_WECHAT_PEOPLE = 500
+#: The pause between two questions of a login, how many codes it shows, and what ends one.
+_WECHAT_POLL_S, _WECHAT_CODES = 1.0, 3
+_WECHAT_SCAN_ENDS = ("confirmed", "binded_redirect", "expired", "verify_code_blocked")
+#: Types of items that are texts; and of those that are files, with the kind and a name.
+_WECHAT_TEXTS = {1: "text_item", 3: "voice_item"}
+_WECHAT_FILES = {2: ("image_item", "image", "photo.jpg"), 3: ("voice_item", "file", "voice"),
+                 4: ("file_item", "file", "file"), 5: ("video_item", "file", "video")}
+#: The type of a bot's message, and the state of one that is whole.
+_WECHAT_BOT, _WECHAT_WHOLE = 2, 2
+#: The Markdown that WeChat shows: four levels of headings, and no links.
+WECHAT_MARKDOWN = Markup(
+    heading=lambda level, text: f"{'#' * level} {text}" if level <= 4 else f"**{text}**",
+    link=PLAIN.link,
+)
+
+
+def aes_times(one: int, other: int) -> int:
+    """Return the product of two bytes in the field of AES, FIPS 197 section 4.2."""
+    product = 0
+    while other:
+        product ^= one * (other & 1)
+        one, other = one << 1 ^ 0x11B * (one >> 7), other >> 1
+    return product
+
+
+@functools.lru_cache(maxsize=1)
+def aes_box() -> bytes:
+    """Return the S-box, FIPS 197 section 5.1.1."""
+    powers = [1]
+    while len(powers) < 255:
+        powers.append(aes_times(powers[-1], 3))
+    inverses = [0, *(powers[-powers.index(byte) % 255] for byte in range(1, 256))]
+    twice = [byte * 0x101 for byte in inverses]
+    return bytes((each ^ each >> 4 ^ each >> 5 ^ each >> 6 ^ each >> 7) & 0xFF ^ 0x63
+                 for each in twice)
+
+
+def aes_round_keys(key: bytes) -> list[bytes]:
+    """Return the eleven round keys of a key of 16 bytes, FIPS 197 section 5.2."""
+    words, constant = [key[place:place + 4] for place in range(0, 16, 4)], 1
+    for place in range(4, 44):
+        word = words[-1]
+        if place % 4 == 0:
+            word = (word[1:] + word[:1]).translate(aes_box())
+            word, constant = bytes([word[0] ^ constant]) + word[1:], aes_times(constant, 2)
+        words.append(bytes(a ^ b for a, b in zip(words[-4], word)))
+    return [b"".join(words[place:place + 4]) for place in range(0, 44, 4)]
+
+
+def aes_decrypted(data: bytes, key: bytes) -> bytes:
+    """Return what AES-128-ECB with PKCS#7 has encrypted. Raises ValueError.
+
+    All blocks are done at once: plane 4 * column + row holds that byte of every block."""
+    if not data or len(data) % 16 or len(key) != 16:
+        raise ValueError("not encrypted as expected")
+    keys, every, whole = aes_round_keys(key), range(256), bytearray(len(data))
+    inverse = bytes(map(aes_box().index, every))
+    factors = [bytes(aes_times(byte, factor) for byte in every) for factor in (14, 11, 13, 9)]
+    planes = [data[place::16].translate(bytes(byte ^ keys[10][place] for byte in every))
+              for place in range(16)]
+    for number in range(9, -1, -1):
+        # Rows are shifted back, bytes are substituted back, the key is taken off, columns mixed.
+        planes = [planes[(place - 4 * (place % 4)) % 16].translate(bytes(
+            byte ^ keys[number][place] for byte in inverse)) for place in range(16)]
+        if number:
+            terms = [[int.from_bytes(plane.translate(factor), "big") for factor in factors]
+                     for plane in planes]
+            planes = [functools.reduce(operator.xor, (
+                terms[place // 4 * 4 + row][(row - place) % 4] for row in range(4)
+            )).to_bytes(len(data) // 16, "big") for place in range(16)]
+    for place, plane in enumerate(planes):
+        whole[place::16] = plane
+    if not 1 <= whole[-1] <= 16 or len(set(whole[-whole[-1]:])) != 1:
+        raise ValueError("not encrypted with this key")
+    return bytes(whole[:-whole[-1]])
+
+
+class WeChat(Channel):
+    """A bot of WeChat."""
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http)
+        self._clock = clock
+        self._login_root = str(tools.settings.get("loginBaseUrl") or _WECHAT_API)
+        self._is_local = is_loopback(urllib.parse.urlsplit(self._login_root).hostname or "")
+        self._hold_s = _WECHAT_HOLD_S
+        #: How many polls have failed in a row, and whether the login was refused last.
+        self._failures, self._is_refused = 0, False
+        #: The tickets of people who see "typing".
+        self._typing: dict[str, str] = {}
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def _call(self, name: str, body: Json, timeout_s: float = 15.0,
+              on_open: Optional[Callable[[Wire], None]] = None) -> Json:
+        """Return the answer to a call. Raises NetworkFailed."""
+        state, settings = self.tools.state(), self.tools.settings
+        root = state.get("base_url") or settings.get("baseUrl") or _WECHAT_API
+        info = {"channel_version": _WECHAT_VERSION,
+                "bot_agent": settings.get("botAgent") or f"OCP/{VERSION}"}
+        return self._post(f"{root}/ilink/bot/{name}", {**body, "base_info": info}, timeout_s,
+                          on_open, Authorization=f"Bearer {state.get('bot_token')}")
+
+    def _post(self, url: str, body: Json, timeout_s: float = 15.0,
+              on_open: Optional[Callable[[Wire], None]] = None, **headers: str) -> Json:
+        """Return the answer to a call. Raises NetworkFailed."""
+        answer = self.http.call("POST", url, body, {
+            **_WECHAT_HEADERS, "AuthorizationType": "ilink_bot_token",
+            "X-WECHAT-UIN": base64_text(str(secrets.randbits(32)).encode()), **headers,
+        }, timeout_s, on_open=on_open)
+        if answer.status != 200 or not answer.body.lstrip().startswith(b"{"):
+            raise NetworkFailed(f"status {answer.status}")
+        return answer.json()
+
+    def _begin(self) -> Json:
+        """Tell the platform that the bot is there, and return the state of the account. Raises
+        Fatal."""
+        state = self.tools.state()
+        if not state.get("bot_token"):
+            raise Fatal("not logged in", _WECHAT_LOGIN, needs_login=True)
+        with contextlib.suppress(NetworkFailed):
+            self._call("msg/notifystart", {}, 5.0)
+            # The first poll may be held for long.
+            self.tools.note_frame()
+        return state
+
+    def probe(self) -> str:
+        """Return the id of the bot. Raises Fatal."""
+        return f"bot {self._begin().get('bot_id')}"
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive messages until the account has to stop. Raises Fatal, Retry."""
+        state = self._begin()
+        while not self.tools.stop.is_set():
+            answer = self._poll(state)
+            if self.tools.state().get("bot_token") != state["bot_token"]:
+                raise Retry("logged in anew")
+            state = self._take(answer, state)
+        with contextlib.suppress(NetworkFailed):
+            self._call("msg/notifystop", {}, 5.0)
+
+    def _poll(self, state: Json) -> Json:
+        """Return what has come since the last poll, {} at the end. Raises Fatal, Retry."""
+        try:
+            answer = self._call(
+                "getupdates", {"get_updates_buf": state.get("buffer", "")},
+                self._hold_s + _WECHAT_SLACK_S, lambda opened: self.tools.on_stop(opened.cut))
+            code, why = code_of_wechat(answer), str(answer.get("errmsg") or "refused")
+        except NetworkFailed as problem:
+            if self.tools.stop.is_set():
+                return {}
+            code, why = 1, str(problem)
+        if code == _WECHAT_NOT_LOGGED_IN and self._is_refused:
+            raise Fatal("the login is over", _WECHAT_LOGIN, needs_login=True)
+        # The next try tells the platform anew that the bot is there, which may mend it.
+        self._is_refused = code == _WECHAT_NOT_LOGGED_IN
+        if code:
+            self._failures += 1
+            raise Retry(why, _WECHAT_PAUSES_S[(self._failures - 1) % len(_WECHAT_PAUSES_S)])
+        self._failures, hold_ms = 0, answer.get("longpolling_timeout_ms")
+        if isinstance(hold_ms, int) and hold_ms > 0:
+            self._hold_s = min(hold_ms / 1000, _WECHAT_MAX_HOLD_S)
+        self.tools.note_frame()
+        return answer
+
+    def _take(self, answer: Json, state: Json) -> Json:
+        """Hand over the messages of a poll, and return the state after them. Raises OSError."""
+        found = answer.get("msgs")
+        for each in found if isinstance(found, list) else []:
+            message = None
+            try:
+                message = self._message(each)
+                if message is not None and each.get("context_token"):
+                    tokens = [*state.get("tokens", {}).items(),
+                              (message.chat, str(each["context_token"]))]
+                    state = {**state, "tokens": dict(tokens[-_WECHAT_PEOPLE:])}
+            except (AttributeError, KeyError, TypeError, ValueError) as problem:
+                # One message in a form that nobody knows must not come again for ever.
+                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            self.tools.accept(message, state)
+        buffer = str(answer.get("get_updates_buf") or state.get("buffer", ""))
+        if buffer != state.get("buffer", ""):
+            # Not before: what comes again because of a kill is known by its id.
+            state = {**state, "buffer": buffer}
+            self.tools.accept(None, state)
+        return state
+
+    def _message(self, found: Json) -> Optional[Message]:
+        """Return a message of a person, None for another one."""
+        items = found.get("item_list") or []
+        text, attachments = wechat_text(items), tuple(
+            each for item in items for each in self._files(item))
+        if found.get("message_type") == _WECHAT_BOT or found.get("group_id") or not (
+                text or attachments):
+            return None
+        sender = str(found["from_user_id"])
+        digest = hashlib.sha256(compact(found).encode()).hexdigest()
+        ids = [found.get("message_id"), *(item.get("msg_id") for item in items), digest]
+        quoted = [words for item in items for quote in [item.get("ref_msg") or {}] for words in (
+            str(quote.get("title") or ""), wechat_text([quote.get("message_item") or {}]))]
+        return Message(
+            id=str(next(filter(None, ids))), chat=sender, kind="direct", sender=sender,
+            sender_name=sender.partition("@")[0], text=text, is_mentioned=True,
+            quoted="\n".join(filter(None, quoted)), attachments=attachments,
+            at_s=float(found.get("create_time_ms") or 0) / 1000,
+            route={"to": sender, "run": secrets.token_hex(8)},
+        )
+
+    def _files(self, item: Json) -> Iterator[Attachment]:
+        """Yield the file of an item, which may have none."""
+        field, kind, name = _WECHAT_FILES.get(item.get("type", 0), ("", "", ""))
+        found = item.get(field)
+        # What was spoken may be there as a text.
+        if found and not (field == "voice_item" and found.get("text")):
+            media = found.get("media") or {}
+            param = urllib.parse.quote(str(media.get("encrypt_query_param") or ""), safe="")
+            root = self.tools.settings.get("cdnBaseUrl") or _WECHAT_CDN
+            url = media.get("full_url") or f"{root}/download?encrypted_query_param={param}"
+            key = wechat_key(found.get("aeskey"), media.get("aes_key"))
+            yield Attachment(kind, clean(found.get("file_name") or name), "",
+                             int(found.get("len") or 0), {"url": url, "key": key.hex()})
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        answer = self._deliver("sendmessage", {"msg": {
+            "from_user_id": "", "to_user_id": route["to"], "client_id": part.nonce,
+            "message_type": _WECHAT_BOT, "message_state": _WECHAT_WHOLE,
+            "item_list": [{"type": 1, "text_item": {"text": self.render(part.text)}}],
+            "context_token": self._token(route), "run_id": route["run"],
+        }})
+        return str(answer.get("message_id") or part.nonce)
+
+    def _token(self, route: Json) -> str:
+        """Return the newest token of a person. Raises SendFailed."""
+        token = (self.tools.state().get("tokens") or {}).get(route["to"])
+        if not token:
+            # The platform would take the message, and show it to nobody.
+            raise SendFailed("held", "this person has not written since the login")
+        return str(token)
+
+    def _deliver(self, name: str, body: Json) -> Json:
+        """Return the answer to a call that a person sees. Raises SendFailed."""
+        try:
+            answer = self._call(name, body)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        code = code_of_wechat(answer)
+        if code:
+            raise SendFailed("held" if code == _WECHAT_NOT_NOW else "later",
+                             f"{code} {answer.get('errmsg') or ''}")
+        return answer
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing", or no more. Raises SendFailed."""
+        person = route["to"]
+        ticket = self._typing.pop(person, "")
+        if not (ticket or is_over):
+            ticket = str(self._deliver("getconfig", {
+                "ilink_user_id": person, "context_token": self._token(route),
+            }).get("typing_ticket") or "")
+        if ticket and not is_over:
+            self._typing[person] = ticket
+        if ticket:
+            self._deliver("sendtyping", {"ilink_user_id": person, "typing_ticket": ticket,
+                                         "status": 2 if is_over else 1})
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the Markdown that WeChat shows."""
+        return render(markdown, WECHAT_MARKDOWN)
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger, or not
+        encrypted as it says."""
+        url, key = str(attachment.ref["url"]), bytes.fromhex(attachment.ref["key"])
+        # There are up to 16 bytes more before it is decrypted.
+        data = linked_bytes(self.http, url, max_bytes + 16, is_local=self._is_local)
+        return aes_decrypted(data, key) if key else data
+
+    # -- login ------------------------------------------------------------------------------------
+
+    def login(self, console: Console) -> Json:
+        """Log in by QR code, and return the state of the account and its owner. Raises Fatal."""
+        state, until_s = self.tools.state(), self._clock() + _LOGIN_S
+        for _ in range(_WECHAT_CODES):
+            found = self._scanned(console, until_s)
+            if found["status"] == "confirmed" and found.get("bot_token"):
+                bot, owner = str(found.get("ilink_bot_id")), str(found.get("ilink_user_id") or "")
+                # What is kept for another bot hides the messages of this one.
+                kept = {} if bot == state.get("bot_id") else {"buffer": "", "tokens": {}}
+                return {**kept, "bot_token": str(found["bot_token"]), "bot_id": bot,
+                        "base_url": self._checked(str(found.get("baseurl") or self._login_root)),
+                        "user_id": owner, "owner": owner}
+            if found["status"] == "binded_redirect" and state.get("bot_token"):
+                console.say("It is connected already.")
+                return state
+            console.say("The code is not valid any more.")
+        raise Fatal("nobody confirmed", f"{_WECHAT_LOGIN} again")
+
+    def _scanned(self, console: Console, until_s: float) -> Json:
+        """Show a code, and return how that ended. Raises Fatal."""
+        root, token, is_told = self._login_root, self.tools.state().get("bot_token"), False
+        try:
+            shown = self._post(f"{root}/ilink/bot/get_bot_qrcode?bot_type=3", {
+                "local_token_list": [token] if token else []})
+            query, link = {"qrcode": str(shown["qrcode"])}, str(shown["qrcode_img_content"])
+        except (NetworkFailed, KeyError) as problem:
+            raise Fatal(f"WeChat offers no login ({problem})", f"{_WECHAT_LOGIN} later") from None
+        console.show_link(link)
+        console.say("Scan it with WeChat.")
+        while self._clock() < until_s:
+            found = self._scan_status(root, query)
+            status = found.get("status")
+            if status in _WECHAT_SCAN_ENDS:
+                return found
+            if status == "need_verifycode":
+                again = "That is another number. " * ("verify_code" in query)
+                query["verify_code"] = console.ask(f"{again}Which number does the phone show?")
+                continue
+            if status == "scaned" and not is_told:
+                is_told = True
+                console.say("Scanned; confirm it on the phone.")
+            if status == "scaned_but_redirect" and found.get("redirect_host"):
+                scheme = urllib.parse.urlsplit(root).scheme
+                root = self._checked(f"{scheme}://{found['redirect_host']}")
+            self.tools.stop.wait(_WECHAT_POLL_S)
+        raise Fatal("nobody confirmed in time", f"{_WECHAT_LOGIN} again")
+
+    def _scan_status(self, root: str, query: Mapping[str, str]) -> Json:
+        """Return the state of a code, {} if it is not known."""
+        url = f"{root}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(query)}"
+        with contextlib.suppress(NetworkFailed, ValueError):
+            return self.http.call("GET", url, None, _WECHAT_HEADERS, _WECHAT_HOLD_S).json()
+        return {}
+
+    def _checked(self, url: str) -> str:
+        """Return an address that a login leads to. Raises Fatal if it is not WeChat's."""
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        is_theirs = parts.scheme == "https" and f".{host}".endswith((".qq.com", ".wechat.com"))
+        if not (is_theirs or self._is_local and is_loopback(host)):
+            raise Fatal(f"the login leads to {clean(host)}, which is not WeChat",
+                        "do not go on; ask whoever runs your network")
+        return url.rstrip("/")
+
+
+def code_of_wechat(answer: Json) -> int:
+    """Return the code of an answer, 0 if it is a success."""
+    code = answer.get("ret") or answer.get("errcode") or 0
+    return code if isinstance(code, int) else 1
+
+
+def wechat_text(items: list[Json]) -> str:
+    """Return what the items of a message say."""
+    said = [(item.get(_WECHAT_TEXTS.get(item.get("type", 0), "")) or {}).get("text")
+            for item in items]
+    return "\n".join(str(each) for each in said if each).strip()
+
+
+def wechat_key(in_hex: object, in_base64: object) -> bytes:
+    """Return the key of a file: 16 bytes, or none. In base64 it is the bytes, or their digits.
+    Raises ValueError."""
+    data = base64.b64decode(str(in_base64 or ""))
+    digits = str(in_hex or "") or (data.decode("ascii") if len(data) == 32 else data.hex())
+    return bytes.fromhex(digits)
+
+
+WeChat.row = Row(
+    "openclaw-weixin", ("weixin", "wechat"), "WeChat", WeChat, limit=1800, credentials={},
+    settings={"baseUrl": platform_url_value, "cdnBaseUrl": platform_url_value,
+              "loginBaseUrl": platform_url_value, "botAgent": text_value},
+    typing_every_s=5.0, budget=10, pace_s=1.5, has_login=True,
+    help=f"Run {PROGRAM} login --channel openclaw-weixin, and scan the code with WeChat.",
+)
 
 
 # ==== 16. Channel table ======================================================
 # Each channel that is built in; plugins add rows of their own.
 
-ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row, DingTalk.row)
+ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row, DingTalk.row, WeChat.row)
 
 
 # ==== 17. Access =============================================================
