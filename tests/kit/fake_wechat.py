@@ -128,7 +128,7 @@ class FakeWeChat(FakeApi):
             self.faults.append(f"Authorization of {path}")
         if path not in QR_PATHS:
             info = call.body.get("base_info") or {}
-            if info.get("channel_version") != "2.4.9" or "/" not in info.get("bot_agent", ""):
+            if info.get("channel_version") != "2.4.9" or not info.get("bot_agent"):
                 self.faults.append(f"base_info {info}")
         self.is_known = headers.get("Authorization") == f"Bearer {self.token}"
 

@@ -46,7 +46,7 @@ CLIENTS = {
     # qq-botpy
     "botpy": ".channels",
     "dingtalk_stream": ".channels",
-    "weixin": ".openclaw",
+    "openclaw-weixin": ".openclaw",
 }
 
 
