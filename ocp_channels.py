@@ -2051,13 +2051,16 @@ def split_markdown(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
     """Return the first part of a text that is too long, and what is left."""
-    low, high = 1, len(text)
+    low, high = 1, 256
+    while high < len(text) and fits(_closed(text[:high])):
+        low, high = high, 2 * high
+    high = min(high, len(text))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(_closed(text[:middle])) else (low, middle)
     end = _best_cut(text, low)
     while end > 1 and not fits(_closed(text[:end])):
-        end //= 2
+        end = _best_cut(text, end // 2)
     # Never between the halves of a character, nor before a mark that belongs to the one before.
     while 1 < end < len(text) and (unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f"):
         end -= 1
@@ -2074,18 +2077,18 @@ def _best_cut(text: str, end: int) -> int:
     start = int(end * _SEARCHED_SHARE)
     for pattern in _CUT_AFTER:
         places = [found.end() for found in pattern.finditer(text, start, end)]
-        places = [each for each in places if not _is_in_link(text, each)]
+        places = [each for each in places if _before_link(text, each) == each]
         if places:
             return places[-1]
-    return end
+    return _before_link(text, end) or end
 
 
-def _is_in_link(text: str, place: int) -> bool:
+def _before_link(text: str, place: int) -> int:
+    """Return a place, or the start of the link or the like that would be torn there."""
     line_start = text.rfind("\n", 0, place) + 1
-    return any(
-        found.start() < place < found.end()
-        for found in _INLINE.finditer(text, line_start, min(len(text), place + 500))
-    )
+    return next((
+        found.start() for found in _INLINE.finditer(text, line_start, min(len(text), place + 500))
+        if found.start() < place < found.end()), place)
 
 
 def _open_fence(text: str) -> Optional[tuple[str, str]]:
