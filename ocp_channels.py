@@ -2344,8 +2344,7 @@ def linked_file(found: Json) -> Attachment:
 
 
 def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
-    """Return the bytes at an address that a message names. Raises SendFailed, ValueError if there
-    are more. `is_local` = the platform is a stand-in on this machine."""
+    """Return the bytes at an address that a message names. Raises SendFailed, ValueError."""
     # A stranger's message must not make this program ask its own network.
     if not (url.startswith("https://") or is_local):
         raise SendFailed("never", "not an https address")
@@ -5491,7 +5490,8 @@ class App:
             return False
         self._accounts[account.id] = live
         if account.missing or not account.is_enabled:
-            live.status = "not configured" if account.missing else "stopped"
+            lacking = "login needed" if account.row.has_login else "not configured"
+            live.status = lacking if account.missing else "stopped"
             live.why = f"{', '.join(account.missing)} missing" if account.missing else "not enabled"
             live.stop.set()
             self._log.event("warning", f"{account.id} {live.status}", why=live.why)

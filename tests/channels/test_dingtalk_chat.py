@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 from fake_agent import FakeAgent, whole
@@ -13,7 +14,8 @@ from waiting import eventually
 def test_each_message_is_answered_once_whatever_the_platform_does() -> None:
     with FakeDingTalk() as dingtalk, FakeAgent() as agent:
         account = dingtalk.settings(dmPolicy="open", allowFrom=["*"], groups={"cidG": {}})
-        with Gateway(None, agent, channels={"dingtalk": account}) as gateway:
+        accounts = {"dingtalk": {"accounts": {"default": account, "new": {}}}}
+        with Gateway(None, agent, channels=accounts) as gateway:
             eventually(lambda: dingtalk.connections)
             said = dingtalk.say("hello")
             dingtalk.emit(said)
@@ -33,6 +35,8 @@ def test_each_message_is_answered_once_whatever_the_platform_does() -> None:
             eventually(lambda: dingtalk.screen("staff3"))
             eventually(lambda: not dingtalk.unanswered)
             log, status = gateway.log, gateway.run("status", "--json").stdout
+            assert [each["status"] for each in json.loads(status)["channels"]] == [
+                "running", "login needed"]
     assert dingtalk.screen("staff1") == ["You said: hello"]
     assert dingtalk.screen("cidG") == ["@staff2  \nYou said: [Person staff2]: hi"]
     assert dingtalk.screen("staff3") == ["late"] and dingtalk.called_by_name == ["staff2"]
