@@ -1864,8 +1864,11 @@ class Console:
         print(clean(text), flush=True)
 
     def ask(self, question: str) -> str:
-        """Return a line that the user types."""
-        return input(f"{clean(question)} ").strip()
+        """Return a line that the user types. Raises Fatal if there is nobody."""
+        try:
+            return input(f"{clean(question)} ").strip()
+        except EOFError:
+            raise Fatal("there is nobody to ask", "run it on a terminal") from None
 
 
 # ==== 9. Text ================================================================
