@@ -16,6 +16,7 @@ from channel_tools import FakeTools, channels, receiving
 from clock import FakeClock
 from depth import by_depth
 from fake_wechat import BUDGET, OWNER, FakeWeChat
+from junk import mutated
 from waiting import eventually
 
 Json = Any
@@ -237,19 +238,6 @@ def test_a_message_without_an_id_is_known_by_what_it_says(channel: Any) -> None:
 def test_a_quoted_message_comes_along(channel: Any, quote: Json, quoted: str) -> None:
     found = {"from_user_id": "a", "item_list": [{**TEXT, "ref_msg": quote}]}
     assert channel._message(found).quoted == quoted
-
-
-JUNK = (None, 0, -1, True, "", "text", [], [1], {}, {"id": "x"}, 10 ** 30, [None], [{}])
-
-
-def mutated(value: Any, chance: random.Random) -> Any:
-    """A value of which some part is something else."""
-    if chance.random() < 0.12:
-        return chance.choice(JUNK)
-    if isinstance(value, dict):
-        return {key: mutated(each, chance) for key, each in value.items()
-                if chance.random() > 0.05}
-    return [mutated(each, chance) for each in value] if isinstance(value, list) else value
 
 
 def test_no_message_of_any_form_stops_the_next_one(
