@@ -16,6 +16,7 @@ from channel_tools import FakeTools, channels, receiving
 from clock import FakeClock
 from depth import by_depth
 from fake_qq import BOT_ID, BOT_NAME, FakeQQ
+from junk import mutated
 from waiting import eventually
 
 Json = Any
@@ -214,19 +215,6 @@ def test_what_no_person_says_is_no_message(
         qq.say("end")
         eventually(lambda: tools.messages)
     assert tools.texts() == ["end"]
-
-
-JUNK = (None, 0, -1, True, "", "text", [], [1], {}, {"id": "x"}, 10 ** 30, [None], [{}])
-
-
-def mutated(value: Any, chance: random.Random) -> Any:
-    """A value of which some part is something else."""
-    if chance.random() < 0.12:
-        return chance.choice(JUNK)
-    if isinstance(value, dict):
-        return {key: mutated(each, chance) for key, each in value.items()
-                if chance.random() > 0.05}
-    return [mutated(each, chance) for each in value] if isinstance(value, list) else value
 
 
 def test_no_event_of_any_form_stops_the_next_one(
