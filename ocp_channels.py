@@ -75,6 +75,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -1492,6 +1493,8 @@ class WebSocket:
         # One frame is sent at a time. Guards `_is_closing` too.
         self._lock = threading.Lock()
         self._is_closing = False
+        #: When bytes last came, by time.monotonic; those of a pong count too.
+        self.heard_s = time.monotonic()
 
     @classmethod
     def connect(
@@ -1566,6 +1569,7 @@ class WebSocket:
         if not piece:
             raise WebSocketClosed(_NO_CLOSE)
         self._buffer += piece
+        self.heard_s = time.monotonic()
         return True
 
     def _next_frame(self) -> Optional[tuple[int, bool, bytes]]:
@@ -1967,7 +1971,7 @@ def _read_table(lines: list[str], markup: Markup) -> Optional[str]:
     if len(head) > _MAX_LISTED_COLUMNS or not body:
         return markup.fence("", markup.escape(_aligned(rows)))
     blocks = [
-        "\n".join(
+        markup.line_end.join(
             f"{_inline(name, markup)}: {_inline(cell, markup)}" if name else _inline(cell, markup)
             for name, cell in itertools.zip_longest(head, row[:len(head)], fillvalue="") if cell
         )
@@ -2047,13 +2051,16 @@ def split_markdown(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
     """Return the first part of a text that is too long, and what is left."""
-    low, high = 1, len(text)
+    low, high = 1, 256
+    while high < len(text) and fits(_closed(text[:high])):
+        low, high = high, 2 * high
+    high = min(high, len(text))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(_closed(text[:middle])) else (low, middle)
     end = _best_cut(text, low)
     while end > 1 and not fits(_closed(text[:end])):
-        end //= 2
+        end = _best_cut(text, end // 2)
     # Never between the halves of a character, nor before a mark that belongs to the one before.
     while 1 < end < len(text) and (unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f"):
         end -= 1
@@ -2070,18 +2077,18 @@ def _best_cut(text: str, end: int) -> int:
     start = int(end * _SEARCHED_SHARE)
     for pattern in _CUT_AFTER:
         places = [found.end() for found in pattern.finditer(text, start, end)]
-        places = [each for each in places if not _is_in_link(text, each)]
+        places = [each for each in places if _before_link(text, each) == each]
         if places:
             return places[-1]
-    return end
+    return _before_link(text, end) or end
 
 
-def _is_in_link(text: str, place: int) -> bool:
+def _before_link(text: str, place: int) -> int:
+    """Return a place, or the start of the link or the like that would be torn there."""
     line_start = text.rfind("\n", 0, place) + 1
-    return any(
-        found.start() < place < found.end()
-        for found in _INLINE.finditer(text, line_start, min(len(text), place + 500))
-    )
+    return next((
+        found.start() for found in _INLINE.finditer(text, line_start, min(len(text), place + 500))
+        if found.start() < place < found.end()), place)
 
 
 def _open_fence(text: str) -> Optional[tuple[str, str]]:
@@ -2203,18 +2210,8 @@ class OpcodeChannel(Channel):
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        url = str(attachment.ref["url"])
-        # A stranger's message must not make this program ask its own network.
         is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        if not (url.startswith("https://") or is_local):
-            raise SendFailed("never", "not an https address")
-        try:
-            answer = self.http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
-        if answer.status != 200:
-            raise SendFailed("never", f"status {answer.status}")
-        return answer.body
+        return linked_bytes(self.http, str(attachment.ref["url"]), max_bytes, is_local=is_local)
 
     # -- receiving --------------------------------------------------------------------------------
 
@@ -2344,6 +2341,20 @@ def linked_file(found: Json) -> Attachment:
     return Attachment("image" if mime.startswith("image/") else "file",
                       clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
                       {"url": url})
+
+
+def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
+    """Return the bytes at an address that a message names. Raises SendFailed, ValueError."""
+    # A stranger's message must not make this program ask its own network.
+    if not (url.startswith("https://") or is_local):
+        raise SendFailed("never", "not an https address")
+    try:
+        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+    except NetworkFailed as problem:
+        raise SendFailed("later", str(problem)) from None
+    if answer.status != 200:
+        raise SendFailed("never", f"status {answer.status}")
+    return answer.body
 
 
 # ==== 11. Telegram ===========================================================
@@ -3116,15 +3127,750 @@ QQ.row = Row(
 
 
 # ==== 14. DingTalk ===========================================================
+# Stream mode: frames come over a WebSocket, and come again until they are answered. A reply goes to
+# the address that came with its message, or by the API when that address has expired.
+# https://open.dingtalk.com/document/development/introduction-to-stream-mode
+
+_DINGTALK_API, _DINGTALK_LOGIN = "https://api.dingtalk.com", "https://oapi.dingtalk.com"
+_DINGTALK_TOPIC = "/v1.0/im/bot/messages/get"
+#: After how much silence the server is pinged, and after how much it counts as gone.
+_DINGTALK_PING_S, _DINGTALK_GONE_S = 20.0, 90.0
+#: How long a connection is used, because some get nothing but pongs in the end; how long it is read
+#: after another one took over; and a life that is too short for making the next one at once.
+_DINGTALK_LIFE_S, _DINGTALK_DRAIN_S, _DINGTALK_SHORT_S = 3600.0, 30.0, 5.0
+#: Why an app is refused, by status, and what to do.
+_DINGTALK_REFUSED = {
+    400: ("the app has no stream mode, is not published, or its credentials do not fit", "at "
+          "open-dev.dingtalk.com choose stream mode for the robot, publish the app, and copy "
+          "Client ID and Client Secret"),
+    401: ("clientId and clientSecret do not fit", "copy both at open-dev.dingtalk.com"),
+}
+#: Texts in the code of a refused message, the kind of failure that each is, and its pause.
+_DINGTALK_FAILURES = (
+    ("QpsLimit", "wait", 2.0), ("130101", "later", 60.0), ("460101", "never", 0.0),
+)
+#: The life of a login, the least pause between two questions, and how long failures may pass.
+_LOGIN_S, _DINGTALK_POLL_S, _DINGTALK_FAILING_S = 480.0, 3.0, 120.0
+
+#: The Markdown that DingTalk shows: a line ends only after two spaces.
+DINGTALK_MARKDOWN = Markup(
+    strike=("", ""), line_end="  \n",
+    quote=lambda lines: "  \n".join(f"> {line}" for line in lines),
+)
+
+
+class DingTalk(Channel):
+    """A robot of DingTalk."""
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http)
+        self._clock = clock
+        self._root = tools.settings.get("endpoint") or _DINGTALK_API
+        self._is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
+        #: The token of these hours, and until when it is used.
+        self._token = "", -math.inf
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def _post(self, url: str, body: Json, **headers: str) -> HttpAnswer:
+        """Return the answer to a call. Raises Retry."""
+        # Bodies are limited in bytes, so letters stay as they are.
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
+        try:
+            return self.http.call("POST", url, data, sent)
+        except NetworkFailed as problem:
+            raise Retry(str(problem)) from None
+
+    def _opened(self, path: str, body: Json) -> Json:
+        """Return the answer to a call with the credentials. Raises Fatal, Retry."""
+        answer = self._post(self._root + path, body)
+        if answer.status in _DINGTALK_REFUSED:
+            why, fix = _DINGTALK_REFUSED[answer.status]
+            raise Fatal(f"{why} ({clean(answer.json().get('message') or answer.status)})", fix)
+        if answer.status != 200:
+            raise Retry(f"status {answer.status}", answer.retry_after_s)
+        return answer.json()
+
+    def _ask(self, path: str, body: Json) -> HttpAnswer:
+        """Return the answer to a call of the API. Raises Fatal, Retry."""
+        for _ in range(2):
+            headers = {"x-acs-dingtalk-access-token": self._access_token()}
+            answer = self._post(f"{self._root}/v1.0/robot/{path}", body, **headers)
+            if answer.status != 401:
+                break
+            self._token = "", -math.inf
+        return answer
+
+    def _access_token(self) -> str:
+        """Return the token of these hours. Raises Fatal, Retry."""
+        token, until_s = self._token
+        if self._clock() >= until_s:
+            settings = self.tools.settings
+            content = self._opened("/v1.0/oauth2/accessToken", {
+                "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
+            try:
+                token, life_s = str(content["accessToken"]), float(content["expireIn"])
+            except (KeyError, TypeError, ValueError):
+                raise Retry("no token") from None
+            self._token = token, self._clock() + max(life_s - 300, life_s * 2 / 3)
+        return token
+
+    def probe(self) -> str:
+        """Return the id of the app. Raises Fatal, Retry."""
+        self._access_token()
+        return f"app {self.tools.settings['clientId']}"
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive messages until the account has to stop. Raises Fatal, Retry."""
+        while not self.tools.stop.is_set():
+            began_s, connection = self._clock(), self._connect()
+            self.tools.on_stop(connection.close)
+            try:
+                self._serve(connection, _DINGTALK_LIFE_S)
+            except WebSocketClosed as closed:
+                if not self.tools.stop.is_set():
+                    raise Retry(str(closed)) from None
+                return
+            except BaseException:
+                connection.close()
+                raise
+            # What falls between two connections is lost, so the old one is read until its end.
+            threading.Thread(target=self._drain, args=(connection,), daemon=True).start()
+            if self._clock() - began_s < _DINGTALK_SHORT_S:
+                raise Retry("the platform wants another connection")
+
+    def _connect(self) -> WebSocket:
+        """Return a connection with a new ticket. Raises Fatal, Retry."""
+        settings = self.tools.settings
+        content = self._opened("/v1.0/gateway/connections/open", {
+            "clientId": settings["clientId"], "clientSecret": settings["clientSecret"],
+            "subscriptions": [{"type": "CALLBACK", "topic": _DINGTALK_TOPIC}],
+            "ua": f"ocp/{VERSION}", "localIp": "",
+        })
+        try:
+            ticket = urllib.parse.quote_plus(str(content["ticket"]))
+            url = f"{platform_url_value(content['endpoint'])}?ticket={ticket}"
+            connection = WebSocket.connect(self.http.connector, url)
+        except (NetworkFailed, KeyError, ValueError) as problem:
+            raise Retry(f"no connection: {problem}") from None
+        self.tools.note_frame()
+        return connection
+
+    def _serve(self, connection: WebSocket, life_s: float) -> None:
+        """Take frames for so long, or until the platform wants another connection. Raises Retry,
+        OSError, WebSocketClosed."""
+        until_s = self._clock() + life_s
+        while self._clock() < until_s:
+            text = connection.receive(_DINGTALK_PING_S)
+            if text is None:
+                if time.monotonic() - connection.heard_s > _DINGTALK_GONE_S:
+                    raise Retry("nothing was heard for a while")
+                connection.ping()
+            elif self._take(connection, json_object(text)):
+                return
+
+    def _drain(self, connection: WebSocket) -> None:
+        # It has a thread of its own, and what it cannot take over comes again.
+        with contextlib.suppress(Exception):
+            self._serve(connection, _DINGTALK_DRAIN_S)
+        connection.close()
+
+    def _take(self, connection: WebSocket, frame: Json) -> bool:
+        """Take a frame and answer it; return whether the platform wants another connection. Raises
+        OSError, WebSocketClosed."""
+        self.tools.note_frame()
+        headers = frame["headers"] if isinstance(frame.get("headers"), dict) else {}
+        kind, code, data = (frame.get("type"), headers.get("topic")), 404, "{}"
+        if kind == ("CALLBACK", _DINGTALK_TOPIC):
+            message = None
+            try:
+                message = self._message(json_object(str(frame.get("data"))))
+            except (AttributeError, KeyError, TypeError, ValueError) as problem:
+                # A message in a form that nobody knows must not come again for ever.
+                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            if message is not None:
+                self.tools.accept(message)
+            code, data = 200, compact({"response": "OK"})
+        elif kind == ("SYSTEM", "ping"):
+            code, data = 200, str(frame.get("data") or data)
+        elif kind[0] not in ("CALLBACK", "EVENT"):
+            return kind == ("SYSTEM", "disconnect")
+        connection.send(compact({
+            "code": code, "message": "OK" if code == 200 else "not implement", "data": data,
+            "headers": {"contentType": "application/json", "messageId": headers.get("messageId")},
+        }))
+        return False
+
+    def _message(self, data: Json) -> Optional[Message]:
+        robot = str(data.get("robotCode") or self.tools.settings["clientId"])
+        text, quoted, attachments = dingtalk_content(data, robot)
+        if data["senderId"] == data.get("chatbotUserId") or not (text or attachments):
+            return None
+        staff, webhook = (str(data.get(key) or "") for key in ("senderStaffId", "sessionWebhook"))
+        sender = staff or str(data["senderId"])
+        group = "" if str(data["conversationType"]) == "1" else str(data["conversationId"])
+        until_s = float(data.get("sessionWebhookExpiredTime") or 0) / 1000
+        return Message(
+            # It is the same one when the frame comes again, which has another id then.
+            id=str(data["msgId"]), chat=group or sender, kind="group" if group else "direct",
+            sender=sender, sender_name=str(data.get("senderNick") or sender), text=text,
+            # A group shows a robot nothing else.
+            is_mentioned=not group or data.get("isInAtList") is not False, quoted=quoted,
+            attachments=attachments, at_s=float(data.get("createAt") or 0) / 1000,
+            route={"webhook": webhook if self._is_theirs(webhook) else "", "until_s": until_s,
+                   "robot": robot, "staff": staff, "group": group},
+            group=group, place=group,
+        )
+
+    def _is_theirs(self, url: str) -> bool:
+        """Return whether an address for replies is DingTalk's."""
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        return parts.scheme == "https" and f".{host}".endswith(".dingtalk.com") or (
+            self._is_local and is_loopback(host))
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part; the platform gives no id. Raises SendFailed."""
+        text, called = self.render(part.text), {}
+        title = render(part.text, PLAIN).strip().partition("\n")[0][:20] or "-"
+        if route["group"] and route["staff"] and route.get("is_reply"):
+            # Without its name in the text the person is not called.
+            text = f"@{route['staff']}  \n{text}"
+            called = {"at": {"atUserIds": [route["staff"]]}}
+        content = {"title": title, "text": text}
+        try:
+            if route["webhook"] and time.time() < route["until_s"]:
+                answer = self._post(route["webhook"], {
+                    "msgtype": "markdown", "markdown": content, **called})
+                code = answer.json().get("errcode")
+                if code == 0:
+                    return ""
+                check_refusal(answer, str(code))
+            self._send_by_api(route, content)
+        except (Fatal, Retry) as problem:
+            raise SendFailed("later", str(problem)) from None
+        return ""
+
+    def _send_by_api(self, route: Json, content: Json) -> None:
+        """Send by the API. Raises Fatal, Retry, SendFailed."""
+        if not (route["group"] or route["staff"]):
+            raise SendFailed("held", "only a new message brings an address for the answer")
+        path, to = ("groupMessages/send", {"openConversationId": route["group"]}) if route[
+            "group"] else ("oToMessages/batchSend", {"userIds": [route["staff"]]})
+        answer = self._ask(path, {
+            **to, "robotCode": route["robot"], "msgKey": "sampleMarkdown",
+            "msgParam": json.dumps(content, ensure_ascii=False)})
+        found = answer.json()
+        is_flooded, is_wrong = (found.get(f"{key}StaffIdList") for key in (
+            "flowControlled", "invalid"))
+        if not found.get("processQueryKey") or is_flooded or is_wrong:
+            check_refusal(answer, str(found.get("code")))
+            raise SendFailed("later" if is_flooded else "never", str(
+                found.get("message") or f"status {answer.status}"))
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the Markdown that DingTalk shows."""
+        return render(markdown, DINGTALK_MARKDOWN)
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
+        try:
+            url = self._ask("messageFiles/download", attachment.ref).json().get("downloadUrl")
+        except (Fatal, Retry) as problem:
+            raise SendFailed("later", str(problem)) from None
+        url = str(url) if self._is_local else re.sub("^http:", "https:", str(url))
+        return linked_bytes(self.http, url, max_bytes, is_local=self._is_local)
+
+    # -- login ------------------------------------------------------------------------------------
+
+    def login(self, console: Console) -> Json:
+        """Have the person who scans a QR code create an app, and return its credentials. Raises
+        Fatal."""
+        nonce = self._register("init", source=(
+            self.tools.settings.get("loginSource") or "DING_DWS_CLAW")).get("nonce")
+        begun = self._register("begin", nonce=nonce)
+        pause_s = max(_DINGTALK_POLL_S, float(begun.get("interval") or 0))
+        until_s = failing_until_s = self._clock() + _LOGIN_S * bool(begun.get("device_code"))
+        if begun.get("device_code"):
+            console.show_link(str(begun.get("verification_uri_complete")))
+            console.say("Scan it with DingTalk and confirm there.")
+        found: Json = {"fail_reason": "no login is offered"}
+        while self._clock() < min(until_s, failing_until_s):
+            self.tools.stop.wait(pause_s)
+            found = self._register("poll", device_code=begun["device_code"])
+            if found.get("status") == "SUCCESS":
+                return {"clientId": found.get("client_id"), "clientSecret": found.get(
+                    "client_secret")}
+            failing_until_s = until_s if found.get("status") == "WAITING" else min(
+                failing_until_s, self._clock() + _DINGTALK_FAILING_S)
+        raise Fatal(f"nobody confirmed ({clean(found.get('fail_reason') or 'timed out')})",
+                    "try again, or create the app yourself at open-dev.dingtalk.com, publish it, "
+                    "and add its clientId and clientSecret")
+
+    def _register(self, step: str, **body: Any) -> Json:
+        """Return the answer to a step of a login, {} if it failed."""
+        root = self.tools.settings.get("oapiEndpoint") or _DINGTALK_LOGIN
+        with contextlib.suppress(Retry):
+            found = self._post(f"{root}/app/registration/{step}", body).json()
+            return found if found.get("errcode") == 0 else {}
+        return {}
+
+
+def check_refusal(answer: HttpAnswer, code: str) -> None:
+    """Raise SendFailed for a refusal of DingTalk's that no other way of sending changes."""
+    for words, kind, pause_s in _DINGTALK_FAILURES:
+        if words in code:
+            raise SendFailed(kind, code, pause_s)
+    if answer.status >= 500 or answer.status == 429:
+        raise SendFailed("later", f"status {answer.status}", answer.retry_after_s)
+
+
+def dingtalk_content(data: Json, robot: str) -> tuple[str, str, tuple[Attachment, ...]]:
+    """Return the text of a message, the text that it quotes, and its files."""
+    kind, text, content = data.get("msgtype"), data.get("text") or {}, data.get("content") or {}
+    content = json_object(content) if isinstance(content, str) else content
+    replied, quoted = text.get("repliedMsg"), ""
+    if replied:
+        quoted = dingtalk_content({
+            "msgtype": replied.get("msgType"), "content": replied.get("content")}, robot)[0]
+    items = content["richText"] if kind == "richText" else [
+        {"text": text.get("content"), **content, "type": kind}]
+    texts, files = [], []
+    for item in items:
+        said, code = item.get("text") or item.get("recognition"), item.get("downloadCode")
+        if said:
+            texts.append(str(said))
+        elif code:
+            name = clean(item.get("fileName") or item.get("type") or "file")
+            kind, mime = ("image", "image/jpeg") if name == "picture" else ("file", "")
+            files.append(Attachment(kind, name, mime, 0, {"downloadCode": code,
+                                                          "robotCode": robot}))
+    return "".join(texts).strip(), quoted, tuple(files)
+
+
+DingTalk.row = Row(
+    "dingtalk-connector", ("dingtalk",), "DingTalk", DingTalk, limit=3500,
+    credentials={"clientId": "DINGTALK_CLIENT_ID", "clientSecret": "DINGTALK_CLIENT_SECRET"},
+    settings={"endpoint": platform_url_value, "oapiEndpoint": platform_url_value,
+              "loginSource": text_value, "groups": mapping_value,
+              "groupSessionScope": one_of("group", "group_sender")},
+    # A group takes twenty messages in a minute.
+    pace_s=3.0, has_login=True,
+    help=f"Run {PROGRAM} login --channel dingtalk-connector, or at open-dev.dingtalk.com create an "
+    "app with a robot in stream mode, publish it, and copy Client ID and Client Secret.",
+)
 
 
 # ==== 15. WeChat =============================================================
+# The bot API that the vendor's plugin for OpenClaw speaks (2.4.9), by long polls. A bot belongs to
+# the person who scans its QR code. It may write only with the newest token of the other person's
+# messages, ten times for each. https://www.npmjs.com/package/@tencent-weixin/openclaw-weixin
+
+_WECHAT_API, _WECHAT_CDN = "https://ilinkai.weixin.qq.com", "https://novac2c.cdn.weixin.qq.com/c2c"
+#: The version of the protocol as a text, and in the headers of each call: a byte for each part.
+_WECHAT_VERSION = "2.4.9"
+_WECHAT_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(2 << 16 | 4 << 8 | 9)}
+#: How long the server holds a poll, at most; and the connection may be silent for a little longer.
+_WECHAT_HOLD_S, _WECHAT_MAX_HOLD_S, _WECHAT_SLACK_S = 35.0, 120.0, 10.0
+#: The pauses after failed polls, in turns.
+_WECHAT_PAUSES_S = (2.0, 2.0, 30.0)
+#: Codes of refusals: the bot is bound elsewhere, or idled too long; the message is not taken now.
+_WECHAT_NOT_LOGGED_IN, _WECHAT_NOT_NOW = -14, -2
+_WECHAT_LOGIN = f"run {PROGRAM} login --channel openclaw-weixin"
+#: Of how many people the token is kept.
+_WECHAT_PEOPLE = 500
+#: The pause between two questions of a login, how many codes it shows, and what ends one.
+_WECHAT_POLL_S, _WECHAT_CODES = 1.0, 3
+_WECHAT_SCAN_ENDS = ("confirmed", "binded_redirect", "expired", "verify_code_blocked")
+#: Types of items that are texts; and of those that are files, with the kind and a name.
+_WECHAT_TEXTS = {1: "text_item", 3: "voice_item"}
+_WECHAT_FILES = {2: ("image_item", "image", "photo.jpg"), 3: ("voice_item", "file", "voice"),
+                 4: ("file_item", "file", "file"), 5: ("video_item", "file", "video")}
+#: The type of a bot's message, and the state of one that is whole.
+_WECHAT_BOT, _WECHAT_WHOLE = 2, 2
+#: The Markdown that WeChat shows: four levels of headings, and no links.
+WECHAT_MARKDOWN = Markup(
+    heading=lambda level, text: f"{'#' * level} {text}" if level <= 4 else f"**{text}**",
+    link=PLAIN.link,
+)
+
+
+def aes_times(one: int, other: int) -> int:
+    """Return the product of two bytes in the field of AES, FIPS 197 section 4.2."""
+    product = 0
+    while other:
+        product ^= one * (other & 1)
+        one, other = one << 1 ^ 0x11B * (one >> 7), other >> 1
+    return product
+
+
+@functools.lru_cache(maxsize=1)
+def aes_box() -> bytes:
+    """Return the S-box, FIPS 197 section 5.1.1."""
+    powers = [1]
+    while len(powers) < 255:
+        powers.append(aes_times(powers[-1], 3))
+    inverses = [0, *(powers[-powers.index(byte) % 255] for byte in range(1, 256))]
+    twice = [byte * 0x101 for byte in inverses]
+    return bytes((each ^ each >> 4 ^ each >> 5 ^ each >> 6 ^ each >> 7) & 0xFF ^ 0x63
+                 for each in twice)
+
+
+def aes_round_keys(key: bytes) -> list[bytes]:
+    """Return the eleven round keys of a key of 16 bytes, FIPS 197 section 5.2."""
+    words, constant = [key[place:place + 4] for place in range(0, 16, 4)], 1
+    for place in range(4, 44):
+        word = words[-1]
+        if place % 4 == 0:
+            word = (word[1:] + word[:1]).translate(aes_box())
+            word, constant = bytes([word[0] ^ constant]) + word[1:], aes_times(constant, 2)
+        words.append(bytes(a ^ b for a, b in zip(words[-4], word)))
+    return [b"".join(words[place:place + 4]) for place in range(0, 44, 4)]
+
+
+def aes_decrypted(data: bytes, key: bytes) -> bytes:
+    """Return what AES-128-ECB with PKCS#7 has encrypted. Raises ValueError.
+
+    All blocks are done at once: plane 4 * column + row holds that byte of every block."""
+    if not data or len(data) % 16 or len(key) != 16:
+        raise ValueError("not encrypted as expected")
+    keys, every, whole = aes_round_keys(key), range(256), bytearray(len(data))
+    inverse = bytes(map(aes_box().index, every))
+    factors = [bytes(aes_times(byte, factor) for byte in every) for factor in (14, 11, 13, 9)]
+    planes = [data[place::16].translate(bytes(byte ^ keys[10][place] for byte in every))
+              for place in range(16)]
+    for number in range(9, -1, -1):
+        # Rows are shifted back, bytes are substituted back, the key is taken off, columns mixed.
+        planes = [planes[(place - 4 * (place % 4)) % 16].translate(bytes(
+            byte ^ keys[number][place] for byte in inverse)) for place in range(16)]
+        if number:
+            terms = [[int.from_bytes(plane.translate(factor), "big") for factor in factors]
+                     for plane in planes]
+            planes = [functools.reduce(operator.xor, (
+                terms[place // 4 * 4 + row][(row - place) % 4] for row in range(4)
+            )).to_bytes(len(data) // 16, "big") for place in range(16)]
+    for place, plane in enumerate(planes):
+        whole[place::16] = plane
+    if not 1 <= whole[-1] <= 16 or len(set(whole[-whole[-1]:])) != 1:
+        raise ValueError("not encrypted with this key")
+    return bytes(whole[:-whole[-1]])
+
+
+class WeChat(Channel):
+    """A bot of WeChat."""
+
+    def __init__(
+        self, tools: Tools, http: Http, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(tools, http)
+        self._clock = clock
+        self._login_root = str(tools.settings.get("loginBaseUrl") or _WECHAT_API)
+        self._is_local = is_loopback(urllib.parse.urlsplit(self._login_root).hostname or "")
+        self._hold_s = _WECHAT_HOLD_S
+        #: How many polls have failed in a row, and whether the login was refused last.
+        self._failures, self._is_refused = 0, False
+        #: The tickets of people who see "typing".
+        self._typing: dict[str, str] = {}
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def _call(self, name: str, body: Json, timeout_s: float = 15.0,
+              on_open: Optional[Callable[[Wire], None]] = None) -> Json:
+        """Return the answer to a call. Raises NetworkFailed."""
+        state, settings = self.tools.state(), self.tools.settings
+        root = state.get("base_url") or settings.get("baseUrl") or _WECHAT_API
+        info = {"channel_version": _WECHAT_VERSION,
+                "bot_agent": settings.get("botAgent") or f"OCP/{VERSION}"}
+        return self._post(f"{root}/ilink/bot/{name}", {**body, "base_info": info}, timeout_s,
+                          on_open, Authorization=f"Bearer {state.get('bot_token')}")
+
+    def _post(self, url: str, body: Json, timeout_s: float = 15.0,
+              on_open: Optional[Callable[[Wire], None]] = None, **headers: str) -> Json:
+        """Return the answer to a call. Raises NetworkFailed."""
+        answer = self.http.call("POST", url, body, {
+            **_WECHAT_HEADERS, "AuthorizationType": "ilink_bot_token",
+            "X-WECHAT-UIN": base64_text(str(secrets.randbits(32)).encode()), **headers,
+        }, timeout_s, on_open=on_open)
+        if answer.status != 200 or not answer.body.lstrip().startswith(b"{"):
+            raise NetworkFailed(f"status {answer.status}")
+        return answer.json()
+
+    def _begin(self) -> Json:
+        """Tell the platform that the bot is there, and return the state of the account. Raises
+        Fatal."""
+        state = self.tools.state()
+        if not state.get("bot_token"):
+            raise Fatal("not logged in", _WECHAT_LOGIN, needs_login=True)
+        with contextlib.suppress(NetworkFailed):
+            self._call("msg/notifystart", {}, 5.0)
+            # The first poll may be held for long.
+            self.tools.note_frame()
+        return state
+
+    def probe(self) -> str:
+        """Return the id of the bot. Raises Fatal."""
+        return f"bot {self._begin().get('bot_id')}"
+
+    # -- receiving --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Receive messages until the account has to stop. Raises Fatal, Retry."""
+        state = self._begin()
+        while not self.tools.stop.is_set():
+            answer = self._poll(state)
+            if self.tools.state().get("bot_token") != state["bot_token"]:
+                raise Retry("logged in anew")
+            state = self._take(answer, state)
+        with contextlib.suppress(NetworkFailed):
+            self._call("msg/notifystop", {}, 5.0)
+
+    def _poll(self, state: Json) -> Json:
+        """Return what has come since the last poll, {} at the end. Raises Fatal, Retry."""
+        try:
+            answer = self._call(
+                "getupdates", {"get_updates_buf": state.get("buffer", "")},
+                self._hold_s + _WECHAT_SLACK_S, lambda opened: self.tools.on_stop(opened.cut))
+            code, why = code_of_wechat(answer), str(answer.get("errmsg") or "refused")
+        except NetworkFailed as problem:
+            if self.tools.stop.is_set():
+                return {}
+            code, why = 1, str(problem)
+        if code == _WECHAT_NOT_LOGGED_IN and self._is_refused:
+            raise Fatal("the login is over", _WECHAT_LOGIN, needs_login=True)
+        # The next try tells the platform anew that the bot is there, which may mend it.
+        self._is_refused = code == _WECHAT_NOT_LOGGED_IN
+        if code:
+            self._failures += 1
+            raise Retry(why, _WECHAT_PAUSES_S[(self._failures - 1) % len(_WECHAT_PAUSES_S)])
+        self._failures, hold_ms = 0, answer.get("longpolling_timeout_ms")
+        if isinstance(hold_ms, int) and hold_ms > 0:
+            self._hold_s = min(hold_ms / 1000, _WECHAT_MAX_HOLD_S)
+        self.tools.note_frame()
+        return answer
+
+    def _take(self, answer: Json, state: Json) -> Json:
+        """Hand over the messages of a poll, and return the state after them. Raises OSError."""
+        found = answer.get("msgs")
+        for each in found if isinstance(found, list) else []:
+            message = None
+            try:
+                message = self._message(each)
+                if message is not None and each.get("context_token"):
+                    tokens = [*state.get("tokens", {}).items(),
+                              (message.chat, str(each["context_token"]))]
+                    state = {**state, "tokens": dict(tokens[-_WECHAT_PEOPLE:])}
+            except (AttributeError, KeyError, TypeError, ValueError) as problem:
+                # One message in a form that nobody knows must not come again for ever.
+                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            self.tools.accept(message, state)
+        buffer = str(answer.get("get_updates_buf") or state.get("buffer", ""))
+        if buffer != state.get("buffer", ""):
+            # Not before: what comes again because of a kill is known by its id.
+            state = {**state, "buffer": buffer}
+            self.tools.accept(None, state)
+        return state
+
+    def _message(self, found: Json) -> Optional[Message]:
+        """Return a message of a person, None for another one."""
+        items = found.get("item_list") or []
+        text, attachments = wechat_text(items), tuple(
+            each for item in items for each in self._files(item))
+        if found.get("message_type") == _WECHAT_BOT or found.get("group_id") or not (
+                text or attachments):
+            return None
+        sender = str(found["from_user_id"])
+        digest = hashlib.sha256(compact(found).encode()).hexdigest()
+        ids = [found.get("message_id"), *(item.get("msg_id") for item in items), digest]
+        quoted = [words for item in items for quote in [item.get("ref_msg") or {}] for words in (
+            str(quote.get("title") or ""), wechat_text([quote.get("message_item") or {}]))]
+        return Message(
+            id=str(next(filter(None, ids))), chat=sender, kind="direct", sender=sender,
+            sender_name=sender.partition("@")[0], text=text, is_mentioned=True,
+            quoted="\n".join(filter(None, quoted)), attachments=attachments,
+            at_s=float(found.get("create_time_ms") or 0) / 1000,
+            route={"to": sender, "run": secrets.token_hex(8)},
+        )
+
+    def _files(self, item: Json) -> Iterator[Attachment]:
+        """Yield the file of an item, which may have none."""
+        field, kind, name = _WECHAT_FILES.get(item.get("type", 0), ("", "", ""))
+        found = item.get(field)
+        # What was spoken may be there as a text.
+        if found and not (field == "voice_item" and found.get("text")):
+            media = found.get("media") or {}
+            param = urllib.parse.quote(str(media.get("encrypt_query_param") or ""), safe="")
+            root = self.tools.settings.get("cdnBaseUrl") or _WECHAT_CDN
+            url = media.get("full_url") or f"{root}/download?encrypted_query_param={param}"
+            key = wechat_key(found.get("aeskey"), media.get("aes_key"))
+            yield Attachment(kind, clean(found.get("file_name") or name), "",
+                             int(found.get("len") or 0), {"url": url, "key": key.hex()})
+
+    # -- sending ----------------------------------------------------------------------------------
+
+    def send(self, route: Json, part: Part) -> str:
+        """Send a part and return the id of its message. Raises SendFailed."""
+        answer = self._deliver("sendmessage", {"msg": {
+            "from_user_id": "", "to_user_id": route["to"], "client_id": part.nonce,
+            "message_type": _WECHAT_BOT, "message_state": _WECHAT_WHOLE,
+            "item_list": [{"type": 1, "text_item": {"text": self.render(part.text)}}],
+            "context_token": self._token(route), "run_id": route["run"],
+        }})
+        return str(answer.get("message_id") or part.nonce)
+
+    def _token(self, route: Json) -> str:
+        """Return the newest token of a person. Raises SendFailed."""
+        token = (self.tools.state().get("tokens") or {}).get(route["to"])
+        if not token:
+            # The platform would take the message, and show it to nobody.
+            raise SendFailed("held", "this person has not written since the login")
+        return str(token)
+
+    def _deliver(self, name: str, body: Json) -> Json:
+        """Return the answer to a call that a person sees. Raises SendFailed."""
+        try:
+            answer = self._call(name, body)
+        except NetworkFailed as problem:
+            raise SendFailed("later", str(problem)) from None
+        code = code_of_wechat(answer)
+        if code:
+            raise SendFailed("held" if code == _WECHAT_NOT_NOW else "later",
+                             f"{code} {answer.get('errmsg') or ''}")
+        return answer
+
+    def type(self, route: Json, is_over: bool = False) -> None:
+        """Show "typing", or no more. Raises SendFailed."""
+        person = route["to"]
+        ticket = self._typing.pop(person, "")
+        if not (ticket or is_over):
+            ticket = str(self._deliver("getconfig", {
+                "ilink_user_id": person, "context_token": self._token(route),
+            }).get("typing_ticket") or "")
+        if ticket and not is_over:
+            self._typing[person] = ticket
+        if ticket:
+            self._deliver("sendtyping", {"ilink_user_id": person, "typing_ticket": ticket,
+                                         "status": 2 if is_over else 1})
+
+    def render(self, markdown: str) -> str:
+        """Return the text as the Markdown that WeChat shows."""
+        return render(markdown, WECHAT_MARKDOWN)
+
+    def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger, or not
+        encrypted as it says."""
+        url, key = str(attachment.ref["url"]), bytes.fromhex(attachment.ref["key"])
+        # There are up to 16 bytes more before it is decrypted.
+        data = linked_bytes(self.http, url, max_bytes + 16, is_local=self._is_local)
+        return aes_decrypted(data, key) if key else data
+
+    # -- login ------------------------------------------------------------------------------------
+
+    def login(self, console: Console) -> Json:
+        """Log in by QR code, and return the state of the account and its owner. Raises Fatal."""
+        state, until_s = self.tools.state(), self._clock() + _LOGIN_S
+        for _ in range(_WECHAT_CODES):
+            found = self._scanned(console, until_s)
+            if found["status"] == "confirmed" and found.get("bot_token"):
+                bot, owner = str(found.get("ilink_bot_id")), str(found.get("ilink_user_id") or "")
+                # What is kept for another bot hides the messages of this one.
+                kept = {} if bot == state.get("bot_id") else {"buffer": "", "tokens": {}}
+                return {**kept, "bot_token": str(found["bot_token"]), "bot_id": bot,
+                        "base_url": self._checked(str(found.get("baseurl") or self._login_root)),
+                        "user_id": owner, "owner": owner}
+            if found["status"] == "binded_redirect" and state.get("bot_token"):
+                console.say("It is connected already.")
+                return state
+            console.say("The code is not valid any more.")
+        raise Fatal("nobody confirmed", f"{_WECHAT_LOGIN} again")
+
+    def _scanned(self, console: Console, until_s: float) -> Json:
+        """Show a code, and return how that ended. Raises Fatal."""
+        root, token, is_told = self._login_root, self.tools.state().get("bot_token"), False
+        try:
+            shown = self._post(f"{root}/ilink/bot/get_bot_qrcode?bot_type=3", {
+                "local_token_list": [token] if token else []})
+            query, link = {"qrcode": str(shown["qrcode"])}, str(shown["qrcode_img_content"])
+        except (NetworkFailed, KeyError) as problem:
+            raise Fatal(f"WeChat offers no login ({problem})", f"{_WECHAT_LOGIN} later") from None
+        console.show_link(link)
+        console.say("Scan it with WeChat.")
+        while self._clock() < until_s:
+            found = self._scan_status(root, query)
+            status = found.get("status")
+            if status in _WECHAT_SCAN_ENDS:
+                return found
+            if status == "need_verifycode":
+                again = "That is another number. " * ("verify_code" in query)
+                query["verify_code"] = console.ask(f"{again}Which number does the phone show?")
+                continue
+            if status == "scaned" and not is_told:
+                is_told = True
+                console.say("Scanned; confirm it on the phone.")
+            if status == "scaned_but_redirect" and found.get("redirect_host"):
+                scheme = urllib.parse.urlsplit(root).scheme
+                root = self._checked(f"{scheme}://{found['redirect_host']}")
+            self.tools.stop.wait(_WECHAT_POLL_S)
+        raise Fatal("nobody confirmed in time", f"{_WECHAT_LOGIN} again")
+
+    def _scan_status(self, root: str, query: Mapping[str, str]) -> Json:
+        """Return the state of a code, {} if it is not known."""
+        url = f"{root}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(query)}"
+        with contextlib.suppress(NetworkFailed, ValueError):
+            return self.http.call("GET", url, None, _WECHAT_HEADERS, _WECHAT_HOLD_S).json()
+        return {}
+
+    def _checked(self, url: str) -> str:
+        """Return an address that a login leads to. Raises Fatal if it is not WeChat's."""
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        is_theirs = parts.scheme == "https" and f".{host}".endswith((".qq.com", ".wechat.com"))
+        if not (is_theirs or self._is_local and is_loopback(host)):
+            raise Fatal(f"the login leads to {clean(host)}, which is not WeChat",
+                        "do not go on; ask whoever runs your network")
+        return url.rstrip("/")
+
+
+def code_of_wechat(answer: Json) -> int:
+    """Return the code of an answer, 0 if it is a success."""
+    code = answer.get("ret") or answer.get("errcode") or 0
+    return code if isinstance(code, int) else 1
+
+
+def wechat_text(items: list[Json]) -> str:
+    """Return what the items of a message say."""
+    said = [(item.get(_WECHAT_TEXTS.get(item.get("type", 0), "")) or {}).get("text")
+            for item in items]
+    return "\n".join(str(each) for each in said if each).strip()
+
+
+def wechat_key(in_hex: object, in_base64: object) -> bytes:
+    """Return the key of a file: 16 bytes, or none. In base64 it is the bytes, or their digits.
+    Raises ValueError."""
+    data = base64.b64decode(str(in_base64 or ""))
+    digits = str(in_hex or "") or (data.decode("ascii") if len(data) == 32 else data.hex())
+    return bytes.fromhex(digits)
+
+
+WeChat.row = Row(
+    "openclaw-weixin", ("weixin", "wechat"), "WeChat", WeChat, limit=1800, credentials={},
+    settings={"baseUrl": platform_url_value, "cdnBaseUrl": platform_url_value,
+              "loginBaseUrl": platform_url_value, "botAgent": text_value},
+    typing_every_s=5.0, budget=10, pace_s=1.5, has_login=True,
+    help=f"Run {PROGRAM} login --channel openclaw-weixin, and scan the code with WeChat.",
+)
 
 
 # ==== 16. Channel table ======================================================
 # Each channel that is built in; plugins add rows of their own.
 
-ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row)
+ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row, DingTalk.row, WeChat.row)
 
 
 # ==== 17. Access =============================================================
@@ -4744,7 +5490,8 @@ class App:
             return False
         self._accounts[account.id] = live
         if account.missing or not account.is_enabled:
-            live.status = "not configured" if account.missing else "stopped"
+            lacking = "login needed" if account.row.has_login else "not configured"
+            live.status = lacking if account.missing else "stopped"
             live.why = f"{', '.join(account.missing)} missing" if account.missing else "not enabled"
             live.stop.set()
             self._log.event("warning", f"{account.id} {live.status}", why=live.why)

@@ -23,6 +23,7 @@ LONGEST = (
     "clients/test_dashboard", "server/test_hanging",
     "channels/test_killed_gateway", "channels/test_commands", "channels/test_telegram_chat",
     "channels/test_discord_chat", "channels/test_qq_chat", "channels/test_killed_opcodes",
+    "channels/test_dingtalk", "channels/test_wechat",
     "server/test_storage", "server/test_leaving", "scripts/test_install", "server/test_usage",
     "server/test_alone", "server/test_attacks", "server/test_refusals", "server/test_failures",
     "server/test_settings_live", "server/test_routes_access", "server/test_keys",

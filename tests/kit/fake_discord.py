@@ -17,7 +17,8 @@ import time
 from collections import defaultdict
 from typing import Any, Callable
 
-from fake_opcodes import Call, FakeOpcodes, Refusal, Session
+from fake_api import Call, Refusal
+from fake_opcodes import FakeOpcodes, Session
 
 Json = Any
 BOT_ID, BOT_NAME = "4242", "ocp_test_bot"

@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
+from fake_api import FakeApi
 from websocket_server import Gone, Peer, WebSocketServer
 
 Json = Any
@@ -25,21 +24,6 @@ class Sent(NamedTuple):
     d: Json
 
 
-class Refusal(Exception):
-    """An answer that is no success; a body that is a text is no JSON."""
-
-    def __init__(self, status: int, body: Json, **headers: str) -> None:
-        super().__init__(f"{status} {body}")
-        self.status, self.body, self.headers = status, body, headers
-
-
-class Call(NamedTuple):
-    method: str
-    path: str
-    body: Json
-    at_s: float
-
-
 class Session:
     """The events of a session, by their number minus one."""
 
@@ -49,45 +33,32 @@ class Session:
         self.peer: Optional[Peer] = None
 
 
-class FakeOpcodes:
+class FakeOpcodes(FakeApi):
     """A platform for one bot. A subclass adds what a session begins with, and the calls."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+        super().__init__(clock)
         self.interval_ms = 41_250
         #: Every frame that clients have sent, and each code that they closed with.
         self.frames: list[Sent] = []
         self.closes: list[int] = []
-        #: What clients did that the platform would not take.
-        self.faults: list[str] = []
         #: Whether heartbeats stay without an answer.
         self.is_deaf = False
         #: The codes that the next sessions are refused with.
         self.refusals: list[int] = []
-        #: Guards the sessions. A peer gets its events in the order of the session.
-        self._lock = threading.RLock()
+        #: A peer gets its events in the order of the session.
         self.sessions: dict[str, Session] = {}
         self.newest: Optional[Session] = None
         #: Each connection in order.
         self.connections: list[Peer] = []
         self.gateway = WebSocketServer(self._serve)
-        self.calls: list[Call] = []
-        self.files: dict[str, bytes] = {}
-        #: Method, end of the path, text, and what is answered.
-        self._failures: list[tuple[str, str, str, Refusal]] = []
-        handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self: Self) -> Self:
         self.gateway.__enter__()
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__exit__()
         self.gateway.__exit__()
 
     # -- what a platform adds -----------------------------------------------------------------
@@ -103,27 +74,7 @@ class FakeOpcodes:
         """What a session begins with."""
         raise NotImplementedError
 
-    def check(self, call: Call, headers: Json, told: dict[str, str]) -> None:
-        """Raise Refusal for a call that is not taken; `told` gets headers of its answer."""
-        raise NotImplementedError
-
-    def perform(self, call: Call) -> Json:
-        """The content of the answer to a call, None if it has none. Raises Refusal."""
-        raise NotImplementedError
-
     # -- what a test does ---------------------------------------------------------------------
-
-    def fail(self, method: str, path: str, status: int, body: Json = None, times: int = 1,
-             when: str = "", **headers: str) -> None:
-        """Refuse the next calls whose path ends so, and whose text is `when` if it is given."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        refusal = Refusal(status, {"message": "no", "code": 0} if body is None else body, **named)
-        self._failures += [(method, path, when, refusal)] * times
-
-    def called(self, method: str, what: str) -> list[Json]:
-        """The bodies of all calls whose path ends so, but for an id."""
-        return [call.body for call in list(self.calls)
-                if call.method == method and call.path.rstrip("0123456789/").endswith(what)]
 
     def emit(self, event: str, data: Json) -> None:
         """Let something happen."""
@@ -171,27 +122,6 @@ class FakeOpcodes:
                 self.newest.peer = None
 
     # -- what the platform does ---------------------------------------------------------------
-
-    def answer(self, method: str, path: str, headers: Json, body: Json) -> tuple[int, Json, Json]:
-        """Status, headers and content of an answer."""
-        told: dict[str, str] = {}
-        with self._lock:
-            call = Call(method, path, body, self.clock())
-            self.calls.append(call)
-            try:
-                self.check(call, headers, told)
-                content = self.perform(call)
-            except Refusal as refusal:
-                return refusal.status, {**told, **refusal.headers}, refusal.body
-        return 204 if content is None else 200, told, content
-
-    def fail_as_told(self, call: Call) -> None:
-        """Raise what a test has asked for."""
-        for place, (method, end, text, refusal) in enumerate(self._failures):
-            if call.method == method and call.path.endswith(end) and (
-                    text in ("", call.body.get("content"))):
-                del self._failures[place]
-                raise refusal
 
     def _send_frame(self, peer: Peer, op: int, content: Json, **more: Json) -> None:
         peer.send(json.dumps({"op": op, "d": content, "s": None, "t": None, **more}))
@@ -246,41 +176,3 @@ class FakeOpcodes:
             for event in session.events[content["seq"]:]:
                 peer.send(json.dumps(event))
             self._emit(session, "RESUMED", {})
-
-
-class _Handler(BaseHTTPRequestHandler):
-    fake: FakeOpcodes
-    protocol_version = "HTTP/1.1"
-
-    def _answer(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", "0"))) or b"{}")
-        name = self.path.rpartition("/")[2]
-        if self.path.startswith("/files/") and name in self.fake.files:
-            self._send(200, {}, self.fake.files[name])
-            return
-        status, headers, content = self.fake.answer(self.command, self.path, self.headers, body)
-        if isinstance(content, str):
-            self._send(status, {**headers, "Content-Type": "text/html"}, content.encode())
-        elif content is None:
-            self._send(status, headers, b"")
-        else:
-            data = json.dumps(content).encode()
-            self._send(status, {**headers, "Content-Type": "application/json"}, data)
-
-    do_GET = do_POST = do_PATCH = _answer  # noqa: N815
-
-    def _send(self, status: int, headers: Json, data: bytes) -> None:
-        try:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            if status != 204:
-                self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        except OSError:
-            # The bot has gone.
-            self.close_connection = True
-
-    def log_message(self, format: str, *args: Json) -> None:
-        pass

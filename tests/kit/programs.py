@@ -45,6 +45,8 @@ CLIENTS = {
     "discord": ".channels",
     # qq-botpy
     "botpy": ".channels",
+    "dingtalk_stream": ".channels",
+    "openclaw-weixin": ".openclaw",
 }
 
 
