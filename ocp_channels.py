@@ -4851,14 +4851,16 @@ class Lanes(Loop):
 
 
 def batch_of(rows: list[sqlite3.Row]) -> list[tuple[sqlite3.Row, Message]]:
-    """Return the messages that one turn answers: a command alone, else as many as come before."""
+    """Return the messages that one turn answers: a command alone, else as many as come before.
+    Those that were asked before are asked again as they were, without what came after them."""
     batch: list[tuple[sqlite3.Row, Message]] = []
     size = 0
     for row in rows[:_MAX_MERGED]:
         message = message_of(row["message"])
         is_command = command_of(message) is not None
         size += len(message.text)
-        if batch and (is_command or size > _MAX_MERGED_CHARS):
+        is_other = row["attempts"] != rows[0]["attempts"]
+        if batch and (is_command or is_other or size > _MAX_MERGED_CHARS):
             break
         batch.append((row, message))
         if is_command:
