@@ -2247,9 +2247,10 @@ class OpcodeChannel(Channel):
         self.disconnected()
         if ending.fix:
             raise Fatal(ending.why, ending.fix)
-        if ending.is_session_over:
-            self._session = {}
         self._cuts = self._cuts + 1 if self._clock() - self._began_s < _CUT_WITHIN_S else 0
+        # A session may be the reason why nothing comes of its connections.
+        if ending.is_session_over or self._cuts > _MAX_CUTS:
+            self._session = {}
         raise Retry(why, _CUT_PAUSE_S if self._cuts >= _MAX_CUTS else ending.after_s)
 
     def _serve(self, connection: WebSocket) -> None:
@@ -2932,7 +2933,7 @@ class QQ(OpcodeChannel):
     """A bot of QQ."""
 
     endings = {
-        **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
+        **dict.fromkeys((4006, 4007, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
         11_298: Ending("this machine's public address is not on the bot's list",
                        "add it at q.qq.com: Development, IP white list"),
         4014: Ending("the bot may not hear of guilds", "take guilds out of its settings"),

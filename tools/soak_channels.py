@@ -5,7 +5,7 @@ at random moments, and counts what became of every message.
 
 The platforms and the agent are the stand-ins of the tests, on loopback; the gateway has a folder
 of its own, which is removed. Every message has a name, and its answer begins and ends with it, so
-that the screens tell what was answered, how often, and whether to its end.
+that the screens tell what was answered, how often, and whether to its end. SIGTERM ends it early.
 
 A message that is not answered may have been refused because too many waited, or killed twice with
 the gateway (the person is told so each time), or its end waits for the next message on a platform
@@ -284,9 +284,11 @@ class Soak:
         #: Names at the edge of parts that were being sent at a kill, by their word.
         self.uncertain: collections.Counter[str] = collections.Counter()
         self.exit_codes: collections.Counter[int] = collections.Counter()
+        #: Set to come to an end before the time.
+        self.is_over = False
 
-    def run(self, seconds: float) -> None:
-        """Let it all happen for some time, without kills in the last third."""
+    def run(self, seconds: float) -> float:
+        """Let it all happen for some time, without kills in the last third; return how long."""
         began_s = time.monotonic()
         things: list[tuple[Callable[[], None], float]] = [
             (self.gateway.sample, SAMPLE_S), (self._tell, 60.0), (self._fault, FAULT_S),
@@ -294,13 +296,14 @@ class Soak:
         things += [(functools.partial(self._speak, platform, person), PERSON_S)
                    for platform in self._platforms for person in platform.people]
         due = [(began_s + self._pause(every_s), n) for n, (_, every_s) in enumerate(things)]
-        while time.monotonic() < began_s + seconds:
+        while time.monotonic() < began_s + seconds and not self.is_over:
             due_s, number = min(due)
             time.sleep(max(0.0, min(due_s, began_s + seconds) - time.monotonic()))
             do, every_s = things[number]
             if do != self._kill or time.monotonic() < began_s + seconds * 2 / 3:
                 do()
             due[number] = (time.monotonic() + self._pause(every_s), number)
+        return time.monotonic() - began_s
 
     def _pause(self, mean_s: float) -> float:
         if mean_s in (SAMPLE_S, 60.0):
@@ -526,13 +529,14 @@ def run(minutes: float, dice: random.Random, platforms: Sequence[Platform], kept
         try:
             # Until every platform has a connection it has nobody to tell anything.
             time.sleep(3.0)
-            soak.run(minutes * 60)
+            signal.signal(signal.SIGTERM, lambda *_: setattr(soak, "is_over", True))
+            seconds = soak.run(minutes * 60)
             is_settled = gateway.is_alive() and soak.rest()
             print(f"SIGTERM at the end: {gateway.end(signal.SIGTERM)}")
         finally:
             if gateway.is_alive():
                 gateway.end(signal.SIGKILL)
-        return report(soak, is_settled, minutes * 60)
+        return report(soak, is_settled, seconds)
 
 
 def log_in(gateway: Gateway, fakes: dict[str, Any], platforms: Sequence[Platform]) -> None:
