@@ -2243,12 +2243,11 @@ class OpcodeChannel(Channel):
                 self.tools.accept(None, self._session)
 
     def _end(self, why: str, ending: Ending) -> NoReturn:
-        """Raise what follows the end of a connection."""
+        """Raise what follows the end of a connection; a session of which nothing comes is over."""
         self.disconnected()
         if ending.fix:
             raise Fatal(ending.why, ending.fix)
         self._cuts = self._cuts + 1 if self._clock() - self._began_s < _CUT_WITHIN_S else 0
-        # A session may be the reason why nothing comes of its connections.
         if ending.is_session_over or self._cuts > _MAX_CUTS:
             self._session = {}
         raise Retry(why, _CUT_PAUSE_S if self._cuts >= _MAX_CUTS else ending.after_s)
