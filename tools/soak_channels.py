@@ -78,6 +78,8 @@ class Platform(NamedTuple):
     may_repeat: bool
     #: The state of its account before the first start, for what is logged in by a code.
     state: Callable[[Any], Optional[Json]] = lambda fake: None
+    #: What the platform does by itself again and again.
+    tend: Fault = lambda fake: None
 
 
 def failing(*words: Json, **more: Json) -> Fault:
@@ -124,9 +126,9 @@ PLATFORMS = (
         lambda fake: fake.settings(),
         lambda fake, person, text: fake.say(text, sender=person),
         lambda fake, person: list(fake.screen(person)),
-        (lambda fake: fake.send_again(), lambda fake: fake.expire(),
-         lambda fake: fake.garbage("{not JSON"), lambda fake: fake.system("disconnect")),
-        may_repeat=True),
+        (lambda fake: fake.expire(), lambda fake: fake.garbage("{not JSON"),
+         lambda fake: fake.system("disconnect")),
+        may_repeat=True, tend=lambda fake: fake.send_again()),
     Platform(
         "openclaw-weixin", "fake_wechat", "FakeWeChat",
         ("wa@im.wechat", "wb@im.wechat", "wc@im.wechat"), lambda fake: fake.settings(),
@@ -291,7 +293,7 @@ class Soak:
         """Let it all happen for some time, without kills in the last third; return how long."""
         began_s = time.monotonic()
         things: list[tuple[Callable[[], None], float]] = [
-            (self.gateway.sample, SAMPLE_S), (self._tell, 60.0), (self._fault, FAULT_S),
+            (self._tend, SAMPLE_S), (self._tell, 60.0), (self._fault, FAULT_S),
             (self._kill, self._kill_s)]
         things += [(functools.partial(self._speak, platform, person), PERSON_S)
                    for platform in self._platforms for person in platform.people]
@@ -313,12 +315,20 @@ class Soak:
     def rest(self) -> bool:
         """Wait until everything is settled, and return whether it is."""
         until_s = time.monotonic() + REST_S
-        while time.monotonic() < until_s:
-            if self.gateway.is_at_rest():
-                time.sleep(1.0)
-                return True
+        seconds_at_rest = 0
+        # What was said last may still wait for a connection.
+        while seconds_at_rest < 20 and time.monotonic() < until_s:
+            self._tend()
             time.sleep(1.0)
-        return False
+            seconds_at_rest = seconds_at_rest + 1 if self.gateway.is_at_rest() else 0
+        return seconds_at_rest > 0
+
+    def _tend(self) -> None:
+        """Do what platforms do by themselves, and look at the gateway."""
+        for platform in self._platforms:
+            with contextlib.suppress(OSError):
+                platform.tend(self.fakes[platform.channel])
+        self.gateway.sample()
 
     def _speak(self, platform: Platform, person: str) -> None:
         """Write once, several times in a hurry, or far too often."""
@@ -449,7 +459,8 @@ def memory_flaws(samples: Sequence[Sample]) -> tuple[str, list[str]]:
     """What the longest life says of memory and files; and what is wrong with it."""
     lives = collections.Counter(sample.life for sample in samples)
     life = [sample for sample in samples if sample.life == lives.most_common(1)[0][0]]
-    settled = [sample for sample in life if sample.age_s >= 60.0] or life
+    # What is younger still fills its caches.
+    settled = [sample for sample in life if sample.age_s >= 60.0] or life[-1:]
     first, last = settled[0], settled[-1]
     grown = last.rss_bytes - first.rss_bytes
     told = (f"the longest life, {last.age_s / 60:.1f} min: RSS {first.rss_bytes / 1e6:.1f} MB "
