@@ -1459,6 +1459,29 @@ class Http:
             old[1].end()
 
 
+def leads_to(url: str, domains: tuple[str, ...], *, is_local: bool) -> bool:
+    """Return whether an address is https and below one of these domains, such as ".qq.com"; or on
+    this machine, if the platform is a stand-in there."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    return parts.scheme == "https" and f".{host}".endswith(domains) or (
+        is_local and is_loopback(host))
+
+
+def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
+    """Return the bytes at an address that a message names. Raises SendFailed, ValueError."""
+    # A stranger's message must not make this program ask its own network.
+    if not (url.startswith("https://") or is_local):
+        raise SendFailed("never", "not an https address")
+    try:
+        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
+    except NetworkFailed as problem:
+        raise SendFailed("later", str(problem)) from None
+    if answer.status != 200:
+        raise SendFailed("never", f"status {answer.status}")
+    return answer.body
+
+
 # ==== 7. WebSocket ===========================================================
 # A client of RFC 6455. No extension is offered, so every frame is as the RFC has it.
 
@@ -1864,8 +1887,11 @@ class Console:
         print(clean(text), flush=True)
 
     def ask(self, question: str) -> str:
-        """Return a line that the user types."""
-        return input(f"{clean(question)} ").strip()
+        """Return a line that the user types. Raises Fatal if there is nobody."""
+        try:
+            return input(f"{clean(question)} ").strip()
+        except EOFError:
+            raise Fatal("there is nobody to ask", "run it on a terminal") from None
 
 
 # ==== 9. Text ================================================================
@@ -2341,20 +2367,6 @@ def linked_file(found: Json) -> Attachment:
     return Attachment("image" if mime.startswith("image/") else "file",
                       clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
                       {"url": url})
-
-
-def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
-    """Return the bytes at an address that a message names. Raises SendFailed, ValueError."""
-    # A stranger's message must not make this program ask its own network.
-    if not (url.startswith("https://") or is_local):
-        raise SendFailed("never", "not an https address")
-    try:
-        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-    except NetworkFailed as problem:
-        raise SendFailed("later", str(problem)) from None
-    if answer.status != 200:
-        raise SendFailed("never", f"status {answer.status}")
-    return answer.body
 
 
 # ==== 11. Telegram ===========================================================
@@ -3315,6 +3327,7 @@ class DingTalk(Channel):
         sender = staff or str(data["senderId"])
         group = "" if str(data["conversationType"]) == "1" else str(data["conversationId"])
         until_s = float(data.get("sessionWebhookExpiredTime") or 0) / 1000
+        is_theirs = leads_to(webhook, (".dingtalk.com",), is_local=self._is_local)
         return Message(
             # It is the same one when the frame comes again, which has another id then.
             id=str(data["msgId"]), chat=group or sender, kind="group" if group else "direct",
@@ -3322,17 +3335,10 @@ class DingTalk(Channel):
             # A group shows a robot nothing else.
             is_mentioned=not group or data.get("isInAtList") is not False, quoted=quoted,
             attachments=attachments, at_s=float(data.get("createAt") or 0) / 1000,
-            route={"webhook": webhook if self._is_theirs(webhook) else "", "until_s": until_s,
+            route={"webhook": webhook if is_theirs else "", "until_s": until_s,
                    "robot": robot, "staff": staff, "group": group},
             group=group, place=group,
         )
-
-    def _is_theirs(self, url: str) -> bool:
-        """Return whether an address for replies is DingTalk's."""
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-        return parts.scheme == "https" and f".{host}".endswith(".dingtalk.com") or (
-            self._is_local and is_loopback(host))
 
     # -- sending ----------------------------------------------------------------------------------
 
@@ -3362,18 +3368,17 @@ class DingTalk(Channel):
         """Send by the API. Raises Fatal, Retry, SendFailed."""
         if not (route["group"] or route["staff"]):
             raise SendFailed("held", "only a new message brings an address for the answer")
-        path, to = ("groupMessages/send", {"openConversationId": route["group"]}) if route[
-            "group"] else ("oToMessages/batchSend", {"userIds": [route["staff"]]})
+        path, to = "oToMessages/batchSend", {"userIds": [route["staff"]]}
+        if route["group"]:
+            path, to = "groupMessages/send", {"openConversationId": route["group"]}
         answer = self._ask(path, {
             **to, "robotCode": route["robot"], "msgKey": "sampleMarkdown",
             "msgParam": json.dumps(content, ensure_ascii=False)})
         found = answer.json()
-        is_flooded, is_wrong = (found.get(f"{key}StaffIdList") for key in (
-            "flowControlled", "invalid"))
-        if not found.get("processQueryKey") or is_flooded or is_wrong:
+        is_flooded = bool(found.get("flowControlledStaffIdList"))
+        if is_flooded or found.get("invalidStaffIdList") or not found.get("processQueryKey"):
             check_refusal(answer, str(found.get("code")))
-            raise SendFailed("later" if is_flooded else "never", str(
-                found.get("message") or f"status {answer.status}"))
+            raise SendFailed("later" if is_flooded else "never", f"not taken: {found}"[:200])
 
     def render(self, markdown: str) -> str:
         """Return the text as the Markdown that DingTalk shows."""
@@ -3474,6 +3479,7 @@ DingTalk.row = Row(
 # messages, ten times for each. https://www.npmjs.com/package/@tencent-weixin/openclaw-weixin
 
 _WECHAT_API, _WECHAT_CDN = "https://ilinkai.weixin.qq.com", "https://novac2c.cdn.weixin.qq.com/c2c"
+_WECHAT_DOMAINS = (".qq.com", ".wechat.com")
 #: The version of the protocol as a text, and in the headers of each call: a byte for each part.
 _WECHAT_VERSION = "2.4.9"
 _WECHAT_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(2 << 16 | 4 << 8 | 9)}
@@ -3484,8 +3490,8 @@ _WECHAT_PAUSES_S = (2.0, 2.0, 30.0)
 #: Codes of refusals: the bot is bound elsewhere, or idled too long; the message is not taken now.
 _WECHAT_NOT_LOGGED_IN, _WECHAT_NOT_NOW = -14, -2
 _WECHAT_LOGIN = f"run {PROGRAM} login --channel openclaw-weixin"
-#: Of how many people the token is kept.
-_WECHAT_PEOPLE = 500
+#: Of how many people the token is kept, and the type of a bot's messages.
+_WECHAT_PEOPLE, _WECHAT_BOT = 500, 2
 #: The pause between two questions of a login, how many codes it shows, and what ends one.
 _WECHAT_POLL_S, _WECHAT_CODES = 1.0, 3
 _WECHAT_SCAN_ENDS = ("confirmed", "binded_redirect", "expired", "verify_code_blocked")
@@ -3493,8 +3499,6 @@ _WECHAT_SCAN_ENDS = ("confirmed", "binded_redirect", "expired", "verify_code_blo
 _WECHAT_TEXTS = {1: "text_item", 3: "voice_item"}
 _WECHAT_FILES = {2: ("image_item", "image", "photo.jpg"), 3: ("voice_item", "file", "voice"),
                  4: ("file_item", "file", "file"), 5: ("video_item", "file", "video")}
-#: The type of a bot's message, and the state of one that is whole.
-_WECHAT_BOT, _WECHAT_WHOLE = 2, 2
 #: The Markdown that WeChat shows: four levels of headings, and no links.
 WECHAT_MARKDOWN = Markup(
     heading=lambda level, text: f"{'#' * level} {text}" if level <= 4 else f"**{text}**",
@@ -3708,9 +3712,11 @@ class WeChat(Channel):
             param = urllib.parse.quote(str(media.get("encrypt_query_param") or ""), safe="")
             root = self.tools.settings.get("cdnBaseUrl") or _WECHAT_CDN
             url = media.get("full_url") or f"{root}/download?encrypted_query_param={param}"
-            key = wechat_key(found.get("aeskey"), media.get("aes_key"))
+            # In base64 the key is its 16 bytes, or their digits.
+            data = base64.b64decode(str(media.get("aes_key") or ""))
+            key = found.get("aeskey") or (data.decode("ascii") if len(data) == 32 else data.hex())
             yield Attachment(kind, clean(found.get("file_name") or name), "",
-                             int(found.get("len") or 0), {"url": url, "key": key.hex()})
+                             int(found.get("len") or 0), {"url": url, "key": str(key)})
 
     # -- sending ----------------------------------------------------------------------------------
 
@@ -3718,7 +3724,8 @@ class WeChat(Channel):
         """Send a part and return the id of its message. Raises SendFailed."""
         answer = self._deliver("sendmessage", {"msg": {
             "from_user_id": "", "to_user_id": route["to"], "client_id": part.nonce,
-            "message_type": _WECHAT_BOT, "message_state": _WECHAT_WHOLE,
+            # State 2 = the message is whole.
+            "message_type": _WECHAT_BOT, "message_state": 2,
             "item_list": [{"type": 1, "text_item": {"text": self.render(part.text)}}],
             "context_token": self._token(route), "run_id": route["run"],
         }})
@@ -3802,7 +3809,10 @@ class WeChat(Channel):
         console.show_link(link)
         console.say("Scan it with WeChat.")
         while self._clock() < until_s:
-            found = self._scan_status(root, query)
+            found: Json = {}
+            url = f"{root}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(query)}"
+            with contextlib.suppress(NetworkFailed, ValueError):
+                found = self.http.call("GET", url, None, _WECHAT_HEADERS, _WECHAT_HOLD_S).json()
             status = found.get("status")
             if status in _WECHAT_SCAN_ENDS:
                 return found
@@ -3819,20 +3829,10 @@ class WeChat(Channel):
             self.tools.stop.wait(_WECHAT_POLL_S)
         raise Fatal("nobody confirmed in time", f"{_WECHAT_LOGIN} again")
 
-    def _scan_status(self, root: str, query: Mapping[str, str]) -> Json:
-        """Return the state of a code, {} if it is not known."""
-        url = f"{root}/ilink/bot/get_qrcode_status?{urllib.parse.urlencode(query)}"
-        with contextlib.suppress(NetworkFailed, ValueError):
-            return self.http.call("GET", url, None, _WECHAT_HEADERS, _WECHAT_HOLD_S).json()
-        return {}
-
     def _checked(self, url: str) -> str:
         """Return an address that a login leads to. Raises Fatal if it is not WeChat's."""
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-        is_theirs = parts.scheme == "https" and f".{host}".endswith((".qq.com", ".wechat.com"))
-        if not (is_theirs or self._is_local and is_loopback(host)):
-            raise Fatal(f"the login leads to {clean(host)}, which is not WeChat",
+        if not leads_to(url, _WECHAT_DOMAINS, is_local=self._is_local):
+            raise Fatal(f"the login leads to {clean(url)}, which is not WeChat",
                         "do not go on; ask whoever runs your network")
         return url.rstrip("/")
 
@@ -3848,14 +3848,6 @@ def wechat_text(items: list[Json]) -> str:
     said = [(item.get(_WECHAT_TEXTS.get(item.get("type", 0), "")) or {}).get("text")
             for item in items]
     return "\n".join(str(each) for each in said if each).strip()
-
-
-def wechat_key(in_hex: object, in_base64: object) -> bytes:
-    """Return the key of a file: 16 bytes, or none. In base64 it is the bytes, or their digits.
-    Raises ValueError."""
-    data = base64.b64decode(str(in_base64 or ""))
-    digits = str(in_hex or "") or (data.decode("ascii") if len(data) == 32 else data.hex())
-    return bytes.fromhex(digits)
 
 
 WeChat.row = Row(

@@ -135,7 +135,7 @@ PLATFORMS = (
         lambda fake, person, text: fake.say(text, sender=person),
         lambda fake, person: list(fake.screen(person)),
         (failing("POST", "getupdates", 502), failing("POST", "sendmessage", 500)),
-        may_repeat=False, state=lambda fake: fake.login()),
+        may_repeat=True, state=lambda fake: fake.login()),
 )
 
 

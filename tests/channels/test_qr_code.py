@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -98,3 +99,12 @@ def test_what_a_platform_says_cannot_command_the_terminal(
     channels.Console().say("a\x1b[2Jb")
     assert capsys.readouterr().out == "a?[2Jb\n"
     assert channels.Console().ask("Number\x07?") == "12" and asked == ["Number?? "]
+
+
+def test_a_question_that_nobody_can_answer_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(channels.Fatal) as fatal:
+        channels.Console().ask("Number?")
+    assert fatal.value.fix == "run it on a terminal"

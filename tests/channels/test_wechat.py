@@ -151,15 +151,21 @@ def test_a_login_that_a_notice_mends_goes_on(
     assert [str(each) for each in tools.ends] == ["refused"]
 
 
-def test_a_new_login_is_used_at_once(wechat: FakeWeChat, channel: Any, tools: FakeTools) -> None:
-    with receiving(channel, tools):
-        eventually(lambda: wechat.calls[-1].path.endswith("getupdates"))
-        wechat.token = "token-of-the-new-login"
-        tools.states.append(wechat.login())
-        wechat.say("hello")
-        eventually(lambda: tools.messages)
-    assert str(tools.ends[0]) == "logged in anew"
-    assert tools.states[-1]["bot_token"] == "token-of-the-new-login"
+def test_a_new_login_is_not_overwritten_by_what_the_old_one_received(
+    wechat: FakeWeChat, channel: Any, tools: FakeTools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll, new = channel._poll, wechat.login(bot_token="token-of-the-new-login")
+
+    def polled(state: Json) -> Json:
+        answer = poll(state)
+        tools.states.append(new)
+        return answer
+
+    monkeypatch.setattr(channel, "_poll", polled)
+    wechat.say("hello")
+    with pytest.raises(channels.Retry, match="logged in anew"):
+        channel.run()
+    assert tools.state() == new and not tools.messages
 
 
 def test_every_third_failure_earns_a_long_pause(wechat: FakeWeChat, channel: Any) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+import contextlib
+import json
+import os
+import pty
+import sys
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
 
 from channel_rows import Chat, channels
 from fake_agent import FakeAgent, whole
 from fake_wechat import BUDGET, OWNER, FakeWeChat
-from gateway import Gateway
+from gateway import SCRIPT, Gateway
+from project import clean_env
 from waiting import eventually, stays
 
 PHOTO = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 3
@@ -39,28 +48,73 @@ def test_a_login_is_enough_to_chat_and_a_new_one_heals() -> None:
         assert secret not in log
 
 
-def test_a_long_answer_comes_in_ten_messages_and_the_rest_with_the_next_ones() -> None:
-    paragraphs = [f"Paragraph {number} " + "x" * 1500 for number in range(15)]
-    with FakeWeChat() as wechat, FakeAgent() as agent:
-        def logged_in(tools: Any, http: Any) -> Any:
-            tools.shared.store.put_state(tools.id, wechat.login())
-            return channels.WeChat(tools, http)
+@pytest.fixture
+def wechat() -> Iterator[FakeWeChat]:
+    with FakeWeChat() as running:
+        yield running
 
-        row = channels.WeChat.row._replace(make=logged_in, pace_s=0.0)
-        with Chat(agent.url, row=row, **wechat.settings(allowFrom=[OWNER])):
-            agent.enqueue(whole({"choices": [{"message": {"content": "\n\n".join(paragraphs)}}]}))
-            wechat.say("tell me everything")
-            eventually(lambda: "write anything" in "".join(wechat.screen(OWNER)))
-            assert len(stays(lambda: wechat.screen(OWNER), 0.2)) <= BUDGET
-            wechat.fail("POST", "sendmessage", 200, {"ret": -2, "errmsg": "not now"})
-            wechat.say("go on")
-            # What was refused waits with all that follows it, and is not tried again.
-            eventually(lambda: "not now" not in str(wechat._failures))
-            count = stays(lambda: len(wechat.called("POST", "sendmessage")), 0.3)
-            wechat.say("/more")
-            eventually(lambda: "Paragraph 14 " in "".join(wechat.screen(OWNER)))
-            eventually(lambda: "You said: go on" in wechat.screen(OWNER))
-            assert len(wechat.called("POST", "sendmessage")) > count
-            whole_text = "".join(wechat.screen(OWNER))
-    assert [whole_text.count(f"Paragraph {number} ") for number in range(15)] == [1] * 15
+
+@pytest.fixture
+def agent(wechat: FakeWeChat) -> Iterator[FakeAgent]:
+    """An agent that is asked on WeChat, by a gateway in this process that does not pause."""
+    def logged_in(tools: Any, http: Any) -> Any:
+        tools.shared.store.put_state(tools.id, wechat.login())
+        return channels.WeChat(tools, http)
+
+    row = channels.WeChat.row._replace(make=logged_in, pace_s=0.0)
+    with FakeAgent() as running, Chat(running.url, row=row, **wechat.settings(allowFrom=[OWNER])):
+        yield running
+
+
+def test_a_long_answer_comes_in_ten_messages_and_the_rest_with_the_next_one(
+    wechat: FakeWeChat, agent: FakeAgent
+) -> None:
+    paragraphs = [f"Paragraph {number} " + "x" * 1500 for number in range(15)]
+    agent.enqueue(whole({"choices": [{"message": {"content": "\n\n".join(paragraphs)}}]}))
+    wechat.say("tell me everything")
+    eventually(lambda: "write anything" in "".join(wechat.screen(OWNER)))
+    assert len(stays(lambda: wechat.screen(OWNER), 0.2)) <= BUDGET
+    wechat.say("go on")
+    eventually(lambda: "You said: go on" in wechat.screen(OWNER))
+    shown = "".join(wechat.screen(OWNER))
+    assert [shown.count(f"Paragraph {number} ") for number in range(15)] == [1] * 15
     assert all(len(text) <= 1800 for text in wechat.screen(OWNER)) and not wechat.faults
+
+
+def test_what_wechat_does_not_take_comes_with_the_next_message(
+    wechat: FakeWeChat, agent: FakeAgent
+) -> None:
+    wechat.fail("POST", "sendmessage", 200, {"ret": -2, "errmsg": "not now"})
+    wechat.say("one")
+    eventually(lambda: wechat.called("POST", "sendmessage"))
+    assert stays(lambda: len(wechat.called("POST", "sendmessage")), 0.3) == 1
+    wechat.say("two")
+    eventually(lambda: wechat.screen(OWNER) == ["You said: one", "You said: two"])
+
+
+@pytest.mark.slow
+def test_a_login_on_a_terminal_shows_a_code_and_asks_for_the_number(tmp_path: Path) -> None:
+    with FakeWeChat() as wechat:
+        wechat.login_states = [
+            {"status": "wait"}, {"status": "expired"}, {"status": "scaned"},
+            lambda query: {"status": "need_verifycode"},
+            lambda query: {"status": "scaned" if query.get("verify_code") == "42" else "expired"}]
+        settings = {"channels": {"wechat": wechat.settings()}}
+        (tmp_path / "channels.json").write_text(json.dumps(settings))
+        child, terminal = pty.fork()
+        if not child:
+            os.execve(sys.executable, [sys.executable, str(SCRIPT), "login", "--channel", "wechat"],
+                      {**clean_env(), "OCP_HOME": str(tmp_path), "COLUMNS": "100", "LINES": "40"})
+        shown = b""
+        with os.fdopen(terminal, "r+b", buffering=0) as screen:
+            # Linux ends the reading of a terminal that nobody has open with an error.
+            with contextlib.suppress(OSError):
+                while piece := screen.read(65_536):
+                    shown += piece
+                    if b"Which number" in piece:
+                        screen.write(b"42\n")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    text = shown.decode()
+    assert text.count("https://liteapp.weixin.qq.com/q/") == 2 and "\u2588" in text
+    assert "Scanned; confirm it on the phone." in text and "Saved openclaw-weixin:default" in text
+    assert wechat.token not in text and not wechat.faults
