@@ -2269,13 +2269,13 @@ class OpcodeChannel(Channel):
                 self.tools.accept(None, self._session)
 
     def _end(self, why: str, ending: Ending) -> NoReturn:
-        """Raise what follows the end of a connection."""
+        """Raise what follows the end of a connection; a session of which nothing comes is over."""
         self.disconnected()
         if ending.fix:
             raise Fatal(ending.why, ending.fix)
-        if ending.is_session_over:
-            self._session = {}
         self._cuts = self._cuts + 1 if self._clock() - self._began_s < _CUT_WITHIN_S else 0
+        if ending.is_session_over or self._cuts > _MAX_CUTS:
+            self._session = {}
         raise Retry(why, _CUT_PAUSE_S if self._cuts >= _MAX_CUTS else ending.after_s)
 
     def _serve(self, connection: WebSocket) -> None:
@@ -2944,7 +2944,7 @@ class QQ(OpcodeChannel):
     """A bot of QQ."""
 
     endings = {
-        **dict.fromkeys((4006, 4007, 4009, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
+        **dict.fromkeys((4006, 4007, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
         11_298: Ending("this machine's public address is not on the bot's list",
                        "add it at q.qq.com: Development, IP white list"),
         4014: Ending("the bot may not hear of guilds", "take guilds out of its settings"),
@@ -4843,14 +4843,16 @@ class Lanes(Loop):
 
 
 def batch_of(rows: list[sqlite3.Row]) -> list[tuple[sqlite3.Row, Message]]:
-    """Return the messages that one turn answers: a command alone, else as many as come before."""
+    """Return the messages that one turn answers: a command alone, else as many as come before.
+    Those that were asked before are asked again as they were, without what came after them."""
     batch: list[tuple[sqlite3.Row, Message]] = []
     size = 0
     for row in rows[:_MAX_MERGED]:
         message = message_of(row["message"])
         is_command = command_of(message) is not None
         size += len(message.text)
-        if batch and (is_command or size > _MAX_MERGED_CHARS):
+        is_other = row["attempts"] != rows[0]["attempts"]
+        if batch and (is_command or is_other or size > _MAX_MERGED_CHARS):
             break
         batch.append((row, message))
         if is_command:

@@ -22876,6 +22876,43 @@ def get_metrics(app: App, exchange: Exchange) -> None:
     exchange.response.send_text(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
+# -- chats ----------------------------------------------------------------------------------------
+
+#: How long the gateway to chats may take to tell how it is.
+_CHANNELS_TIMEOUT_S = 2.0
+_MAX_CHANNELS_STATUS_BYTES = 1 << 20
+
+
+def get_channels(app: App, exchange: Exchange) -> None:
+    """GET /api/channels: return the accounts of the gateway to chats (ocp_channels.py), whether
+    each one is well, and how many people wait for approval. `state` is "running", "stopped", or
+    "none" if no chat was ever joined in this OCP_HOME."""
+    home = app.config.home_path
+    has_settings = os.path.exists(os.path.join(home, "channels.json"))
+    found: Json = {
+        "state": "stopped" if has_settings else "none", "waiting": 0, "accounts": []}
+    # Whatever it is that listens there, it costs no more than this answer.
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        found = _told_by_gateway(os.path.join(home, "channels.sock"))
+    exchange.response.send_json(found)
+
+
+def _told_by_gateway(path: str) -> Json:
+    """Return what the gateway to chats tells at its socket. Raises OSError if none runs, and other
+    exceptions if it is no such gateway."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_CHANNELS_TIMEOUT_S)
+        sock.connect(path)
+        sock.sendall(b'{"do":"status"}\n')
+        with sock.makefile("rb") as file:
+            status = json.loads(file.readline(_MAX_CHANNELS_STATUS_BYTES))
+    keys = ("status", "error", "note", "pending", "held", "dead", "lastInboundAt")
+    return {
+        "state": "running", "waiting": len(status.get("pairing")), "accounts": [
+            {"name": f"{each.get('id')}:{each.get('accountId')}", **{k: each.get(k) for k in keys}}
+            for each in status.get("channels")]}
+
+
 # -- login and capture ----------------------------------------------------------------------------
 
 
@@ -23312,6 +23349,7 @@ ROUTES = (
     Route("PATCH",  "/settings",                 Access.ADMIN,  CHAT,        change_settings),
     Route("GET",    "/api/alerts",               Access.ADMIN,  CHAT,        get_alerts),
     Route("POST",   "/api/alerts/test",          Access.ADMIN,  CHAT,        send_test_alert),
+    Route("GET",    "/api/channels",             Access.ADMIN,  CHAT,        get_channels),
     Route("GET",    "/cache/stats",              Access.ADMIN,  CHAT,        get_cache_stats),
     Route("DELETE", "/cache",                    Access.ADMIN,  CHAT,        clear_cache),
     Route("GET",    "/logs",                     Access.ADMIN,  CHAT,        get_logs),

@@ -248,6 +248,18 @@ def test_connections_that_are_cut_at_once_are_made_more_slowly(
     assert run(channel, monkeypatch, held)[0].after_s == 3.0
 
 
+def test_a_session_whose_connections_are_all_cut_at_once_is_given_up(
+    channel: Made, tools: FakeTools, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(channel, monkeypatch, Script(clock, (0, HELLO), (0, READY), (9, GONE)))
+    for count in range(1, 5):
+        assert tools.state()
+        cut = Script(clock, (0, HELLO), (1, GONE))
+        assert run(channel, monkeypatch, cut)[0].after_s == (60.0 if count >= 3 else 0.0)
+        assert cut.ops() == [6]
+    assert not tools.state()
+
+
 def test_a_message_that_is_not_safe_comes_again(
     channel: Made, tools: FakeTools, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

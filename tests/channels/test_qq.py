@@ -237,7 +237,7 @@ def test_no_event_of_any_form_stops_the_next_one(
 # -- connections ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("code", "ops", "tokens"), [
-    (4004, [2, 6], 2), (4009, [2, 2], 2), (4906, [2, 2], 2), (1000, [2, 6], 2)])
+    (4004, [2, 6], 2), (4009, [2, 6], 2), (4006, [2, 2], 2), (4906, [2, 2], 2), (1000, [2, 6], 2)])
 def test_what_follows_a_close(
     qq: FakeQQ, channel: Any, tools: FakeTools, code: int, ops: list[int], tokens: int
 ) -> None:

@@ -41,6 +41,29 @@ def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> Non
         assert agent.most_running <= 2
 
 
+def test_what_was_asked_before_a_kill_is_asked_again_without_what_came_later(
+    chat: Chat
+) -> None:
+    for number, attempts in enumerate((1, 1, 0, 0), 1):
+        chat.store.put_in(chat.live.id, "lane", message(f"m{number}", id=str(number)))
+        chat.store.run("UPDATE inbox SET attempts=? WHERE id=?", attempts, number)
+    rows = chat.store.waiting("lane")
+    assert [each.text for _, each in channels.batch_of(rows)] == ["m1", "m2"]
+    assert [each.text for _, each in channels.batch_of(rows[2:])] == ["m3", "m4"]
+    chat.store.finish(range(1, 5))
+
+
+def test_a_message_that_killed_it_twice_takes_no_other_along(chat: Chat) -> None:
+    with chat.store.transaction():
+        for number in (1, 2):
+            chat.store.put_in(chat.live.id, f"{chat.live.id}:1000",
+                              message(f"m{number}", id=str(number)))
+        chat.store.run("UPDATE inbox SET attempts=2 WHERE id=1")
+    chat.app.lanes.nudge()
+    eventually(lambda: chat.channel.sent == [
+        "I was interrupted; please send that again.", "You said: m2"])
+
+
 def test_a_message_that_comes_again_is_answered_once(chat: Chat) -> None:
     for _ in range(3):
         chat.say("hello", id="same")

@@ -22,10 +22,14 @@ import pytest
 
 import browser
 from chat import question
+from fake_agent import FakeAgent
+from fake_telegram import FakeTelegram
+from gateway import Gateway
 from http_client import Reply, http_request
 from programs import client_folders, how_to_install
 from project import clean_env, free_port, load_script
 from server import Server, running_server
+from waiting import eventually
 from webhook import running_webhook
 
 Json = Any
@@ -998,6 +1002,36 @@ def test_alerts_show_with_their_delivery_and_a_test_can_be_sent(
         page.click("[aria-label='Edit alertUrl']")
         assert page.evaluate("document.querySelector('#field-value').value") == ""
         assert "s3cret" not in page.evaluate("document.documentElement.outerHTML")
+
+
+@needs_browser
+def test_chats_show_with_their_accounts_and_who_waits_for_approval(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    with FakeTelegram() as telegram, FakeAgent() as agent, Gateway(telegram, agent) as gateway:
+        with running_server(tmp_path, ANSWER, env=MULTI) as server, opened(chrome, server) as page:
+            page.sees("not known yet", "#facts")
+            assert page.evaluate("document.querySelector('#channels-card').hidden")
+            # The server looks in its own OCP_HOME; the path of a socket has to be short.
+            for name in ("channels.json", "channels.sock"):
+                (server.ocp_home / name).symlink_to(gateway.home / name)
+            telegram.say("hello", sender=7)
+            telegram.say("hello", sender=1000)
+            eventually(lambda: telegram.screen(7) and telegram.screen(1000))
+            page.evaluate("location.reload()")
+            page.sees("Waiting for approval: 1. ocp channels pairing list", "#channels-hint")
+            page.sees("telegram:default", "#channels")
+            page.sees("running", "#channels")
+            page.sees("0 parts", "#channels")
+            telegram.fail("getMe", 401, "Unauthorized", times=99)
+            gateway.kill()
+            gateway.start()
+            page.evaluate("location.reload()")
+            page.sees("the token is refused: take a new one from @BotFather", "#channels")
+            gateway.kill()
+            page.evaluate("location.reload()")
+            page.sees("The gateway does not run: ocp channels start -d", "#channels-hint")
+            page.sees("No account runs.", "#channels")
 
 
 @needs_browser

@@ -163,7 +163,7 @@ class FakeTelegram:
 
     def fail(self, method: str, code: int, description: str, times: int = 1,
              **parameters: Json) -> None:
-        """Refuse the next calls of a method."""
+        """Refuse the next calls of a method; with code 0 hang up instead of an answer."""
         with self._changed:
             self._failures[method] += [Refusal(code, description, **parameters)] * times
 
@@ -273,6 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(404 if data is None else 200, data or b"")
 
     def _send(self, status: int, data: bytes) -> None:
+        if status == 0:
+            self.close_connection = True
+            return
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -406,6 +406,22 @@ def test_attacks_that_go_on_together_exist() -> None:
     assert set(module.TOGETHER) <= set(module.attackers.ATTACKS)
 
 
+# -- channels ------------------------------------------------------------------------------------
+
+def test_channels_table_tells_how_late_and_whether_that_is_good_enough() -> None:
+    module = bench("channels")
+    load = module.Load(300, 10.0, 1.5, 28_000_000, 29_500_000)
+    delays = [[0.01, 0.03, 0.02] for _ in module.LINES]
+    lines = module.table(delays, load, "a machine").splitlines()
+
+    assert cells(lines[2])[1:] == ["20.0", "28.0", "30.0"]
+    assert "| messages a second                           | 30.0 |" in lines
+    assert "| processor time of the gateway a message, ms |  5.0 |" in lines
+    assert "p90 ms: 28.00 (to reach: at most 100): reached" in lines[-3]
+    delays[3] = [0.2]
+    assert module.table(delays, load, "a machine").count("MISSED") == 1
+
+
 # -- callers -------------------------------------------------------------------------------------
 
 def served(*rates: float) -> dict[str, list[object]]:
