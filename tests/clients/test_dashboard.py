@@ -829,6 +829,9 @@ def test_the_code_to_copy_asks_the_same(
 #: A decoder of QR codes that runs in the page, if it is installed.
 DECODERS = [path for folder in client_folders()
             for path in folder.glob("node_modules/jsqr/dist/jsQR.js")]
+#: How many bytes the versions of a code from 1 to 20 hold at level L: ISO/IEC 18004, table 7.
+CAPACITIES = (17, 32, 53, 78, 106, 134, 154, 192, 230, 271,
+              321, 367, 425, 458, 520, 586, 644, 718, 792, 858)
 #: What a camera sees of a code: `decoded(code)` draws it, four points for a module.
 DRAW_AND_DECODE = """window.decoded = (code) => {
   const side = 4 * (code.length + 8);
@@ -848,17 +851,20 @@ needs_decoder = pytest.mark.skipif(
 def test_a_decoder_reads_codes_of_every_size_and_mask(
     chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    texts = [("http://[fd00::1]:3456/dashboard/" * 4)[:length]
-             for length in (1, 14, 15, 26, 27, 42, 43, 62, 63, 84, 85, 106)]
+    lengths = [1, *CAPACITIES, *(most + 1 for most in CAPACITIES[:-1])]
+    texts = [("http://[fd00::1]:3456/dashboard/" * 27)[:length] for length in lengths]
     with opened(chrome, busy.server) as page:
         page.evaluate(DECODERS[0].read_text() + ";" + DRAW_AND_DECODE)
-        read = page.evaluate(f"{json.dumps(texts)}.map((text) => decoded(qrCode(text)))")
-        masks = page.evaluate(
-            "[0, 1, 2, 3, 4, 5, 6, 7].map((mask) => decoded(qrModules(2, qrCodewords("
-            "[...new TextEncoder().encode('http://10.0.0.7:3456')], QR_VERSIONS[1]), mask)))")
-        assert read == texts
-        assert masks == ["http://10.0.0.7:3456"] * 8
-        assert page.evaluate("qrCode('x'.repeat(107))") is None
+        for text in texts:
+            version = 1 + sum(most < len(text) for most in CAPACITIES)
+            code = f"qrCode({json.dumps(text)})"
+            assert page.evaluate(f"[decoded({code}), {code}.length]") == [text, 17 + 4 * version]
+        for version in (2, 7, 20):
+            masks = page.evaluate(
+                f"[0, 1, 2, 3, 4, 5, 6, 7].map((mask) => decoded(qrModules({version}, qrCodewords("
+                f"[...new TextEncoder().encode('http://10.0.0.7:3456')], {version}), mask)))")
+            assert masks == ["http://10.0.0.7:3456"] * 8
+        assert page.evaluate("qrCode('x'.repeat(859))") is None
 
 
 @needs_browser
@@ -882,7 +888,7 @@ def test_the_code_on_the_screen_is_the_address_of_the_dashboard_and_no_key(
         page.evaluate(DECODERS[0].read_text() + ";" + DRAW_AND_DECODE)
         # From the path that is drawn: one square for each dark module.
         shown = page.evaluate("""(() => {
-            const svg = document.querySelector('#qr'), side = svg.viewBox.baseVal.width - 8;
+            const svg = document.querySelector('.qr'), side = svg.viewBox.baseVal.width - 8;
             const rows = Array.from({length: side}, () => new Array(side).fill(false));
             for (const [, x, y] of svg.firstChild.getAttribute('d').matchAll(/M(\\d+) (\\d+)/g)) {
                 rows[y - 4][x - 4] = true;
@@ -910,7 +916,7 @@ def test_a_server_without_keys_shows_the_command_at_once_and_keeps_the_focus_ins
         page.sees("This server wants no key", "#device")
         assert page.evaluate(
             "getComputedStyle(document.querySelector('#device .warn code')).display") == "inline"
-        assert not page.evaluate("Boolean(document.querySelector('#qr, #device-key'))")
+        assert not page.evaluate("Boolean(document.querySelector('.qr, #device-key'))")
         for _ in range(8):
             page.press("Tab")
             assert page.evaluate("document.activeElement === document.body || "
