@@ -1138,6 +1138,80 @@ def test_claude_is_logged_in_from_the_page(chrome: browser.Browser, tmp_path: Pa
         assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "finished"
 
 
+#: As long as the addresses of claude, which have 500 to 570 characters with their state.
+LONG_ADDRESS = ("https://claude.com/cai/oauth/authorize?code=true&" +
+                "scope=user%3Aprofile+" * 22 + "&state=")
+#: What a camera reads: a function of the screenshot. It sees a bit more than the code, and has
+#: two points for each pixel.
+SCAN = """async (shot) => {
+  const bytes = Uint8Array.from(atob(shot), (letter) => letter.charCodeAt(0));
+  const box = document.querySelector('#asking .qr').getBoundingClientRect();
+  const side = 2 * Math.round(box.width + 40);
+  const pen = new OffscreenCanvas(side, side).getContext('2d');
+  pen.scale(2, 2);
+  pen.drawImage(await createImageBitmap(new Blob([bytes])), 20 - box.left, 20 - box.top);
+  return jsQR(pen.getImageData(0, 0, side, side).data, side, side)?.data ?? null;
+}"""
+
+
+@needs_browser
+@needs_decoder
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (360, False)])
+def test_the_address_of_a_login_can_be_scanned_from_the_screen(
+    chrome: browser.Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    with running_server(tmp_path, {"login": {"url": LONG_ADDRESS}}, env=env) as server, \
+            opened(chrome, server, width=width, dark=dark) as page:
+        page.click("#log-in")
+        page.until("document.querySelector('#asking').open")
+        page.evaluate(DECODERS[0].read_text())
+        address = page.evaluate("document.querySelector('#asking-fields code').textContent")
+        assert address.startswith(LONG_ADDRESS) and 500 < len(address) <= 570
+        shot = page.call("Page.captureScreenshot")["data"]
+        assert page.evaluate(f"({SCAN})({json.dumps(shot)})") == address
+        pixels, paper, is_too_wide = page.evaluate("""(() => {
+            const svg = document.querySelector('#asking .qr'), box = svg.getBoundingClientRect();
+            const dialog = document.querySelector('#asking');
+            return [box.width / svg.viewBox.baseVal.width, getComputedStyle(svg).backgroundColor,
+                    dialog.scrollWidth > dialog.clientWidth]; })()""")
+        assert (pixels, paper, is_too_wide) == (3, "rgb(255, 255, 255)", False)
+
+
+@needs_browser
+def test_a_login_that_waits_shows_its_state_and_is_ended_from_the_page(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    with running_server(tmp_path, {"login": {"code": "good"}}, env=env) as server:
+        with opened(chrome, server, expected=("401", "400")) as page:
+            page.click("#log-in")
+            page.sees("It waits for the code until", "#asking [role=status]")
+            page.press("Escape")
+            page.until("!document.querySelector('#asking').open")
+            assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "waiting"
+            page.click("#log-in")
+            page.until("document.querySelector('#asking').open")
+            page.tab_to("End this login")
+            page.press("Enter")
+            page.sees("The login has been ended.", "#toast")
+            assert not page.evaluate("document.querySelector('#asking').open")
+            assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "none"
+            # One that ends elsewhere, or for which claude makes no second try, is told.
+            page.click("#log-in")
+            page.until("document.querySelector('#asking').open")
+            server.call("DELETE", "/api/login", headers=ADMIN)
+            page.sees("It has been ended.", "#asking [role=status]")
+            assert "End this login" not in page.text("#asking")
+            page.press("Escape")
+            page.click("#log-in")
+            page.until("document.activeElement.id === 'field-code'")
+            page.write("bad#" + page.evaluate(
+                "document.querySelector('#asking-fields code').textContent").rpartition("=")[2])
+            page.press("Enter")
+            page.sees("The code was not accepted", "#asking [role=status]")
+
+
 @needs_browser
 def test_a_capture_is_seen_and_stopped_on_every_view(
     chrome: browser.Browser, tmp_path: Path
