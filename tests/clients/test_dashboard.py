@@ -833,6 +833,9 @@ def test_the_code_to_copy_asks_the_same(
 #: A decoder of QR codes that runs in the page, if it is installed.
 DECODERS = [path for folder in client_folders()
             for path in folder.glob("node_modules/jsqr/dist/jsQR.js")]
+#: How many bytes the versions of a code from 1 to 20 hold at level L: ISO/IEC 18004, table 7.
+CAPACITIES = (17, 32, 53, 78, 106, 134, 154, 192, 230, 271,
+              321, 367, 425, 458, 520, 586, 644, 718, 792, 858)
 #: What a camera sees of a code: `decoded(code)` draws it, four points for a module.
 DRAW_AND_DECODE = """window.decoded = (code) => {
   const side = 4 * (code.length + 8);
@@ -852,17 +855,20 @@ needs_decoder = pytest.mark.skipif(
 def test_a_decoder_reads_codes_of_every_size_and_mask(
     chrome: browser.Browser, busy: BusyServer
 ) -> None:
-    texts = [("http://[fd00::1]:3456/dashboard/" * 4)[:length]
-             for length in (1, 14, 15, 26, 27, 42, 43, 62, 63, 84, 85, 106)]
+    lengths = [1, *CAPACITIES, *(most + 1 for most in CAPACITIES[:-1])]
+    texts = [("http://[fd00::1]:3456/dashboard/" * 27)[:length] for length in lengths]
     with opened(chrome, busy.server) as page:
         page.evaluate(DECODERS[0].read_text() + ";" + DRAW_AND_DECODE)
-        read = page.evaluate(f"{json.dumps(texts)}.map((text) => decoded(qrCode(text)))")
-        masks = page.evaluate(
-            "[0, 1, 2, 3, 4, 5, 6, 7].map((mask) => decoded(qrModules(2, qrCodewords("
-            "[...new TextEncoder().encode('http://10.0.0.7:3456')], QR_VERSIONS[1]), mask)))")
-        assert read == texts
-        assert masks == ["http://10.0.0.7:3456"] * 8
-        assert page.evaluate("qrCode('x'.repeat(107))") is None
+        for text in texts:
+            version = 1 + sum(most < len(text) for most in CAPACITIES)
+            code = f"qrCode({json.dumps(text)})"
+            assert page.evaluate(f"[decoded({code}), {code}.length]") == [text, 17 + 4 * version]
+        for version in (2, 7, 20):
+            masks = page.evaluate(
+                f"[0, 1, 2, 3, 4, 5, 6, 7].map((mask) => decoded(qrModules({version}, qrCodewords("
+                f"[...new TextEncoder().encode('http://10.0.0.7:3456')], {version}), mask)))")
+            assert masks == ["http://10.0.0.7:3456"] * 8
+        assert page.evaluate("qrCode('x'.repeat(859))") is None
 
 
 @needs_browser
@@ -886,7 +892,7 @@ def test_the_code_on_the_screen_is_the_address_of_the_dashboard_and_no_key(
         page.evaluate(DECODERS[0].read_text() + ";" + DRAW_AND_DECODE)
         # From the path that is drawn: one square for each dark module.
         shown = page.evaluate("""(() => {
-            const svg = document.querySelector('#qr'), side = svg.viewBox.baseVal.width - 8;
+            const svg = document.querySelector('.qr'), side = svg.viewBox.baseVal.width - 8;
             const rows = Array.from({length: side}, () => new Array(side).fill(false));
             for (const [, x, y] of svg.firstChild.getAttribute('d').matchAll(/M(\\d+) (\\d+)/g)) {
                 rows[y - 4][x - 4] = true;
@@ -914,7 +920,7 @@ def test_a_server_without_keys_shows_the_command_at_once_and_keeps_the_focus_ins
         page.sees("This server wants no key", "#device")
         assert page.evaluate(
             "getComputedStyle(document.querySelector('#device .warn code')).display") == "inline"
-        assert not page.evaluate("Boolean(document.querySelector('#qr, #device-key'))")
+        assert not page.evaluate("Boolean(document.querySelector('.qr, #device-key'))")
         for _ in range(8):
             page.press("Tab")
             assert page.evaluate("document.activeElement === document.body || "
@@ -1164,6 +1170,80 @@ def test_claude_is_logged_in_from_the_page(chrome: browser.Browser, tmp_path: Pa
             page.press("Enter")
             page.sees("Logged in: owner@example.com", "#toast")
         assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "finished"
+
+
+#: As long as the addresses of claude, which have 500 to 570 characters with their state.
+LONG_ADDRESS = ("https://claude.com/cai/oauth/authorize?code=true&" +
+                "scope=user%3Aprofile+" * 22 + "&state=")
+#: What a camera reads: a function of the screenshot. It sees a bit more than the code, and has
+#: two points for each pixel.
+SCAN = """async (shot) => {
+  const bytes = Uint8Array.from(atob(shot), (letter) => letter.charCodeAt(0));
+  const box = document.querySelector('#asking .qr').getBoundingClientRect();
+  const side = 2 * Math.round(box.width + 40);
+  const pen = new OffscreenCanvas(side, side).getContext('2d');
+  pen.scale(2, 2);
+  pen.drawImage(await createImageBitmap(new Blob([bytes])), 20 - box.left, 20 - box.top);
+  return jsQR(pen.getImageData(0, 0, side, side).data, side, side)?.data ?? null;
+}"""
+
+
+@needs_browser
+@needs_decoder
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (360, False)])
+def test_the_address_of_a_login_can_be_scanned_from_the_screen(
+    chrome: browser.Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    with running_server(tmp_path, {"login": {"url": LONG_ADDRESS}}, env=env) as server, \
+            opened(chrome, server, width=width, dark=dark) as page:
+        page.click("#log-in")
+        page.until("document.querySelector('#asking').open")
+        page.evaluate(DECODERS[0].read_text())
+        address = page.evaluate("document.querySelector('#asking-fields code').textContent")
+        assert address.startswith(LONG_ADDRESS) and 500 < len(address) <= 570
+        shot = page.call("Page.captureScreenshot")["data"]
+        assert page.evaluate(f"({SCAN})({json.dumps(shot)})") == address
+        pixels, paper, is_too_wide = page.evaluate("""(() => {
+            const svg = document.querySelector('#asking .qr'), box = svg.getBoundingClientRect();
+            const dialog = document.querySelector('#asking');
+            return [box.width / svg.viewBox.baseVal.width, getComputedStyle(svg).backgroundColor,
+                    dialog.scrollWidth > dialog.clientWidth]; })()""")
+        assert (pixels, paper, is_too_wide) == (3, "rgb(255, 255, 255)", False)
+
+
+@needs_browser
+def test_a_login_that_waits_shows_its_state_and_is_ended_from_the_page(
+    chrome: browser.Browser, tmp_path: Path
+) -> None:
+    env = {"CLAUDE_AUTH_MODE": "multi", "OCP_ADMIN_KEY": ADMIN_KEY}
+    with running_server(tmp_path, {"login": {"code": "good"}}, env=env) as server:
+        with opened(chrome, server, expected=("401", "400")) as page:
+            page.click("#log-in")
+            page.sees("It waits for the code until", "#asking [role=status]")
+            page.press("Escape")
+            page.until("!document.querySelector('#asking').open")
+            assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "waiting"
+            page.click("#log-in")
+            page.until("document.querySelector('#asking').open")
+            page.tab_to("End this login")
+            page.press("Enter")
+            page.sees("The login has been ended.", "#toast")
+            assert not page.evaluate("document.querySelector('#asking').open")
+            assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "none"
+            # One that ends elsewhere, or for which claude makes no second try, is told.
+            page.click("#log-in")
+            page.until("document.querySelector('#asking').open")
+            server.call("DELETE", "/api/login", headers=ADMIN)
+            page.sees("It has been ended.", "#asking [role=status]")
+            assert "End this login" not in page.text("#asking")
+            page.press("Escape")
+            page.click("#log-in")
+            page.until("document.activeElement.id === 'field-code'")
+            page.write("bad#" + page.evaluate(
+                "document.querySelector('#asking-fields code').textContent").rpartition("=")[2])
+            page.press("Enter")
+            page.sees("The code was not accepted", "#asking [role=status]")
 
 
 @needs_browser
