@@ -1172,7 +1172,7 @@ def test_claude_is_logged_in_from_the_page(chrome: browser.Browser, tmp_path: Pa
         assert server.call("GET", "/api/login", headers=ADMIN).json()["state"] == "finished"
 
 
-#: As long as the addresses of claude, which have 500 to 570 characters with their state.
+#: Longer than the addresses of claude 2.1.197 and 2.1.332, which have 450 and 497 characters.
 LONG_ADDRESS = ("https://claude.com/cai/oauth/authorize?code=true&" +
                 "scope=user%3Aprofile+" * 22 + "&state=")
 #: What a camera reads: a function of the screenshot. It sees a bit more than the code, and has
@@ -1238,8 +1238,9 @@ def test_a_login_that_waits_shows_its_state_and_is_ended_from_the_page(
             page.sees("It has been ended.", "#asking [role=status]")
             assert "End this login" not in page.text("#asking")
             page.press("Escape")
+            page.until("!document.querySelector('#asking').open")
             page.click("#log-in")
-            page.until("document.activeElement.id === 'field-code'")
+            page.until("document.querySelector('#asking').open")
             page.write("bad#" + page.evaluate(
                 "document.querySelector('#asking-fields code').textContent").rpartition("=")[2])
             page.press("Enter")

@@ -53,8 +53,11 @@ class Place:
         self.home.mkdir(parents=True, exist_ok=True)
         self.temporary.mkdir(exist_ok=True)
         command = shlex.join([sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)])
-        self.claude.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        self.claude.chmod(0o755)
+        # Not over the old one: a claude of the server before may run it for a moment yet.
+        draft = self.claude.with_suffix(".new")
+        draft.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        draft.chmod(0o755)
+        draft.replace(self.claude)
         if not self.scenario.exists():
             self.write_scenario([])
 

@@ -58,7 +58,7 @@ def test_a_new_database_has_the_newest_version(store: Any) -> None:
 
 TABLES = {
     "sessions", "keys", "usage", "settings", "replaced_secrets", "plan", "thinking",
-    "sqlite_sequence", "original", "alerts",
+    "sqlite_sequence", "original", "alerts", "tenants",
 }
 
 
