@@ -16945,7 +16945,7 @@ class Alerts:
             level, name, kind=alert.event, attempts=attempts, why=delivery.problem or None
         )
 
-    def test(self) -> Delivery:
+    def send_test(self) -> Delivery:
         """Send a test, once, and return how that went. It is kept as the others are."""
         draft = self._draft(_TEST)
         delivery = self._deliver(draft)
@@ -22810,7 +22810,7 @@ def send_test_alert(app: App, exchange: Exchange) -> None:
     """POST /api/alerts/test: send a test to the webhook now, and return how that went."""
     if not app.config.alert_url:
         raise BadRequest("No webhook is set: `ocp settings alertUrl ADDRESS` sets one.")
-    status, problem, _ = app.alerts.test()
+    status, problem, _ = app.alerts.send_test()
     _audit(app, exchange, "alert_tested", status=status, why=problem or None)
     exchange.response.send_json({
         "delivered": not problem, "status": status, "problem": problem or None,

@@ -165,7 +165,7 @@ def test_a_reply_to_a_conversation_that_has_ended_still_arrives(
     chat.say("/new")
     eventually(lambda: chat.channel.sent)
     call(url, {"reply": "late"})
-    eventually(lambda: chat.channel.sent[1:] == ["late"])
+    assert eventually(lambda: chat.channel.sent[1:] == ["late"])
 
 
 def test_typing_shows_until_the_call_comes(agent: FakeAgent) -> None:

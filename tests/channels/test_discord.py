@@ -183,11 +183,11 @@ def test_the_end_of_the_program_leaves_the_session_open(
 ) -> None:
     with receiving(channel, tools):
         pass
-    eventually(lambda: discord.closes == [4000])
+    assert eventually(lambda: discord.closes == [4000])
     discord.say("while it was away")
     tools.stop.clear()
     with receiving(channel, tools):
-        eventually(lambda: tools.texts() == ["while it was away"])
+        assert eventually(lambda: tools.texts() == ["while it was away"])
 
 
 def test_a_token_that_is_refused_is_told_with_what_to_do(

@@ -44,7 +44,9 @@ def test_an_answer_is_there_when_the_gateway_was_killed_before_it_knew(
     platform: Platform
 ) -> None:
     # The message is safe, and not acknowledged yet.
-    killed_at_each(platform, ["after a transaction", "before INSERT INTO outbox"])
+    wanted = ["after a transaction", "before INSERT INTO outbox"]
+    steps = killed_at_each(platform, wanted)
+    assert len(steps) == len(wanted) and all(steps), "it was killed at each of them"
 
 
 @each_platform

@@ -141,7 +141,7 @@ def test_messages_of_another_bot_with_smaller_ids_are_answered(gateway: Gateway)
     telegram.change_bot()
     telegram.say("two")
     gateway.start()
-    eventually(lambda: telegram.screen(1000) == ["You said: one", "You said: two"])
+    assert eventually(lambda: telegram.screen(1000) == ["You said: one", "You said: two"])
 
 
 def test_a_second_signal_ends_it_at_once_and_the_question_stays(gateway: Gateway) -> None:

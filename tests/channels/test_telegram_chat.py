@@ -38,7 +38,7 @@ def has_more(gateway: Gateway, chat: int, count: int) -> bool:
 
 def test_a_message_is_answered_by_the_agent(shared: Gateway) -> None:
     shared.telegram.say("hello", sender=1)
-    eventually(lambda: shared.telegram.screen(1) == ["You said: hello"])
+    assert eventually(lambda: shared.telegram.screen(1) == ["You said: hello"])
 
 
 def test_the_agent_gets_the_conversation_so_far(shared: Gateway) -> None:
@@ -62,7 +62,7 @@ def test_new_begins_another_conversation(shared: Gateway) -> None:
 def test_a_burst_of_three_messages_is_one_turn(shared: Gateway) -> None:
     for text in ("a", "b", "c"):
         shared.telegram.say(text, sender=4)
-    eventually(lambda: shared.telegram.screen(4) == ["You said: a\n\nb\n\nc"])
+    assert eventually(lambda: shared.telegram.screen(4) == ["You said: a\n\nb\n\nc"])
 
 
 def test_stop_ends_a_running_turn_and_the_agent_sees_it(shared: Gateway) -> None:
@@ -72,7 +72,7 @@ def test_stop_ends_a_running_turn_and_the_agent_sees_it(shared: Gateway) -> None
     telegram.say("work", sender=5)
     eventually(lambda: agent.running)
     telegram.say("/stop", sender=5)
-    eventually(lambda: agent.cut == cut + 1, timeout_s=5)
+    assert eventually(lambda: agent.cut == cut + 1, timeout_s=5)
     eventually(lambda: "Stopped." in telegram.screen(5))
     telegram.say("next", sender=5)
     eventually(lambda: telegram.screen(5)[-1] == "You said: next")
@@ -88,7 +88,7 @@ def test_the_model_can_be_chosen_for_a_conversation(shared: Gateway) -> None:
 
 def test_an_unknown_slash_word_goes_to_the_agent(shared: Gateway) -> None:
     shared.telegram.say("/etc/hosts what is it", sender=7)
-    eventually(lambda: shared.telegram.screen(7) == ["You said: /etc/hosts what is it"])
+    assert eventually(lambda: shared.telegram.screen(7) == ["You said: /etc/hosts what is it"])
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_question_with_a_photo_that_the_agent_refuses_is_asked_without(shared:
     telegram.files["photo2"] = b"\xff\xd8\xff"
     shared.agent.enqueue(refused(400, "invalid_image"))
     telegram.say("", sender=15, caption="look", photo=[{"file_id": "photo2", "file_size": 3}])
-    eventually(lambda: telegram.screen(15) == [
+    assert eventually(lambda: telegram.screen(15) == [
         "(I could not read the attachment.)\n\nYou said: look"])
 
 
@@ -219,7 +219,7 @@ def test_the_answer_no_reply_is_silence(shared: Gateway) -> None:
     shared.telegram.say("hm", sender=21)
     eventually(lambda: "hm" in shared.agent.asked())
     shared.telegram.say("hello", sender=21)
-    eventually(lambda: shared.telegram.screen(21) == ["You said: hello"])
+    assert eventually(lambda: shared.telegram.screen(21) == ["You said: hello"])
 
 
 def test_no_secret_and_no_text_is_in_the_log_or_the_status(shared: Gateway) -> None:

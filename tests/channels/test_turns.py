@@ -60,7 +60,7 @@ def test_a_message_that_killed_it_twice_takes_no_other_along(chat: Chat) -> None
                               message(f"m{number}", id=str(number)))
         chat.store.run("UPDATE inbox SET attempts=2 WHERE id=1")
     chat.app.lanes.nudge()
-    eventually(lambda: chat.channel.sent == [
+    assert eventually(lambda: chat.channel.sent == [
         "I was interrupted; please send that again.", "You said: m2"])
 
 
@@ -119,7 +119,7 @@ def test_one_chat_that_fails_does_not_hold_up_another(chat: Chat) -> None:
     chat.say("one", sender="1000")
     eventually(lambda: chat.outbox() == [("pending", "You said: one")])
     chat.say("two", sender="1000", chat="other")
-    eventually(lambda: chat.channel.sent == ["You said: two"])
+    assert eventually(lambda: chat.channel.sent == ["You said: two"])
 
 
 def test_what_the_platform_will_not_take_is_held_for_the_next_message(agent: FakeAgent) -> None:
@@ -311,9 +311,9 @@ def test_beyond_the_limit_of_an_hour_one_sentence_is_said(agent: FakeAgent) -> N
 @pytest.mark.parametrize("word", ["/NEW", "/reset", "\u65b0\u5bf9\u8bdd"])
 def test_commands_in_any_case_and_in_chinese(chat: Chat, word: str) -> None:
     chat.say(word)
-    eventually(lambda: chat.channel.sent == ["A new conversation begins."])
+    assert eventually(lambda: chat.channel.sent == ["A new conversation begins."])
 
 
 def test_stop_without_a_turn_is_answered_at_once(chat: Chat) -> None:
     chat.say("/stop")
-    eventually(lambda: chat.channel.sent == ["There is nothing to stop."], timeout_s=5)
+    assert eventually(lambda: chat.channel.sent == ["There is nothing to stop."], timeout_s=5)

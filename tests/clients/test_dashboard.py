@@ -440,7 +440,7 @@ def test_a_key_that_expires_soon_has_the_time_too(
     busy.key("guest", expiry="2h")
     try:
         with opened(chrome, busy.server, "keys") as page:
-            page.until("/^guest[^]*\\d\\d:\\d\\d/.test(["
+            assert page.until("/^guest[^]*\\d\\d:\\d\\d/.test(["
                        "...document.querySelectorAll('#keys tbody tr')].find("
                        "(row) => row.innerText.startsWith('guest'))?.innerText || '')")
     finally:

@@ -257,7 +257,7 @@ def test_a_failed_request_is_told_in_plain_words_and_with_what_to_do(
         asked(house, made)
         page.evaluate("load()")
         page.until("document.querySelectorAll('#recent details').length === 3")
-        page.sees("Try again in a few minutes.", "#recent [open]")
+        assert "Try again in a few minutes." in page.text("#recent [open]")
 
 
 def test_every_fault_that_the_page_explains_is_a_kind_of_the_server() -> None:
@@ -334,6 +334,7 @@ def test_an_answer_can_be_stopped(chrome: browser.Browser, house: Server) -> Non
         page.press("Enter")
         page.sees("Stopped.", "#talk")
         page.sees("Stopped before its end", "#recent")
+        assert "To begin with," in page.text("#talk"), "what came stays on the screen"
 
 
 # ---------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def main(words: list[str]) -> int:
 
     ocp_channels.LiveAccount.accept = counted_accept
     ocp_channels.Store.transaction = counted_transaction
-    between(killer, ocp_channels.Store, "run", lambda statement, *_: statement.partition("(")[0])
+    between(killer, ocp_channels.Store, "run",
+            lambda statement, *_: statement.partition("(")[0].strip())
     between(killer, ocp_channels.Http, "call", lambda method, url, *_: url.rpartition("/")[2])
     return ocp_channels.main(words[2:], os.environ)

@@ -680,7 +680,7 @@ def test_a_missing_claude_and_its_return_are_told(tmp_path: Path, webhook: Webho
         eventually(lambda: webhook.events() == ["claude_missing"])
         program.parent.mkdir()
         shutil.copy2(server.place.claude, program)
-        eventually(lambda: webhook.events() == ["claude_missing", "claude_back"], 60)
+        assert eventually(lambda: webhook.events() == ["claude_missing", "claude_back"], 60)
 
 
 def test_a_key_that_reaches_its_levels_is_told_once(tmp_path: Path, webhook: Webhook) -> None:

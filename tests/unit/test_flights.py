@@ -292,6 +292,6 @@ def test_a_request_is_not_kept_by_the_job_that_has_produced_its_answer() -> None
         eventually(lambda: flight._is_over)
         left = weakref.ref(job)
         del job
-        eventually(lambda: left() is None)
+        assert eventually(lambda: left() is None)
     finally:
         gc.enable()
