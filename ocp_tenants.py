@@ -521,11 +521,6 @@ class Server(NamedTuple):
         return self.ask(method, f"/api/keys/{urllib.parse.quote(name, safe='')}/tenant{more}", body)
 
 
-def error_code(problem: Problem) -> str:
-    """Return the code in a server's refusal, empty if there is none."""
-    return str(as_dict(as_dict(problem.body).get("error")).get("code") or "")
-
-
 def find_server(world: World, named: str = "") -> Server:
     """Return the server to use, not asked yet. Raises Problem for an address that is none."""
     record: dict[str, Json] = {}
