@@ -3065,7 +3065,9 @@ class Owner(NamedTuple):
         """Return how a message calls it."""
         if self.pid is None:
             return "a process of another user"
-        return f"process {self.pid} ({clean(self.command)[:80] or 'name unknown'})"
+        # The server starts itself again as `python3 -c PROGRAM .../ocp_server.py`.
+        command = re.sub(r" -c .*(?= /\S*ocp_server\.py)", "", self.command, flags=re.S)
+        return f"process {self.pid} ({clean(command)[:80] or 'name unknown'})"
 
 
 def _listening_sockets(port: int) -> set[str]:

@@ -23817,15 +23817,47 @@ def _banner(server: Server) -> str:
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 1_048_576
 
 
-def return_large_blocks() -> None:
-    """Let the memory of large bodies go back to the system as soon as they are done.
+def return_freed_memory() -> None:
+    """Give back what the start has freed, and let large bodies go as soon as they are done.
 
-    glibc raises the threshold by itself, up to 32 MB, and then keeps blocks below it in arenas
-    that do not shrink. Does nothing with other C libraries, or in a Python without ctypes."""
+    glibc keeps the memory of a compiler that is done. It also raises the threshold by itself, up
+    to 32 MB, and then keeps blocks below it in arenas that do not shrink. Does nothing with other
+    C libraries, or in a Python without ctypes."""
     with contextlib.suppress(ImportError, AttributeError, OSError):
         import ctypes
 
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        libc.malloc_trim(0)
+
+
+#: Runs a file as a module: its path and the arguments follow.
+_RUN_AS_MODULE = """
+import sys
+del sys.argv[0]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+import importlib.util, os
+spec = importlib.util.spec_from_file_location("ocp_server", sys.argv[0])
+sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.exit(module.main(sys.argv[1:], os.environ))
+"""
+
+
+def restart_as_module(arguments: list[str]) -> None:
+    """Start again as a module, in this process, if this file runs as a script.
+
+    Python holds what it needed to compile a script until the end: more than 40 MB. A module is
+    read from its bytecode, or compiled and then freed. Returns if this is no script, or the
+    interpreter cannot be started."""
+    is_script = __name__ == "__main__" and __spec__ is None and __file__.endswith(".py")
+    if not is_script or not sys.executable:
+        return
+    given = getattr(sys, "orig_argv", sys.argv)  # Python 3.9 has no orig_argv.
+    options = given[1:given.index(sys.argv[0])] if sys.argv[0] in given[1:] else []
+    command = [sys.executable, *options, "-c", _RUN_AS_MODULE, os.path.abspath(__file__)]
+    with contextlib.suppress(OSError):
+        os.execv(command[0], [*command, *arguments])
 
 
 def raise_descriptor_limit(config: Config) -> None:
@@ -23841,7 +23873,7 @@ def raise_descriptor_limit(config: Config) -> None:
 def serve(app: App, tls: ssl.SSLContext | None) -> int:
     """Serve until a signal stops the server; return the exit code."""
     raise_descriptor_limit(app.config)
-    return_large_blocks()
+    return_freed_memory()
     try:
         server = Server(app, ROUTES, tls)
     except OSError as problem:
@@ -23927,6 +23959,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         return _fail_start(f"{problem}{hint}")
     if options.check or options.forget_original:
         return check(config, environment, demo_command) if options.check else forget(config)
+    restart_as_module(arguments)
     log = Log(sys.stderr, config.log_level)
     for name, why in removed_settings(environ):
         log.event("warn", "setting_removed", setting=name, why=why)

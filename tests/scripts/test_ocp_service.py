@@ -237,6 +237,15 @@ def test_a_foreign_process_is_left_alone(manager: Manager) -> None:
         assert str(os.getpid()) in found.stderr
 
 
+def test_a_server_is_called_by_its_script_however_it_runs() -> None:
+    by_hand = "/usr/bin/python3 -u /srv/ocp_server.py --port 4000"
+    as_module = "/usr/bin/python3 -u -c import sys\nsys.exit(0) /srv/ocp_server.py --port 4000"
+
+    for command in (by_hand, as_module):
+        owner = ocp.Owner(7, command)
+        assert owner.is_ocp and owner.words == f"process 7 ({by_hand})"
+
+
 def test_a_process_that_cannot_be_seen_is_not_judged(manager: Manager) -> None:
     manager.owner = ocp.Owner(None, "")
     found = without_record(manager, "stop")
@@ -403,6 +412,7 @@ ILL: tuple[tuple[str, Json, str, str], ...] = (
 )
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("check, fields, level, kind", ILL)
 def test_what_the_server_says_is_judged(
     healthy: Manager, check: str, fields: Json, level: str, kind: str,
@@ -417,6 +427,7 @@ _TAKEN, _LOST = {"state": "delivered", "problem": None}, {"state": "lost", "prob
 _WAITING, _FRESH = {"state": "waiting", "problem": "so"}, {"state": "waiting", "problem": None}
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("webhook, rows, level, said", [
     (None, [], "PASS", "no webhook is set"), (None, [_LOST], "PASS", "no webhook is set"),
     ("h (secret)", [], "PASS", "none so far"),
@@ -439,6 +450,7 @@ def test_alerts_that_did_not_arrive_are_a_warning(
         "look at alertUrl and alertFormat, then try: `ocp alerts test`"]
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("kinds, level, said", [
     ([], "PASS", "no request failed"),
     ([("replaced_api_key", 401)], "INFO", "2 replaced_api_key"),
@@ -462,6 +474,7 @@ def test_what_failed_lately_is_counted_and_clients_are_no_fault_of_the_server(
         assert f"{kind}: Mend {kind}." in answer["next_action"]["human_required"]
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("node, claude, level, said", [
     ("v20.20.2", "2.1.197", "WARN", "claude 2.1.197 is old: under Node 20.20.2"),
     ("v18.19.0", "2.1.197", "WARN", "npm installs no newer one"),
@@ -506,6 +519,7 @@ def test_files_that_others_may_read_are_named_with_their_fix(healthy: Manager) -
     assert examined(healthy)["levels"]["file_modes"] == "PASS"
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("state", "level"), [
     ("memory", "FAIL"), ("lost", "FAIL"), ("damaged", "FAIL"), ("behind", "WARN")])
 def test_a_server_that_does_not_write_to_its_database_is_told_with_its_advice(
@@ -600,6 +614,7 @@ def test_a_port_of_another_program(healthy: Manager) -> None:
     assert f"--port {ocp.port_of(healthy.server.url) + 1}" in json.dumps(fixes["port_owner"])
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("line, level, words", [
     ("CLAUDE_TIMEOUT=soon", "FAIL", "CLAUDE_TIMEOUT: 'soon'"),
     ("CLAUDE_AUTH_MODE multi", "FAIL", "ocp.env, line 2: write NAME=VALUE"),
@@ -630,6 +645,7 @@ def unit_of(manager: Manager) -> Path:
     return Path(found["unit_path"])
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("drain, unit, level", [
     (None, "TimeoutStopSec=45", "PASS"), ("120000", "TimeoutStopSec=45", "WARN"),
     ("2m", "TimeoutStopSec=45", "WARN"), ("30s", "TimeoutStopSec=45", "PASS"),
@@ -869,6 +885,7 @@ def test_a_clock_that_is_wrong_is_a_warning(healthy: Manager) -> None:
     assert examined(healthy, clock=ahead)["levels"]["clock"] == "WARN"
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("text, level", [
     (None, "INFO"), ("{ // JSON5\n}", "INFO"), ("[]", "INFO"), ("{", "INFO"),
     ('{"models": {"providers": {"mine": {"baseUrl": "http://192.0.2.7/v1"}}}}', "INFO"),

@@ -388,21 +388,24 @@ def bare(text: bytes) -> bytes:
     return re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text)
 
 
-def test_large_blocks_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     ctypes = pytest.importorskip("ctypes")
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[object, ...]] = []
 
     class Library:
         """A C library that notes what it is told."""
 
         def mallopt(self, parameter: int, value: int) -> None:
-            calls.append((parameter, value))
+            calls.append(("mallopt", parameter, value))
+
+        def malloc_trim(self, kept_bytes: int) -> None:
+            calls.append(("malloc_trim", kept_bytes))
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
-    ocp.return_large_blocks()
+    ocp.return_freed_memory()
 
     # M_MMAP_THRESHOLD is -3 in glibc's malloc.h.
-    assert calls == [(-3, 1_048_576)]
+    assert calls == [("mallopt", -3, 1_048_576), ("malloc_trim", 0)]
 
 
 def test_a_c_library_without_that_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +417,6 @@ def test_a_c_library_without_that_is_left_alone(monkeypatch: pytest.MonkeyPatch)
         return libraries[-1]
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    ocp.return_large_blocks()
+    ocp.return_freed_memory()
 
     assert len(libraries) == 1
