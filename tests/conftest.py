@@ -38,8 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(LONGEST)))
     left_out = set(filter(is_left_out, items))
+    if DEPTH != "all":
+        left_out |= all_but_few([item for item in items if item not in left_out])
     if DEPTH == "gate":
-        for others in (other_versions, other_manners):
+        for others in (other_versions, other_cases):
             left_out |= others([item for item in items if item not in left_out])
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
@@ -49,6 +51,16 @@ def is_left_out(item: pytest.Item) -> bool:
     """Return whether a test's own marks keep it out of this run."""
     marks = {"quick": ("slow", "exhaustive"), "gate": ("exhaustive",)}.get(DEPTH, ())
     return any(item.get_closest_marker(mark) for mark in marks)
+
+
+def all_but_few(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases of tests marked `few_cases`, without the first, the middle and the last."""
+    groups: dict[Hashable, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few_cases"):
+            groups.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
+    return {item for group in groups.values()
+            for item in {*group} - {group[0], group[len(group) // 2], group[-1]}}
 
 
 def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
@@ -64,10 +76,17 @@ def other_versions(items: list[pytest.Item]) -> set[pytest.Item]:
     return set(older) - one_of_each(differing, lambda item: versions[item])
 
 
-def other_manners(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the tests on a claude that differ from another one only in the manner of asking."""
+def other_cases(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the tests on a claude of which another case or another manner of asking tells as much.
+
+    A case on the real claude costs about a second, so there is one for each version; a test
+    marked `each_case` has all of them. The fake claude costs little: there every case runs in one
+    manner."""
     def what(item: pytest.Item) -> Hashable:
         params = item.callspec.params  # type: ignore[attr-defined]
+        version = version_of(item)
+        if version is not None and version[0] and not item.get_closest_marker("each_case"):
+            return version
         return tuple((name, repr(params[name])) for name in sorted(set(params) - set(MANNERS)))
 
     on_claude = [item for item in items if version_of(item)]

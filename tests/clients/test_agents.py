@@ -531,6 +531,7 @@ def claude_code_body(
     return shared_rig.only_body()
 
 
+@pytest.mark.exhaustive
 def test_the_model_sees_the_tools_of_claude_code(claude_code_body: Body) -> None:
     assert {"Agent", "Bash", "Edit", "Read", "Write"} <= offered(claude_code_body)
 
@@ -574,6 +575,7 @@ def test_claude_code_shows_a_plan_limit_without_asking_again(desk: AgentDesk) ->
     assert len(desk.served()) == 1
 
 
+@pytest.mark.exhaustive
 def test_the_ids_of_claude_code_become_a_short_tag(desk: AgentDesk) -> None:
     server = desk.rig.server
     assert server.call("PATCH", "/settings", {"tagFrom": "body"}).status == 200

@@ -276,6 +276,7 @@ def python_with(library: str) -> str:
     pytest.skip(how_to_install(library))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("library", ["openai", *rest("langchain_openai", "litellm")])
 def test_a_library_finds_the_server_in_a_new_shell(desk: ConnectDesk, library: str) -> None:
     python = python_with(library)

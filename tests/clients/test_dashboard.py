@@ -655,6 +655,7 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
             assert HOSTILE in page.text("#version")
 
 
+@pytest.mark.few_cases
 @needs_browser
 @pytest.mark.parametrize("width", [320, 768, 1440])
 def test_no_view_is_wider_than_the_page(
@@ -796,6 +797,7 @@ SNIPPETS = {"curl": ["bash", "-c"], "python": [sys.executable, "-c"],
 HARD_QUESTION = "It's \"quoted\" $HOME `id` \\n \u00fc and\na second line"
 
 
+@pytest.mark.few_cases
 @needs_browser
 @pytest.mark.parametrize("form", SNIPPETS)
 def test_the_code_to_copy_asks_the_same(
@@ -850,6 +852,7 @@ needs_decoder = pytest.mark.skipif(
     not DECODERS, reason=how_to_install("jsqr"))
 
 
+@pytest.mark.exhaustive
 @needs_browser
 @needs_decoder
 def test_a_decoder_reads_codes_of_every_size_and_mask(
@@ -1188,6 +1191,7 @@ SCAN = """async (shot) => {
 }"""
 
 
+@pytest.mark.few_cases
 @needs_browser
 @needs_decoder
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (360, False)])

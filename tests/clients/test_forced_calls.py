@@ -185,6 +185,7 @@ def test_an_answer_without_the_call_never_reaches_the_client(
     assert len(rig.bodies()) == 2
 
 
+@pytest.mark.exhaustive
 @manners((CHAT, True))
 def test_a_client_can_read_that_its_choice_was_not_honoured(
     rig: Rig, ask: Callable[..., Got], way: Way, streams: bool
@@ -198,6 +199,7 @@ def test_a_client_can_read_that_its_choice_was_not_honoured(
 # Helpers of the anthropic package
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("streams", [False, *rest(True)], ids=["whole", "stream"])
 def test_the_runner_of_tools_goes_on_without_a_thread(
     rig: Rig, anthropic_client: Any, streams: bool

@@ -388,6 +388,7 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
         assert page.evaluate("[window.broken, document.images.length]") == [None, 0]
 
 
+@pytest.mark.few_cases
 @needs_browser
 @pytest.mark.parametrize("width", [320, 360, 768, 1440])
 def test_the_page_is_not_wider_than_its_window(

@@ -280,6 +280,7 @@ def parameter_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
         case.name: Case(case.model, case.fields) for case in CHECKED_CASES})
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize("case", CHECKED_CASES, ids=lambda case: case.name)
 def test_parameters_reach_the_api_as_the_model_takes_them(
     parameter_outcomes: dict[str, Outcome], case: ParameterCase
@@ -363,6 +364,7 @@ def end_outcomes(shared_rig: Rig, aborted_before: int) -> dict[str, Outcome]:
         for name, (reason, model, streams) in ENDS.items()})
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize("name", ENDS)
 def test_the_end_of_an_answer_is_told_in_openais_words(
     end_outcomes: dict[str, Outcome], name: str

@@ -233,6 +233,7 @@ def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
 # Side by side
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 def test_two_retries_and_two_branches_run_side_by_side(rig: Rig) -> None:
     talk = Conversation(rig, CHAT)
     talk.ask("One?")
@@ -278,6 +279,7 @@ def test_another_last_question_is_put_to_the_same_process(rig: Rig, dialect: Dia
         dialogue("One?", "Two?"), dialogue("One?", "Three?"), dialogue("One?", "Three?", "Four?")]
 
 
+@pytest.mark.exhaustive
 def test_questions_of_their_own_wear_out_no_process(rig: Rig) -> None:
     """Only the newer versions forget the only question they were asked."""
     started = set(claude_pids(rig.server))
@@ -688,6 +690,7 @@ def test_text_files_arrive_as_text_and_base64_as_it_has_to_be(rig: Rig, dialect:
     assert [part["source"]["data"] for part in found[2 + len(named):]] == [WHITE, BLACK]
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_a_large_image_of_a_result_is_scaled_in_a_rebuilt_conversation_too(
     rig: Rig, dialect: Dialect

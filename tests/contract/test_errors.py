@@ -21,6 +21,8 @@ from upstream import turns
 Json = Any
 
 RIG_SETTINGS = {"CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0"}
+# Most cases were asked together, by a fixture.
+pytestmark = pytest.mark.each_case
 
 MODES = {"whole": False, "stream": True}
 

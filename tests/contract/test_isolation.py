@@ -20,7 +20,7 @@ from rig import MODEL, Claude, Rig, running_rig
 Json = Any
 
 #: How many requests the two callers send together.
-REQUESTS = by_depth(20, 20, 300)
+REQUESTS = by_depth(12, 12, 300)
 TOOLS = [{"type": "function", "function": {
     "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}}]
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {

@@ -79,7 +79,6 @@ def ask(rig: Rig, key: str, *messages: Json) -> Reply:
     return ask_as(rig.server, key, messages=list(messages))
 
 
-@pytest.mark.differs_by_version
 def test_each_key_is_answered_with_its_own_login_and_tells_nothing_of_the_others(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -106,7 +105,6 @@ def test_each_key_is_answered_with_its_own_login_and_tells_nothing_of_the_others
         assert set(kept) >= {".claude.json", ".credentials.json"}
 
 
-@pytest.mark.differs_by_version
 def test_limits_and_a_lost_login_of_one_account_stay_with_it(
     claude: Claude, tmp_path: Path
 ) -> None:

@@ -234,6 +234,7 @@ def test_a_client_that_leaves_a_conversation_can_come_back(rig: Rig) -> None:
         ("user", ["One?"]), ("assistant", ["Hello from the stub."]), ("user", ["Two?"])]
 
 
+@pytest.mark.exhaustive
 def test_twenty_answers_leave_no_file_behind(rig: Rig) -> None:
     files_before = files_of_dead(rig)
     outcomes = rig.run({str(number): Case() for number in range(20)}, at_once=4)

@@ -95,6 +95,7 @@ def test_thinking_is_switched_off_as_far_as_the_model_lets(
     assert reply.headers["X-OCP-Ignored-Params"] == ignored
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", [BETWEEN, SWITCHED])
 def test_an_effort_is_lowered_where_thinking_is_off(new_rig: Rig, model: str) -> None:
     body = MESSAGES.body(
@@ -196,6 +197,7 @@ def test_an_answer_without_the_call_is_asked_for_again(
     assert entry["model"] == BETWEEN
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [CHAT, *rest(MESSAGES, RESPONSES)], ids=dialect_name)
 @WHOLE_AND_STREAMED
 def test_after_two_answers_without_the_call_the_client_gets_the_second(

@@ -30,6 +30,7 @@ def body_for(rig: Rig, model: str, dialect: Dialect = CHAT, **fields: Json) -> d
 # Models by family and version
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @pytest.mark.differs_by_version
 @pytest.mark.parametrize(
     ("name", "model"),

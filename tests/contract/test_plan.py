@@ -235,6 +235,7 @@ def plain_headers(request: Recorded) -> Mapping[str, str]:
             if name not in _CHANGING_HEADERS}
 
 
+@pytest.mark.exhaustive
 def test_a_hanging_reply_holds_up_one_look_for_a_while_and_no_request(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ def test_a_hanging_reply_holds_up_one_look_for_a_while_and_no_request(
         wait_until(lambda: usage(rig)["plan"]["weeklyLimits"]["allModels"]["utilization"] == share)
 
 
+@pytest.mark.exhaustive
 def test_a_refused_question_leaves_the_plan_unknown(claude: Claude, tmp_path: Path) -> None:
     with logged_in(tmp_path, claude, 429) as (rig, tunnel):
         plan = usage(rig)["plan"]

@@ -106,6 +106,7 @@ def test_a_primed_process_takes_a_history_with_calls_and_tells_what_the_api_says
     rig.settle()
 
 
+@pytest.mark.exhaustive
 def test_an_output_schema_needs_a_process_that_is_not_primed(rig: Rig) -> None:
     set_spares(rig, 0)
     schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}

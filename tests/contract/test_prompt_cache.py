@@ -112,7 +112,7 @@ def test_a_conversation_with_tools_and_thinking_is_the_same_elsewhere(
     assert rig.last_body()["thinking"]["type"] != "disabled"
 
 
-@pytest.mark.differs_by_version
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [MESSAGES, RESPONSES], ids=dialect_name)
 @pytest.mark.parametrize("model", [BUDGET_MODEL, *rest(NEWEST_MODEL)])
 def test_a_loop_with_thinking_is_the_same_after_a_restart(
@@ -167,7 +167,6 @@ RESULTS: Sequence[tuple[Json, bool]] = (
 )
 
 
-@pytest.mark.differs_by_version
 def test_every_kind_of_result_is_the_same_elsewhere(rig: Rig) -> None:
     rig.script(
         stub.tool_calls([("weather", {"z": 1, "a": [None, {"y": 0.5}]})] * len(RESULTS)),
@@ -189,6 +188,7 @@ FIRST_MESSAGES: Mapping[str, Json] = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
 @pytest.mark.parametrize("name", ["image", *rest(*list(FIRST_MESSAGES)[1:])])
 def test_whatever_a_conversation_begins_with_it_is_the_same_elsewhere(

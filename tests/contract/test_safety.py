@@ -197,6 +197,7 @@ def alone(shared_rig: Rig, folder: Folder) -> Alone:
         len(shared_rig.bodies()))
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize("template", ALONE)
 def test_a_text_alone_arrives_as_it_was_sent(
     alone: Alone, shared_rig: Rig, folder: Folder, template: str

@@ -83,6 +83,7 @@ def test_arguments_have_the_names_of_the_client(
     assert (path_of(rig, last), last.text) == ("continued", "Hello from the stub.")
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_earlier_calls_are_told_in_the_names_of_the_model(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.tool_calls([("account", AS_MODEL), ("either", {"value": {"my_name": "x"}})]))
@@ -96,6 +97,7 @@ def test_earlier_calls_are_told_in_the_names_of_the_model(rig: Rig, dialect: Dia
     assert results == [upstream_result(call, Result("1")) for call in calls]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["__proto__", *rest("constructor", "toString")])
 def test_a_tool_may_be_called_like_a_method_of_javascript(rig: Rig, name: str) -> None:
     rig.script(then=stub.text("Nothing."))

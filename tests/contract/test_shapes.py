@@ -42,6 +42,7 @@ def ask_for_city(
     return talk.ask("Which city?")
 
 
+@pytest.mark.exhaustive
 def test_one_process_fits_answer_after_answer_into_the_schema(rig: Rig) -> None:
     """Those before 2.1.329 cannot forget the only question that they were asked."""
     values = [{"city": f"City {number}"} for number in range(10)]
@@ -243,6 +244,7 @@ def test_an_answer_beside_a_call_ends_the_turn(
     assert len(rig.bodies()) == 1
 
 
+@pytest.mark.each_case
 @pytest.mark.parametrize("format", [
     {"type": "json_schema"}, {"type": "json_schema", "json_schema": {"name": "a"}},
     {"type": "yaml"}, {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}}])

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import pytest
-
 from chat import CHAT_PATH, question
 from http_client import Reply
 from rig import Claude, Rig, running_rig
@@ -59,7 +57,6 @@ def log_in(rig: Rig, code: str = CODE) -> Reply:
     return rig.server.call("POST", "/api/login/code", {"code": f"{code}#{asked['state'][0]}"})
 
 
-@pytest.mark.differs_by_version
 def test_a_login_lands_where_its_owner_has_it_and_is_used_from_then_on(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -95,7 +92,6 @@ def test_a_login_lands_where_its_owner_has_it_and_is_used_from_then_on(
         assert TOKENS["access_token"] not in texts and CODE not in texts
 
 
-@pytest.mark.differs_by_version
 def test_a_code_that_the_hosts_refuse_is_not_a_failure_of_the_network(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -109,7 +105,6 @@ def test_a_code_that_the_hosts_refuse_is_not_a_failure_of_the_network(
         assert not (rig.server.home / ".claude" / ".credentials.json").exists()
 
 
-@pytest.mark.differs_by_version
 def test_a_login_without_a_network_says_so(claude: Claude, tmp_path: Path) -> None:
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:1", "CLAUDE_CODE_OAUTH_TOKEN": None}
     with running_rig(tmp_path, claude, **nowhere) as rig:

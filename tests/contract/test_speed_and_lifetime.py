@@ -112,6 +112,7 @@ def test_what_the_api_refuses_is_answered_at_the_usual_speed_and_says_so(
     assert (answer.status, speed_told(dialect, answer.reply.json())) == (200, "default")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [CHAT], ids=dialect_name)
 def test_a_model_that_has_lost_fast_mode_answers_and_is_remembered(
     claude: Claude, dialect: Dialect, tmp_path: Path
@@ -167,6 +168,7 @@ def test_a_lifetime_changes_in_the_middle_of_a_turn(rig: Rig) -> None:
     assert [lifetimes(body) for body in rig.bodies()] == [{"5m"}, {"1h"}]
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_forgets_a_question_forgets_its_lifetime(rig: Rig) -> None:
     seen = []
     for ttl in ("5m", None):

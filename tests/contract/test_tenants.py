@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from keys import MULTI, as_admin, ask_as, new_key
 from rig import Claude, Rig, running_rig
 
@@ -32,7 +30,6 @@ def ask(rig: Rig, name: str, prompt: str = "") -> dict[str, Json]:
     return rig.last_body()
 
 
-@pytest.mark.differs_by_version
 def test_what_a_tenant_sends_upstream_is_what_a_plain_key_sends_and_its_prompt(
     claude: Claude, tmp_path: Path
 ) -> None:

@@ -281,7 +281,6 @@ def test_what_was_changed_is_rebuilt(
     assert_rebuilt(rig, talk, said)
 
 
-@pytest.mark.differs_by_version
 @EVERY_DIALECT
 def test_rounds_of_the_past_keep_their_order_when_they_are_rebuilt(
     rig: Rig, dialect: Dialect

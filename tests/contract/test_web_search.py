@@ -98,6 +98,7 @@ def test_a_client_s_tool_stands_beside_the_search(rig: Rig) -> None:
     assert (second.text, path_of(rig, second)) == ("Noon.", "continued")
 
 
+@pytest.mark.exhaustive
 @WHOLE_AND_STREAMED
 def test_a_structured_answer_can_search(rig: Rig, streams: bool) -> None:
     schema = {"type": "object", "properties": {"rain": {"type": "boolean"}}, "required": ["rain"],

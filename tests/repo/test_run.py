@@ -84,6 +84,7 @@ def test_a_skipped_test_and_a_skipped_file_are_failures_if_all_are_required(
     assert run_tests(tmp_path, *spread).returncode == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @each_way
 def test_an_expected_failure_is_none(tmp_path: Path, spread: tuple[str, ...]) -> None:
@@ -189,16 +190,28 @@ def test_the_gate_asks_older_claudes_one_case_of_each_test_that_differs_by_versi
     assert len(left_out & set(differing)) == 2
 
 
-def test_the_gate_asks_each_case_in_one_manner() -> None:
-    cases = [[Asking("some", claude=NEW, case=case, dialect=dialect, streams=streams)
-              for dialect in ("chat", "messages") for streams in (False, True)]
-             for case in ({"a": 1}, {"a": 2})]
+def test_the_gate_asks_the_real_claude_one_case_and_the_fake_one_each_case_in_one_manner() -> None:
+    asked = {(about, mark): [Asking(name, *mark, case=case, dialect=dialect, **{about: claude})
+                             for case in range(3) for dialect in ("chat", "messages")]
+             for name, about, claude, mark in (
+                 ("real", "claude", NEW, ()), ("each", "claude", NEW, ("each_case",)),
+                 ("fake", "kind", PLAYED, ()))}
     neither = [Asking("neither", dialect=dialect) for dialect in ("chat", "messages")]
 
-    left_out = selection.other_manners([*cases[0], *cases[1], *neither])
+    left_out = selection.other_cases([*sum(asked.values(), []), *neither])
 
-    assert [len(left_out & set(case)) for case in cases] == [3, 3]
+    assert [len(left_out & set(items)) for items in asked.values()] == [5, 3, 3]
     assert not left_out & set(neither)
+
+
+def test_three_cases_stand_for_all_where_a_test_says_so() -> None:
+    many = [Asking("many", "few_cases", case=case) for case in range(10)]
+    two = [Asking("two", "few_cases", case=case) for case in range(2)]
+    others = [Asking("others", case=case) for case in range(10)]
+
+    left_out = selection.all_but_few([*many, *two, *others])
+
+    assert left_out == {*many[1:5], *many[6:9]}
 
 
 # ---------------------------------------------------------------------------

@@ -403,6 +403,7 @@ def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine)
     assert status.returncode == 0 and "OCP is ok" in status.stdout, status
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer")
@@ -805,6 +806,7 @@ def test_a_setting_of_the_original_with_another_effect_here_is_told(
     assert why in " ".join(notes) and bool(notes) is bool(why)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_settings_of_the_original_that_the_server_refuses_are_left_out_and_told(
     linux: InstallMachine
@@ -819,6 +821,7 @@ def test_settings_of_the_original_that_the_server_refuses_are_left_out_and_told(
     assert linux.settings()["CLAUDE_CACHE_TTL"] == "5000"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_mode_of_the_original_that_does_not_exist_is_no_open_door(linux: InstallMachine) -> None:
     original_unit(linux, "Environment=CLAUDE_AUTH_MODE=everybody")
@@ -1324,6 +1327,7 @@ def test_the_image_has_what_it_runs_and_runs_it_as_nobody_special() -> None:
     assert {"ocp_server.py", "models.json"} <= set(copied)
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("settings", "mode"), [
     ({"PROXY_API_KEY": "a-long-text"}, "shared"),
     ({"CLAUDE_AUTH_MODE": "multi"}, "multi"),

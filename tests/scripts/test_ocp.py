@@ -980,6 +980,7 @@ FAILURES = (
 )
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("reply, code, words", FAILURES)
 def test_failures_are_told_apart(
     tmp_path: Path, reply: Any, code: int, words: str,
@@ -997,6 +998,7 @@ def test_an_odd_answer_to_clear_is_no_traceback(tmp_path: Path) -> None:
     assert found.code == 1 and "is not an OCP server" in found.stderr
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("status, page", [
     *((status, "<html>It works!</html>") for status in (200, 302, 403, 404, 405, 501, 502)),
     *((status, '{"detail": "html"}') for status in (404, 502))])
@@ -1207,6 +1209,7 @@ def test_the_version_option_is_one_line_and_asks_nobody(tmp_path: Path, option: 
     assert (found.code, found.stdout) == (0, f"ocp {version}\n")
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("words", [
     each for each in all_commands() if each not in (["connect"], ["channels"], ["tenants"])
 ], ids=" ".join)
@@ -1454,6 +1457,7 @@ def test_the_command_for_a_device_is_short_at_the_usual_port() -> None:
     assert ocp.connect_line("http://[::1]:80").endswith("- http://[::1]:80")
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("words", [
     ["connect", "--undo", "--yes"], ["connect", "box", "--list"], ["channels", "start", "-d"],
     ["tenants"], ["tenants", "--json"], ["tenants", "setup", "alice", "--yes", "--help"]])

@@ -164,6 +164,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 # The demo
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @each_python
 def test_the_demo_answers_word_by_word_on_every_python(tmp_path: Path, python: str) -> None:
     with Alone(tmp_path, python).serving("--demo") as demo:
@@ -322,6 +323,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.exhaustive
 def test_python_3_6_which_cannot_read_the_scripts_shows_what_is_needed() -> None:
     """It prints the line that it cannot read, which is the first one after the docstring."""
     scripts = sorted(REPO.glob("*.py"))
@@ -387,6 +389,7 @@ def test_a_check_names_every_bad_setting_at_once(alone: Alone) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("env", "words"), [
     ({"CLAUDE_AUTH_MODE": "shared"}, "PROXY_API_KEY"),
     ({"CLAUDE_AUTH_MODE": "none", "PROXY_API_KEY": "long-secret"}, "PROXY_API_KEY"),
@@ -403,6 +406,7 @@ def test_a_setting_that_cannot_be_used_stops_the_start(
     assert "long-secret" not in checked.stderr + checked.stdout
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_a_claude_that_would_ask_this_server_stops_the_start(alone: Alone, host: str) -> None:
     if host == "[::1]" and not socket.has_ipv6:

@@ -140,6 +140,7 @@ def check_death(stage: Stage, found: Recording, place: int) -> None:
     check_nothing_is_left(stage)
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("name", "place"), every_line(*RECORDINGS))
 def test_claude_may_die_after_any_line(narrow: Stage, name: str, place: int) -> None:
     found = recording(name)
@@ -148,6 +149,7 @@ def test_claude_may_die_after_any_line(narrow: Stage, name: str, place: int) -> 
     check_death(narrow, found, place)
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("name", "place"), every_line("2.1.197-plain"))
 def test_claude_may_die_within_any_line(narrow: Stage, name: str, place: int) -> None:
     found = recording(name)
@@ -161,6 +163,7 @@ def test_claude_may_die_within_any_line(narrow: Stage, name: str, place: int) ->
 # (b) the client leaves
 # ---------------------------------------------------------------------------
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize(("name", "place"), every_line("2.1.329-thinking"))
 def test_a_client_may_leave_after_any_line(
@@ -199,6 +202,7 @@ GARBAGE: list[Json] = [
 ]
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("name", "place"), every_line(*RECORDINGS))
 def test_garbage_may_come_after_any_line(narrow: Stage, name: str, place: int) -> None:
     found = recording(name)

@@ -102,6 +102,7 @@ MOMENTS: dict[str, list[Json]] = {
 }
 
 
+@pytest.mark.few_cases
 @both_ways
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_first_question_is_forgotten_and_its_process_takes_the_next(

@@ -230,6 +230,7 @@ RECORDED = {
 }
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("version", ["2.1.197", "2.1.329"])
 @pytest.mark.parametrize("name", RECORDED)
 def test_what_the_real_program_printed_for_a_failure_is_that_failure(

@@ -132,6 +132,7 @@ def check_broken(patient: Patient) -> None:
     assert patient.process.broken and not patient.process.alive()
 
 
+@pytest.mark.few_cases
 @each_ill
 def test_a_process_that_is_ill_from_its_start_is_given_up(
     place: Place, patient: Callable[[], Patient], name: str
@@ -141,6 +142,7 @@ def test_a_process_that_is_ill_from_its_start_is_given_up(
     check_broken(patient())
 
 
+@pytest.mark.few_cases
 @each_ill
 def test_a_process_that_falls_ill_in_a_turn_is_given_up(
     place: Place, patient: Callable[[], Patient], name: str

@@ -183,6 +183,7 @@ def test_a_login_survives_a_restart(tmp_path: Path) -> None:
         assert child(server)["CLAUDE_CODE_OAUTH_TOKEN"] == TOKEN
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("login", [
     {}, {"token": None}, {"token": "short"}, {"token": 5}, {"token": "sk-ant-api03-" + "x" * 80},
     {"token": "ocp_" + "x" * 32}, {"token": "\u00e9" * 40}, {"folder": "relative"},

@@ -112,6 +112,7 @@ def test_after_a_login_idle_processes_are_replaced_and_the_login_is_not_known(
     assert state_of(server)["login"]["ok"] is True
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("text, words", [
     ("", "empty"), (" \n", "empty"), ("abc", "cut off"), ("#STATE", "cut off"), ("abc#", "cut off"),
     ("abc#sta", "cut off"), ("abc#another", "another login"), ("a\u00e9#STATE", "no code"),
@@ -138,6 +139,7 @@ def test_a_malformed_body_is_refused_without_a_word_of_it(server: Server, body: 
     assert CODE not in refused.text + everything_kept(server)
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("scenario, status, words", [
     ({"code": "another"}, 400, "was not accepted"),
     ({"error": "Request failed with status code 400"}, 400, "was not accepted"),

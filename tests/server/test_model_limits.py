@@ -126,6 +126,7 @@ def usage_of(server: Server, answer: Answer) -> dict[str, Json]:
     return eventually(row)
 
 
+@pytest.mark.few_cases
 @both_ways
 @pytest.mark.parametrize("dialect", TOOL_DIALECTS, ids=dialect_name)
 @pytest.mark.parametrize("last", [WORDS, [{"tool": {"name": "weather"}}, {"finish": "tool_use"}]])

@@ -162,6 +162,7 @@ def goes_on(server: Server, dialect: Dialect, death: list[Json], stream: bool) -
     return dialect.read_answer(reply)
 
 
+@pytest.mark.few_cases
 @both_ways
 @EVERY_DIALECT
 @pytest.mark.parametrize("name", BEGINNINGS)
@@ -409,6 +410,7 @@ ACCOUNT = [
 ]
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("status", "word", "text", "told"), ACCOUNT, ids=[a[2] for a in ACCOUNT])
 @pytest.mark.parametrize("dialect", [CHAT, MESSAGES, RESPONSES], ids=dialect_name)
 def test_a_failure_of_the_account_is_no_fault_of_the_request_and_final(

@@ -159,6 +159,7 @@ def test_a_key_opens_the_routes_of_its_holder_and_no_other(guarded: Guarded, kin
     assert verdicts == wanted(guarded.mode, kind)
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_key_in_x_api_key_opens_the_same_routes(guarded: Guarded, kind: str) -> None:
     headers = {"x-api-key": guarded.keys[kind]} if guarded.keys[kind] else {}

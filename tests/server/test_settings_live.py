@@ -186,6 +186,7 @@ def test_a_number_that_takes_long_to_read_is_no_json(server: Server) -> None:
     assert "too many digits" in error_of(reply)["message"]
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", ["2000", "", 1000.5, True, False, [2000], {"value": 2000}])
 def test_what_is_no_number_is_refused_for_one(server: Server, name: str, value: Json) -> None:
@@ -205,6 +206,7 @@ def test_a_duration_may_be_written_with_its_unit(
     assert ocp.parse_duration_ms(row["text"]) == ocp.parse_duration_ms(text)
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("value", [1, 0, "true", "", 1.0, [], {}])
 def test_what_is_not_true_or_false_is_refused_for_a_flag(
@@ -221,6 +223,7 @@ def test_a_number_may_be_written_with_a_point_if_it_is_whole(server: Server) -> 
     assert all(isinstance(value, int) for value in values.values())
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("name", [
     "nothing", "", "max_concurrent", "maxconcurrent", "CLAUDE_TIMEOUT", "port", "bind", "authMode",
     "apiKey", "PROXY_API_KEY", "__class__",

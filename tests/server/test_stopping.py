@@ -75,6 +75,7 @@ def says(server: Server) -> bool:
 # ---------------------------------------------------------------------------
 
 
+@pytest.mark.few_cases
 @both_ways
 @pytest.mark.parametrize("dialect", DIALECTS, ids=dialect_name)
 def test_the_client_of_a_stopped_request_gets_an_error_of_its_own_kind(

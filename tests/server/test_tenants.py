@@ -107,6 +107,7 @@ def test_fields_of_a_profile_are_changed_one_by_one_and_null_is_the_default(hous
         assert (found["prompt"], found["instance"], found["changed"]) == wanted
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize(("field", "value"), [
     ("level", "tools"), ("level", "agent"), ("level", "admin"), ("level", 1),
     ("prompt", 5), ("prompt", "x" * 32_001), ("instance", "x"), ("instance", {"a": "x" * 16_384}),
@@ -286,6 +287,7 @@ BLOCKED = [
 ]
 
 
+@pytest.mark.few_cases
 @pytest.mark.parametrize("name", [*BLOCKED, "1A", "A-B", "A B", "", "A\nB", "\u00e9", "A" * 129])
 def test_a_variable_that_a_tenant_may_not_set_is_named(house: Server, name: str) -> None:
     tenant(house, "alice")
