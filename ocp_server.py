@@ -15898,6 +15898,7 @@ class Account:
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
         self._login_checked_s: float | None = None
+        self._refusals = 0
         self._windows: dict[str, PlanWindow] = {}
         self._last_report = PlanReport({})
         self._budget = ExtraUsageBudget()
@@ -15908,11 +15909,22 @@ class Account:
 
     # -- login --------------------------------------------------------------------------------
 
-    def set_login(self, accepted: bool | None) -> None:
-        """Record whether the API accepted the login of a request; None = unknown again."""
+    def set_login(self, accepted: bool | None, since: int | None = None) -> bool:
+        """Record whether the API accepted the login of a request; None = unknown again. Return
+        False, and change nothing, if the login was refused later: `since` is the value that
+        `refusals` had when the result was asked for."""
         with self._lock:
+            if since is not None and since != self._refusals:
+                return False
             self._logged_in = accepted
             self._login_checked_s = None if accepted is None else self._clock()
+            self._refusals += accepted is False
+            return True
+
+    @property
+    def refusals(self) -> int:
+        """Return how many times the login was refused."""
+        return self._refusals
 
     @property
     def is_login_refused(self) -> bool:
@@ -16278,7 +16290,7 @@ class SignIn:
 
     def __init__(
         self, start: Callable[[], ClaudeProcess], stop: Callable[[ClaudeProcess], None],
-        on_login: Callable[[], None], log: Log, clock: Clock = time.monotonic,
+        on_login: Callable[[], object], log: Log, clock: Clock = time.monotonic,
     ) -> None:
         """`start` returns a claude with its owner's configuration folder, or raises OcpError;
         `stop` ends it without waiting; `on_login` is called when the login has changed."""
@@ -18839,6 +18851,8 @@ class TurnRunner:
         config = self._config = app.config
         #: The attempt that is under way.
         self._attempt: Attempt | None = None
+        #: The refusals of the login when claude was asked.
+        self._refusals = 0
         #: Whether the process of an answer that nobody waits for serves again.
         self._is_process_kept = False
         self._limits = WaitLimits(
@@ -18991,7 +19005,7 @@ class TurnRunner:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._source.turn
-        self._attempt = attempt
+        self._attempt, self._refusals = attempt, self._login.account.refusals
         attempt.process.set_tap(self._job.tap)
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
@@ -19048,7 +19062,7 @@ class TurnRunner:
         """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
         means that claude still writes an answer that was ended here."""
         app, process = self._app, attempt.process
-        self._login.account.set_login(True)
+        self._login.account.set_login(True, self._refusals)
         app.pool.mark_used(process.kind)
         conversation = None if is_cut else self._conversation_after(attempt, finished)
         self._record.process = None
@@ -19808,12 +19822,14 @@ class App:
             self.pool.drop(login, is_over=True)
             self.logins.forget(login)
 
-    def _login_renewed(self) -> None:
-        """Start anew with another login. Idle processes may still hold the last one."""
+    def _login_renewed(self, since: int | None = None) -> bool:
+        """Start anew with another login. Idle processes may still hold the last one. Return False
+        if this login was refused as well by now; `since` as for Account.set_login."""
         self.claude_folder.login_changed()
         self.pool.drop(SERVER_LOGIN)
-        self.account.set_login(None)
+        is_renewed = self.account.set_login(None, since)
         self.wakeups.put("tend")
+        return is_renewed
 
     # -- housekeeping -------------------------------------------------------------------------
 
@@ -19892,8 +19908,9 @@ class App:
             threading.Thread(target=self._look_at_login, daemon=True).start()
 
     def _look_at_login(self) -> None:
-        if self.program.has_login(self.claude_folder.environment()):
-            self._login_renewed()
+        since = self.account.refusals
+        is_found = self.program.has_login(self.claude_folder.environment())
+        if is_found and self._login_renewed(since):
             self.log.event("info", "login_found")
 
     def _take_notices(self) -> None:
