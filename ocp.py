@@ -1890,7 +1890,7 @@ def _setting_value(value: object, row: Json) -> str:
 
 
 def is_changed(row: Json) -> bool:
-    return row.get("source") in ("stored", "environment")
+    return row.get("source") not in (None, "default", "follows memory")
 
 
 def _range(row: Json) -> str | None:

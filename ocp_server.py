@@ -4269,11 +4269,16 @@ class Settings:
     """The current configuration. A value stored at run time overrides the environment, which
     overrides the default."""
 
-    def __init__(self, store: Store, base: Config, environ: Mapping[str, str]) -> None:
-        """`base` is the configuration of `environ`. Stored values are applied on top of it."""
+    def __init__(
+        self, store: Store, base: Config, environ: Mapping[str, str],
+        sources: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`base` is the configuration of `environ`, and `sources` are those of its Environment.
+        Stored values are applied on top of it."""
         self._store = store
         self._base = base
         self._environ = environ
+        self._sources = sources
         # Guards writers only: a reader takes the reference `config` and keeps it for a whole
         # request.
         self._lock = threading.Lock()
@@ -4361,8 +4366,10 @@ class Settings:
     def _source(self, name: str, row: dataclasses.Field[Any]) -> str:
         if name in self._stored:
             return "stored"
-        if self._environ.get(row.metadata["env"], "").strip():
-            return "environment"
+        variable = row.metadata["env"]
+        if self._environ.get(variable, "").strip():
+            # The settings file without its folder, or an option.
+            return os.path.basename(self._sources.get(variable, "environment"))
         return "follows memory" if row.metadata["from_memory"] else "default"
 
 
@@ -19672,17 +19679,18 @@ class App:
 
     def __init__(
         self, config: Config, *, environ: Mapping[str, str], log: Log, models: Models,
-        demo_command: tuple[str, ...] = (), clock: Clock = time.monotonic,
+        sources: Mapping[str, str] = MappingProxyType({}), demo_command: tuple[str, ...] = (),
+        clock: Clock = time.monotonic,
     ) -> None:
-        """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
-        HomeInUse."""
+        """Create the state folder. `environ` and `sources` are those of an Environment.
+        `demo_command` starts the stand-in instead of claude. Raises HomeInUse."""
         self.log = log
         self.catalog = ModelCatalog(models)
         self.demo = bool(demo_command)
         self.started_s, self.started_at_s = clock(), time.time()
         self.clock = clock
         environ = dict(environ)
-        self._open_state(config, environ)
+        self._open_state(config, environ, sources)
         self.catalog.set_aliases(self.config.model_aliases)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
@@ -19744,13 +19752,15 @@ class App:
         """Return the models as they are known at this moment."""
         return self.catalog.models
 
-    def _open_state(self, config: Config, environ: Mapping[str, str]) -> None:
+    def _open_state(
+        self, config: Config, environ: Mapping[str, str], sources: Mapping[str, str]
+    ) -> None:
         """Open the database and read what the first request needs."""
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
         self.store = self.state_folder.store
         config = self.state_folder.with_admin_key(config)
         self.capture = Capture(self.state_folder.path_of("captures"), self.log, self.clock)
-        self.settings = Settings(self.store, config, environ)
+        self.settings = Settings(self.store, config, environ, sources)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.keys = Keys(self.store)
@@ -23950,7 +23960,10 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     for name, meant in unknown_settings(environ):
         log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
     try:
-        app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
+        app = App(
+            config, environ=environ, log=log, models=models, sources=environment.sources,
+            demo_command=demo_command,
+        )
     except HomeInUse as problem:
         print(f"ocp: {problem}", file=sys.stderr)
         return 1

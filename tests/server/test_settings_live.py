@@ -298,6 +298,15 @@ def test_what_is_stored_beats_the_environment_which_beats_the_default(tmp_path: 
     assert others == ((16, "default"), (False, "environment"))
 
 
+def test_a_value_of_the_settings_file_or_of_an_option_names_that_as_its_source() -> None:
+    sources = {"CLAUDE_MAX_QUEUE": "/home/owner/.ocp/ocp.env", "CLAUDE_TIMEOUT": "--option"}
+    environ = {**dict.fromkeys(sources, "9"), "OCP_CACHE_SAMPLED": "0"}
+    report = ocp.Settings(ocp.Store(":memory:"), ocp.Config(), environ, sources).report()
+
+    assert [report[name]["source"] for name in ("maxQueue", "timeout", "cacheSampled")] == [
+        "ocp.env", "--option", "environment"]
+
+
 def test_what_is_stored_lasts_over_a_restart_and_another_environment(tmp_path: Path) -> None:
     with running_server(tmp_path, env=NO_IDLE) as server:
         set_to(server, timeout=45_000, maxConcurrent=3, cacheSampled=False, maxQueue=9)
