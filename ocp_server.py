@@ -21923,6 +21923,11 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] 
     ),
 )
 _KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
+#: What else of a key changes, and by which route.
+_KEY_ROUTES = {
+    "quota": "PATCH /api/keys/{key}/quota", "secret": "POST /api/keys/{key}/rotate",
+    "login": "PUT /api/keys/{key}/login", "revoked": "DELETE /api/keys/{key}",
+}
 
 
 def _key_columns(app: App, fields: Fields) -> dict[str, object]:
@@ -22088,7 +22093,11 @@ def get_key(app: App, exchange: Exchange, key: str) -> None:
 def change_key(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}: change fields of the key; the others stay."""
     found = app.keys.find(key)
-    fields = _read_fields(exchange, _KEY_NAMES)
+    fields = Fields(parse_json_body(exchange.body()))
+    for name, route in _KEY_ROUTES.items():
+        if name in fields.object:
+            raise BadRequest(f"{name}: {route} changes this.", param=name)
+    _with_known_fields(fields, _KEY_NAMES)
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
