@@ -5775,6 +5775,15 @@ class PeriodUsage:
         self.told: dict[str, int] = {}
 
 
+class ListPrices(NamedTuple):
+    """The list price of a caller's rows, in billionths of a dollar, since each of some times."""
+
+    begins_s: tuple[float, ...]
+    #: The last row that was summed; ids begin with 1.
+    last_id: int
+    sums: list[int]
+
+
 class Ledger:
     """The rows of usage, and the quotas that they count for."""
 
@@ -5791,6 +5800,9 @@ class Ledger:
         self._used: dict[tuple[int, str, str], PeriodUsage] = {}
         #: Reservations of running requests by key id.
         self._in_flight: dict[int, list[Reservation]] = {}
+        #: By key id and name of the caller. Replaced as a whole when rows are deleted; changed only
+        #: in a report, of which one runs at a time.
+        self._list_prices: dict[tuple[int | None, str], ListPrices] = {}
         #: Called once for each key, quota and period when the usage first reaches the key's
         #: warning level or the limit; also when a request is refused before. Holds no lock.
         self.on_level: Callable[[QuotaLevel], None] = lambda level: None
@@ -6059,9 +6071,12 @@ class Ledger:
         now_s = self._clock()
         counted_s = min(period_bounds(quota.period, now_s)[0] for quota in QUOTAS)
         with self._store.transaction() as connection:
-            return connection.execute(
+            count = connection.execute(
                 "DELETE FROM usage WHERE at_s < ?", (min(now_s - days * 86_400, counted_s),)
             ).rowcount
+        if count:
+            self._list_prices = {}
+        return count
 
     # -- reports ------------------------------------------------------------------------------
 
@@ -6095,13 +6110,26 @@ class Ledger:
             }
 
     def list_prices(self, caller: Caller, begins_s: Sequence[float]) -> list[float]:
-        """Return the list price, in USD, of a caller's rows since each of these times. Raises as
-        `report` does."""
-        where, values = _condition(min(begins_s), math.inf, caller)
-        sums = f", TOTAL(CASE WHEN at_s >= ? THEN {_ROW_NANO_USD} END) / 1e9" * len(begins_s)
-        query = f"SELECT {sums[2:]} FROM usage WHERE {where}"
+        """Return the list price, in USD, of a caller's rows since each of these times. Only rows
+        that are new since the last call with the same times are read. Raises as `report` does."""
+        begins, who = tuple(begins_s), (caller.key_id, caller.name)
+        where, values = _condition(min(begins), math.inf, caller)
+        sums = f"TOTAL(CASE WHEN at_s >= ? THEN {_ROW_NANO_USD} END), " * len(begins)
+        # Rows that are deleted during this report empty another dictionary than this one.
+        list_prices = self._list_prices
         with self._store.read_transaction() as connection:
-            return list(connection.execute(query, (*begins_s, *values)).fetchone())
+            known = list_prices.get(who)
+            if known is None or known.begins_s != begins:
+                known = ListPrices(begins, 0, [0] * len(begins))
+            # The rows after one are found without an index, and read for all callers.
+            table = f"usage {'NOT INDEXED' if known.last_id else ''}"
+            *added, last_id = connection.execute(
+                f"SELECT {sums}(SELECT COALESCE(MAX(id), 0) FROM usage) FROM {table} "
+                f"WHERE {where} AND id > ?", (*begins, *values, known.last_id),
+            ).fetchone()
+            found = [before + int(more) for before, more in zip(known.sums, added)]
+            list_prices[who] = ListPrices(begins, last_id, found)
+        return [each / _NANO_USD for each in found]
 
     def csv(
         self, table: str, since_s: float, until_s: float, caller: Caller | None
