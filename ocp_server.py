@@ -4234,12 +4234,17 @@ class Store:
                 raise
 
     @contextlib.contextmanager
-    def read_transaction(self) -> Iterator[sqlite3.Connection]:
+    def read_transaction(self, *, is_short: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield a connection for one report, whose queries all see the same state.
 
-        Writes are not blocked meanwhile. Raises QueueFull after a long wait for other reports, and
-        sqlite3.Error.
+        Writes are not blocked meanwhile, except by a short report of a database in memory, which
+        takes less time than a copy of it. Raises QueueFull after a long wait for other reports,
+        and sqlite3.Error.
         """
+        if is_short and self._path is None:
+            with self._lock:
+                yield self._connection
+            return
         if not self._report_lock.acquire(timeout=_REPORT_PATIENCE_S):
             raise QueueFull("Other reports are running; try again in a moment.", retry_after_s=5)
         try:
@@ -6150,7 +6155,7 @@ class Ledger:
             # From the last row on: SQLite would read the earlier ones once more for each page.
             where, values = _condition(last_s, until_s, caller)
             where, values = f"{where} AND (at_s, id) > (?, ?)", [*values, last_s, last_id]
-            with self._store.read_transaction() as connection:
+            with self._store.read_transaction(is_short=True) as connection:
                 names, found = Rows(connection, where, values).select("at_s, id", _CSV_PAGE_ROWS)
             page = [[entry[name] for name in names] for entry in map(_row_entry, found)]
             yield csv_text(page if last_id else [names, *page])
