@@ -16740,7 +16740,8 @@ def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
         "usage` shows the plan.",
         {"window": name, "percent": percent, "level": level,
          "resetsAt": None if resets_s is None else iso_time(resets_s)},
-        level, (resets_s or now_s + _UNKNOWN_RESET_S) + _RESET_TOLERANCE_S,
+        # Without a reset time, it is told again only after it was used less.
+        level, math.inf if resets_s is None else resets_s + _RESET_TOLERANCE_S,
     )
 
 
@@ -16944,7 +16945,11 @@ class Alerts:
     def _next_due(self) -> Alert | None:
         """Return the oldest alert to be sent now. The caller holds the lock."""
         now_s = self._clock()
-        due = (a for a in self._alerts if a.state == "waiting" and a.due_s <= now_s)
+        # After a clock was set back, a due time may lie behind the longest pause.
+        due = (
+            a for a in self._alerts if a.state == "waiting"
+            and not now_s < a.due_s <= now_s + _LONGEST_PAUSE_S
+        )
         return next(due, None)
 
     def _send_due(self) -> None:
