@@ -18147,8 +18147,9 @@ MAX_CAPTURE_MINUTES = 60
 _MAX_PART_CHARS = 1_048_576
 #: A secret that begins before the end of a part is found whole.
 _OVERLAP_CHARS = 4096
-#: How long captures are kept.
+#: How long captures are kept, and how large they may be together, apart from the newest.
 _CAPTURE_KEPT_S = 7 * 86_400
+_MAX_CAPTURES_BYTES = 512 * 1024 * 1024
 #: When a capture began, at the beginning of the name of its folder.
 _CAPTURE_NAME = "%Y%m%dT%H%M%S%z"
 _REDACTED = "[redacted]"
@@ -18278,6 +18279,7 @@ class Capture:
     def start(self, requests: int, minutes: int, key: Key | None) -> None:
         """Capture the next requests, of one key if it is given. Raises CaptureRuns, and OSError
         without a folder that can be written."""
+        self.prune()
         name = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
         with self._lock:
             if self._session is not None:
@@ -18353,9 +18355,13 @@ class Capture:
         )
 
     def prune(self) -> None:
-        """Delete captures that are too old. What else lies in the folder stays."""
-        for entry in self.kept():
-            if time.time() - parse_time(entry["startedAt"]) > _CAPTURE_KEPT_S:
+        """Delete captures that are too old, and those before the newest that are too many. What
+        else lies in the folder stays."""
+        total_bytes = 0
+        for number, entry in enumerate(reversed(self.kept())):
+            total_bytes += entry["bytes"]
+            is_old = time.time() - parse_time(entry["startedAt"]) > _CAPTURE_KEPT_S
+            if is_old or (number and total_bytes > _MAX_CAPTURES_BYTES):
                 shutil.rmtree(entry["folder"], ignore_errors=True)
 
     def kept(self) -> list[Json]:
