@@ -1790,7 +1790,8 @@ def show_status(answer: Json, style: Style) -> str:
     errors = answer.get("recentErrors") or []
     if errors:
         lines += ["", style.paint("bold", "Recent Errors")]
-    for error in errors:
+    # The newest first, as in `ocp errors`.
+    for error in reversed(errors):
         about = [local_time(error.get("time"), style), error.get("key"), error.get("kind"),
                  error.get("message")]
         # A failure without a message of its own repeats its kind.

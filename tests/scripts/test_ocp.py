@@ -182,6 +182,13 @@ def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None
         assert f"login            {word}\n" in ocp.show_health({"auth": {"ok": ok}}, PLAIN)
 
 
+def test_the_newest_error_comes_first() -> None:
+    (older,) = samples.STATUS["recentErrors"]
+    newer = {**older, "time": "2026-11-20T14:50:00Z", "message": "no place"}
+    shown = ocp.show_status({**samples.STATUS, "recentErrors": [older, newer]}, PLAIN)
+    assert shown.index("no place") < shown.index(older["message"])
+
+
 def test_the_lines_of_the_plan_fit_a_narrow_terminal() -> None:
     narrow = ocp.show_plan(samples.PLAN, ocp.Style(bars=True, width=80))
     assert max(map(len, narrow.split("\n"))) <= 80 and "resets in 3h 12m" in narrow
