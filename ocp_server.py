@@ -17186,6 +17186,8 @@ _ALL_ADDRESSES = ("0.0.0.0", "::")
 #: How long a client that is refused early may go on sending before its connection is closed, so
 #: that it reads the refusal instead of a connection reset.
 _LINGER_S = 2.0
+#: The same while every other client has to wait.
+_SHORT_LINGER_S = 0.02
 #: How much of a pipelined request is read before the current one is answered.
 _MAX_AHEAD_BYTES = 65_536
 #: The memory budget: this many bodies of the largest size, and at least this many bytes.
@@ -20170,6 +20172,7 @@ _NOT_HTTP = "This server uses https: write https:// in the address."
 #: How often the log repeats a warning about connections.
 _WARNING_INTERVAL_S = 60.0
 _CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
+_THREADS_HELP = "raise the limit of processes and threads of the server's user, or of its service"
 #: How many connections above the limit get an error response at a time; others are just closed.
 _MAX_REJECTIONS = 32
 
@@ -20951,9 +20954,11 @@ class Server(ThreadingHTTPServer):
             app.log.event("warn", "connections_full", peer=evicted.peer, help=_CONNECTIONS_HELP)
         try:
             super().process_request(request, client_address)
-        except BaseException:
+        except BaseException as problem:
             app.connections.remove(connection)
-            raise
+            if not isinstance(problem, RuntimeError):
+                raise
+            self._reject_without_thread(connection)
 
     def log_tls_attempt(self, peer: str) -> None:
         """Warn in the log about a client that uses https on a plain HTTP server."""
@@ -20972,6 +20977,18 @@ class Server(ThreadingHTTPServer):
             # The machine has no thread left.
             self._end_rejection(connection)
 
+    def _reject_without_thread(self, connection: Connection) -> None:
+        """Send an error to a client for which the machine has no thread left, and close the
+        connection. The others wait meanwhile, so it takes hardly any time."""
+        if self.app.intervals.claim("no_thread", _WARNING_INTERVAL_S):
+            self.app.log.event("error", "no_thread_left", peer=connection.peer, help=_THREADS_HELP)
+        if self._tls is None:
+            self._send_refusal(connection, Busy(
+                "The machine has no thread left for this connection.", retry_after_s=5
+            ))
+            connection.linger(_SHORT_LINGER_S)
+        connection.close()
+
     def _send_rejection(self, connection: Connection, error: Busy) -> None:
         try:
             self._refuse(connection, error)
@@ -20984,13 +21001,16 @@ class Server(ThreadingHTTPServer):
 
     def _refuse(self, connection: Connection, error: OcpError) -> None:
         """Answer a connection before anything was read from it."""
+        self._send_refusal(connection, error).finish()
+
+    def _send_refusal(self, connection: Connection, error: OcpError) -> Response:
         response = Response(connection)
         self.app.refusals.kept.add(Refused(
             connection.peer, error.status, error.kind, error.message,
             request_id=response.request_id,
         ))
         response.send_error(error, CHAT)
-        response.finish()
+        return response
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection until it ends; runs in its thread."""
