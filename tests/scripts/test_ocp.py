@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import re
@@ -1618,10 +1619,27 @@ def test_as_a_program_in_a_pipe(tmp_path: Path, real: Any) -> None:
         PYTHONIOENCODING="ascii")
     done = subprocess.run(
         ["bash", "-c", f"{command} models | cat && {command} logs 1000 | head -1 && "
+         f"{command} usage --csv | true && "
          f"{command} ask 'sch\u00f6n \u4e2d' && exit 7"],
         capture_output=True, env=environ, check=False, timeout=300)
     assert done.returncode == 7 and done.stderr == b"", done
     assert b"claude-opus-5" in done.stdout and b"You said: sch?n ?" in done.stdout
+
+
+@pytest.mark.parametrize("words", [
+    ("models",), ("ask", "hi"), ("usage", "--csv"), ("keys", "--json")])
+def test_output_for_which_the_disk_is_full_is_told(
+    tmp_path: Path, real: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    env = ocp_env(tmp_path, *words, environ={"OCP_URL": real.url, "OCP_ADMIN_KEY": "admin-key"})
+    monkeypatch.setattr(env.stdout, "flush", fail)
+    found = run_env(env)
+
+    assert found.code == ocp.Exit.FAILED and "No space left on device" in found.stderr
+    assert "not have happened" not in found.stderr and "broke off" not in found.stderr
 
 
 # ---------------------------------------------------------------------------
