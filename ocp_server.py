@@ -20744,9 +20744,11 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
         origin = headers.get("Origin", "")
         check_origin(config, origin, host, headers.get("Content-Type", ""), exchange.peer)
         if is_allowed_origin(config, origin):
-            exchange.response.headers.update(
-                {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-            )
+            # Clients in a page read the id of the request, and whether and when to repeat it.
+            exchange.response.headers.update({
+                "Access-Control-Allow-Origin": origin, "Vary": "Origin",
+                "Access-Control-Expose-Headers": "*",
+            })
 
     def _authorize(self, exchange: Exchange, access: Access) -> Caller:
         """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
