@@ -5933,9 +5933,10 @@ class Ledger:
             begins_s, ends_s = period_bounds(period, now_s)
             sums = ", ".join(f"TOTAL({_UNITS[unit].sql})" for unit in Amounts._fields)
             where, values = (" AND model = ?", [model]) if model else ("", [])
+            # Rows of a clock that was ahead count when their time comes.
             row = self._store.rows(
-                f"SELECT {sums} FROM usage WHERE key_id = ? AND at_s >= ?{where}",
-                key_id, begins_s, *values,
+                f"SELECT {sums} FROM usage WHERE key_id = ? AND at_s >= ? AND at_s < ?{where}",
+                key_id, begins_s, ends_s, *values,
             )[0]
             used = PeriodUsage(begins_s, ends_s, Amounts(*map(int, row)))
             self._used[key_id, period, model] = used
@@ -16055,9 +16056,11 @@ class Account:
     def claim_plan_query(self) -> bool:
         """Return whether a plan query to claude is due, and count it as done if so."""
         with self._lock:
-            due = self._clock() - self._last_query_s >= _PLAN_QUERY_INTERVAL_S
+            now_s = self._clock()
+            # A query in the future was before the clock was set back.
+            due = not 0 <= now_s - self._last_query_s < _PLAN_QUERY_INTERVAL_S
             if due:
-                self._last_query_s = self._clock()
+                self._last_query_s = now_s
             return due
 
     def windows(self) -> dict[str, PlanWindow]:

@@ -464,6 +464,19 @@ def test_the_rows_of_others_do_not_count(store: Any) -> None:
     book.begin()
 
 
+@pytest.mark.usefixtures("utc")
+def test_what_was_used_while_the_clock_was_ahead_does_not_count_for_today(store: Any) -> None:
+    book = Book(store, daily=3)
+    book.use(1)
+    book.clock.advance(40 * 86_400)
+    book.use(3)
+    book.clock.advance(-40 * 86_400)
+
+    assert book.report()["daily"]["used"] == 1
+    book.use(2)
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
 def test_the_list_price_is_that_of_the_kept_rows_whenever_it_is_asked_for(tmp_path: Path) -> None:
     store = ocp.Store(str(tmp_path / "ocp.db"))
     clock, nobody = clock_at(), ocp.Reservation(None)
