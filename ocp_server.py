@@ -1793,9 +1793,27 @@ _MAX_PRINTED_CHARS = 1_000
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A rotated file, created readable only by its owner, that ignores failed writes."""
+    """A rotated file, created readable only by its owner, that ignores failed writes. If it was
+    moved or deleted, the next line begins a new one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        if self.stream is not None and not self._is_in_place(self.stream.fileno()):
+            # What could not be written before is lost.
+            with contextlib.suppress(OSError, ValueError):
+                self.close()
+        super().emit(record)
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.baseFilename), os.fstat(descriptor))
+        except OSError:
+            return False
 
     def _open(self) -> io.TextIOWrapper:
+        # Its folder may have been deleted with it.
+        with contextlib.suppress(OSError):
+            os.mkdir(os.path.dirname(self.baseFilename), 0o700)
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
