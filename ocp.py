@@ -5588,8 +5588,8 @@ def main(env: Env) -> Exit:
             env.note(f"ocp: {error}")
             return error.code
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            env.note(f"ocp: The output could not be written: {error.strerror}. What the command has "
-                     "changed stays changed.")
+            env.note(f"ocp: The output could not be written: {error.strerror}. What the command "
+                     "has changed stays changed.")
             return Exit.FAILED
         env.note(f"ocp: this should not have happened: {type(error).__name__}: {clean(error)}")
         env.note("Run it again with --debug to see where, and report it.")

@@ -1798,17 +1798,13 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
-        if self.stream is not None and not self._is_in_place(self.stream.fileno()):
-            # What could not be written before is lost.
-            with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            if self.stream is not None and not (
+                os.path.exists(self.baseFilename)
+                and os.path.samefile(self.baseFilename, self.stream.fileno())
+            ):
                 self.close()
         super().emit(record)
-
-    def _is_in_place(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.stat(self.baseFilename), os.fstat(descriptor))
-        except OSError:
-            return False
 
     def _open(self) -> io.TextIOWrapper:
         # Its folder may have been deleted with it.
@@ -4255,9 +4251,8 @@ class Store:
     def read_transaction(self, *, is_short: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield a connection for one report, whose queries all see the same state.
 
-        Writes are not blocked meanwhile, except by a short report of a database in memory, which
-        takes less time than a copy of it. Raises QueueFull after a long wait for other reports,
-        and sqlite3.Error.
+        Writes are not blocked meanwhile, but by a short report of a database in memory. Raises
+        QueueFull after a long wait for other reports, and sqlite3.Error.
         """
         if is_short and self._path is None:
             with self._lock:
@@ -4292,16 +4287,11 @@ class Settings:
     """The current configuration. A value stored at run time overrides the environment, which
     overrides the default."""
 
-    def __init__(
-        self, store: Store, base: Config, environ: Mapping[str, str],
-        sources: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """`base` is the configuration of `environ`, and `sources` are those of its Environment.
-        Stored values are applied on top of it."""
+    def __init__(self, store: Store, base: Config, environment: Environment) -> None:
+        """`base` is the configuration of `environment`. Stored values are applied on top of it."""
         self._store = store
         self._base = base
-        self._environ = environ
-        self._sources = sources
+        self._environment = environment
         # Guards writers only: a reader takes the reference `config` and keeps it for a whole
         # request.
         self._lock = threading.Lock()
@@ -4390,9 +4380,9 @@ class Settings:
         if name in self._stored:
             return "stored"
         variable = row.metadata["env"]
-        if self._environ.get(variable, "").strip():
+        if self._environment.variables.get(variable, "").strip():
             # The settings file without its folder, or an option.
-            return os.path.basename(self._sources.get(variable, "environment"))
+            return os.path.basename(self._environment.source(variable))
         return "follows memory" if row.metadata["from_memory"] else "default"
 
 
@@ -16967,10 +16957,8 @@ class Alerts:
         """Return the oldest alert to be sent now. The caller holds the lock."""
         now_s = self._clock()
         # After a clock was set back, a due time may lie behind the longest pause.
-        due = (
-            a for a in self._alerts if a.state == "waiting"
-            and not now_s < a.due_s <= now_s + _LONGEST_PAUSE_S
-        )
+        due = (a for a in self._alerts if a.state == "waiting"
+               and not now_s < a.due_s <= now_s + _LONGEST_PAUSE_S)
         return next(due, None)
 
     def _send_due(self) -> None:
@@ -19745,19 +19733,18 @@ class App:
     """The server without its sockets."""
 
     def __init__(
-        self, config: Config, *, environ: Mapping[str, str], log: Log, models: Models,
-        sources: Mapping[str, str] = MappingProxyType({}), demo_command: tuple[str, ...] = (),
-        clock: Clock = time.monotonic,
+        self, config: Config, environment: Environment, *, log: Log, models: Models,
+        demo_command: tuple[str, ...] = (), clock: Clock = time.monotonic,
     ) -> None:
-        """Create the state folder. `environ` and `sources` are those of an Environment.
-        `demo_command` starts the stand-in instead of claude. Raises HomeInUse."""
+        """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
+        HomeInUse."""
         self.log = log
         self.catalog = ModelCatalog(models)
         self.demo = bool(demo_command)
         self.started_s, self.started_at_s = clock(), time.time()
         self.clock = clock
-        environ = dict(environ)
-        self._open_state(config, environ, sources)
+        environ = environment.variables
+        self._open_state(config, environment)
         self.catalog.set_aliases(self.config.model_aliases)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
@@ -19819,15 +19806,13 @@ class App:
         """Return the models as they are known at this moment."""
         return self.catalog.models
 
-    def _open_state(
-        self, config: Config, environ: Mapping[str, str], sources: Mapping[str, str]
-    ) -> None:
+    def _open_state(self, config: Config, environment: Environment) -> None:
         """Open the database and read what the first request needs."""
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
         self.store = self.state_folder.store
         config = self.state_folder.with_admin_key(config)
         self.capture = Capture(self.state_folder.path_of("captures"), self.log, self.clock)
-        self.settings = Settings(self.store, config, environ, sources)
+        self.settings = Settings(self.store, config, environment)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.keys = Keys(self.store)
@@ -24056,10 +24041,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     for name, meant in unknown_settings(environ):
         log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
     try:
-        app = App(
-            config, environ=environ, log=log, models=models, sources=environment.sources,
-            demo_command=demo_command,
-        )
+        app = App(config, environment, log=log, models=models, demo_command=demo_command)
     except HomeInUse as problem:
         print(f"ocp: {problem}", file=sys.stderr)
         return 1

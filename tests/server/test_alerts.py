@@ -55,7 +55,7 @@ class Desk:
         self.store = ocp.Store(str(database))
         self.log = ocp.Log(io.StringIO(), "debug")
         config = ocp.Config(alert_url=url, **settings)
-        self.settings = ocp.Settings(self.store, config, {})
+        self.settings = ocp.Settings(self.store, config, ocp.Environment({}, "", {}))
         self.account = ocp.Account(self.clock)
         self.alerts = ocp.Alerts(self.store, self.log, self.settings, self.clock)
 
