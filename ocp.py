@@ -50,6 +50,7 @@ import datetime
 import difflib
 import email.utils
 import enum
+import errno
 import fcntl
 import functools
 import getpass
@@ -1668,6 +1669,17 @@ def _new_file(path: str) -> TextIO:
         raise failed(f"The file {clean(path)} {what}.") from None
 
 
+def _pieces(answer: http.client.HTTPResponse) -> Iterator[str]:
+    """Yield the text of an answer. Raises HttpProblem if it breaks off."""
+    reader = codecs.getreader("utf-8")(answer)
+    while True:
+        with reading():
+            piece = reader.read(65_536)
+        if not piece:
+            return
+        yield piece
+
+
 def _save_csv(env: Env, args: argparse.Namespace, path: str) -> Exit:
     """Print the CSV that the server answers with, or write it to a new file, piece by piece."""
     if args.json:
@@ -1678,13 +1690,15 @@ def _save_csv(env: Env, args: argparse.Namespace, path: str) -> Exit:
         with contextlib.ExitStack() as files:
             file = files.enter_context(_new_file(args.output)) if args.output else env.stdout
             try:
-                with reading():
-                    shutil.copyfileobj(codecs.getreader("utf-8")(answer), file)
+                file.writelines(_pieces(answer))
                 file.flush()
             except (HttpProblem, OSError) as problem:
                 if args.output:
                     os.unlink(args.output)
-                raise failed(f"The CSV is not complete: {clean(problem)}.") from None
+                elif isinstance(problem, BrokenPipeError):
+                    raise
+                why = problem.strerror if isinstance(problem, OSError) else clean(problem)
+                raise failed(f"The CSV is not complete: {why}.") from None
     if args.output:
         env.say(f"written to {clean(args.output)}")
     return Exit.OK
@@ -1790,7 +1804,8 @@ def show_status(answer: Json, style: Style) -> str:
     errors = answer.get("recentErrors") or []
     if errors:
         lines += ["", style.paint("bold", "Recent Errors")]
-    for error in errors:
+    # The newest first, as in `ocp errors`.
+    for error in reversed(errors):
         about = [local_time(error.get("time"), style), error.get("key"), error.get("kind"),
                  error.get("message")]
         # A failure without a message of its own repeats its kind.
@@ -1890,7 +1905,7 @@ def _setting_value(value: object, row: Json) -> str:
 
 
 def is_changed(row: Json) -> bool:
-    return row.get("source") in ("stored", "environment")
+    return row.get("source") not in (None, "default", "follows memory")
 
 
 def _range(row: Json) -> str | None:
@@ -5574,6 +5589,10 @@ def main(env: Env) -> Exit:
         if isinstance(error, Problem):
             env.note(f"ocp: {error}")
             return error.code
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            env.note(f"ocp: The output could not be written: {error.strerror}. What the command "
+                     "has changed stays changed.")
+            return Exit.FAILED
         env.note(f"ocp: this should not have happened: {type(error).__name__}: {clean(error)}")
         env.note("Run it again with --debug to see where, and report it.")
         return Exit.FAILED

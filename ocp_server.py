@@ -1793,9 +1793,23 @@ _MAX_PRINTED_CHARS = 1_000
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
-    """A rotated file, created readable only by its owner, that ignores failed writes."""
+    """A rotated file, created readable only by its owner, that ignores failed writes. If it was
+    moved or deleted, the next line begins a new one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.stream is not None and not (
+                os.path.exists(self.baseFilename)
+                and os.path.samefile(self.baseFilename, self.stream.fileno())
+            ):
+                self.close()
+        super().emit(record)
 
     def _open(self) -> io.TextIOWrapper:
+        # Its folder may have been deleted with it.
+        with contextlib.suppress(OSError):
+            os.mkdir(os.path.dirname(self.baseFilename), 0o700)
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
@@ -4234,12 +4248,16 @@ class Store:
                 raise
 
     @contextlib.contextmanager
-    def read_transaction(self) -> Iterator[sqlite3.Connection]:
+    def read_transaction(self, *, is_short: bool = False) -> Iterator[sqlite3.Connection]:
         """Yield a connection for one report, whose queries all see the same state.
 
-        Writes are not blocked meanwhile. Raises QueueFull after a long wait for other reports, and
-        sqlite3.Error.
+        Writes are not blocked meanwhile, but by a short report of a database in memory. Raises
+        QueueFull after a long wait for other reports, and sqlite3.Error.
         """
+        if is_short and self._path is None:
+            with self._lock:
+                yield self._connection
+            return
         if not self._report_lock.acquire(timeout=_REPORT_PATIENCE_S):
             raise QueueFull("Other reports are running; try again in a moment.", retry_after_s=5)
         try:
@@ -4269,11 +4287,11 @@ class Settings:
     """The current configuration. A value stored at run time overrides the environment, which
     overrides the default."""
 
-    def __init__(self, store: Store, base: Config, environ: Mapping[str, str]) -> None:
-        """`base` is the configuration of `environ`. Stored values are applied on top of it."""
+    def __init__(self, store: Store, base: Config, environment: Environment) -> None:
+        """`base` is the configuration of `environment`. Stored values are applied on top of it."""
         self._store = store
         self._base = base
-        self._environ = environ
+        self._environment = environment
         # Guards writers only: a reader takes the reference `config` and keeps it for a whole
         # request.
         self._lock = threading.Lock()
@@ -4361,8 +4379,10 @@ class Settings:
     def _source(self, name: str, row: dataclasses.Field[Any]) -> str:
         if name in self._stored:
             return "stored"
-        if self._environ.get(row.metadata["env"], "").strip():
-            return "environment"
+        variable = row.metadata["env"]
+        if self._environment.variables.get(variable, "").strip():
+            # The settings file without its folder, or an option.
+            return os.path.basename(self._environment.source(variable))
         return "follows memory" if row.metadata["from_memory"] else "default"
 
 
@@ -5768,6 +5788,15 @@ class PeriodUsage:
         self.told: dict[str, int] = {}
 
 
+class ListPrices(NamedTuple):
+    """The list price of a caller's rows, in billionths of a dollar, since each of some times."""
+
+    begins_s: tuple[float, ...]
+    #: The last row that was summed; ids begin with 1.
+    last_id: int
+    sums: list[int]
+
+
 class Ledger:
     """The rows of usage, and the quotas that they count for."""
 
@@ -5784,6 +5813,9 @@ class Ledger:
         self._used: dict[tuple[int, str, str], PeriodUsage] = {}
         #: Reservations of running requests by key id.
         self._in_flight: dict[int, list[Reservation]] = {}
+        #: By key id and name of the caller. Replaced as a whole when rows are deleted; changed only
+        #: in a report, of which one runs at a time.
+        self._list_prices: dict[tuple[int | None, str], ListPrices] = {}
         #: Called once for each key, quota and period when the usage first reaches the key's
         #: warning level or the limit; also when a request is refused before. Holds no lock.
         self.on_level: Callable[[QuotaLevel], None] = lambda level: None
@@ -5909,9 +5941,10 @@ class Ledger:
             begins_s, ends_s = period_bounds(period, now_s)
             sums = ", ".join(f"TOTAL({_UNITS[unit].sql})" for unit in Amounts._fields)
             where, values = (" AND model = ?", [model]) if model else ("", [])
+            # Rows of a clock that was ahead count when their time comes.
             row = self._store.rows(
-                f"SELECT {sums} FROM usage WHERE key_id = ? AND at_s >= ?{where}",
-                key_id, begins_s, *values,
+                f"SELECT {sums} FROM usage WHERE key_id = ? AND at_s >= ? AND at_s < ?{where}",
+                key_id, begins_s, ends_s, *values,
             )[0]
             used = PeriodUsage(begins_s, ends_s, Amounts(*map(int, row)))
             self._used[key_id, period, model] = used
@@ -6052,9 +6085,12 @@ class Ledger:
         now_s = self._clock()
         counted_s = min(period_bounds(quota.period, now_s)[0] for quota in QUOTAS)
         with self._store.transaction() as connection:
-            return connection.execute(
+            count = connection.execute(
                 "DELETE FROM usage WHERE at_s < ?", (min(now_s - days * 86_400, counted_s),)
             ).rowcount
+        if count:
+            self._list_prices = {}
+        return count
 
     # -- reports ------------------------------------------------------------------------------
 
@@ -6088,13 +6124,26 @@ class Ledger:
             }
 
     def list_prices(self, caller: Caller, begins_s: Sequence[float]) -> list[float]:
-        """Return the list price, in USD, of a caller's rows since each of these times. Raises as
-        `report` does."""
-        where, values = _condition(min(begins_s), math.inf, caller)
-        sums = f", TOTAL(CASE WHEN at_s >= ? THEN {_ROW_NANO_USD} END) / 1e9" * len(begins_s)
-        query = f"SELECT {sums[2:]} FROM usage WHERE {where}"
+        """Return the list price, in USD, of a caller's rows since each of these times. Only rows
+        that are new since the last call with the same times are read. Raises as `report` does."""
+        begins, who = tuple(begins_s), (caller.key_id, caller.name)
+        where, values = _condition(min(begins), math.inf, caller)
+        sums = f"TOTAL(CASE WHEN at_s >= ? THEN {_ROW_NANO_USD} END), " * len(begins)
+        # Rows that are deleted during this report empty another dictionary than this one.
+        list_prices = self._list_prices
         with self._store.read_transaction() as connection:
-            return list(connection.execute(query, (*begins_s, *values)).fetchone())
+            known = list_prices.get(who)
+            if known is None or known.begins_s != begins:
+                known = ListPrices(begins, 0, [0] * len(begins))
+            # The rows after one are found without an index, and read for all callers.
+            table = f"usage {'NOT INDEXED' if known.last_id else ''}"
+            *added, last_id = connection.execute(
+                f"SELECT {sums}(SELECT COALESCE(MAX(id), 0) FROM usage) FROM {table} "
+                f"WHERE {where} AND id > ?", (*begins, *values, known.last_id),
+            ).fetchone()
+            found = [before + int(more) for before, more in zip(known.sums, added)]
+            list_prices[who] = ListPrices(begins, last_id, found)
+        return [each / _NANO_USD for each in found]
 
     def csv(
         self, table: str, since_s: float, until_s: float, caller: Caller | None
@@ -6115,7 +6164,7 @@ class Ledger:
             # From the last row on: SQLite would read the earlier ones once more for each page.
             where, values = _condition(last_s, until_s, caller)
             where, values = f"{where} AND (at_s, id) > (?, ?)", [*values, last_s, last_id]
-            with self._store.read_transaction() as connection:
+            with self._store.read_transaction(is_short=True) as connection:
                 names, found = Rows(connection, where, values).select("at_s, id", _CSV_PAGE_ROWS)
             page = [[entry[name] for name in names] for entry in map(_row_entry, found)]
             yield csv_text(page if last_id else [names, *page])
@@ -15898,6 +15947,7 @@ class Account:
         self._lock = threading.Lock()
         self._logged_in: bool | None = None
         self._login_checked_s: float | None = None
+        self._refusals = 0
         self._windows: dict[str, PlanWindow] = {}
         self._last_report = PlanReport({})
         self._budget = ExtraUsageBudget()
@@ -15908,11 +15958,22 @@ class Account:
 
     # -- login --------------------------------------------------------------------------------
 
-    def set_login(self, accepted: bool | None) -> None:
-        """Record whether the API accepted the login of a request; None = unknown again."""
+    def set_login(self, accepted: bool | None, since: int | None = None) -> bool:
+        """Record whether the API accepted the login of a request; None = unknown again. Return
+        False, and change nothing, if the login was refused later: `since` is the value that
+        `refusals` had when the result was asked for."""
         with self._lock:
+            if since is not None and since != self._refusals:
+                return False
             self._logged_in = accepted
             self._login_checked_s = None if accepted is None else self._clock()
+            self._refusals += accepted is False
+            return True
+
+    @property
+    def refusals(self) -> int:
+        """Return how many times the login was refused."""
+        return self._refusals
 
     @property
     def is_login_refused(self) -> bool:
@@ -16003,9 +16064,11 @@ class Account:
     def claim_plan_query(self) -> bool:
         """Return whether a plan query to claude is due, and count it as done if so."""
         with self._lock:
-            due = self._clock() - self._last_query_s >= _PLAN_QUERY_INTERVAL_S
+            now_s = self._clock()
+            # A query in the future was before the clock was set back.
+            due = not 0 <= now_s - self._last_query_s < _PLAN_QUERY_INTERVAL_S
             if due:
-                self._last_query_s = self._clock()
+                self._last_query_s = now_s
             return due
 
     def windows(self) -> dict[str, PlanWindow]:
@@ -16278,7 +16341,7 @@ class SignIn:
 
     def __init__(
         self, start: Callable[[], ClaudeProcess], stop: Callable[[ClaudeProcess], None],
-        on_login: Callable[[], None], log: Log, clock: Clock = time.monotonic,
+        on_login: Callable[[], object], log: Log, clock: Clock = time.monotonic,
     ) -> None:
         """`start` returns a claude with its owner's configuration folder, or raises OcpError;
         `stop` ends it without waiting; `on_login` is called when the login has changed."""
@@ -16688,7 +16751,8 @@ def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
         "usage` shows the plan.",
         {"window": name, "percent": percent, "level": level,
          "resetsAt": None if resets_s is None else iso_time(resets_s)},
-        level, (resets_s or now_s + _UNKNOWN_RESET_S) + _RESET_TOLERANCE_S,
+        # Without a reset time, it is told again only after it was used less.
+        level, math.inf if resets_s is None else resets_s + _RESET_TOLERANCE_S,
     )
 
 
@@ -16892,7 +16956,9 @@ class Alerts:
     def _next_due(self) -> Alert | None:
         """Return the oldest alert to be sent now. The caller holds the lock."""
         now_s = self._clock()
-        due = (a for a in self._alerts if a.state == "waiting" and a.due_s <= now_s)
+        # After a clock was set back, a due time may lie behind the longest pause.
+        due = (a for a in self._alerts if a.state == "waiting"
+               and not now_s < a.due_s <= now_s + _LONGEST_PAUSE_S)
         return next(due, None)
 
     def _send_due(self) -> None:
@@ -17129,6 +17195,8 @@ _ALL_ADDRESSES = ("0.0.0.0", "::")
 #: How long a client that is refused early may go on sending before its connection is closed, so
 #: that it reads the refusal instead of a connection reset.
 _LINGER_S = 2.0
+#: The same while every other client has to wait.
+_SHORT_LINGER_S = 0.02
 #: How much of a pipelined request is read before the current one is answered.
 _MAX_AHEAD_BYTES = 65_536
 #: The memory budget: this many bodies of the largest size, and at least this many bytes.
@@ -18090,8 +18158,9 @@ MAX_CAPTURE_MINUTES = 60
 _MAX_PART_CHARS = 1_048_576
 #: A secret that begins before the end of a part is found whole.
 _OVERLAP_CHARS = 4096
-#: How long captures are kept.
+#: How long captures are kept, and how large they may be together, apart from the newest.
 _CAPTURE_KEPT_S = 7 * 86_400
+_MAX_CAPTURES_BYTES = 512 * 1024 * 1024
 #: When a capture began, at the beginning of the name of its folder.
 _CAPTURE_NAME = "%Y%m%dT%H%M%S%z"
 _REDACTED = "[redacted]"
@@ -18221,6 +18290,7 @@ class Capture:
     def start(self, requests: int, minutes: int, key: Key | None) -> None:
         """Capture the next requests, of one key if it is given. Raises CaptureRuns, and OSError
         without a folder that can be written."""
+        self.prune()
         name = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
         with self._lock:
             if self._session is not None:
@@ -18296,9 +18366,13 @@ class Capture:
         )
 
     def prune(self) -> None:
-        """Delete captures that are too old. What else lies in the folder stays."""
-        for entry in self.kept():
-            if time.time() - parse_time(entry["startedAt"]) > _CAPTURE_KEPT_S:
+        """Delete captures that are too old, and those before the newest that are too many. What
+        else lies in the folder stays."""
+        total_bytes = 0
+        for number, entry in enumerate(reversed(self.kept())):
+            total_bytes += entry["bytes"]
+            is_old = time.time() - parse_time(entry["startedAt"]) > _CAPTURE_KEPT_S
+            if is_old or (number and total_bytes > _MAX_CAPTURES_BYTES):
                 shutil.rmtree(entry["folder"], ignore_errors=True)
 
     def kept(self) -> list[Json]:
@@ -18839,6 +18913,8 @@ class TurnRunner:
         config = self._config = app.config
         #: The attempt that is under way.
         self._attempt: Attempt | None = None
+        #: The refusals of the login when claude was asked.
+        self._refusals = 0
         #: Whether the process of an answer that nobody waits for serves again.
         self._is_process_kept = False
         self._limits = WaitLimits(
@@ -18991,7 +19067,7 @@ class TurnRunner:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._source.turn
-        self._attempt = attempt
+        self._attempt, self._refusals = attempt, self._login.account.refusals
         attempt.process.set_tap(self._job.tap)
         final_only = self._config.is_agent and self._config.agent_text == "final"
         offered, _ = turn.tools_for_model
@@ -19048,7 +19124,7 @@ class TurnRunner:
         """Park the process of a complete answer if it can serve again, else stop it. `is_cut`
         means that claude still writes an answer that was ended here."""
         app, process = self._app, attempt.process
-        self._login.account.set_login(True)
+        self._login.account.set_login(True, self._refusals)
         app.pool.mark_used(process.kind)
         conversation = None if is_cut else self._conversation_after(attempt, finished)
         self._record.process = None
@@ -19657,7 +19733,7 @@ class App:
     """The server without its sockets."""
 
     def __init__(
-        self, config: Config, *, environ: Mapping[str, str], log: Log, models: Models,
+        self, config: Config, environment: Environment, *, log: Log, models: Models,
         demo_command: tuple[str, ...] = (), clock: Clock = time.monotonic,
     ) -> None:
         """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
@@ -19667,8 +19743,8 @@ class App:
         self.demo = bool(demo_command)
         self.started_s, self.started_at_s = clock(), time.time()
         self.clock = clock
-        environ = dict(environ)
-        self._open_state(config, environ)
+        environ = environment.variables
+        self._open_state(config, environment)
         self.catalog.set_aliases(self.config.model_aliases)
         self.metrics = Metrics()
         self.refusals = Refusals(log)
@@ -19730,13 +19806,13 @@ class App:
         """Return the models as they are known at this moment."""
         return self.catalog.models
 
-    def _open_state(self, config: Config, environ: Mapping[str, str]) -> None:
+    def _open_state(self, config: Config, environment: Environment) -> None:
         """Open the database and read what the first request needs."""
         self.state_folder = StateFolder(config, self.log, self.clock, is_demo=self.demo)
         self.store = self.state_folder.store
         config = self.state_folder.with_admin_key(config)
         self.capture = Capture(self.state_folder.path_of("captures"), self.log, self.clock)
-        self.settings = Settings(self.store, config, environ)
+        self.settings = Settings(self.store, config, environment)
         for name, why in self.settings.problems:
             self.log.event("warn", "stored_setting_ignored", setting=name, why=why)
         self.keys = Keys(self.store)
@@ -19808,12 +19884,14 @@ class App:
             self.pool.drop(login, is_over=True)
             self.logins.forget(login)
 
-    def _login_renewed(self) -> None:
-        """Start anew with another login. Idle processes may still hold the last one."""
+    def _login_renewed(self, since: int | None = None) -> bool:
+        """Start anew with another login. Idle processes may still hold the last one. Return False
+        if this login was refused as well by now; `since` as for Account.set_login."""
         self.claude_folder.login_changed()
         self.pool.drop(SERVER_LOGIN)
-        self.account.set_login(None)
+        is_renewed = self.account.set_login(None, since)
         self.wakeups.put("tend")
+        return is_renewed
 
     # -- housekeeping -------------------------------------------------------------------------
 
@@ -19892,8 +19970,9 @@ class App:
             threading.Thread(target=self._look_at_login, daemon=True).start()
 
     def _look_at_login(self) -> None:
-        if self.program.has_login(self.claude_folder.environment()):
-            self._login_renewed()
+        since = self.account.refusals
+        is_found = self.program.has_login(self.claude_folder.environment())
+        if is_found and self._login_renewed(since):
             self.log.event("info", "login_found")
 
     def _take_notices(self) -> None:
@@ -20099,6 +20178,7 @@ _NOT_HTTP = "This server uses https: write https:// in the address."
 #: How often the log repeats a warning about connections.
 _WARNING_INTERVAL_S = 60.0
 _CONNECTIONS_HELP = "raise OCP_MAX_CONNECTIONS if this many connections are expected"
+_THREADS_HELP = "raise the limit of processes and threads of the server's user, or of its service"
 #: How many connections above the limit get an error response at a time; others are just closed.
 _MAX_REJECTIONS = 32
 
@@ -20670,9 +20750,11 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
         origin = headers.get("Origin", "")
         check_origin(config, origin, host, headers.get("Content-Type", ""), exchange.peer)
         if is_allowed_origin(config, origin):
-            exchange.response.headers.update(
-                {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-            )
+            # Clients in a page read the id of the request, and whether and when to repeat it.
+            exchange.response.headers.update({
+                "Access-Control-Allow-Origin": origin, "Vary": "Origin",
+                "Access-Control-Expose-Headers": "*",
+            })
 
     def _authorize(self, exchange: Exchange, access: Access) -> Caller:
         """Return the caller. Raises Forbidden, and Unauthorized after a delay that grows with
@@ -20880,9 +20962,11 @@ class Server(ThreadingHTTPServer):
             app.log.event("warn", "connections_full", peer=evicted.peer, help=_CONNECTIONS_HELP)
         try:
             super().process_request(request, client_address)
-        except BaseException:
+        except BaseException as problem:
             app.connections.remove(connection)
-            raise
+            if not isinstance(problem, RuntimeError):
+                raise
+            self._reject_without_thread(connection)
 
     def log_tls_attempt(self, peer: str) -> None:
         """Warn in the log about a client that uses https on a plain HTTP server."""
@@ -20901,6 +20985,18 @@ class Server(ThreadingHTTPServer):
             # The machine has no thread left.
             self._end_rejection(connection)
 
+    def _reject_without_thread(self, connection: Connection) -> None:
+        """Send an error to a client for which the machine has no thread left, and close the
+        connection. The others wait meanwhile, so it takes hardly any time."""
+        if self.app.intervals.claim("no_thread", _WARNING_INTERVAL_S):
+            self.app.log.event("error", "no_thread_left", peer=connection.peer, help=_THREADS_HELP)
+        if self._tls is None:
+            self._send_refusal(connection, Busy(
+                "The machine has no thread left for this connection.", retry_after_s=5
+            ))
+            connection.linger(_SHORT_LINGER_S)
+        connection.close()
+
     def _send_rejection(self, connection: Connection, error: Busy) -> None:
         try:
             self._refuse(connection, error)
@@ -20913,13 +21009,16 @@ class Server(ThreadingHTTPServer):
 
     def _refuse(self, connection: Connection, error: OcpError) -> None:
         """Answer a connection before anything was read from it."""
+        self._send_refusal(connection, error).finish()
+
+    def _send_refusal(self, connection: Connection, error: OcpError) -> Response:
         response = Response(connection)
         self.app.refusals.kept.add(Refused(
             connection.peer, error.status, error.kind, error.message,
             request_id=response.request_id,
         ))
         response.send_error(error, CHAT)
-        response.finish()
+        return response
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection until it ends; runs in its thread."""
@@ -21896,6 +21995,11 @@ _KEY_FIELDS: tuple[tuple[str, str, Callable[[App, Fields], object], Json], ...] 
     ),
 )
 _KEY_NAMES = tuple(name for name, *_ in _KEY_FIELDS)
+#: What else of a key changes, and by which route.
+_KEY_ROUTES = {
+    "quota": "PATCH /api/keys/{key}/quota", "secret": "POST /api/keys/{key}/rotate",
+    "login": "PUT /api/keys/{key}/login", "revoked": "DELETE /api/keys/{key}",
+}
 
 
 def _key_columns(app: App, fields: Fields) -> dict[str, object]:
@@ -22061,7 +22165,11 @@ def get_key(app: App, exchange: Exchange, key: str) -> None:
 def change_key(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}: change fields of the key; the others stay."""
     found = app.keys.find(key)
-    fields = _read_fields(exchange, _KEY_NAMES)
+    fields = Fields(parse_json_body(exchange.body()))
+    for name, route in _KEY_ROUTES.items():
+        if name in fields.object:
+            raise BadRequest(f"{name}: {route} changes this.", param=name)
+    _with_known_fields(fields, _KEY_NAMES)
     columns = _key_columns(app, fields)
     with _audited_change(app, exchange, "key_changed", found, fields=list(fields.object)):
         app.keys.change(found, columns)
@@ -23966,7 +24074,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     for name, meant in unknown_settings(environ):
         log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
     try:
-        app = App(config, environ=environ, log=log, models=models, demo_command=demo_command)
+        app = App(config, environment, log=log, models=models, demo_command=demo_command)
     except HomeInUse as problem:
         print(f"ocp: {problem}", file=sys.stderr)
         return 1

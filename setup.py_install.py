@@ -802,9 +802,10 @@ def channels_service(service: Service, home: str, log_path: str) -> Service:
 
 
 def legacy_services(host: Host, platform_name: str) -> list[Service]:
-    """Return the services of the original that are installed here."""
+    """Return the services of the original that are installed here, also where the user's systemd
+    cannot be reached."""
     found = []
-    if platform_name == "systemd-user":
+    if platform_name == "systemd-user" or (platform_name == "none" and host.which("systemctl")):
         folder = user_unit_folder(host)
         found = [systemd_service(folder, label, is_system=False) for label in LEGACY_UNITS]
     elif platform_name == "launchd":
@@ -1605,7 +1606,7 @@ def plan_legacy(situation: Situation) -> Iterator[Action]:
     """Stop services of the original that use the same port, and move their files away."""
     host, values = situation.host, situation.values
     for old in situation.found.legacy:
-        if legacy_port(old) != values[PORT]:
+        if legacy_port(old) != values[PORT] or situation.install.service == NO_SERVICE:
             continue
         is_active = host.succeeds(old.is_active)
         what = "the original's service frees the port"
@@ -1732,7 +1733,8 @@ def check_port(situation: Situation) -> None:
     install, found = situation.install, situation.found
     port_before = settings_of(found.settings_text).get(PORT, DEFAULTS[PORT])
     is_own = found.is_active and port_before == str(install.port)
-    becomes_free = any(legacy_port(old) == str(install.port) for old in found.legacy)
+    becomes_free = install.service != NO_SERVICE and any(
+        legacy_port(old) == str(install.port) for old in found.legacy)
     if is_own or becomes_free or not situation.should_start:
         return
     problem = busy_problem(install.bind, install.port)
@@ -2119,6 +2121,9 @@ def notes_about(situation: Situation) -> Iterator[str]:
         yield (f"The original's {old.label} is installed; its settings are taken over where "
                "nothing else says otherwise, its keys and its usage by the first start. See "
                "docs/migration.md.")
+        if install.service == NO_SERVICE:
+            yield (f"ATTENTION: {old.label} cannot be stopped from here and would start again: as "
+                   f"its user, `systemctl --user disable --now {old.label}`.")
     yield from found.changes
     problem = "" if situation.should_start or found.is_active else (
         busy_problem(install.bind, install.port))

@@ -66,13 +66,21 @@ function findUrl(config, env, record) {
   return addressOf("127.0.0.1", DEFAULT_PORT);
 }
 
-/** Return the admin key, or null. The default file is for this machine's own proxy only. */
+/** Return a variable of the proxy's settings file (its last one counts), or undefined. */
+function variableIn(text, name) {
+  const line = text?.match(new RegExp(`^[ \\t]*${name}=.*$`, "gm"))?.at(-1);
+  return line?.slice(line.indexOf("=") + 1).trim().replace(/^(["'])(.*)\1$/, "$2");
+}
+
+/** Return the admin key, or null. The default files are for this machine's own proxy only. */
 function findAdminKey(config, around, folder, isLocal) {
   if (config.adminKey) return config.adminKey;
   const named = config.adminKeyFile?.replace(/^~(?=\/)/, around.home);
   if (named) return around.read(named)?.trim() || null;
   if (!isLocal) return null;
-  return around.env.OCP_ADMIN_KEY || around.read(join(folder, "admin-key"))?.trim() || null;
+  return around.env.OCP_ADMIN_KEY
+    || variableIn(around.read(join(folder, "ocp.env")), "OCP_ADMIN_KEY")
+    || around.read(join(folder, "admin-key"))?.trim() || null;
 }
 
 function findCommand(config, around) {

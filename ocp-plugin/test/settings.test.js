@@ -47,6 +47,17 @@ test("the file with the key is for this machine's proxy only", () => {
     around({ [`${HOME}/k`]: "k" })).adminKey, "k");
 });
 
+test("a key in the proxy's settings file wins over the generated one", () => {
+  const keyFrom = (text, env) => readSettings({}, around({ ...KEY_FILE,
+    [`${HOME}/.ocp/ocp.env`]: text }, env)).adminKey;
+  assert.equal(keyFrom("CLAUDE_BIND=::\nOCP_ADMIN_KEY=one\n"), "one");
+  assert.equal(keyFrom("OCP_ADMIN_KEY=one\n OCP_ADMIN_KEY='t=wo' \r\n"), "t=wo");
+  assert.equal(keyFrom("#OCP_ADMIN_KEY=one\nOCP_ADMIN_KEY=\n"), "secret");
+  assert.equal(keyFrom("OCP_ADMIN_KEY=one", { OCP_ADMIN_KEY: "three" }), "three");
+  assert.equal(readSettings({ host: "192.168.1.9" },
+    around({ [`${HOME}/.ocp/ocp.env`]: "OCP_ADMIN_KEY=one" })).adminKey, null);
+});
+
 test("what the service manager runs is not started twice", () => {
   assert.equal(readSettings({}, around()).autoStart, true);
   assert.equal(readSettings({}, around(INSTALLED)).autoStart, false);

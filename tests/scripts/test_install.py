@@ -894,6 +894,19 @@ def test_lingering_that_is_not_allowed_is_told_and_does_not_end_it(quick: Instal
     assert f"sudo loginctl enable-linger {USER}" in done.stdout
 
 
+def test_an_original_s_service_that_cannot_be_reached_is_told_and_its_settings_are_taken_over(
+    quick: InstallMachine
+) -> None:
+    old = original_unit(quick, "Environment=CLAUDE_TIMEOUT=7000")
+    quick.services.set("unreachable")
+    done = quick.install("--no-start")
+
+    assert done.returncode == 0, done.stderr
+    assert "`systemctl --user disable --now ocp-proxy.service`" in done.stdout
+    assert quick.settings()["CLAUDE_TIMEOUT"] == "7000" and old.exists()
+    assert "disable" not in quick.services.calls()
+
+
 def test_an_unreachable_systemd_is_told_and_files_are_installed_all_the_same(
     quick: InstallMachine
 ) -> None:

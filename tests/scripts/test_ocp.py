@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import re
@@ -180,6 +181,13 @@ def test_counts_have_their_plural_and_the_login_its_word(tmp_path: Path) -> None
     assert "login not known yet" in shown and "To do: log in" in shown
     for ok, word in ((True, "logged in"), (False, "not logged in"), (None, "not known yet")):
         assert f"login            {word}\n" in ocp.show_health({"auth": {"ok": ok}}, PLAIN)
+
+
+def test_the_newest_error_comes_first() -> None:
+    (older,) = samples.STATUS["recentErrors"]
+    newer = {**older, "time": "2026-11-20T14:50:00Z", "message": "no place"}
+    shown = ocp.show_status({**samples.STATUS, "recentErrors": [older, newer]}, PLAIN)
+    assert shown.index("no place") < shown.index(older["message"])
 
 
 def test_the_lines_of_the_plan_fit_a_narrow_terminal() -> None:
@@ -1615,10 +1623,27 @@ def test_as_a_program_in_a_pipe(tmp_path: Path, real: Any) -> None:
         PYTHONIOENCODING="ascii")
     done = subprocess.run(
         ["bash", "-c", f"{command} models | cat && {command} logs 1000 | head -1 && "
+         f"{command} usage --csv | true && "
          f"{command} ask 'sch\u00f6n \u4e2d' && exit 7"],
         capture_output=True, env=environ, check=False, timeout=300)
     assert done.returncode == 7 and done.stderr == b"", done
     assert b"claude-opus-5" in done.stdout and b"You said: sch?n ?" in done.stdout
+
+
+@pytest.mark.parametrize("words", [
+    ("models",), ("ask", "hi"), ("usage", "--csv"), ("keys", "--json")])
+def test_output_for_which_the_disk_is_full_is_told(
+    tmp_path: Path, real: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    env = ocp_env(tmp_path, *words, environ={"OCP_URL": real.url, "OCP_ADMIN_KEY": "admin-key"})
+    monkeypatch.setattr(env.stdout, "flush", fail)
+    found = run_env(env)
+
+    assert found.code == ocp.Exit.FAILED and "No space left on device" in found.stderr
+    assert "not have happened" not in found.stderr and "broke off" not in found.stderr
 
 
 # ---------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Desk:
         self.store = ocp.Store(str(database))
         self.log = ocp.Log(io.StringIO(), "debug")
         config = ocp.Config(alert_url=url, **settings)
-        self.settings = ocp.Settings(self.store, config, {})
+        self.settings = ocp.Settings(self.store, config, ocp.Environment({}, "", {}))
         self.account = ocp.Account(self.clock)
         self.alerts = ocp.Alerts(self.store, self.log, self.settings, self.clock)
 
@@ -146,10 +146,10 @@ def test_a_window_that_was_reset_early_is_told_anew(desk: Desk) -> None:
     assert len(desk.told()) == 2
 
 
-def test_a_window_without_a_known_reset_is_told_for_five_hours(desk: Desk) -> None:
-    for hours in (0, 2, 2, 2):
-        desk.clock.advance(hours * HOUR_S)
-        desk.set_window("five_hour", 0.9, None)
+def test_a_window_without_a_known_reset_is_told_once_until_it_is_used_less(desk: Desk) -> None:
+    for used in (0.9, 0.9, 0.91, 0.1, 0.9):
+        desk.clock.advance(24 * HOUR_S)
+        desk.set_window("five_hour", used, None)
         desk.look()
 
     assert len(desk.told()) == 2
@@ -354,6 +354,17 @@ def test_a_delivery_that_succeeds_later_is_over(desk: Desk, webhook: Webhook) ->
     assert len(webhook.taken) == 3
     assert (desk.last["state"], desk.last["attempts"], desk.last["problem"]) == (
         "delivered", 3, None)
+
+
+def test_a_clock_that_is_set_back_does_not_hold_an_alert_back(
+    desk: Desk, webhook: Webhook
+) -> None:
+    webhook.manners = [503, 204]
+    desk.look(True)
+    desk.clock.advance(-24 * HOUR_S)
+    desk.look(True)
+
+    assert (desk.last["state"], len(webhook.taken)) == ("delivered", 2)
 
 
 def test_a_webhook_may_ask_for_a_longer_pause(desk: Desk, webhook: Webhook) -> None:

@@ -330,6 +330,27 @@ def test_time_ends_it_and_old_captures_are_deleted(tmp_path: Path) -> None:
     assert capture.kept() == [] and [each.name for each in folder.parent.iterdir()] == ["mine"]
 
 
+def test_the_oldest_of_too_large_captures_go_but_the_newest_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ocp, "_MAX_CAPTURES_BYTES", 25)
+    capture = ocp.Capture(str(tmp_path), Events(), time.monotonic)
+    for hours, size in ((3, 10), (2, 10), (1, 10)):
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - 3600 * hours))
+        (tmp_path / f"{stamp}-{hours}").mkdir()
+        (tmp_path / f"{stamp}-{hours}" / "req_1.txt").write_text("x" * size)
+
+    capture.prune()
+    assert [entry["folder"][-1] for entry in capture.kept()] == ["2", "1"]
+    monkeypatch.setattr(ocp, "_MAX_CAPTURES_BYTES", 5)
+    capture.prune()
+    assert [entry["folder"][-1] for entry in capture.kept()] == ["1"]
+    # A start makes room as well.
+    capture.start(1, 1, None)
+    capture.prune()
+    assert [entry["files"] for entry in capture.kept()] == [0]
+
+
 @pytest.mark.parametrize(("failure", "end"), [
     (ocp.ClientGone(), "the client left"),
     (ocp.BadRequest("No."), "failed with status 400 (invalid_request_error): No."),

@@ -888,6 +888,8 @@ def test_a_page_of_a_named_origin_may_call(locked: Server) -> None:
     for each in (reply, refused):
         assert each.headers["Access-Control-Allow-Origin"] == PAGE
         assert each.headers["Vary"] == "Origin"
+        # Its client may read when and whether to ask again, and the id of the request.
+        assert each.headers["Access-Control-Expose-Headers"] == "*"
 
 
 def test_a_preflight_of_a_named_origin_gets_what_it_asks_for(locked: Server) -> None:

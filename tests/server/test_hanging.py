@@ -379,7 +379,7 @@ def test_without_a_program_the_housekeeper_rests(tmp_path: Path) -> None:
         CLAUDE_BIN=str(tmp_path / "nothing"))
     clock = FakeClock()
     app = ocp.App(
-        ocp.load_config(environ), environ=environ, log=ocp.Log(None, "error"),
+        ocp.load_config(environ), ocp.Environment(environ, "", {}), log=ocp.Log(None, "error"),
         models=ocp.Models(ocp.BUILTIN_MODELS), clock=clock)
     app.pool.mark_used(ocp.ProcessKind(SONNET))
 

@@ -365,6 +365,20 @@ def test_a_field_that_there_is_not_is_refused(house: Server, field: str) -> None
     assert shown(house, made["id"])["quota_daily"] is None
 
 
+@pytest.mark.parametrize(("field", "value", "route"), [
+    ("quota", {"daily": 5}, "PATCH /api/keys/{key}/quota"),
+    ("secret", "ocp_new", "POST /api/keys/{key}/rotate"), ("revoked", True, "DELETE"),
+    ("login", None, "PUT /api/keys/{key}/login")])
+def test_a_field_that_another_route_changes_is_refused_with_that_route(
+    house: Server, field: str, value: Json, route: str
+) -> None:
+    made = new_key(house, name=f"elsewhere {field}")
+    reply = change(house, made["id"], note="lost?", **{field: value})
+
+    assert (param_of(reply), shown(house, made["id"])["note"]) == (field, "")
+    assert route in reply.json()["error"]["message"]
+
+
 WRONG_FIELDS: list[tuple[str, Json]] = [
     ("maxConcurrent", -1), ("maxConcurrent", 1001), ("maxConcurrent", 1.5),
     ("maxConcurrent", "2"), ("maxConcurrent", True), ("maxConcurrent", []),

@@ -301,6 +301,16 @@ def test_what_is_stored_beats_the_environment_which_beats_the_default(tmp_path: 
     assert others == ((16, "default"), (False, "environment"))
 
 
+def test_a_value_of_the_settings_file_or_of_an_option_names_that_as_its_source() -> None:
+    sources = {"CLAUDE_MAX_QUEUE": "/home/owner/.ocp/ocp.env", "CLAUDE_TIMEOUT": "--option"}
+    environ = {**dict.fromkeys(sources, "9"), "OCP_CACHE_SAMPLED": "0"}
+    environment = ocp.Environment(environ, "/home/owner/.ocp/ocp.env", sources)
+    report = ocp.Settings(ocp.Store(":memory:"), ocp.Config(), environment).report()
+
+    assert [report[name]["source"] for name in ("maxQueue", "timeout", "cacheSampled")] == [
+        "ocp.env", "--option", "environment"]
+
+
 def test_what_is_stored_lasts_over_a_restart_and_another_environment(tmp_path: Path) -> None:
     with running_server(tmp_path, env=NO_IDLE) as server:
         set_to(server, timeout=45_000, maxConcurrent=3, cacheSampled=False, maxQueue=9)
@@ -358,7 +368,7 @@ def test_the_warning_says_what_is_wrong_with_it(tmp_path: Path, name: str) -> No
     put_into(tmp_path, {name: value})
 
     with closing(ocp.Store(str(database_of(tmp_path)))) as store:
-        problems = dict(ocp.Settings(store, ocp.Config(), {}).problems)
+        problems = dict(ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {})).problems)
 
     assert why in problems[name]
 
@@ -388,7 +398,7 @@ def ruled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ruled")
 def test_a_change_that_breaks_a_rule_across_settings_is_refused(store: Any) -> None:
-    settings = ocp.Settings(store, ocp.Config(), {})
+    settings = ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {}))
 
     with pytest.raises(ValueError, match="too small for it"):
         settings.change("maxConcurrent", 17)
@@ -407,7 +417,7 @@ def test_what_is_stored_and_breaks_a_rule_is_ignored_with_the_rule(store: Any) -
     with store.transaction() as connection:
         connection.execute("INSERT INTO settings VALUES ('maxConcurrent', '20')")
 
-    settings = ocp.Settings(store, ocp.Config(), {})
+    settings = ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {}))
 
     assert settings.config == ocp.Config()
     assert settings.problems == [("maxConcurrent", "maxQueue is too small for it")]
@@ -415,18 +425,18 @@ def test_what_is_stored_and_breaks_a_rule_is_ignored_with_the_rule(store: Any) -
 
 @pytest.mark.usefixtures("ruled")
 def test_the_order_in_which_settings_are_stored_breaks_no_rule(store: Any) -> None:
-    settings = ocp.Settings(store, ocp.Config(), {})
+    settings = ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {}))
     for name, value in (("maxQueue", 40), ("maxConcurrent", 20), ("maxQueue", 30)):
         settings.change(name, value)
 
-    again = ocp.Settings(store, ocp.Config(), {})
+    again = ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {}))
 
     assert (again.config, again.problems) == (settings.config, [])
 
 
 @pytest.mark.parametrize("value", [5, None])
 def test_nothing_changes_in_a_database_that_is_read_only(store: Any, value: Json) -> None:
-    settings = ocp.Settings(store, ocp.Config(), {})
+    settings = ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {}))
     settings.change("maxQueue", 9)
     before = settings.config, settings.report()
     store.rows("PRAGMA query_only=1")
@@ -436,11 +446,11 @@ def test_nothing_changes_in_a_database_that_is_read_only(store: Any, value: Json
 
     assert (settings.config, settings.report()) == before
     store.rows("PRAGMA query_only=0")
-    assert ocp.Settings(store, ocp.Config(), {}).config.max_queue == 9
+    assert ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {})).config.max_queue == 9
 
 
 def test_a_disk_that_is_full_is_told_as_such_and_nothing_changes(store: Any) -> None:
-    settings = ocp.Settings(store, ocp.Config(), {})
+    settings = ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {}))
     pages = store.rows("PRAGMA page_count")[0][0]
     store.rows(f"PRAGMA max_page_count={pages}")
 
@@ -449,7 +459,7 @@ def test_a_disk_that_is_full_is_told_as_such_and_nothing_changes(store: Any) -> 
 
     store.rows("PRAGMA max_page_count=1000000")
     settings.change("maxQueue", 9)
-    assert ocp.Settings(store, ocp.Config(), {}).config.max_queue == 9
+    assert ocp.Settings(store, ocp.Config(), ocp.Environment({}, "", {})).config.max_queue == 9
 
 
 def test_a_database_that_takes_no_change_is_told_and_nothing_changes(tmp_path: Path) -> None:

@@ -47,6 +47,25 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+def test_a_database_in_memory_is_not_copied_for_each_part(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ocp, "_CSV_PAGE_ROWS", 2)
+    store = ocp.Store(":memory:")
+    ledger = ocp.Ledger(store)
+    for number in range(5):
+        store.write_later(
+            "INSERT INTO usage (at_s, request_id, caller, model, dialect, outcome, status, counted,"
+            " stream, prompt_chars, response_chars, input_tokens, output_tokens, cache_read_tokens,"
+            " cache_write_tokens, total_ms) VALUES (?, 'r', 'local', 'm', 'chat', 'ok', 200, 1, 0,"
+            " 0, 0, 0, 0, 0, 0, 0)", number)
+    store.write_queued()
+    monkeypatch.setattr(store, "_read_connection", lambda: pytest.fail("copied"))
+
+    parts = [part.decode() for part in ledger.csv("rows", 0, 9, None)]
+    assert [part.count("\r\n") for part in parts] == [3, 2, 1]
+
+
 def table_of(reply: Reply) -> list[dict[str, str]]:
     assert reply.status == 200, reply
     assert reply.headers["Content-Type"] == "text/csv; charset=utf-8"

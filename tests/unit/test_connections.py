@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -293,8 +294,10 @@ def test_nobody_makes_room_while_all_are_answered() -> None:
 def listening() -> Iterator[Any]:
     """A server that listens and accepts nothing."""
     refusals = ocp.Refusals(ocp.Log(io.StringIO(), "error"))
+    log = ocp.Log(io.StringIO(), "error")
     app = types.SimpleNamespace(
-        config=ocp.Config(port=0), connections=ocp.Connections(), refusals=refusals)
+        config=ocp.Config(port=0), connections=ocp.Connections(), refusals=refusals, log=log,
+        intervals=ocp.Intervals(time.monotonic))
     with ocp.Server(app, ()) as server:
         yield server
 
@@ -329,6 +332,27 @@ def test_a_refusal_that_gets_no_thread_keeps_no_place(
     assert client.recv(1) == b""
     places = range(ocp._MAX_REJECTIONS)
     assert all(listening._rejections.acquire(blocking=False) for _ in places)
+
+
+def test_a_client_for_whom_the_machine_has_no_thread_gets_a_whole_response(
+    listening: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    for _ in range(3):
+        with socket.create_connection(listening.server_address[:2]) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            listening.handle_request()
+            with client.makefile("rb") as stream:
+                head, _, body = stream.read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: 5\r\n" in head
+        assert "no thread left" in json.loads(body)["error"]["message"]
+    assert len(listening.app.connections) == 0
+    # However many clients come, the log has one line.
+    logged = [each["event"] for each in listening.app.log.recent(9, "all")]
+    assert logged == ["no_thread_left"]
 
 
 # ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Iterator
@@ -601,13 +602,35 @@ def test_a_file_that_cannot_be_put_aside_stops_nothing(
     assert capfd.readouterr().err == ""
 
 
-def test_a_folder_that_was_removed_stops_nothing(notebook: Notebook) -> None:
-    notebook.path.unlink()
-    notebook.path.parent.rmdir()
+def test_a_home_that_was_removed_stops_nothing_and_is_not_made_again(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    notebook = Notebook(home)
+    notebook.log.to_file(str(notebook.path))
+    shutil.rmtree(home)
 
     notebook.log.event("info", "after")
+    notebook.log.close()
 
-    assert notebook.names() == ["after"]
+    assert notebook.names() == ["after"] and not home.exists()
+
+
+@pytest.mark.parametrize("spoil", ["moved", "deleted", "folder", "audit"])
+def test_a_file_that_was_moved_or_deleted_is_begun_anew(notebook: Notebook, spoil: str) -> None:
+    notebook.log.audit("before")
+    path = notebook.path.with_name("audit.log") if spoil == "audit" else notebook.path
+    if spoil == "moved":
+        path.rename(path.with_name("elsewhere"))
+    elif spoil == "folder":
+        shutil.rmtree(path.parent)
+    else:
+        path.unlink()
+    notebook.log.audit("after")
+    notebook.log.audit("and_after")
+
+    lines = [json.loads(line)["event"] for line in path.read_text().splitlines()]
+    assert lines == ["after", "and_after"]
+    assert (mode_of(path), mode_of(path.parent)) == (0o600, 0o700)
 
 
 def test_a_file_that_cannot_be_made_is_told_to_the_caller(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The lines in data/plan.json are those of two versions of claude, word for word.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -218,6 +219,36 @@ def shown(account: Any) -> tuple[Json, Json]:
     return plan["currentSession"], plan["weeklyLimits"]["allModels"]
 
 
+@pytest.mark.parametrize("result", [True, None])
+def test_a_result_that_was_asked_for_before_a_refusal_does_not_overrule_it(
+    account: Any, result: bool | None
+) -> None:
+    since = account.refusals
+    account.set_login(False)
+
+    assert not account.set_login(result, since) and account.login_report()["ok"] is False
+    assert account.set_login(result, account.refusals) and account.login_report()["ok"] is result
+
+
+def test_a_look_at_the_login_that_a_refusal_overtakes_finds_nothing(account: Any) -> None:
+    def has_login(_: object) -> bool:
+        if not refused:
+            refused.append(account.set_login(False))
+        return True
+
+    refused: list[bool] = []
+    found: list[str] = []
+    app = mock.MagicMock(account=account)
+    app.program.has_login = has_login
+    app.log.event = lambda _level, name: found.append(name)
+    app._login_renewed = lambda since: ocp.App._login_renewed(app, since)
+
+    ocp.App._look_at_login(app)
+    assert (found, account.login_report()["ok"]) == ([], False)
+    ocp.App._look_at_login(app)
+    assert (found, account.login_report()["ok"]) == (["login_found"], None)
+
+
 def test_at_first_everything_is_unknown(account: Any) -> None:
     report = account.report()
 
@@ -376,11 +407,12 @@ def test_what_claude_said_last_is_in_the_windows(account: Any) -> None:
 
 def test_it_is_asked_once_a_minute_at_most(account: Any, clock: FakeClock) -> None:
     asked = [account.claim_plan_query()]
-    for seconds in (0, 59.9, 0.1, 30, 30):
+    # The last time the clock is set back.
+    for seconds in (0, 59.9, 0.1, 30, 30, -86_400):
         clock.advance(seconds)
         asked.append(account.claim_plan_query())
 
-    assert asked == [True, False, False, True, False, True]
+    assert asked == [True, False, False, True, False, True, True]
 
 
 # ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any, Optional
 
 import pytest
@@ -461,6 +462,53 @@ def test_the_rows_of_others_do_not_count(store: Any) -> None:
 
     assert book.report()["daily"]["used"] == 0
     book.begin()
+
+
+@pytest.mark.usefixtures("utc")
+def test_what_was_used_while_the_clock_was_ahead_does_not_count_for_today(store: Any) -> None:
+    book = Book(store, daily=3)
+    book.use(1)
+    book.clock.advance(40 * 86_400)
+    book.use(3)
+    book.clock.advance(-40 * 86_400)
+
+    assert book.report()["daily"]["used"] == 1
+    book.use(2)
+    assert isinstance(book.refusal(), ocp.QuotaExceeded)
+
+
+def test_the_list_price_is_that_of_the_kept_rows_whenever_it_is_asked_for(tmp_path: Path) -> None:
+    store = ocp.Store(str(tmp_path / "ocp.db"))
+    clock, nobody = clock_at(), ocp.Reservation(None)
+    ledger, now_s = ocp.Ledger(store, clock), clock()
+    callers = [ocp.Caller("laptop", key_id=KEY_ID), ocp.Caller("laptop")]
+
+    def prices(since_s: float) -> list[list[float]]:
+        """What the ledger tells, and a ledger that was asked nothing before."""
+        begins_s = [0.0, since_s]
+        return [[round(price, 6) for caller in callers
+                 for price in each.list_prices(caller, begins_s)]
+                for each in (ledger, ocp.Ledger(store, clock))]
+
+    def add(at_s: float, *amounts: int) -> None:
+        for key_id, tokens in zip((KEY_ID, None, KEY_ID + 1), amounts):
+            ledger.record(row(at_s, tokens, key_id=key_id), nobody)
+
+    add(now_s - 900 * 86_400, 8, 80, 800)
+    assert prices(now_s) == [[0.008, 0.0, 0.08, 0.0]] * 2
+    add(now_s, 1, 2, 3)
+    # A row that was written late.
+    add(now_s - 5, 10, 20, 30)
+    assert prices(now_s) == [[0.019, 0.001, 0.102, 0.002]] * 2
+    assert prices(now_s - 5) == [[0.019, 0.011, 0.102, 0.022]] * 2
+    ledger.prune(400)
+    assert prices(now_s - 5) == [[0.011, 0.011, 0.022, 0.022]] * 2
+    assert not ledger.prune(400)
+    # Only what is new is read.
+    with store.transaction() as connection:
+        connection.execute("UPDATE usage SET list_price_usd = 5")
+    assert ledger.list_prices(callers[0], [0.0, now_s - 5])[0] == pytest.approx(0.011)
+    store.close()
 
 
 @pytest.mark.parametrize("name", ["admin", "anonymous", "shared", "local"])
