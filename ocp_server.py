@@ -577,6 +577,10 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 #: Lifetimes in the API's prompt cache, the longest first.
 CACHE_LIFETIMES = ("1h", "5m")
 
+#: What may run on the server for a tenant, the least first. At `api` that is nothing, at `tools`
+#: tools of OCP's own, at `agent` claude's own tools too.
+TENANT_LEVELS = ("api", "tools", "agent")
+
 #: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
     "Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebSearch", "WebFetch", "Agent",
@@ -724,6 +728,14 @@ class Config:
         "all", "OCP_AGENT_TEXT",
         "agent mode: `all` = the text of every round, `final` = of the last round only",
         choices=("all", "final"),
+    )
+    # -- tenants ------------------------------------------------------------------------------
+    tenant_level: str = setting(
+        "api", "OCP_TENANT_LEVEL",
+        "mode multi: the most that may run on the server for a tenant: `api` = nothing, `tools` = "
+        "commands of its OpenClaw and a reader of its skills, `agent` = claude's own tools too; a "
+        "higher level of a tenant works as this one",
+        choices=TENANT_LEVELS,
     )
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
@@ -961,6 +973,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "agent mode (CLAUDE_ALLOWED_TOOLS, CLAUDE_SKIP_PERMISSIONS, CLAUDE_MCP_CONFIG) lets "
         "requests run tools on this machine: set PROXY_API_KEY, bind to 127.0.0.1, or keep the "
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
+    ),
+    (
+        lambda config: config.mode != "multi" and config.tenant_level != TENANT_LEVELS[0],
+        "OCP_TENANT_LEVEL has an effect only with CLAUDE_AUTH_MODE=multi: set both or none",
     ),
     (
         lambda config: not all(map(_ORIGIN.fullmatch, split_list(config.allowed_origins))),
@@ -4400,11 +4416,27 @@ class Login(NamedTuple):
 SERVER_LOGIN = Login()
 
 #: The fields of a profile in JSON, with what they are by default.
-TENANT_PROFILE: Mapping[str, Any] = MappingProxyType(
-    {"level": "api", "prompt": "", "instance": None}
-)
-#: What runs on the server for a tenant. At `api` that is nothing.
-TENANT_LEVELS = ("api",)
+TENANT_PROFILE: Mapping[str, Any] = MappingProxyType({
+    # One of TENANT_LEVELS.
+    "level": TENANT_LEVELS[0],
+    # What follows the system prompts of client and operator.
+    "prompt": "",
+    # "keep", or "drop": the model does not get the tools of the client.
+    "clientTools": "keep",
+    # Whether the model is told of the skills in the tenant's folder.
+    "skills": True,
+    # Where its OpenClaw runs: {"container": NAME}, {"stateDir": PATH}, or None.
+    "relay": None,
+    # Which commands of its OpenClaw may run: "none", "read" or "act".
+    "commands": "read",
+    # At level `agent`: names of claude's tools, and whether they are confined.
+    "tools": ["Read", "Grep", "Bash"],
+    "sandbox": True,
+    # The text of "all" rounds of an answer, or of the "final" one.
+    "text": "all",
+    # What `ocp tenants` needs to find the instance again.
+    "instance": None,
+})
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 
 
@@ -4413,8 +4445,7 @@ class Tenant(NamedTuple):
 
     #: The name of its folder below `tenants` in the state folder; empty for a key without.
     folder: str = ""
-    #: See TENANT_PROFILE. `prompt` follows the system prompts of client and operator; `instance` is
-    #: what `ocp tenants` needs to find the instance again.
+    #: See TENANT_PROFILE.
     profile: Mapping[str, Any] = TENANT_PROFILE
     #: Variables for what runs on the server: secrets.
     env: Mapping[str, str] = _NO_ENV
@@ -4426,8 +4457,15 @@ class Tenant(NamedTuple):
     @property
     def stamp(self) -> str:
         """Return what changes with everything that shapes its conversations; empty for none."""
-        parts = [str(self.profile["level"]), str(self.profile["prompt"])]
-        return digest([*parts, canonical_json(dict(self.env))])[:12] if self.folder else ""
+        if not self.folder:
+            return ""
+        shaping = {name: each for name, each in self.profile.items() if name != "instance"}
+        return digest([canonical_json(shaping), canonical_json(dict(self.env))])[:12]
+
+    def level_in_force(self, config: Config) -> str:
+        """Return its level, or the server's if that is lower: no admin key raises that one."""
+        levels = (str(self.profile["level"]), config.tenant_level)
+        return min(levels, key=TENANT_LEVELS.index)
 
 
 NO_TENANT = Tenant()
@@ -21587,6 +21625,7 @@ def _tenants_in_health(app: App, *, is_operator: bool) -> Json:
     names = ("running", "waiting", "parked")
     return {"tenantCount": len(tenants), "tenants": [
         {"name": key.name, "level": key.tenant.profile["level"],
+         "levelInForce": key.tenant.level_in_force(app.config),
          **{name: loads[name].get(key.caller.scope, 0) for name in names}} for key in tenants
     ]}
 
@@ -22220,11 +22259,11 @@ _BLOCKED_ENV = re.compile(
     r"(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|"
     r"XDG|DBUS|SSL)_.*", re.IGNORECASE,
 )
-_TENANT_SCHEMAS: dict[str, Json] = {
-    "level": {"enum": [*TENANT_LEVELS, None]},
-    "prompt": {"type": ["string", "null"], "maxLength": _MAX_TENANT_PROMPT_CHARS},
-    "instance": {"type": ["object", "null"], "description": "what finds the instance again"},
-}
+_MAX_TENANT_TOOLS = 40
+#: Names of containers. They are words of a command line.
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+#: Names of claude's tools, without a rule behind them.
+_CLAUDE_TOOL = re.compile(r"[A-Z][A-Za-z]{0,63}")
 
 
 def tenant_path(app: App, tenant: Tenant) -> str:
@@ -22252,21 +22291,109 @@ def _folder_name(app: App, key: Key) -> str:
     return f"{name}-{key.id}" if is_taken else name
 
 
+def _prompt_field(fields: Fields, name: str) -> str | None:
+    prompt = fields.text(name)
+    if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
+        raise fields.invalid(name, f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
+    return prompt
+
+
+def _instance_field(fields: Fields, name: str) -> Json | None:
+    instance = fields.child(name)
+    if instance is not None and len(to_json(instance.object)) > _MAX_INSTANCE_BYTES:
+        raise fields.invalid(name, f"at most {_MAX_INSTANCE_BYTES:,} bytes of JSON")
+    return None if instance is None else instance.object
+
+
+def _relay_field(fields: Fields, name: str) -> Json | None:
+    """Return where an OpenClaw runs. The command that reaches it is the server's own."""
+    relay = fields.child(name)
+    if relay is None:
+        return None
+    container, state = relay.text("container"), relay.text("stateDir")
+    if len(relay.object) != 1 or (container is None) == (state is None):
+        raise fields.invalid(name, '{"container": NAME} or {"stateDir": PATH}')
+    if state is not None:
+        return {"stateDir": _state_folder_of(relay, state)}
+    if not _CONTAINER.fullmatch(str(container)):
+        raise relay.invalid("container", "the name of a container")
+    return {"container": container}
+
+
+def _state_folder_of(relay: Fields, path: str) -> str:
+    """Return the path of the state folder of an OpenClaw that this server's user runs."""
+    found = os.path.normpath(path)
+    try:
+        is_own = os.stat(found).st_uid == os.geteuid() and os.path.isdir(found)
+    except (OSError, ValueError):
+        is_own = False
+    if not os.path.isabs(path) or not is_own:
+        raise relay.invalid(
+            "stateDir", "an absolute path of a folder on the server that its user owns"
+        )
+    return found
+
+
+def _tools_field(fields: Fields, name: str) -> list[str]:
+    names = [each if isinstance(each, str) else "" for each in fields.items(name) or []]
+    if len(names) > _MAX_TENANT_TOOLS or not all(map(_CLAUDE_TOOL.fullmatch, names)):
+        raise fields.invalid(
+            name, f"an array of at most {_MAX_TENANT_TOOLS} names of claude's tools, such as Read"
+        )
+    return list(dict.fromkeys(names))
+
+
+class ProfileField(NamedTuple):
+    """How a field of a profile is read, and the JSON Schema of what it takes beside null."""
+
+    #: Raises BadRequest with the name of the field.
+    read: Callable[[Fields, str], Any]
+    schema: Json
+
+
+def _choice_field(*values: str) -> ProfileField:
+    return ProfileField(lambda fields, name: fields.one_of(name, values), {"enum": [*values]})
+
+
+_FLAG_FIELD = ProfileField(Fields.flag, {"type": "boolean"})
+_PROFILE_FIELDS: Mapping[str, ProfileField] = MappingProxyType({
+    "level": _choice_field(*TENANT_LEVELS),
+    "prompt": ProfileField(
+        _prompt_field, {"type": "string", "maxLength": _MAX_TENANT_PROMPT_CHARS}
+    ),
+    "clientTools": _choice_field("keep", "drop"),
+    "skills": _FLAG_FIELD,
+    "relay": ProfileField(_relay_field, {
+        "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+        "properties": {
+            "container": {"type": "string", "pattern": f"^{_CONTAINER.pattern}$"},
+            "stateDir": {"type": "string", "description": "a folder that the server's user owns"},
+        },
+    }),
+    "commands": _choice_field("none", "read", "act"),
+    "tools": ProfileField(_tools_field, {
+        "type": "array", "maxItems": _MAX_TENANT_TOOLS,
+        "items": {"type": "string", "pattern": f"^{_CLAUDE_TOOL.pattern}$"},
+    }),
+    "sandbox": _FLAG_FIELD,
+    "text": _choice_field("all", "final"),
+    "instance": ProfileField(
+        _instance_field, {"type": "object", "description": "what finds the instance again"}
+    ),
+})
+_TENANT_SCHEMAS: dict[str, Json] = {
+    name: {"anyOf": [field.schema, {"type": "null"}]} for name, field in _PROFILE_FIELDS.items()
+}
+
+
 def _profile_changes(fields: Fields) -> Json:
     """Return the fields of a profile that a body sets; null is the default. Raises BadRequest."""
-    level, prompt = fields.text("level"), fields.text("prompt")
-    if level not in (None, *TENANT_LEVELS):
-        raise fields.invalid("level", " or ".join(TENANT_LEVELS) + ": this server has no other")
-    if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
-        raise fields.invalid("prompt", f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
-    instance = fields.child("instance")
-    if instance is not None and len(to_json(instance.object)) > _MAX_INSTANCE_BYTES:
-        raise fields.invalid("instance", f"at most {_MAX_INSTANCE_BYTES:,} bytes of JSON")
-    given = {"level": level, "prompt": prompt, "instance": instance and instance.object}
-    return {
-        name: TENANT_PROFILE[name] if given[name] is None else given[name]
-        for name in TENANT_PROFILE if name in fields.object
-    }
+    changes: Json = {}
+    for name, field in _PROFILE_FIELDS.items():
+        if name in fields.object:
+            value = field.read(fields, name) if fields.has(name) else None
+            changes[name] = TENANT_PROFILE[name] if value is None else value
+    return changes
 
 
 def _tenant_key(app: App, key: str) -> Key:
@@ -22296,11 +22423,11 @@ def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) ->
     tenant, path = key.tenant, tenant_path(app, key.tenant)
     return {
         "keyId": key.id, "name": key.name, **tenant.profile,
-        "levelInForce": tenant.profile["level"],
+        "levelInForce": tenant.level_in_force(app.config),
         "folder": path,
         "env": sorted(tenant.env),
         "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
-        "skills": _skill_counts(path),
+        "skills": {"enabled": tenant.profile["skills"], **_skill_counts(path)},
         "maxConcurrent": key.max_concurrent,
         **{name: counts.get(key.caller.scope, 0) for name, counts in loads.items()},
         "spares": app.pool.spares_of(key.login),
@@ -22736,6 +22863,8 @@ def get_status(app: App, exchange: Exchange) -> None:
             "status": now["status"], "version": now["version"], "demo": now["demo"],
             "uptime": now["uptimeHuman"],
             "auth": login_words[login["ok"]], "fix": now["fix"],
+            # The most that may run on this machine for a tenant.
+            "tenantLevel": app.config.tenant_level,
         },
         "requests": {
             "total": stats["totalRequests"], "active": stats["activeRequests"],
@@ -23786,6 +23915,13 @@ def _addresses(app: App) -> Iterator[str]:
     yield f"Dashboard: {app.address.local_url}/dashboard{key}"
 
 
+#: What the banner says of a level of tenants above the first one.
+_AT_LEVEL = {
+    "tools": "commands of tenants' OpenClaw may run on this machine",
+    "agent": "claude may use its own tools on this machine for tenants",
+}
+
+
 def _banner(server: Server) -> str:
     app = server.app
     problem = app.program.last_result()[1]
@@ -23797,6 +23933,9 @@ def _banner(server: Server) -> str:
         )
     if app.config.is_agent:
         lines.append("AGENT MODE: claude uses its own tools on this machine")
+    level = app.config.tenant_level
+    if level in _AT_LEVEL:
+        lines.append(f"TENANT LEVEL {level}: {_AT_LEVEL[level]}")
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")

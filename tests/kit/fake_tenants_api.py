@@ -17,7 +17,10 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 Json = Any
 ADMIN = "admin-key-of-the-fake"
-PROFILE: Json = {"level": "api", "prompt": "", "instance": None}
+PROFILE: Json = {
+    "level": "api", "prompt": "", "clientTools": "keep", "skills": True, "relay": None,
+    "commands": "read", "tools": ["Read", "Grep", "Bash"], "sandbox": True, "text": "all",
+    "instance": None}
 BLOCKED = re.compile(
     r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|"
     r"OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL)_.*|"
