@@ -1652,6 +1652,12 @@ class ClaudeTooOld(ClaudeUnavailable):
     """The claude program is older than the oldest version that OCP supports."""
 
 
+class SandboxUnavailable(OcpError):
+    """claude cannot be confined as the level of a tenant requires, so none is started."""
+    status, code = 503, "sandbox_unavailable"
+    retryable, rejected_before_work = False, True
+
+
 class Busy(OcpError):
     """Too many connections are open."""
     status, anthropic_type, code = 503, _OVERLOADED, "too_many_connections"
@@ -1773,6 +1779,9 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "head_too_large": "Send shorter headers.",
     "upstream_failed": "Retry. If it stays so, run `ocp doctor` and update claude.",
     "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
+    "sandbox_unavailable": (
+        "Do what the message says on the server, or give the tenant of KEY the level `tools`."
+    ),
     "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
     "memory_full": "Send fewer large requests at a time.",
     "shutting_down": "Nothing: clients retry, and the next server answers.",
@@ -4438,6 +4447,15 @@ TENANT_PROFILE: Mapping[str, Any] = MappingProxyType({
     "instance": None,
 })
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
+#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
+#: relay, or a shell or a git that claude starts outside of its sandbox.
+BLOCKED_ENV = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
+    r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
+    r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
+    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
+    re.IGNORECASE,
+)
 
 
 class Tenant(NamedTuple):
@@ -4558,6 +4576,10 @@ class Caller(NamedTuple):
         """What processes that hold a conversation of this caller have in common; it changes with
         the login and the tenant."""
         return self.login.id + self.tenant.stamp
+
+    def is_agent(self, config: Config) -> bool:
+        """Return whether claude may use tools of its own for its requests."""
+        return config.is_agent or self.tenant.level_in_force(config) == "agent"
 
     def prompt_after(self, operator_prompt: str) -> str:
         """Return what follows the client's system prompt."""
@@ -13107,9 +13129,12 @@ def _tool_arguments(config: Config) -> list[str]:
     return arguments
 
 
-def claude_arguments(model_id: str, config: Config) -> list[str]:
+def claude_arguments(
+    model_id: str, config: Config, tool_arguments: Sequence[str] = ()
+) -> list[str]:
     """Return the arguments of a claude process that waits for input. Outside agent mode it has no
-    tools of its own. It never has user settings, slash commands or memory on disk."""
+    tools of its own, unless there are `tool_arguments`. It never has user settings, slash commands
+    or memory on disk."""
     return [
         "-p",
         "--input-format", "stream-json",
@@ -13121,7 +13146,7 @@ def claude_arguments(model_id: str, config: Config) -> list[str]:
         "--disable-slash-commands",
         "--no-session-persistence",
         "--thinking-display", "summarized",
-        *_tool_arguments(config),
+        *(tool_arguments or _tool_arguments(config)),
     ]
 
 
@@ -13693,6 +13718,246 @@ class Watchdog:
             self._end()
 
 
+# ==== 30a. Agents of tenants =================================================
+# What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
+# tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
+# switched that off, claude confines itself: commands run under bubblewrap, where they find the
+# system's programs and these two folders, write into `work` alone and reach no network; the other
+# tools reach these two folders. Where that cannot be had, no claude is started.
+
+#: The first claude that confines itself as promised. Of older ones 2.1.197 was tried: it runs the
+#: program that git's configuration in the working folder names, outside of its sandbox.
+CONFINES_SINCE = (2, 1, 332)
+#: The tools that it confines, each with the rule that allows it. Reading needs none.
+CONFINED_TOOLS: Mapping[str, str] = MappingProxyType({
+    "Bash": "Bash", "Edit": "Edit(/{work}/**)", "Grep": "", "Read": "", "Write": "Edit(/{work}/**)",
+})
+#: What commands in the sandbox find of the system.
+_SYSTEM_PATHS = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache",
+    "/etc/localtime",
+)
+#: claude lets all commands write here, if it exists.
+_SHARED_PATH = "/tmp/claude"
+_SANDBOX_PROGRAMS = ("bwrap", "socat")
+_SANDBOX_ADVICE = (
+    "The operator can install it on the server, for example with `apt-get install bubblewrap "
+    "socat`."
+)
+#: Runs nothing, as claude runs commands. bubblewrap fails where the kernel gives a user no
+#: namespaces.
+_SANDBOX_PROBE = (
+    "--new-session", "--die-with-parent", "--unshare-net", "--unshare-pid", "--ro-bind", "/", "/",
+    "--dev", "/dev", "--proc", "/proc", "--", "true",
+)
+_SANDBOX_PROBE_TIMEOUT_S = 10
+#: Logins that commands would find in their environment. claude hides CLAUDE_CODE_OAUTH_TOKEN.
+_SHOWN_LOGINS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+#: Where a claude's own temporary folder is made. The paths of sockets in it must stay short.
+_TEMPORARY_PATH = "/tmp"
+
+
+class Agent(NamedTuple):
+    """A tenant at level `agent`, with all that a process of it is started with. Processes of equal
+    ones can stand in for each other."""
+
+    #: The path of the tenant's folder.
+    path: str
+    tools: tuple[str, ...]
+    is_confined: bool
+    #: Names and values: secrets.
+    env: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """Return it without its variables."""
+        return f"<agent {self.path}>"
+
+    @property
+    def work(self) -> str:
+        """Return the path of the folder that its claude works in."""
+        return os.path.join(self.path, "work")
+
+    @property
+    def skills(self) -> str:
+        """Return the path of the folder of its skills."""
+        return os.path.join(self.path, "skills")
+
+    @property
+    def prompt(self) -> str:
+        """Return what its claude is told of the folders."""
+        bounds = (
+            " Commands find nothing else of this machine than its programs, write nowhere else "
+            "but to $TMPDIR, and reach no network." if self.is_confined else ""
+        )
+        return (
+            f"Your tools run on the server. Your working folder there is {self.work}. The files of "
+            f"the skills are in {self.skills}, each skill in a folder of its name; do not change "
+            f"them.{bounds} Paths of another machine or of a container are not valid here."
+        )
+
+
+def sandbox_settings(agent: Agent, private: Iterable[str]) -> Json:
+    """Return the settings with which claude confines an agent. Of the `private` paths those below
+    the system's have to be named."""
+    hidden = [
+        path for path in map(os.path.realpath, private)
+        if any(os.path.commonpath([path, place]) == place for place in _SYSTEM_PATHS)
+    ]
+    return {"sandbox": {
+        "enabled": True, "failIfUnavailable": True, "autoAllowBashIfSandboxed": True,
+        "allowUnsandboxedCommands": False,
+        "filesystem": {
+            "denyRead": ["/", *hidden], "allowRead": [*_SYSTEM_PATHS, agent.skills, agent.work],
+            "denyWrite": [agent.skills, _SHARED_PATH], "allowWrite": [agent.work],
+        },
+        "network": {"allowedDomains": []},
+    }}
+
+
+def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
+    """Return the arguments that give claude an agent's tools, confined if it is."""
+    arguments = ["--strict-mcp-config", "--tools", ",".join(agent.tools)]
+    rules = agent.tools
+    if agent.is_confined:
+        found = (CONFINED_TOOLS[name].format(work=agent.work) for name in agent.tools)
+        rules = tuple(dict.fromkeys(filter(None, found)))
+        settings = to_json(sandbox_settings(agent, private)).decode()
+        arguments += ["--add-dir", agent.skills, "--settings", settings]
+    return [*arguments, "--allowedTools", f"mcp__{TOOL_SERVER}", *rules]
+
+
+class Launch(NamedTuple):
+    """What a process gets at its start beside what all of them get."""
+
+    cwd: str
+    #: Those that select claude's tools; empty = the server's.
+    tool_arguments: Sequence[str] = ()
+    env: Mapping[str, str] = _NO_VARIABLES
+    #: Folders of the process alone.
+    folders: Sequence[str] = ()
+
+    def remove(self) -> None:
+        """Remove its folders, because the process was not started."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folders(path: str, *names: str) -> None:
+    """Make folders in the one at `path`, each in the one before, with mode 0700. No link is
+    followed. Raise StorageFailed."""
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        for name in names:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=descriptor)
+            outer, descriptor = descriptor, os.open(
+                name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor
+            )
+            os.close(outer)
+    except OSError as problem:
+        raise StorageFailed(
+            f"A folder of the tenant cannot be used ({problem.strerror}): "
+            f"{os.path.join(path, *names)}"
+        ) from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Agents:
+    """Makes what agents need, and says why one cannot be confined."""
+
+    def __init__(
+        self, path: str, environ: Mapping[str, str], private: Callable[[], Iterable[str]]
+    ) -> None:
+        """`path` is the folder of the tenants' folders; `private` returns the paths that no agent
+        may read."""
+        self._path = os.path.realpath(path)
+        self._environ = environ
+        self._private = private
+        #: The bubblewrap that was seen to work.
+        self._working = ""
+
+    def of(self, tenant: Tenant, config: Config) -> Agent | None:
+        """Return the agent of a tenant; None below level `agent`."""
+        if tenant.level_in_force(config) != "agent":
+            return None
+        kept = {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
+        return Agent(
+            os.path.join(self._path, tenant.folder), tuple(tenant.profile["tools"]),
+            bool(tenant.profile["sandbox"]), tuple(sorted(kept.items())),
+        )
+
+    def obstacle(
+        self, agent: Agent, config: Config, login: Login, version: Version | None
+    ) -> str:
+        """Return why this agent cannot be confined as it has to be, and what to do; empty if it
+        can. Blocks for a moment until bubblewrap was seen to work."""
+        if not agent.is_confined:
+            return ""
+        others = [name for name in agent.tools if name not in CONFINED_TOOLS]
+        environ = child_environment(self._environ, config)
+        logins = [name for name in _SHOWN_LOGINS if environ.get(name) and login == SERVER_LOGIN]
+        if others:
+            return (
+                f"{others[0]} is a tool that claude does not confine: take it out of the tenant's "
+                f"`tools`, so that it has only {', '.join(CONFINED_TOOLS)}."
+            )
+        if logins:
+            return (
+                f"Commands of the tenant could read {logins[0]}: use another login for the server "
+                "or for the tenant's key."
+            )
+        if version is not None and version < CONFINES_SINCE:
+            needed = ".".join(map(str, CONFINES_SINCE))
+            return f"The claude on the server is older than {needed}: run `claude update` there."
+        return self._program_obstacle(environ)
+
+    def _program_obstacle(self, environ: Mapping[str, str]) -> str:
+        if not sys.platform.startswith("linux"):
+            return "The sandbox was tried on Linux only."
+        paths = [shutil.which(name, path=environ.get("PATH")) for name in _SANDBOX_PROGRAMS]
+        for name, path in zip(_SANDBOX_PROGRAMS, paths):
+            if path is None:
+                return f"{name} was not found. {_SANDBOX_ADVICE}"
+        if self._working != paths[0]:
+            why = _sandbox_failure(str(paths[0]), environ)
+            if why:
+                return f"bubblewrap does not work on the server: {why}"
+            self._working = str(paths[0])
+        return ""
+
+    def launch(self, agent: Agent) -> Launch:
+        """Make the folders of an agent, and one for this process alone, which is the only other
+        place where its commands can write. Raise StorageFailed."""
+        folders = os.path.dirname(agent.path), os.path.basename(agent.path)
+        make_folders(*folders, "skills")
+        make_folders(*folders, "work")
+        env = {**dict(agent.env), "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1", **_RESTRICTED}
+        if not agent.is_confined:
+            env["CLAUDE_CODE_RESTRICTED"] = ""
+            return Launch(agent.work, agent_arguments(agent, ()), env)
+        temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
+        env.update(TMPDIR=temporary, CLAUDE_CODE_TMPDIR=temporary)
+        return Launch(
+            agent.work, agent_arguments(agent, self._private()), env, (temporary,)
+        )
+
+
+def _sandbox_failure(path: str, environ: Mapping[str, str]) -> str:
+    """Return why this bubblewrap does not work; empty if it does."""
+    try:
+        done = subprocess.run(
+            [path, *_SANDBOX_PROBE], env=dict(environ), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_SANDBOX_PROBE_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return one_line(str(problem))
+    told = one_line(done.stderr.decode("utf-8", "replace").strip())
+    return (told or f"exit code {done.returncode}") if done.returncode else ""
+
+
 # ==== 31. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
@@ -13865,9 +14130,10 @@ class Child:
     def __init__(
         self, command: list[str], *, env: Mapping[str, str], cwd: str,
         watchdog: Watchdog | None = None, keeps_logs: bool = False,
+        own_folders: Sequence[str] = (),
     ) -> None:
         """Start it and add it to the watchdog. With `keeps_logs`, the logs of its folder are not
-        removed after its end. Raise ClaudeMissing, UpstreamFailed."""
+        removed after its end; `own_folders` are. Raise ClaudeMissing, UpstreamFailed."""
         self._watchdog = watchdog
         #: Once it is to end: when to kill it.
         self._kill_at_s: float | None = None
@@ -13876,6 +14142,7 @@ class Child:
         self._leftover_paths = leftover_paths(self.pid, env, cwd)
         if keeps_logs:
             del self._leftover_paths[2:]
+        self._leftover_paths += own_folders
         pipes = (self.popen.stdin, self.popen.stdout, self.popen.stderr)
         self.stdin, self.stdout, self.stderr = (pipe.fileno() for pipe in pipes if pipe is not None)
         for descriptor in (self.stdin, self.stdout, self.stderr):
@@ -14097,6 +14364,8 @@ class ProcessKind(NamedTuple):
 
     model_id: str
     login: Login = SERVER_LOGIN
+    #: The one tenant that it may serve, at level `agent`; None = it has no tools of its own.
+    agent: Agent | None = None
 
 
 class ClaudeProcess:
@@ -14104,13 +14373,13 @@ class ClaudeProcess:
 
     def __init__(
         self, child: Child, model_id: str, *, login: Login = SERVER_LOGIN,
-        version: Version = OLDEST_CLAUDE, on_report: Callable[[Json], None] | None = None,
-        clock: Clock = time.monotonic,
+        agent: Agent | None = None, version: Version = OLDEST_CLAUDE,
+        on_report: Callable[[Json], None] | None = None, clock: Clock = time.monotonic,
     ) -> None:
         """`on_report` gets its lines about the plan, also after an answer, its `init` line if it
         reports another version than `version`, and the models that it offers. The callback must
         not block."""
-        self.model_id, self.login = self.kind = ProcessKind(model_id, login)
+        self.model_id, self.login, _ = self.kind = ProcessKind(model_id, login, agent)
         self.version = version
         self.born_s = clock()
         self._child = child
@@ -14393,7 +14662,7 @@ class ClaudeStarter:
         self, program: ClaudeProgram,
         with_login: Callable[[Login, dict[str, str]], dict[str, str]], settings: Settings,
         environ: Mapping[str, str], log: Log, on_report: Callable[[Login, Json], None],
-        clock: Clock,
+        clock: Clock, agents: Agents,
     ) -> None:
         """`with_login` returns an environment in which claude has this login; `on_report` gets what
         ClaudeProcess reports, with its login."""
@@ -14404,6 +14673,7 @@ class ClaudeStarter:
         self._log = log
         self._on_report = on_report
         self._clock = clock
+        self._agents = agents
         self._watchdog = Watchdog()
         self._work_folder = work_folder(settings.config, environ)
 
@@ -14433,18 +14703,23 @@ class ClaudeStarter:
         with contextlib.suppress(OSError):
             # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        env = prepared(child_environment(self._environ, config))
+        env, launch = child_environment(self._environ, config), Launch(self._work_folder)
+        if kind.agent is not None:
+            launch = self._agents.launch(kind.agent)
         try:
             child = Child(
-                [*program.command, *claude_arguments(kind.model_id, config)], env=env,
-                cwd=self._work_folder, watchdog=self._watchdog,
+                [*program.command,
+                 *claude_arguments(kind.model_id, config, launch.tool_arguments)],
+                env=prepared({**env, **launch.env}), cwd=launch.cwd,
+                watchdog=self._watchdog, own_folders=launch.folders,
                 # In agent mode the owner can use the same folder, and so the same logs.
                 keeps_logs=config.is_agent,
             )
-        except ClaudeMissing as error:
+        except OcpError as error:
+            launch.remove()
             raise self._program.as_away_if_recent(error) from None
         process = ClaudeProcess(
-            child, kind.model_id, login=kind.login, version=program.version,
+            child, kind.model_id, login=kind.login, agent=kind.agent, version=program.version,
             on_report=functools.partial(self._on_report, kind.login), clock=self._clock,
         )
         self._log.event(
@@ -15062,6 +15337,8 @@ class ProcessPool:
             taken = self._take_first(
                 p for p in self._in(ProcessState.SPARE)
                 if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
+                # It would show its tools.
+                and p.process.kind.agent is None
                 and can_prime(p.process.version)
                 and not _has_schemas(self._uses, p.process.kind, oldest_s)
             )
@@ -15192,6 +15469,20 @@ class ProcessPool:
                 self._uses = {k: use for k, use in self._uses.items() if k.login != login}
             self._schedule_refill(self._uses, now_s + _REFILL_PAUSE_S)
         for pooled in dropped:
+            self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
+
+    def end_agent(self, path: str) -> None:
+        """Stop the idle processes of the tenant at level `agent` with this folder: what they were
+        started with has changed."""
+        def is_its(kind: ProcessKind) -> bool:
+            return kind.agent is not None and kind.agent.path == path
+
+        with self._lock:
+            idle = self._in(ProcessState.SPARE, ProcessState.PARKED)
+            ended = [p for p in idle if is_its(p.process.kind)]
+            self._processes = [p for p in self._processes if p not in ended]
+            self._uses = {kind: use for kind, use in self._uses.items() if not is_its(kind)}
+        for pooled in ended:
             self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
 
     # -- housekeeping, in one thread --------------------------------------------------------------
@@ -18734,8 +19025,13 @@ class AttemptSource:
         self._config = app.config
         self._limits = limits
         self._message = turn.messages[-1]
+        #: What the caller's processes are started with at level `agent`.
+        self._agent = app.agents.of(job.caller.tenant, self._config)
+        self.is_agent = self._config.is_agent or self._agent is not None
         #: What follows the client's system prompt.
         self._prompt = job.caller.prompt_after(app.config.system_prompt)
+        if self._agent is not None:
+            self._prompt = f"{self._prompt}\n\n{self._agent.prompt}".strip()
         #: Whether reminders may be pinned to the first message of the history.
         self.can_pin = True
         self.set_turn(turn)
@@ -18765,7 +19061,7 @@ class AttemptSource:
 
         Not in agent mode: what claude's own tools have begun would not be dropped."""
         app = self._app
-        if self._config.is_agent:
+        if self.is_agent:
             return None
         pooled = app.pool.take_rewindable(
             self.history, self._config, app.gate.running_by_caller()
@@ -18823,7 +19119,7 @@ class AttemptSource:
         in front."""
         start = len(held.history.digests)
         # An agent that asked the API would run its tools.
-        pins = start == 0 and self.can_pin and not self._config.is_agent and (
+        pins = start == 0 and self.can_pin and not self.is_agent and (
             self._app.pinning.is_used(process.version)
         )
         steps, points = message_steps(turn, process.version, setup, start=start, pin=pins)
@@ -18836,7 +19132,9 @@ class AttemptSource:
         app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         has_schema = turn.output_schema is not None
-        kind = ProcessKind(turn.model.argument, self._job.caller.login)
+        kind = ProcessKind(turn.model.argument, self._job.caller.login, self._agent)
+        if self._agent is not None:
+            app.check_agent(self._agent, kind.login)
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
             app.pool.mark_used(kind, has_schema=has_schema)
@@ -18845,9 +19143,8 @@ class AttemptSource:
         record.warm = spare is not None
         app.wakeups.put("tend")
         process.tools = ToolServer(turn.tools)
-        config = app.config
         setup = setup_lines(
-            turn, self._prompt, agent=config.is_agent, is_primed=process.is_primed
+            turn, self._prompt, agent=self.is_agent, is_primed=process.is_primed
         )
         return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
@@ -19075,7 +19372,7 @@ class TurnRunner:
         several, and a structured one was a call of claude's own. `told` has what the client does
         not get of it."""
         turn, scope = self._record.turn, self._job.caller.scope
-        is_message = not self._config.is_agent and turn.output_schema is None
+        is_message = not self._source.is_agent and turn.output_schema is None
         if is_message and finished.stop_reason in PARKABLE:
             answer = self._record.answer() if told is None else told.answer(finished)
             self._app.thinking.put(turn, scope, answer.blocks)
@@ -19123,7 +19420,7 @@ class TurnRunner:
         to a fresh process, and a call without its result cannot be rewound past."""
         if not conversation.rewind_points or conversation.awaiting:
             return False
-        return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
+        return process.version >= REWINDS_ALL_SINCE and not self._source.is_agent
 
     def _release(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Put away the process of an answer that is not complete. It serves again if only the
@@ -19159,7 +19456,7 @@ class TurnRunner:
         has_key = not isinstance(self._job.why_ended, Unauthorized)
         is_wanted = has_key and not app.draining and self._can_park(process)
         is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
-        if not (is_wanted and is_new_enough) or self._config.is_agent:
+        if not (is_wanted and is_new_enough) or self._source.is_agent:
             return False
         is_answering = process is record.process and process.has_asked
         return is_answering and not record.readers[-1].finished
@@ -19233,7 +19530,8 @@ class Requests:
 
     def _choices(self, job: Job) -> contextlib.AbstractContextManager[Iterator[Choice]]:
         """Return what gives the events: from the cache if that may be used, or from claude."""
-        if is_cacheable(job.turn, self._app.config):
+        config = self._app.config
+        if is_cacheable(job.turn, config) and not job.caller.is_agent(config):
             return self._from_cache(job)
         self._app.cache.count_bypass()
         return self._produced(job)
@@ -19715,6 +20013,10 @@ class App:
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
         self.logins = self._logins()
+        self.agents = Agents(
+            self.state_folder.path_of("tenants"), environ,
+            functools.partial(self._private_paths, environ),
+        )
         self._starter = self._claude_starter(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
@@ -19749,8 +20051,16 @@ class App:
     def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
         return ClaudeStarter(
             self.program, self.logins.with_login, self.settings, environ, self.log,
-            self._take_report, self.clock,
+            self._take_report, self.clock, self.agents,
         )
+
+    def _private_paths(self, environ: Mapping[str, str]) -> Iterator[str]:
+        """Give the paths that no agent of a tenant may read."""
+        yield self.config.home_path
+        yield environ.get("HOME") or os.path.expanduser("~")
+        for key in self.keys.all():
+            relay = key.tenant.profile["relay"] or {}
+            yield from filter(None, (key.login.folder, relay.get("stateDir")))
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
         # Only on macOS the login can depend on the folder.
@@ -19815,6 +20125,20 @@ class App:
         """Notice a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
         self._take_notices()
         self.catalog.set_version(self.program_monitor.check().version)
+
+    def check_agent(self, agent: Agent, login: Login) -> None:
+        """Raise SandboxUnavailable if this agent of a tenant cannot be confined as it has to be."""
+        program, _ = self.program.last_result()
+        version = None if program is None else program.version
+        problem = self.agents.obstacle(agent, self.config, login, version)
+        if problem:
+            raise SandboxUnavailable(problem)
+
+    def end_agent(self, tenant: Tenant) -> None:
+        """End the idle processes that were started for a tenant as it was."""
+        agent = self.agents.of(tenant, self.config)
+        if agent is not None:
+            self.pool.end_agent(agent.path)
 
     def check_extra_usage(self, model_id: str | None, account: Account) -> None:
         """Raise ExtraUsageStopped if an answer of this model would be billed to this account as
@@ -21125,7 +21449,8 @@ def _parse_environment(
         count_only=counted,
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
         default_effort=exchange.caller.effort or config.default_effort,
-        web_search=config.web_search and exchange.caller.web_search and not config.is_agent,
+        web_search=config.web_search and exchange.caller.web_search
+        and not exchange.caller.is_agent(config),
         fast_mode=config.fast_mode,
         cache_lifetime=config.cache_lifetime,
     )
@@ -22119,6 +22444,7 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
                 revoked = app.keys.revoke(found)
         finally:
             app.login_replaced(found.login)
+            app.end_agent(found.tenant)
             app.store.overwrite_deleted()
     exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
@@ -22253,12 +22579,6 @@ _MAX_TENANT_PROMPT_CHARS = 32_000
 _MAX_INSTANCE_BYTES = 16_384
 _MAX_ENV_VARIABLES = 200
 _MAX_ENV_BYTES = 32_768
-#: Variables that could change claude, the loader or a relay itself, in any case.
-_BLOCKED_ENV = re.compile(
-    r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|.*_PROXY|(PYTHON|PERL|RUBY|CLAUDE).*|"
-    r"(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|"
-    r"XDG|DBUS|SSL)_.*", re.IGNORECASE,
-)
 _MAX_TENANT_TOOLS = 40
 #: Names of containers. They are words of a command line.
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -22462,6 +22782,7 @@ def _change_tenant(
         with _audited_change(app, exchange, event, key, **shown):
             before, after = app.keys.set_tenant(key, change)
     finally:
+        app.end_agent(key.tenant)
         app.store.overwrite_deleted()
     return before != after
 
@@ -22518,7 +22839,7 @@ def _env_changes(fields: Fields) -> dict[str, str | None]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
             shown = one_line(name, 80)
             raise BadRequest(f"{shown!r} is no name of a variable.", param=shown)
-        if value is not None and _BLOCKED_ENV.fullmatch(name):
+        if value is not None and BLOCKED_ENV.fullmatch(name):
             raise BadRequest(f"{name}: a tenant must not set this variable.", param=name)
         size = len((value or "").encode("utf-8", "surrogatepass"))
         if value is not None and ("\0" in value or size > _MAX_ENV_BYTES):
