@@ -13869,13 +13869,15 @@ class Agents:
     """Makes what agents need, and says why one cannot be confined."""
 
     def __init__(
-        self, path: str, environ: Mapping[str, str], private: Callable[[], Iterable[str]]
+        self, home: str, environ: Mapping[str, str], program: ClaudeProgram,
+        keys: Callable[[], Iterable[Key]],
     ) -> None:
-        """`path` is the folder of the tenants' folders; `private` returns the paths that no agent
-        may read."""
-        self._path = os.path.realpath(path)
+        """`home` is the server's state folder; `keys` returns all keys, whose private folders no
+        agent may read."""
+        self._home = os.path.realpath(home)
         self._environ = environ
-        self._private = private
+        self._program = program
+        self._keys = keys
         #: The bubblewrap that was seen to work.
         self._working = ""
 
@@ -13885,20 +13887,20 @@ class Agents:
             return None
         kept = {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
         return Agent(
-            os.path.join(self._path, tenant.folder), tuple(tenant.profile["tools"]),
+            os.path.join(self._home, "tenants", tenant.folder), tuple(tenant.profile["tools"]),
             bool(tenant.profile["sandbox"]), tuple(sorted(kept.items())),
         )
 
-    def obstacle(
-        self, agent: Agent, config: Config, login: Login, version: Version | None
-    ) -> str:
-        """Return why this agent cannot be confined as it has to be, and what to do; empty if it
-        can. Blocks for a moment until bubblewrap was seen to work."""
-        if not agent.is_confined:
+    def obstacle(self, tenant: Tenant, login: Login, config: Config) -> str:
+        """Return why the agent of a tenant cannot be confined as it has to be, and what to do;
+        empty if it can, or there is none. Blocks for a moment until bubblewrap was seen to work."""
+        agent = self.of(tenant, config)
+        if agent is None or not agent.is_confined:
             return ""
-        others = [name for name in agent.tools if name not in CONFINED_TOOLS]
         environ = child_environment(self._environ, config)
+        others = [name for name in agent.tools if name not in CONFINED_TOOLS]
         logins = [name for name in _SHOWN_LOGINS if environ.get(name) and login == SERVER_LOGIN]
+        program, _ = self._program.last_result()
         if others:
             return (
                 f"{others[0]} is a tool that claude does not confine: take it out of the tenant's "
@@ -13909,12 +13911,12 @@ class Agents:
                 f"Commands of the tenant could read {logins[0]}: use another login for the server "
                 "or for the tenant's key."
             )
-        if version is not None and version < CONFINES_SINCE:
+        if program is not None and program.version < CONFINES_SINCE:
             needed = ".".join(map(str, CONFINES_SINCE))
             return f"The claude on the server is older than {needed}: run `claude update` there."
-        return self._program_obstacle(environ)
+        return self._sandbox_obstacle(environ)
 
-    def _program_obstacle(self, environ: Mapping[str, str]) -> str:
+    def _sandbox_obstacle(self, environ: Mapping[str, str]) -> str:
         if not sys.platform.startswith("linux"):
             return "The sandbox was tried on Linux only."
         paths = [shutil.which(name, path=environ.get("PATH")) for name in _SANDBOX_PROGRAMS]
@@ -13927,6 +13929,14 @@ class Agents:
                 return f"bubblewrap does not work on the server: {why}"
             self._working = str(paths[0])
         return ""
+
+    def _private_paths(self) -> Iterator[str]:
+        """Give the paths that no agent may read."""
+        yield self._home
+        yield self._environ.get("HOME") or os.path.expanduser("~")
+        for key in self._keys():
+            relay = key.tenant.profile["relay"] or {}
+            yield from filter(None, (key.login.folder, relay.get("stateDir")))
 
     def launch(self, agent: Agent) -> Launch:
         """Make the folders of an agent, and one for this process alone, which is the only other
@@ -13941,7 +13951,7 @@ class Agents:
         temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
         env.update(TMPDIR=temporary, CLAUDE_CODE_TMPDIR=temporary)
         return Launch(
-            agent.work, agent_arguments(agent, self._private()), env, (temporary,)
+            agent.work, agent_arguments(agent, self._private_paths()), env, (temporary,)
         )
 
 
@@ -14367,6 +14377,11 @@ class ProcessKind(NamedTuple):
     #: The one tenant that it may serve, at level `agent`; None = it has no tools of its own.
     agent: Agent | None = None
 
+    @property
+    def folder(self) -> str | None:
+        """Return the name of the folder of the one tenant that it may serve; None = of any."""
+        return None if self.agent is None else os.path.basename(self.agent.path)
+
 
 class ClaudeProcess:
     """One claude. It serves one caller, one conversation at a time, and is then stopped."""
@@ -14662,10 +14677,10 @@ class ClaudeStarter:
         self, program: ClaudeProgram,
         with_login: Callable[[Login, dict[str, str]], dict[str, str]], settings: Settings,
         environ: Mapping[str, str], log: Log, on_report: Callable[[Login, Json], None],
-        clock: Clock, agents: Agents,
+        clock: Clock, keys: Callable[[], Iterable[Key]],
     ) -> None:
         """`with_login` returns an environment in which claude has this login; `on_report` gets what
-        ClaudeProcess reports, with its login."""
+        ClaudeProcess reports, with its login; `keys` returns all of them."""
         self._program = program
         self._with_login = with_login
         self._settings = settings
@@ -14673,7 +14688,7 @@ class ClaudeStarter:
         self._log = log
         self._on_report = on_report
         self._clock = clock
-        self._agents = agents
+        self.agents = Agents(settings.config.home_path, environ, program, keys)
         self._watchdog = Watchdog()
         self._work_folder = work_folder(settings.config, environ)
 
@@ -14705,7 +14720,7 @@ class ClaudeStarter:
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
         env, launch = child_environment(self._environ, config), Launch(self._work_folder)
         if kind.agent is not None:
-            launch = self._agents.launch(kind.agent)
+            launch = self.agents.launch(kind.agent)
         try:
             child = Child(
                 [*program.command,
@@ -15337,9 +15352,7 @@ class ProcessPool:
             taken = self._take_first(
                 p for p in self._in(ProcessState.SPARE)
                 if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
-                # It would show its tools.
-                and p.process.kind.agent is None
-                and can_prime(p.process.version)
+                and can_prime(p.process.version) and p.process.kind.agent is None
                 and not _has_schemas(self._uses, p.process.kind, oldest_s)
             )
             return taken and taken.process
@@ -15471,19 +15484,15 @@ class ProcessPool:
         for pooled in dropped:
             self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
 
-    def end_agent(self, path: str) -> None:
-        """Stop the idle processes of the tenant at level `agent` with this folder: what they were
-        started with has changed."""
-        def is_its(kind: ProcessKind) -> bool:
-            return kind.agent is not None and kind.agent.path == path
-
+    def end_agent(self, folder: str) -> None:
+        """Stop the idle processes of the tenant with this folder, because it has changed."""
         with self._lock:
             idle = self._in(ProcessState.SPARE, ProcessState.PARKED)
-            ended = [p for p in idle if is_its(p.process.kind)]
+            ended = [p for p in idle if p.process.kind.folder == folder]
             self._processes = [p for p in self._processes if p not in ended]
-            self._uses = {kind: use for kind, use in self._uses.items() if not is_its(kind)}
+            self._uses = {k: use for k, use in self._uses.items() if k.folder != folder}
         for pooled in ended:
-            self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
+            self.stop(pooled.process, graceful=False)
 
     # -- housekeeping, in one thread --------------------------------------------------------------
 
@@ -19132,9 +19141,11 @@ class AttemptSource:
         app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         has_schema = turn.output_schema is not None
-        kind = ProcessKind(turn.model.argument, self._job.caller.login, self._agent)
-        if self._agent is not None:
-            app.check_agent(self._agent, kind.login)
+        caller = self._job.caller
+        obstacle = app.agents.obstacle(caller.tenant, caller.login, self._config)
+        if obstacle:
+            raise SandboxUnavailable(obstacle)
+        kind = ProcessKind(turn.model.argument, caller.login, self._agent)
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
             app.pool.mark_used(kind, has_schema=has_schema)
@@ -20013,11 +20024,8 @@ class App:
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
         self.logins = self._logins()
-        self.agents = Agents(
-            self.state_folder.path_of("tenants"), environ,
-            functools.partial(self._private_paths, environ),
-        )
         self._starter = self._claude_starter(environ)
+        self.agents = self._starter.agents
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -20051,16 +20059,8 @@ class App:
     def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
         return ClaudeStarter(
             self.program, self.logins.with_login, self.settings, environ, self.log,
-            self._take_report, self.clock, self.agents,
+            self._take_report, self.clock, self.keys.all,
         )
-
-    def _private_paths(self, environ: Mapping[str, str]) -> Iterator[str]:
-        """Give the paths that no agent of a tenant may read."""
-        yield self.config.home_path
-        yield environ.get("HOME") or os.path.expanduser("~")
-        for key in self.keys.all():
-            relay = key.tenant.profile["relay"] or {}
-            yield from filter(None, (key.login.folder, relay.get("stateDir")))
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
         # Only on macOS the login can depend on the folder.
@@ -20125,20 +20125,6 @@ class App:
         """Notice a claude that was installed, updated or removed. Raises ClaudeUnavailable."""
         self._take_notices()
         self.catalog.set_version(self.program_monitor.check().version)
-
-    def check_agent(self, agent: Agent, login: Login) -> None:
-        """Raise SandboxUnavailable if this agent of a tenant cannot be confined as it has to be."""
-        program, _ = self.program.last_result()
-        version = None if program is None else program.version
-        problem = self.agents.obstacle(agent, self.config, login, version)
-        if problem:
-            raise SandboxUnavailable(problem)
-
-    def end_agent(self, tenant: Tenant) -> None:
-        """End the idle processes that were started for a tenant as it was."""
-        agent = self.agents.of(tenant, self.config)
-        if agent is not None:
-            self.pool.end_agent(agent.path)
 
     def check_extra_usage(self, model_id: str | None, account: Account) -> None:
         """Raise ExtraUsageStopped if an answer of this model would be billed to this account as
@@ -21955,6 +21941,12 @@ def _tenants_in_health(app: App, *, is_operator: bool) -> Json:
     ]}
 
 
+def unconfined_tenants(app: App) -> list[str]:
+    """Return the names of the tenants for whom claude may do all that the server's user may."""
+    agents = ((key.name, app.agents.of(key.tenant, app.config)) for key in app.keys.all())
+    return [name for name, agent in agents if agent is not None and not agent.is_confined]
+
+
 def tenant_loads(app: App) -> dict[str, dict[str, int]]:
     """Return the numbers of running and waiting requests and of parked processes by scope."""
     return {
@@ -22444,7 +22436,7 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
                 revoked = app.keys.revoke(found)
         finally:
             app.login_replaced(found.login)
-            app.end_agent(found.tenant)
+            app.pool.end_agent(found.tenant.folder)
             app.store.overwrite_deleted()
     exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
@@ -22744,6 +22736,7 @@ def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) ->
     return {
         "keyId": key.id, "name": key.name, **tenant.profile,
         "levelInForce": tenant.level_in_force(app.config),
+        "obstacle": app.agents.obstacle(tenant, key.login, app.config) or None,
         "folder": path,
         "env": sorted(tenant.env),
         "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
@@ -22782,7 +22775,7 @@ def _change_tenant(
         with _audited_change(app, exchange, event, key, **shown):
             before, after = app.keys.set_tenant(key, change)
     finally:
-        app.end_agent(key.tenant)
+        app.pool.end_agent(key.tenant.folder)
         app.store.overwrite_deleted()
     return before != after
 
@@ -23186,6 +23179,7 @@ def get_status(app: App, exchange: Exchange) -> None:
             "auth": login_words[login["ok"]], "fix": now["fix"],
             # The most that may run on this machine for a tenant.
             "tenantLevel": app.config.tenant_level,
+            "unconfinedTenants": unconfined_tenants(app),
         },
         "requests": {
             "total": stats["totalRequests"], "active": stats["activeRequests"],
@@ -24257,6 +24251,8 @@ def _banner(server: Server) -> str:
     level = app.config.tenant_level
     if level in _AT_LEVEL:
         lines.append(f"TENANT LEVEL {level}: {_AT_LEVEL[level]}")
+    lines += [f"UNCONFINED: the claude of {name} may do all that this user may"
+              for name in unconfined_tenants(app)]
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
