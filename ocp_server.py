@@ -14394,7 +14394,7 @@ class ClaudeProcess:
         """`on_report` gets its lines about the plan, also after an answer, its `init` line if it
         reports another version than `version`, and the models that it offers. The callback must
         not block."""
-        self.model_id, self.login, _ = self.kind = ProcessKind(model_id, login, agent)
+        self.model_id, self.login, self.agent = self.kind = ProcessKind(model_id, login, agent)
         self.version = version
         self.born_s = clock()
         self._child = child
@@ -15352,7 +15352,7 @@ class ProcessPool:
             taken = self._take_first(
                 p for p in self._in(ProcessState.SPARE)
                 if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
-                and can_prime(p.process.version) and p.process.kind.agent is None
+                and can_prime(p.process.version) and p.process.agent is None
                 and not _has_schemas(self._uses, p.process.kind, oldest_s)
             )
             return taken and taken.process
