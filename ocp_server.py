@@ -135,6 +135,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import subprocess
 import tempfile
 import threading
@@ -736,6 +737,9 @@ class Config:
         "commands of its OpenClaw and a reader of its skills, `agent` = claude's own tools too; a "
         "higher level of a tenant works as this one",
         choices=TENANT_LEVELS,
+    )
+    docker: str = setting(
+        "docker", "OCP_DOCKER", "the client that reaches tenants' containers, such as podman"
     )
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
@@ -3300,7 +3304,7 @@ class _ToolFields(NamedTuple):
 
 
 class Tool(_ToolFields):
-    """A tool that the client runs itself."""
+    """A tool that the client runs itself, or this server."""
 
     @functools.cached_property
     def _schema_json(self) -> str:
@@ -3397,6 +3401,12 @@ class Turn(NamedTuple):
     tool_choice: ToolChoice = ToolChoice()
     #: The tools that the API runs itself, in its form.
     server_tools: tuple[Json, ...] = ()
+    #: The tools that this server runs itself, of which the client sees nothing.
+    own_tools: tuple[Tool, ...] = ()
+    #: What follows all other system prompts: which skills there are.
+    catalogue: str = ""
+    #: Whether the client gets only the last of the messages that make the answer.
+    final_text: bool = False
     #: One of CACHE_LIFETIMES; empty = as claude decides. A conversation keeps its process when this
     #: changes.
     cache_lifetime: str = ""
@@ -3443,6 +3453,11 @@ class Turn(NamedTuple):
     def server_tools_for_model(self) -> tuple[Json, ...]:
         """The tools that the API runs itself; see `tools_for_model`."""
         return () if self._leaves_tools_out else self.server_tools
+
+    @property
+    def own_tools_for_model(self) -> tuple[Tool, ...]:
+        """The tools that this server runs itself; see `tools_for_model`."""
+        return () if self._leaves_tools_out else self.own_tools
 
     def choice(self, index: int) -> Turn:
         """Return the turn for answer number `index`, counted from 0."""
@@ -4581,9 +4596,9 @@ class Caller(NamedTuple):
         """Return whether claude may use tools of its own for its requests."""
         return config.is_agent or self.tenant.level_in_force(config) == "agent"
 
-    def prompt_after(self, operator_prompt: str) -> str:
+    def prompt_after(self, operator_prompt: str, catalogue: str = "") -> str:
         """Return what follows the client's system prompt."""
-        texts = (operator_prompt.strip(), self.tenant.profile["prompt"])
+        texts = (operator_prompt.strip(), self.tenant.profile["prompt"], catalogue)
         return "\n\n".join(text for text in texts if text)
 
 
@@ -11300,17 +11315,22 @@ Version = tuple[int, ...]
 
 #: The tool with which the model returns an answer that has an output schema.
 STRUCTURED_OUTPUT = "StructuredOutput"
-#: Tool names with a special meaning for claude. A tool named ToolSearch, for example, would make it
-#: hold back all other tools of the client.
-_RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
+#: The tools that this server answers itself.
+SKILL_FILE, OPENCLAW_CLI = "skill_file", "openclaw_cli"
+#: Tool names with a special meaning for claude, and those of the server's own tools: a tool of the
+#: client gets another name on the wire. One named ToolSearch, for example, would make claude hold
+#: back all others.
+_RESERVED_TOOL_NAMES = (
+    STRUCTURED_OUTPUT, "ToolSearch", SKILL_FILE, OPENCLAW_CLI, *PROTOTYPE_NAMES
+)
 #: The longest tool result that claude passes on whole; of a longer one it keeps a preview.
 MAX_RESULT_CHARS = 400_000
 #: claude passes on the text of a failed call, of a longer one the two ends, and no images.
 _MAX_FAILURE_CHARS = 10_000
 #: What the model is told of a result without content. claude would choose words of its own.
 _NO_OUTPUT = "(no output)"
-#: The name under which claude knows the client's tools.
-TOOL_SERVER = "client"
+#: The names under which claude knows the client's tools, and those of this server.
+TOOL_SERVER, OWN_SERVER = "client", "server"
 #: The variable with the number of tokens from which claude refuses a prompt by itself, without a
 #: request to the API: a value that no prompt reaches, and one that every prompt reaches.
 BLOCKING_LIMIT = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
@@ -11415,28 +11435,44 @@ def mcp_content(result: Block) -> list[Json] | None:
     return content
 
 
-class ToolServer:
-    """An MCP server with the client's tools. claude talks to it in control requests. It has no
-    input or output of its own: lines in, lines out. A call gets its reply when the client has sent
-    the result, which can be much later. claude sends one call at a time, so a result can arrive
-    before its call."""
+class OwnCall(NamedTuple):
+    """A call of one of the server's own tools, and the id under which its result is delivered."""
 
-    def __init__(self, tools: tuple[Tool, ...]) -> None:
-        self._tools = tools
-        self._calls: dict[str, tuple[object, object]] = {}
+    id: str
+    name: str
+    arguments: Json
+
+
+class ToolServer:
+    """MCP servers with the client's tools and with this server's own. claude talks to them in
+    control requests. They have no input or output of their own: lines in, lines out. A call gets
+    its reply when the client has sent the result, which can be much later, or when an own tool has
+    run. claude sends one call at a time, so a result can arrive before its call."""
+
+    def __init__(self, tools: tuple[Tool, ...], own_tools: tuple[Tool, ...] = ()) -> None:
+        #: By server, and by the name that the model gets.
+        self._tools = {
+            TOOL_SERVER: {wire_name(tool.name): tool for tool in tools},
+            OWN_SERVER: {tool.name: tool for tool in own_tools},
+        }
+        #: Server, id of the control request and id of the call in it, by the model's id.
+        self._calls: dict[str, tuple[str, object, object]] = {}
         self._results: dict[str, Json] = {}
+        #: The calls of own tools that nobody has begun to answer.
+        self.own_calls: list[OwnCall] = []
 
     def reply(self, line: Json) -> bytes:
         """Return the reply to a control request of claude; empty when the result is not here
         yet."""
-        message = _object(_object(line.get("request")).get("message"))
+        request = _object(line.get("request"))
+        message, server = _object(request.get("message")), str(request.get("server_name"))
         if not message:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
-            return self._call(line.get("request_id"), message)
+            return self._call(line.get("request_id"), message, server)
         if message.get("method") == "notifications/cancelled":
-            self._forget_call(_object(message.get("params")).get("requestId"))
-        result = self._mcp_result(message)
+            self._forget_call(server, _object(message.get("params")).get("requestId"))
+        result = self._mcp_result(message, server)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
             answer["error"] = {"code": -32601, "message": "not served here"}
@@ -11444,41 +11480,48 @@ class ToolServer:
             answer["result"] = result
         return _reply_line(line.get("request_id"), {"mcp_response": answer})
 
-    def _mcp_result(self, message: Json) -> Json | None:
+    def _mcp_result(self, message: Json, server: str) -> Json | None:
         method = message.get("method")
         if method == "initialize":
             return {
                 "protocolVersion": _object(message.get("params")).get("protocolVersion"),
                 "capabilities": {"tools": {}},
-                "serverInfo": {"name": TOOL_SERVER, "version": "1"},
+                "serverInfo": {"name": server, "version": "1"},
             }
         if method == "tools/list":
             return {
                 "tools": [
                     {
-                        "name": wire_name(tool.name),
+                        "name": name,
                         "description": tool.description,
                         "inputSchema": tool.schema,
                         # claude would write a longer result to a file and give the model a preview.
                         "_meta": {"anthropic/maxResultSizeChars": MAX_RESULT_CHARS},
                     }
-                    for tool in self._tools
+                    for name, tool in self._tools.get(server, {}).items()
                 ]
             }
         return {} if str(method).startswith("notifications/") or method == "ping" else None
 
-    def _call(self, request_id: object, message: Json) -> bytes:
-        meta = _object(_object(message.get("params")).get("_meta"))
-        call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
-        self._calls[call_id] = (request_id, message.get("id"))
+    def _call(self, request_id: object, message: Json, server: str) -> bytes:
+        params = _object(message.get("params"))
+        call_id = plain_id(str(_object(params.get("_meta")).get("claudecode/toolUseId", "")))
+        self._calls[call_id] = (server, request_id, message.get("id"))
+        if server == OWN_SERVER:
+            arguments = _object(params.get("arguments"))
+            self.own_calls.append(OwnCall(call_id, str(params.get("name")), arguments))
         return self._pending_replies()
 
-    def _forget_call(self, rpc_id: object) -> None:
+    def _forget_call(self, server: str, rpc_id: object) -> None:
         """Forget a call whose turn was interrupted."""
-        self._calls = {call_id: call for call_id, call in self._calls.items() if call[1] != rpc_id}
+        self._calls = {
+            call_id: call for call_id, call in self._calls.items()
+            if (call[0], call[2]) != (server, rpc_id)
+        }
+        self.own_calls = [call for call in self.own_calls if call.id in self._calls]
 
     def deliver(self, results: Iterable[Block]) -> bytes:
-        """Store the client's results. Return the replies to calls that have their results."""
+        """Store results of tools. Return the replies to calls that have their results."""
         for block in results:
             content = mcp_content(block) or []
             result = {"content": content, "isError": bool(block.get("is_error"))}
@@ -11488,7 +11531,7 @@ class ToolServer:
     def _pending_replies(self) -> bytes:
         lines = b""
         for call_id in [call_id for call_id in self._calls if call_id in self._results]:
-            request_id, rpc_id = self._calls.pop(call_id)
+            _, request_id, rpc_id = self._calls.pop(call_id)
             result = self._results.pop(call_id)
             response = {"jsonrpc": "2.0", "id": rpc_id, "result": result}
             lines += _reply_line(request_id, {"mcp_response": response})
@@ -11638,22 +11681,22 @@ def _structured_tool(schema: OutputSchema) -> Json:
     }
 
 
-def tools_body(tools: tuple[Tool, ...], more: tuple[Json, ...] = ()) -> list[Json]:
+def tools_body(
+    tools: tuple[Tool, ...], more: tuple[Json, ...] = (), own_tools: tuple[Tool, ...] = ()
+) -> list[Json]:
     """Return all tools in the API's form if claude would change their descriptions, or cannot
     offer `more` tools; else an empty list. The list takes the place of claude's own."""
     texts = [tool.description for tool in tools]
     is_plain = all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts)
     if is_plain and not more:
         return []
-    client_tools: list[Json] = [
-        {
-            "name": wire_name(tool.name),
-            "description": tool.description,
-            "input_schema": tool.schema,
-        }
-        for tool in sorted(tools, key=lambda tool: wire_name(tool.name))
+    named = {**{wire_name(tool.name): tool for tool in tools},
+             **{tool.name: tool for tool in own_tools}}
+    bodies: list[Json] = [
+        {"name": name, "description": tool.description, "input_schema": tool.schema}
+        for name, tool in sorted(named.items())
     ]
-    return [*client_tools, *more]
+    return [*bodies, *more]
 
 
 def lifetime_environment(lifetime: str) -> dict[str, str]:
@@ -11668,13 +11711,13 @@ def lifetime_environment(lifetime: str) -> dict[str, str]:
 
 def settings_lines(
     options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = (),
-    more_tools: tuple[Json, ...] = (), lifetime: str = "",
+    more_tools: tuple[Json, ...] = (), lifetime: str = "", own_tools: tuple[Tool, ...] = (),
 ) -> bytes:
     """Return the control requests that set the options of one request; empty when there are none.
-    Pass `tools` only when the model gets no others but `more_tools`, which are in the API's form:
-    they then go to the API unchanged."""
+    Pass `tools` only when the model gets no others but `own_tools` and `more_tools`, which are in
+    the API's form: they then go to the API unchanged."""
     extra: Json = dict(options.sampling)
-    body = tools_body(tools, more_tools)
+    body = tools_body(tools, more_tools, own_tools)
     if body:
         extra["tools"] = body
     if options.api_stops:
@@ -11809,25 +11852,28 @@ def setup_lines(
     if more_tools and turn.output_schema is not None:
         more_tools = (_structured_tool(turn.output_schema), *more_tools)
     alone = not agent and (turn.output_schema is None or bool(more_tools))
+    own_tools = turn.own_tools_for_model
+    servers = [name for name, each in ((TOOL_SERVER, tools), (OWN_SERVER, own_tools)) if each]
     if is_primed:
-        setup = _primed_setup(turn.model.argument, system, has_tools=bool(tools))
+        setup = _primed_setup(turn.model.argument, system, servers)
     else:
-        setup = _first_setup(system, turn.output_schema, has_tools=bool(tools))
+        setup = _first_setup(system, turn.output_schema, servers)
     return setup + settings_lines(
-        _rebuild_options(turn), choice, tools if alone else (), more_tools, turn.cache_lifetime
+        _rebuild_options(turn), choice, tools if alone else (), more_tools, turn.cache_lifetime,
+        own_tools,
     )
 
 
-def _first_setup(system: str, output_schema: OutputSchema | None, *, has_tools: bool) -> bytes:
+def _first_setup(system: str, output_schema: OutputSchema | None, servers: list[str]) -> bytes:
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
-    if has_tools:
-        fields["sdkMcpServers"] = [TOOL_SERVER]
+    if servers:
+        fields["sdkMcpServers"] = servers
     if output_schema is not None:
         fields["jsonSchema"] = output_schema.schema
     return control_line("initialize", **fields)
 
 
-def _primed_setup(model_id: str, system: str, *, has_tools: bool) -> bytes:
+def _primed_setup(model_id: str, system: str, servers: list[str]) -> bytes:
     """Return the lines for what claude takes from the first `initialize` alone, which a primed
     process has got already. It takes an output schema from nothing else."""
     lines = b""
@@ -11837,9 +11883,9 @@ def _primed_setup(model_id: str, system: str, *, has_tools: bool) -> bytes:
         lines += control_line(
             "set_model", model=model_id, system_prompt=system, only_if_model_is_current=True
         )
-    if has_tools:
-        server = {"type": "sdk", "name": TOOL_SERVER}
-        lines += control_line("mcp_set_servers", servers={TOOL_SERVER: server})
+    if servers:
+        named = {name: {"type": "sdk", "name": name} for name in servers}
+        lines += control_line("mcp_set_servers", servers=named)
     return lines
 
 
@@ -11850,7 +11896,7 @@ def priming_steps() -> tuple[bytes, list[bytes]]:
     first of which has to rewind."""
     point = RewindPoint(str(uuid.uuid4()), 0)
     message = Message("user", text_blocks("Hi"))
-    first = _first_setup("", None, has_tools=False) + _limit_line(_REACHED_LIMIT)
+    first = _first_setup("", None, []) + _limit_line(_REACHED_LIMIT)
     first += message_line(message, REWINDS_ALL_SINCE, ask=True, line_id=point.id)
     return first, [rewind_line(point), _limit_line(UNREACHED_LIMIT)]
 
@@ -12695,6 +12741,8 @@ class MessageReader:
         self._blocks: dict[int, ClientBlock] = {}
         self._next_number = 0
         self._line_ended = False
+        #: Whether the API is still writing the current message.
+        self.is_open = False
         self.usage = NO_USAGE
         self._earlier_usages: list[Usage] = []
 
@@ -12710,6 +12758,7 @@ class MessageReader:
 
     def start(self, message: Json) -> Started:
         """Begin a message."""
+        self.is_open = True
         self._earlier_usages.append(self.usage)
         self.usage = usage_of(message.get("usage"))
         self._blocks.clear()
@@ -12809,10 +12858,12 @@ class RoundReader:
         self.final_only = final_only
         self._state = Round.WRITING
         self._held: list[Event] = []
+        #: Whether the answer has more than one message.
+        self.has_several = False
 
     def run_tools(self) -> None:
         """Record that claude runs the tools that the message called."""
-        self._state = Round.TOOLS_RUN
+        self._state, self.has_several = Round.TOOLS_RUN, True
 
     def start_message(self) -> bool:
         """Begin a message. Return whether it continues the answer."""
@@ -12928,6 +12979,16 @@ class TurnReader:
         """Return claude's latest report about the plan."""
         return self._failures.plan
 
+    @property
+    def is_message_open(self) -> bool:
+        """Return whether a message is being written, so that its further calls are not known."""
+        return self._message.is_open
+
+    @property
+    def has_rounds(self) -> bool:
+        """Return whether claude has run tools, so that the answer is more than one message."""
+        return self._rounds.has_several
+
     def events(self, line: Json) -> list[Event]:
         """Return the events of this line. Raise the OcpError of a failure that the line reports."""
         return self._rounds.release(self._events_of_line(line), finished=self.finished)
@@ -13004,6 +13065,7 @@ class TurnReader:
         reason = delta.get("stop_reason")
         if not isinstance(reason, str):
             return []
+        message.is_open = False
         if reason == "tool_use" and message.extent < Extent.CALL:
             if self._structured.state is StructuredState.OPEN:
                 self._rounds.run_tools()
@@ -13114,12 +13176,13 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
 def _tool_arguments(config: Config) -> list[str]:
     """Return the arguments that select claude's tools: none of its own, or in agent mode those that
     the operator allows."""
+    servers = [f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}"]
     if not config.is_agent:
-        return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
+        return ["--tools", "", "--strict-mcp-config", "--allowedTools", *servers]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
     if config.allowed_tools != "default":
         allowed = split_list(config.allowed_tools)
-    arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
+    arguments = ["--strict-mcp-config", "--allowedTools", *servers, *allowed]
     if config.skip_permissions:
         arguments.append("--dangerously-skip-permissions")
     else:
@@ -13718,7 +13781,679 @@ class Watchdog:
             self._end()
 
 
-# ==== 30a. Agents of tenants =================================================
+# ==== 30a. Skills ============================================================
+# The skills in the folders of tenants: which there are, told to the model, and their files. They
+# come out of workspaces in which strangers may write. So no link in them is followed, and nothing
+# of them is run, or loaded by claude: their texts are text.
+
+#: Names of folders of skills.
+_SKILL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: The folder of a tenant's skills, and the file that makes a folder one.
+_SKILLS, SKILL_MAIN = "skills", "SKILL.md"
+_MAX_SKILLS = 200
+_MAX_SKILL_ENTRIES = 1_000
+_MAX_CATALOGUE_CHARS = 30_000
+_MAX_DESCRIPTION = 300
+#: How much of a SKILL.md is read for its description.
+_MAX_FRONT_MATTER_BYTES = 65_536
+_MAX_SKILL_FILE_CHARS = 100_000
+_MAX_SKILL_FILES = 200
+_MAX_SKILL_DEPTH = 6
+_CATALOGUE_HEAD = (
+    f"There are these skills: instructions for some kinds of tasks. Where one fits a task, read it "
+    f"with the tool {SKILL_FILE} before you begin."
+)
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Without the last one, the end of a pipe that nobody writes to would be waited for.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@contextlib.contextmanager
+def _opened(path: str, parts: Sequence[str], flags: int) -> Iterator[int]:
+    """Give a descriptor of what the parts lead to from a folder, none of them a link, also if one
+    becomes a link meanwhile. Raise OSError, ValueError."""
+    descriptor = os.open(path, _FOLDER_FLAGS)
+    try:
+        for index, part in enumerate(parts):
+            if part in ("", ".", "..") or "/" in part:
+                raise ValueError(f"{part!r} is no name of a file")
+            is_last = index == len(parts) - 1
+            below = os.open(part, flags if is_last else _FOLDER_FLAGS, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read_regular(path: str, parts: Sequence[str], max_bytes: int) -> bytes:
+    """Return the beginning of a regular file. Raise OSError, ValueError."""
+    with _opened(path, parts, _FILE_FLAGS) as descriptor:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        pieces: list[bytes] = []
+        left = max_bytes
+        while left:
+            piece = os.read(descriptor, left)
+            if not piece:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
+
+
+def front_matter(text: str, name: str) -> str:
+    """Return a field of a SKILL.md's front matter in one line; empty if there is none. It may be
+    quoted, plain or folded, and go on in lines that are indented."""
+    text = text.replace("\r\n", "\n")
+    head = re.match(r"\ufeff?---[ \t]*\n(.*?)(?:^---|\Z)", text, re.DOTALL | re.MULTILINE)
+    field = head and re.search(
+        rf"^{name}:[ \t]*(.*(?:\n(?:[ \t].*)?)*)", head.group(1), re.MULTILINE
+    )
+    # Without the mark of a folded text.
+    value = re.sub(
+        r"\A[|>][-+0-9]*[ \t]*(?:#.*)?\n", "", field.group(1) if field else ""
+    ).strip()
+    quoted = re.match(r"""'((?:[^']|'')*)'|("(?:[^"\\]|\\.)*")""", value, re.DOTALL)
+    if quoted is None:
+        return one_line(re.split(r"\s#", value)[0], _MAX_DESCRIPTION)
+    if quoted.group(2) is None:
+        return one_line(quoted.group(1).replace("''", "'"), _MAX_DESCRIPTION)
+    try:
+        unquoted = str(json.loads(" ".join(quoted.group(2).split())))
+    except ValueError:
+        unquoted = quoted.group(2)[1:-1]
+    return one_line(unquoted, _MAX_DESCRIPTION)
+
+
+def skill_entries(path: str) -> tuple[dict[str, tuple[int, int]], int]:
+    """Return the skills in a tenant's folder by name, with what changes with their SKILL.md, and
+    how many entries beside them are none: links, odd names, folders without a SKILL.md."""
+    found: dict[str, tuple[int, int]] = {}
+    skipped = 0
+    try:
+        with _opened(path, [_SKILLS], _FOLDER_FLAGS) as root, os.scandir(root) as entries:
+            for entry in itertools.islice(entries, _MAX_SKILL_ENTRIES):
+                status = _main_of(root, entry)
+                if status is None:
+                    skipped += 1
+                else:
+                    found[entry.name] = (status.st_mtime_ns, status.st_size)
+    except OSError:
+        pass
+    return dict(sorted(found.items())), skipped
+
+
+def _main_of(root: int, entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return the status of a skill's SKILL.md; None if the entry is no skill."""
+    try:
+        if not _SKILL_NAME.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+            return None
+        main = f"{entry.name}/{SKILL_MAIN}"
+        status = os.stat(main, dir_fd=root, follow_symlinks=False)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def catalogue_of(path: str, names: Iterable[str]) -> str:
+    """Return what the model is told of the skills in a tenant's folder; empty if there are
+    none."""
+    lines: list[str] = []
+    names = list(names)
+    room = _MAX_CATALOGUE_CHARS - sum(len(name) + 4 for name in names[:_MAX_SKILLS])
+    for name in names[:_MAX_SKILLS]:
+        try:
+            main = _read_regular(path, [_SKILLS, name, SKILL_MAIN], _MAX_FRONT_MATTER_BYTES)
+        except (OSError, ValueError):
+            continue
+        text = main.decode("utf-8", "replace")
+        description = printable(front_matter(text, "description"))
+        room -= len(description)
+        lines.append(f"- {name}: {description}" if description and room > 0 else f"- {name}")
+    if len(names) > _MAX_SKILLS:
+        lines.append(f"{len(names) - _MAX_SKILLS} more are not listed.")
+    if room <= 0:
+        lines.append("The last ones stand without their descriptions.")
+    return "\n".join([_CATALOGUE_HEAD, *lines]) if lines else ""
+
+
+class Catalogues:
+    """What models are told of the skills of tenants. A folder is read again only when its list of
+    skills has changed, so one that was copied in by hand is there at the next request."""
+
+    def __init__(self) -> None:
+        # Guards the next field.
+        self._lock = threading.Lock()
+        #: By folder: the skills that were found, and the text.
+        self._known: dict[str, tuple[Mapping[str, tuple[int, int]], str]] = {}
+
+    def text(self, path: str) -> str:
+        """Return the catalogue of a tenant's folder."""
+        found, _ = skill_entries(path)
+        with self._lock:
+            known, text = self._known.get(path, ({}, ""))
+        if found != known:
+            text = catalogue_of(path, found)
+            with self._lock:
+                self._known[path] = (found, text)
+        return text
+
+
+def skill_file(path: str, skill: str, name: str) -> str | None:
+    """Return the text of a file of a skill in a tenant's folder; None for what is no file there, is
+    no text, or is too long. After SKILL.md itself stands a list of the skill's files."""
+    parts = name.split("/")
+    try:
+        if not _SKILL_NAME.fullmatch(skill) or len(parts) > _MAX_SKILL_DEPTH:
+            return None
+        # A character has four bytes at most.
+        data = _read_regular(path, [_SKILLS, skill, *parts], 4 * _MAX_SKILL_FILE_CHARS + 1)
+        text = data.decode("utf-8")
+        files = _files_below(path, [_SKILLS, skill]) if name == SKILL_MAIN else []
+    except (OSError, ValueError):
+        return None
+    if len(text) > _MAX_SKILL_FILE_CHARS or "\0" in text:
+        return None
+    listed = "\n".join(f"- {each}" for each in files if each != SKILL_MAIN)
+    return f"{text}\n\nFiles of this skill:\n{listed}" if listed else text
+
+
+def _files_below(path: str, parts: list[str], above: str = "") -> list[str]:
+    """Return the paths of the files of a skill, up to a limit. Raise OSError, ValueError."""
+    files: list[str] = []
+    folders: list[str] = []
+    with _opened(path, parts, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as entries:
+        for entry in itertools.islice(entries, _MAX_SKILL_FILES):
+            if not entry.name.isprintable():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif entry.is_file(follow_symlinks=False):
+                files.append(above + entry.name)
+    for name in sorted(folders) if above.count("/") < _MAX_SKILL_DEPTH - 1 else ():
+        if len(files) < _MAX_SKILL_FILES:
+            files += _files_below(path, [*parts, name], f"{above}{name}/")
+    return sorted(files)[:_MAX_SKILL_FILES]
+
+
+# ==== 30b. Own tools =========================================================
+# The tools that this server runs itself for tenants of level `tools` and above: `skill_file` reads
+# the tenant's skills, `openclaw_cli` runs one command of its OpenClaw. The model writes what they
+# are called with, so commands and options are allowed one by one, and nothing goes through a shell.
+
+
+class CommandRow(NamedTuple):
+    """A command of OpenClaw that the model may run."""
+
+    words: tuple[str, ...]
+    #: The least that a profile's `commands` has to be: "read" or "act".
+    least: str
+    #: How many further words it takes.
+    max_words: int
+    #: Its options that may be used, and whether they take a value.
+    options: Mapping[str, bool]
+
+
+def _command_row(least: str, words: str, max_words: int, options: str) -> CommandRow:
+    """Return a row. `options` are names, with = behind those that take a value."""
+    names = {name.rstrip("="): name.endswith("=") for name in options.split()}
+    return CommandRow(tuple(words.split()), least, max_words, names)
+
+
+_JOB_OPTIONS = (
+    "json name= cron= every= at= tz= message= system-event= session= channel= to= account= "
+    "announce no-deliver delete-after-run description= model= thinking= agent="
+)
+_PLACE_OPTIONS = "json channel= account="
+_MESSAGE_OPTIONS = f"{_PLACE_OPTIONS} target="
+#: Of the others some run a shell on the gateway's machine, read files, change its configuration or
+#: its keys, or reach another gateway. Whatever is new is not allowed either.
+OPENCLAW_COMMANDS: tuple[CommandRow, ...] = tuple(itertools.starmap(_command_row, (
+    ("read", "cron list", 0, "json all agent="),
+    ("read", "cron show", 1, "json"),
+    ("read", "cron status", 0, "json"),
+    ("read", "cron runs", 1, "json id= limit= offset= query= run-id= sort= status="),
+    ("read", "sessions list", 0, "json active= agent= all-agents limit="),
+    ("read", "memory search", 1, "json agent= query= max-results= min-score="),
+    ("read", "memory status", 0, "json agent="),
+    ("read", "models list", 0, "json all agent= local plain provider="),
+    ("read", "models status", 0, "json agent= plain"),
+    ("read", "channels list", 0, "json all"),
+    ("read", "channels status", 0, "json channel="),
+    ("read", "nodes list", 0, "json connected last-connected="),
+    ("read", "nodes status", 0, "json connected last-connected="),
+    ("read", "nodes describe", 0, "json node="),
+    ("read", "directory self", 0, _PLACE_OPTIONS),
+    ("read", "directory peers list", 0, f"{_PLACE_OPTIONS} limit= query="),
+    ("read", "directory groups list", 0, f"{_PLACE_OPTIONS} limit= query="),
+    ("read", "skills list", 0, "json agent= eligible"),
+    ("read", "skills info", 1, "json agent="),
+    ("read", "skills check", 0, "json agent="),
+    ("read", "agents list", 0, "json bindings"),
+    ("read", "agents bindings", 0, "json agent="),
+    ("read", "config get", 1, "json"),
+    ("read", "config file", 0, "json"),
+    ("read", "config validate", 0, "json"),
+    ("read", "tasks list", 0, "json runtime= status="),
+    ("read", "health", 0, "json"),
+    ("read", "status", 0, "json all deep usage agent="),
+    ("read", "system presence", 0, "json"),
+    ("read", "system heartbeat last", 0, "json"),
+    ("read", "message read", 0,
+     f"{_MESSAGE_OPTIONS} limit= after= before= around= message-id= thread-id="),
+    ("read", "message search", 0,
+     f"{_PLACE_OPTIONS} query= limit= author-id= author-ids= channel-id= channel-ids= guild-id="),
+    ("act", "cron add", 2, f"{_JOB_OPTIONS} disabled"),
+    ("act", "cron edit", 1, _JOB_OPTIONS),
+    ("act", "cron enable", 1, "json"),
+    ("act", "cron disable", 1, "json"),
+    ("act", "cron rm", 1, "json"),
+    ("act", "cron run", 1, "json"),
+    ("act", "message send", 0, f"{_MESSAGE_OPTIONS} message= reply-to= thread-id= silent"),
+    ("act", "message react", 0, f"{_MESSAGE_OPTIONS} message-id= emoji= remove"),
+    ("act", "message poll", 0,
+     f"{_MESSAGE_OPTIONS} message= thread-id= silent poll-question= poll-option= poll-anonymous "
+     "poll-public poll-multi poll-duration-hours= poll-duration-seconds="),
+    ("act", "message pin", 0, f"{_MESSAGE_OPTIONS} message-id="),
+    ("act", "message edit", 0, f"{_MESSAGE_OPTIONS} message= message-id= thread-id="),
+    ("act", "message delete", 0, f"{_MESSAGE_OPTIONS} message-id="),
+    ("act", "memory index", 0, "agent= force"),
+    ("act", "nodes notify", 0, "json node= title= body= sound= priority= delivery="),
+    ("act", "system event", 0, "json text= mode="),
+    ("act", "system heartbeat enable", 0, "json"),
+    ("act", "system heartbeat disable", 0, "json"),
+)))
+#: Values of a profile's `commands`, the least first.
+COMMAND_SETS = ("none", "read", "act")
+_MAX_COMMAND_WORDS = 64
+_MAX_WORD_BYTES = 8_192
+
+
+class NotAllowed(Exception):
+    """A command of the model must not run. The message tells the model what may."""
+
+
+def allowed_rows(commands: str) -> dict[tuple[str, ...], CommandRow]:
+    """Return the rows that a profile's `commands` allows, by their words."""
+    allowed = COMMAND_SETS.index(commands)
+    return {
+        row.words: row for row in OPENCLAW_COMMANDS if COMMAND_SETS.index(row.least) <= allowed
+    }
+
+
+def _told_commands(commands: str) -> str:
+    return ", ".join(" ".join(words) for words in allowed_rows(commands))
+
+
+def _told_options(row: CommandRow) -> str:
+    told = (f"--{name}{' VALUE' * has_value}" for name, has_value in row.options.items())
+    return f"`{' '.join(row.words)}` takes {row.max_words} words and {', '.join(told)}"
+
+
+def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]:
+    """Return the row of a command, and its words. Raise NotAllowed."""
+    words = [word for word in args if isinstance(word, str)] if isinstance(args, list) else []
+    sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
+    is_text = not any("\0" in word or re.search("[\ud800-\udfff]", word) for word in words)
+    if not words or words != args or not is_text or (
+        len(words) > _MAX_COMMAND_WORDS or max(sizes) > _MAX_WORD_BYTES
+    ):
+        raise NotAllowed(
+            f"args: must be 1 to {_MAX_COMMAND_WORDS} strings of at most {_MAX_WORD_BYTES:,} bytes,"
+            " one for each word after `openclaw`."
+        )
+    rows = allowed_rows(commands)
+    row = next(filter(None, (rows.get(tuple(words[:count])) for count in (3, 2, 1))), None)
+    if row is None:
+        raise NotAllowed(
+            f"This command is not allowed. Allowed are: {_told_commands(commands) or 'none'}."
+        )
+    _check_options(row, words[len(row.words):])
+    return row, words
+
+
+def _check_options(row: CommandRow, words: list[str]) -> None:
+    """Raise NotAllowed for an option that the row does not have, or too many other words."""
+    plain = 0
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            plain += 1
+            continue
+        name, equals, _ = word[2:].partition("=")
+        takes_value = row.options.get(name) if word.startswith("--") else None
+        if takes_value is None or (equals and not takes_value):
+            raise NotAllowed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
+        # Who takes what stands there for the value is up to OpenClaw, so it must not be an option.
+        if takes_value and not equals and next(rest, "-").startswith("-"):
+            raise NotAllowed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
+    if plain > row.max_words:
+        raise NotAllowed(f"There are too many words. {_told_options(row)}.")
+
+
+def names_outside(word: str, folder: str) -> bool:
+    """Return whether a word names something that exists outside a folder."""
+    value = word.partition("=")[2] if word.startswith("-") else word
+    value = re.sub(r"\A(file:(//)?|@)", "", value)
+    if "/" not in value and not value.startswith("~"):
+        return False
+    path = os.path.realpath(os.path.join("/", os.path.expanduser(value)))
+    inside = os.path.realpath(folder)
+    return os.path.exists(path) and os.path.commonpath([path, inside]) != inside
+
+
+#: Variables of the server that a command gets.
+_RELAY_ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "TZ", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG",
+    "XDG_RUNTIME_DIR",
+)
+#: The exit codes of `docker exec` for a program that is not there or cannot be run.
+_NO_PROGRAM = (126, 127)
+
+
+class RelayPlan(NamedTuple):
+    """How a command reaches an OpenClaw."""
+
+    #: The command line, and others for where its program is not found.
+    lines: list[list[str]]
+    env: dict[str, str]
+
+
+def relay_plan(
+    tenant: Tenant, docker: str, environ: Mapping[str, str], words: list[str]
+) -> RelayPlan:
+    """Return how a command of a tenant's OpenClaw is run. Raise NotAllowed."""
+    relay = tenant.profile["relay"] or {}
+    env = {name: environ[name] for name in _RELAY_ENVIRONMENT if name in environ}
+    if "container" in relay:
+        start = [docker, "exec", "--", str(relay["container"])]
+        return RelayPlan(
+            [[*start, "openclaw", *words], [*start, "node", "openclaw.mjs", *words]], env
+        )
+    folder = str(relay["stateDir"])
+    if any(names_outside(word, folder) for word in words):
+        raise NotAllowed("A word names a file outside this OpenClaw's own folder.")
+    return RelayPlan(
+        [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
+    )
+
+
+_MAX_COMMAND_S = 120.0
+_MAX_COMMAND_BYTES = 100_000
+#: How often it is seen whether a command has ended whose children hold its output open.
+_COMMAND_POLL_S = 0.25
+
+
+class OwnCommand:
+    """A program in a group of its own, without input. Its output is read as it comes; what is
+    beyond the limit is thrown away."""
+
+    def __init__(self, line: list[str], env: Mapping[str, str], watchdog: Watchdog) -> None:
+        """Raise OSError if it cannot be started."""
+        self._watchdog = watchdog
+        self._popen = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            bufsize=0, start_new_session=True, cwd="/", env=dict(env),
+        )
+        assert self._popen.stdout is not None
+        self._output, self.descriptor = self._popen.stdout, self._popen.stdout.fileno()
+        self._kept = bytearray()
+        self._is_cut = False
+        os.set_blocking(self.descriptor, False)
+        try:
+            watchdog.watch(self._popen.pid)
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, selector: selectors.BaseSelector) -> None:
+        """Read a piece of what there is; unregister at the end."""
+        try:
+            piece = os.read(self.descriptor, 65_536)
+        except BlockingIOError:
+            return
+        if not piece:
+            with contextlib.suppress(KeyError):
+                selector.unregister(self.descriptor)
+        room = _MAX_COMMAND_BYTES - len(self._kept)
+        self._kept += piece[:room]
+        self._is_cut = self._is_cut or len(piece) > room
+
+    def read_rest(self, selector: selectors.BaseSelector) -> None:
+        """Read what a command that has ended has left in the pipe, and stop reading."""
+        for _ in range(_MAX_COMMAND_BYTES // 4_096):
+            self.read(selector)
+        with contextlib.suppress(KeyError):
+            selector.unregister(self.descriptor)
+
+    def exit_code(self) -> int | None:
+        """Return its exit code; None while it runs."""
+        return self._popen.poll()
+
+    def text(self) -> str:
+        """Return what it has printed, with notes of what is not all of it."""
+        text = self._kept.decode("utf-8", "replace").rstrip()
+        if self._is_cut:
+            text += f"\n[This is the beginning: {_MAX_COMMAND_BYTES:,} bytes.]"
+        return text
+
+    def close(self) -> None:
+        """Kill it and what it has started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._output.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(_END_GRACE_S)
+        self._watchdog.forget(self._popen.pid)
+
+
+class Beside:
+    """What goes on beside a turn in the thread and the selector that wait for claude: nothing."""
+
+    def advance(
+        self, server: ToolServer, selector: selectors.BaseSelector, send: Callable[[bytes], None]
+    ) -> None:
+        """Go on without blocking, and send claude the replies to calls that are answered."""
+
+    def next_check_s(self) -> float:
+        """Return when `advance` is to be called again at the latest."""
+        return math.inf
+
+    def close(self) -> None:
+        """End what is under way."""
+
+
+NOTHING_BESIDE = Beside()
+
+
+#: Lends the slot of a request for a `with` block; see `Gate.lend`.
+Lend = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class RunningCommand(NamedTuple):
+    """A command that a call waits for."""
+
+    row: CommandRow
+    plan: RelayPlan
+    command: OwnCommand
+    began_s: float
+    #: Ends what holds while it runs: its slot is lent.
+    end: contextlib.ExitStack
+
+
+class OwnRun(Beside):
+    """Answers the calls of own tools in one request: one after the other, and none before the
+    message with the calls is complete, because a message that calls tools of the client too waits
+    for the client's next request. Belongs to the request's thread."""
+
+    def __init__(self, tools: OwnTools, caller: Caller, lend: Lend) -> None:
+        self._tools = tools
+        self._caller = caller
+        self._lend = lend
+        #: The call that is being answered, and the command that runs for it.
+        self._call: OwnCall | None = None
+        self._running: RunningCommand | None = None
+        #: The reader of the attempt that is under way.
+        self.reader = TurnReader()
+        #: Whether a command has run, which must not happen twice.
+        self.has_acted = False
+
+    def advance(
+        self, server: ToolServer, selector: selectors.BaseSelector, send: Callable[[bytes], None]
+    ) -> None:
+        if self._call is None and server.own_calls and not self.reader.is_message_open:
+            self._call = server.own_calls.pop(0)
+        call, is_error = self._call, False
+        if call is None:
+            return
+        try:
+            text = self._result(call, selector)
+        except NotAllowed as refusal:
+            text, is_error = str(refusal), True
+        if text is not None:
+            self._call = None
+            # As if a client had sent it.
+            send(server.deliver([
+                {"tool_use_id": call.id, "content": text_blocks(text), "is_error": is_error}
+            ]))
+
+    def next_check_s(self) -> float:
+        return math.inf if self._running is None else self._tools.clock() + _COMMAND_POLL_S
+
+    def close(self) -> None:
+        running, self._running, self._call = self._running, None, None
+        if running is not None:
+            running.end.close()
+
+    def _result(self, call: OwnCall, selector: selectors.BaseSelector) -> str | None:
+        """Return the result of a call; None while a command runs for it. Raise NotAllowed."""
+        if self._running is not None:
+            return self._result_of(self._running, selector)
+        tools, tenant = self._tools, self._caller.tenant
+        if call.name == SKILL_FILE:
+            return self._skill_file(call.arguments)
+        row, words = checked_command(call.arguments.get("args"), tenant.profile["commands"])
+        plan = relay_plan(tenant, tools.docker, tools.environ, words)
+        self._start(row, plan, tools.clock(), selector)
+        return None
+
+    def _skill_file(self, arguments: Json) -> str:
+        """Return the text of a file. Raise NotAllowed."""
+        began_s = self._tools.clock()
+        skill, path = (str(arguments.get(name) or "") for name in ("skill", "path"))
+        text = skill_file(self._tools.path_of(self._caller.tenant), skill, path or SKILL_MAIN)
+        self._log(SKILL_FILE, None, None, began_s)
+        if text is None:
+            raise NotAllowed("There is no such file.")
+        return text
+
+    def _start(
+        self, row: CommandRow, plan: RelayPlan, began_s: float, selector: selectors.BaseSelector
+    ) -> None:
+        """Start the first of the command lines. Raise NotAllowed."""
+        line = plan.lines[0]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lend())
+            try:
+                command = OwnCommand(line, plan.env, self._tools.watchdog)
+            except OSError as problem:
+                raise NotAllowed(
+                    f"The server cannot start {line[0]} ({problem.strerror})."
+                ) from None
+            stack.callback(command.close)
+            selector.register(command.descriptor, selectors.EVENT_READ, command.read)
+            self.has_acted = True
+            self._running = RunningCommand(row, plan, command, began_s, stack.pop_all())
+
+    def _result_of(
+        self, running: RunningCommand, selector: selectors.BaseSelector
+    ) -> str | None:
+        """Return the result of a command that has ended or has to end; None while it runs. Raise
+        NotAllowed if its program is not there."""
+        row, plan, command, began_s, end = running
+        code = command.exit_code()
+        if code is None and self._tools.clock() - began_s <= _MAX_COMMAND_S:
+            return None
+        command.read_rest(selector)
+        text, self._running = command.text(), None
+        end.close()
+        if code in _NO_PROGRAM and len(plan.lines) > 1:
+            self._start(row, plan._replace(lines=plan.lines[1:]), began_s, selector)
+            return None
+        self._log(OPENCLAW_CLI, " ".join(row.words[:2]), code, began_s)
+        if code is None:
+            return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s and was ended.]"
+        return f"{text}\n[exit code {code}]" if code else text
+
+    def _log(self, tool: str, words: str | None, code: int | None, began_s: float) -> None:
+        """Log that a tool has run: nothing of what it was called with or has printed."""
+        self._tools.log.event(
+            "info", "own_tool_run", caller=self._caller.name, tool=tool, words=words, exit=code,
+            ms=round((self._tools.clock() - began_s) * 1000),
+        )
+
+
+def own_tools_of(profile: Mapping[str, Any], catalogue: str) -> tuple[Tool, ...]:
+    """Return the own tools that a model gets."""
+    tools: list[Tool] = []
+    if catalogue:
+        tools.append(Tool(
+            SKILL_FILE, "Reads a file of a skill, SKILL.md by default.",
+            {"type": "object", "required": ["skill"], "properties": {
+                "skill": {"type": "string", "description": "the name of the skill"},
+                "path": {"type": "string", "description": "such as references/formats.md"},
+            }},
+        ))
+    if profile["relay"] and profile["commands"] != COMMAND_SETS[0]:
+        tools.append(Tool(
+            OPENCLAW_CLI,
+            "Runs one command of the user's OpenClaw, without a shell, and returns what it prints. "
+            f"Commands: {_told_commands(profile['commands'])}. A command that is called with an "
+            "option that it does not have tells which it has.",
+            {"type": "object", "required": ["args"], "properties": {"args": {
+                "type": "array", "items": {"type": "string"},
+                "description": 'the words after `openclaw`, such as ["cron", "list", "--json"]',
+            }}},
+        ))
+    return tuple(tools)
+
+
+class OwnTools:
+    """The own tools of all tenants."""
+
+    def __init__(
+        self, folder: str, docker: str, environ: Mapping[str, str], watchdog: Watchdog, log: Log,
+        clock: Clock,
+    ) -> None:
+        """`folder` holds the folders of the tenants, `docker` reaches containers."""
+        self._folder = folder
+        self._catalogues = Catalogues()
+        self.docker = docker
+        self.environ = environ
+        self.watchdog = watchdog
+        self.log = log
+        self.clock = clock
+
+    def path_of(self, tenant: Tenant) -> str:
+        """Return the path of a tenant's folder."""
+        return os.path.join(self._folder, tenant.folder)
+
+    def prepared(self, turn: Turn, tenant: Tenant, config: Config) -> Turn:
+        """Return the turn as a tenant's profile wants it, at the level in force."""
+        profile = tenant.profile
+        if profile["clientTools"] == "drop":
+            turn = turn._replace(tools=(), tool_choice=ToolChoice())
+        if tenant.level_in_force(config) == TENANT_LEVELS[0]:
+            return turn
+        catalogue = self._catalogues.text(self.path_of(tenant)) if profile["skills"] else ""
+        return turn._replace(
+            own_tools=own_tools_of(profile, catalogue), catalogue=catalogue,
+            final_text=profile["text"] == "final",
+            # What tools find is not the same a moment later.
+            bypass_cache=True,
+        )
+# ==== 30c. Agents of tenants =================================================
 # What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
 # tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
 # switched that off, claude confines itself: commands run under bubblewrap, where they find the
@@ -13823,7 +14558,8 @@ def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
         rules = tuple(dict.fromkeys(filter(None, found)))
         settings = to_json(sandbox_settings(agent, private)).decode()
         arguments += ["--add-dir", agent.skills, "--settings", settings]
-    return [*arguments, "--allowedTools", f"mcp__{TOOL_SERVER}", *rules]
+    servers = (f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}")
+    return [*arguments, "--allowedTools", *servers, *rules]
 
 
 class Launch(NamedTuple):
@@ -14414,6 +15150,8 @@ class ClaudeProcess:
         self._turn_is_over = True
         #: Whether the last turn was sent to its end: with the question, not the history alone.
         self.has_asked = False
+        #: What goes on beside the turn that runs.
+        self._beside = NOTHING_BESIDE
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -14435,9 +15173,11 @@ class ClaudeProcess:
         return not self.broken and self._child.runs()
 
     def converse(
-        self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
+        self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader,
+        beside: Beside = NOTHING_BESIDE,
     ) -> Iterator[Event]:
-        """Send one turn and yield the events of its answer, with Pauses and Ticks.
+        """Send one turn and yield the events of its answer, with Pauses and Ticks. `beside` goes on
+        in the same thread, and is closed at the end.
 
         Tool results continue the turn that ended with the calls; no step need precede them. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
@@ -14447,7 +15187,8 @@ class ClaudeProcess:
         self._last_event_s = self._clock()
         events: list[Event] = []
         # A kept exception also keeps alive what its traceback refers to.
-        with contextlib.closing(self._lines(limits)) as lines:
+        self._beside = beside
+        with contextlib.closing(beside), contextlib.closing(self._lines(limits)) as lines:
             yield from self._send_turn(turn_input, lines)
             for line in lines:
                 if not isinstance(line, dict):
@@ -14596,9 +15337,11 @@ class ClaudeProcess:
         ClientGone, UpstreamTimeout, and UpstreamFailed when claude hangs."""
         if self._liveness.needs_probe():
             self._pipes.send(presence_request())
+        self._beside.advance(self.tools, selector, self._pipes.send)
         self._pipes.flush(selector)
         tick_at_s = self._last_event_s + (limits.tick_s or math.inf)
-        until_s = min(limits.deadline_s, tick_at_s, self._liveness.next_check_s())
+        checks_s = self._liveness.next_check_s(), self._beside.next_check_s()
+        until_s = min(limits.deadline_s, tick_at_s, *checks_s)
         for key, _ in selector.select(max(0.0, until_s - self._clock())):
             key.data(selector)
         now_s = self._clock()
@@ -14692,6 +15435,11 @@ class ClaudeStarter:
         self._watchdog = Watchdog()
         self._work_folder = work_folder(settings.config, environ)
 
+    @property
+    def watchdog(self) -> Watchdog:
+        """What ends the children of this server when it is killed."""
+        return self._watchdog
+
     def start(self, kind: ProcessKind) -> ClaudeProcess:
         """Return a new process of this kind. Raise ClaudeUnavailable, UpstreamFailed."""
         return self._started(kind, functools.partial(self._with_login, kind.login))
@@ -14766,6 +15514,8 @@ class Gate:
         self._config = config
         #: The number of running requests, by the scope of their callers.
         self._running: collections.Counter[str] = collections.Counter()
+        #: How many of these wait for a tool of the server's own, which may ask it in turn.
+        self._lent: collections.Counter[str] = collections.Counter()
         #: The waiting slots by scope. The scopes are in the order of their turns.
         self._queues: dict[str, collections.deque[Slot]] = {}
         self._refused = 0
@@ -14850,10 +15600,20 @@ class Gate:
     def _has_room(self, slot: Slot) -> bool:
         """Return whether the slot's caller may have one more answer at a time. One key never gets
         the last place, so that another key's request need not wait for the end of a long answer."""
-        running = self._running[slot.scope]
+        running = self._running[slot.scope] - self._lent[slot.scope]
         if slot.has_key and running and running >= self._config.max_concurrent - 1:
             return False
         return not slot.maximum or running < slot.maximum
+
+    def lend(self, slot: Slot, count: int) -> None:
+        """Count a running slot out of its caller's limit while an own tool works for it, so that
+        the tool can ask this server with the same key; count it in again with -1. It stays one of
+        the server's running requests."""
+        with self._lock:
+            self._lent[slot.scope] += count
+            if not self._lent[slot.scope]:
+                del self._lent[slot.scope]
+            self._admit_waiting()
 
     def release(self, slot: Slot) -> None:
         """Free a slot: its place among the running requests, or its place in the queue."""
@@ -14888,6 +15648,15 @@ class Slot:
 
     def __exit__(self, *_: object) -> None:
         self._gate.release(self)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lend the slot for a `with` block; see `Gate.lend`."""
+        self._gate.lend(self, 1)
+        try:
+            yield
+        finally:
+            self._gate.lend(self, -1)
 
     def decide(self, refusal: QueueFull | None) -> None:
         """Admit or refuse the request, which ends its wait. The gate calls this under its lock."""
@@ -14950,7 +15719,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str, stamp: str = "") -
         caller, stamp, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
         canonical_json(list(turn.options)), canonical_json(turn.output_schema),
         canonical_json(list(turn.server_tools)),
-        *(tool.digest for tool in turn.tools),
+        *(tool.digest for tool in (*turn.tools, *turn.own_tools)),
     ]
     digests = tuple(message.digest for message in turn.messages)
     return History(digest(base), digests, context_of(turn.messages[-1]), caller)
@@ -19038,7 +19807,7 @@ class AttemptSource:
         self._agent = app.agents.of(job.caller.tenant, self._config)
         self.is_agent = self._config.is_agent or self._agent is not None
         #: What follows the client's system prompt.
-        self._prompt = job.caller.prompt_after(app.config.system_prompt)
+        self._prompt = job.caller.prompt_after(app.config.system_prompt, turn.catalogue)
         if self._agent is not None:
             self._prompt = f"{self._prompt}\n\n{self._agent.prompt}".strip()
         #: Whether reminders may be pinned to the first message of the history.
@@ -19153,7 +19922,7 @@ class AttemptSource:
         process = record.process = spare or app.pool.start(kind)
         record.warm = spare is not None
         app.wakeups.put("tend")
-        process.tools = ToolServer(turn.tools)
+        process.tools = ToolServer(turn.tools, turn.own_tools)
         setup = setup_lines(
             turn, self._prompt, agent=self.is_agent, is_primed=process.is_primed
         )
@@ -19272,6 +20041,7 @@ class TurnRunner:
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
+        own = OwnRun(app.own_tools, self._job.caller, slot.lent)
         app.check_extra_usage(source.turn.model.argument, self._login.account)
         stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
@@ -19282,7 +20052,7 @@ class TurnRunner:
             if attempt is None:
                 continue
             try:
-                yield from self._converse(attempt)
+                yield from self._converse(attempt, own)
                 if record.finished is not None:
                     return
                 self._log_change("call_missing")
@@ -19290,7 +20060,7 @@ class TurnRunner:
                 attempts = [source.rebuilt, source.rebuilt]
             except UpstreamFailed:
                 may_retry = record.first_token_s is None and record.lost_its_process
-                if not (attempts and may_retry):
+                if not (attempts and may_retry) or own.has_acted:
                     raise
             except BadRequest as error:
                 self._adapt(error)
@@ -19333,13 +20103,15 @@ class TurnRunner:
 
     # -- converse ---------------------------------------------------------------------------------
 
-    def _converse(self, attempt: Attempt) -> Iterator[Event]:
+    def _converse(self, attempt: Attempt, own: OwnRun) -> Iterator[Event]:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._source.turn
         self._attempt = attempt
         attempt.process.set_tap(self._job.tap)
-        final_only = self._config.is_agent and self._config.agent_text == "final"
+        final_only = turn.final_text or (
+            self._config.is_agent and self._config.agent_text == "final"
+        )
         offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
@@ -19347,7 +20119,8 @@ class TurnRunner:
         told = AnswerBuilder() if turn.options.hides_thinking else None
         if self._watch is not None:
             self._watch.begin()
-        for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
+        own.reader = reader
+        for heard in attempt.process.converse(attempt.turn_input, self._limits, reader, own):
             if isinstance(heard, Pause):
                 yield heard
                 continue
@@ -19380,10 +20153,11 @@ class TurnRunner:
 
     def _remember_thinking(self, finished: Finished, told: AnswerBuilder | None) -> None:
         """Keep the thinking of an answer that is one message of the model. An agent's answer has
-        several, and a structured one was a call of claude's own. `told` has what the client does
-        not get of it."""
+        several, one for which tools ran too, and a structured one was a call of claude's own.
+        `told` has what the client does not get of it."""
         turn, scope = self._record.turn, self._job.caller.scope
-        is_message = not self._source.is_agent and turn.output_schema is None
+        has_rounds = self._source.is_agent or self._record.readers[-1].has_rounds
+        is_message = not has_rounds and turn.output_schema is None
         if is_message and finished.stop_reason in PARKABLE:
             answer = self._record.answer() if told is None else told.answer(finished)
             self._app.thinking.put(turn, scope, answer.blocks)
@@ -19541,8 +20315,7 @@ class Requests:
 
     def _choices(self, job: Job) -> contextlib.AbstractContextManager[Iterator[Choice]]:
         """Return what gives the events: from the cache if that may be used, or from claude."""
-        config = self._app.config
-        if is_cacheable(job.turn, config) and not job.caller.is_agent(config):
+        if is_cacheable(job.turn, self._app.config):
             return self._from_cache(job)
         self._app.cache.count_bypass()
         return self._produced(job)
@@ -20026,6 +20799,10 @@ class App:
         self.logins = self._logins()
         self._starter = self._claude_starter(environ)
         self.agents = self._starter.agents
+        self.own_tools = OwnTools(
+            self.state_folder.path_of("tenants"), self.config.docker, environ,
+            self._starter.watchdog, log, clock,
+        )
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -21454,6 +22231,7 @@ def _read_turn(app: App, exchange: Exchange, *, counted: bool = False) -> Turn:
     exchange.caller = app.keys.current(exchange.caller)
     with app.large_bodies.parsing(len(data)):
         turn = _parse_turn(app, exchange, parse_json_body(data), counted=counted)
+    turn = app.own_tools.prepared(turn, exchange.caller.tenant, app.config)
     if not turn.model.known:
         app.log.event(
             "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
@@ -22580,7 +23358,7 @@ _CLAUDE_TOOL = re.compile(r"[A-Z][A-Za-z]{0,63}")
 
 def tenant_path(app: App, tenant: Tenant) -> str:
     """Return the path of a tenant's folder."""
-    return os.path.join(app.state_folder.path_of("tenants"), tenant.folder)
+    return app.own_tools.path_of(tenant)
 
 
 def _make_folder(path: str) -> bool:
@@ -22682,7 +23460,7 @@ _PROFILE_FIELDS: Mapping[str, ProfileField] = MappingProxyType({
             "stateDir": {"type": "string", "description": "a folder that the server's user owns"},
         },
     }),
-    "commands": _choice_field("none", "read", "act"),
+    "commands": _choice_field(*COMMAND_SETS),
     "tools": ProfileField(_tools_field, {
         "type": "array", "maxItems": _MAX_TENANT_TOOLS,
         "items": {"type": "string", "pattern": f"^{_CLAUDE_TOOL.pattern}$"},
@@ -22716,23 +23494,9 @@ def _tenant_key(app: App, key: str) -> Key:
     return found
 
 
-def _skill_counts(path: str) -> Json:
-    """Return how many skills a tenant's folder has, and how many entries beside them are none."""
-    try:
-        with os.scandir(os.path.join(path, "skills")) as found:
-            entries = list(found)
-    except OSError:
-        entries = []
-    count = sum(
-        each.is_dir(follow_symlinks=False)
-        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", each.name) is not None
-        and os.path.isfile(os.path.join(each.path, "SKILL.md")) for each in entries
-    )
-    return {"count": count, "skipped": len(entries) - count}
-
-
 def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) -> Json:
     tenant, path = key.tenant, tenant_path(app, key.tenant)
+    skills, skipped = skill_entries(path)
     return {
         "keyId": key.id, "name": key.name, **tenant.profile,
         "levelInForce": tenant.level_in_force(app.config),
@@ -22740,7 +23504,9 @@ def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) ->
         "folder": path,
         "env": sorted(tenant.env),
         "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
-        "skills": {"enabled": tenant.profile["skills"], **_skill_counts(path)},
+        "skills": {
+            "enabled": tenant.profile["skills"], "count": len(skills), "skipped": skipped,
+        },
         "maxConcurrent": key.max_concurrent,
         **{name: counts.get(key.caller.scope, 0) for name, counts in loads.items()},
         "spares": app.pool.spares_of(key.login),

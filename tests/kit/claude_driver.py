@@ -17,7 +17,7 @@ CLAUDE_ARGS = (
     "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
     "--include-partial-messages", "--model", "claude-sonnet-4-6", "--tools", "",
     "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
-    "--allowedTools", "mcp__client",
+    "--allowedTools", "mcp__client", "mcp__server",
 )
 
 
