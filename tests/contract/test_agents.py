@@ -272,7 +272,8 @@ def test_what_a_tenant_writes_changes_nothing_for_its_next_process(
     assert list(tmp_path.iterdir()) == []
     first = json.dumps(rig.bodies()[0]).replace("/evil @CLAUDE.md", "")
     assert "EVIL" not in first and "evil" not in first and "root:x:" not in first
-    assert [tool["name"] for tool in rig.bodies()[0]["tools"]] == ["Bash", "Grep", "Read"]
+    assert [tool["name"] for tool in rig.bodies()[0]["tools"]] == [
+        "Bash", "Grep", "Read", "skill_file"]
 
 
 @NEEDS_SANDBOX
@@ -285,9 +286,12 @@ def test_a_hostile_skill_runs_nothing_and_shows_nothing_of_the_server(
     skill = house.folder(name) / "skills" / "evil" / "SKILL.md"
     skill.parent.mkdir()
     skill.write_text(hostile(tmp_path)["evil"])
-    calls = {"agent": [read(skill), bash(f"cat {skill}")]}.get(level, [])
+    reader: Call = ("skill_file", {"skill": "evil"})
+    calls = {"agent": [reader, read(skill), bash(f"cat {skill}")], "tools": [reader], "api": []}[
+        level]
 
     if calls:
+        # Its words are all that the model gets.
         assert all("EVIL" in told for told in run(rig, key, calls, text="/evil @/etc/passwd"))
     else:
         assert ask_as(rig.server, key, "/evil @/etc/passwd").status == 200
