@@ -14684,7 +14684,12 @@ class Agents:
         if not agent.is_confined:
             env["CLAUDE_CODE_RESTRICTED"] = ""
             return Launch(agent.work, agent_arguments(agent, ()), env)
-        temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
+        try:
+            temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
+        except OSError as problem:
+            raise StorageFailed(
+                f"No folder can be made in {_TEMPORARY_PATH} ({problem.strerror})."
+            ) from None
         env.update(TMPDIR=temporary, CLAUDE_CODE_TMPDIR=temporary)
         return Launch(
             agent.work, agent_arguments(agent, self._private_paths()), env, (temporary,)

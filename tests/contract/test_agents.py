@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -17,8 +18,14 @@ import pytest
 
 import stub_api
 from chat import content_of
+from claude_driver import ClaudeDriver
 from keys import MULTI, as_admin, ask_as, new_key
-from rig import Claude, Rig, command_line, each_claude, running_rig
+from programs import real_claude_env
+from project import clean_env, load_script
+from rig import MODEL, Claude, Rig, command_line, each_claude, running_rig
+from stub_api import StubApi
+
+ocp = load_script("ocp_server.py")
 
 Json = Any
 
@@ -151,12 +158,17 @@ def listener() -> Iterator[int]:
 
 #: Says which of the files are readable, and whether the secret is in somebody's command line.
 LOOK = textwrap.dedent("""
-    import glob, os, sys
+    import glob, os, socket, sys
     for path in sys.argv[1:]:
         try:
-            print(open(path, "rb").read())
+            print(open(path, "rb").read(60))
         except OSError:
             pass
+    try:
+        socket.socket(socket.AF_UNIX)
+        print("CANARY of docker")
+    except OSError:
+        pass
     secret = os.environ["A_SECRET"].encode()
     lines = [open(path, "rb").read() for path in glob.glob("/proc/[0-9]*/cmdline")]
     print("command lines:", len(lines), "with the secret:", sum(secret in line for line in lines))
@@ -169,10 +181,11 @@ def test_a_tenant_runs_its_scripts_with_its_variables_and_reaches_nothing_else(
 ) -> None:
     rig, place = house.rig, house.rig.server.place
     set_env(rig, "alice", A_SECRET=SECRET)
+    in_run = [Path(f"/run/ocp-canary-{rig.server.pid}")] if os.access("/run", os.W_OK) else []
     mine, others = house.folder("alice"), house.folder("bob")
     hidden = [plant(path) for path in (
         place.ocp_home / "in-ocp-home", place.home / ".claude" / ".credentials.json",
-        place.home / "in-home", place.folder / "state" / "elsewhere", Path("/run/ocp-canary"),
+        place.home / "in-home", place.folder / "state" / "elsewhere", *in_run,
         others / "skills" / "greet" / "of-bob", others / "work" / "of-bob")]
     every = " ".join(shlex.quote(str(path)) for path in (*hidden, place.ocp_home / "ocp.db"))
     unwritable = [mine / "skills/greet/new", others / "work/new", place.home / "new"]
@@ -193,7 +206,8 @@ def test_a_tenant_runs_its_scripts_with_its_variables_and_reaches_nothing_else(
             read(mine / "work/link/work/of-bob"), grep(mine / "work/link"), grep(mine / "work"),
             read(Path(f"{mine}/skills/../../bob/work/of-bob")), read(Path("~/in-home")),
         ])
-    Path("/run/ocp-canary").unlink()
+    for path in in_run:
+        path.unlink()
 
     assert f"script says {SECRET}" in results[0] and str(mine / "work") in results[0]
     assert (mine / "work/note").read_text() == "kept\n"
@@ -274,6 +288,31 @@ def test_what_a_tenant_writes_changes_nothing_for_its_next_process(
     assert "EVIL" not in first and "evil" not in first and "root:x:" not in first
     assert [tool["name"] for tool in rig.bodies()[0]["tools"]] == [
         "Bash", "Grep", "Read", "skill_file"]
+
+
+@NEEDS_SANDBOX
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("claude", each_claude()[:-1])
+def test_an_older_claude_runs_what_git_is_told_outside_of_its_sandbox(
+    claude: Claude, tmp_path: Path
+) -> None:
+    # Why it serves no confined tenant. If this fails, look again.
+    markers, work = tmp_path / "markers", tmp_path / "alice" / "work"
+    agent = ocp.Agent(str(work.parent), ("Bash",), True)
+    for folder in (markers, work, work.parent / "skills"):
+        folder.mkdir(parents=True)
+    for name, text in hostile(markers).items():
+        if name.startswith(".git/"):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_text(text)
+    words = ocp.claude_arguments(MODEL, ocp.Config(), ocp.agent_arguments(agent, ()))
+    with StubApi() as stub:
+        env = {**clean_env(HOME=str(tmp_path)), **ocp.FIXED_ENVIRONMENT,
+               **real_claude_env(stub.url)}
+        with ClaudeDriver([str(claude.path), *words], env, work) as driver:
+            driver.turn("Hello?")
+
+    assert "fsmonitor" in [path.name for path in markers.iterdir()]
 
 
 @NEEDS_SANDBOX

@@ -258,7 +258,7 @@ def test_an_older_claude_or_a_login_that_commands_could_read_is_refused(tmp_path
     config = ocp.load_config({
         "CLAUDE_AUTH_MODE": "multi", "OCP_TENANT_LEVEL": "agent",
         "OCP_PASS_ENV": "ANTHROPIC_API_KEY"})
-    alice = ocp.Tenant("alice", {**ocp.TENANT_PROFILE, "level": "agent"})
+    alice = ocp.Tenant("alice", {**ocp.TENANT_PROFILE, "level": "agent"}, {"PS4": "x", "A": "b"})
 
     class Found(NamedTuple):
         version: tuple[int, ...]
@@ -270,6 +270,9 @@ def test_an_older_claude_or_a_login_that_commands_could_read_is_refused(tmp_path
         agents = ocp.Agents(str(tmp_path), {**path, **env}, Found(version), lambda: ())
         return str(agents.obstacle(alice, login, config))
 
+    # A variable that was stored before it was blocked.
+    agents = ocp.Agents(str(tmp_path), path, Found((9,)), lambda: ())
+    assert agents.of(alice, config).env == (("A", "b"),)
     newest, own = ocp.CONFINES_SINCE, ocp.Login("token-of-alice")
     assert obstacle(ocp.SERVER_LOGIN, newest) == ""
     assert "claude update" in obstacle(ocp.SERVER_LOGIN, (2, 1, 331))
