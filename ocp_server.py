@@ -52,6 +52,8 @@ Sections (search for "==== 8" to jump to the eighth):
     28. Plan and failures       reports of claude about the plan; its failures as errors
     29. Claude answers          output of claude to lines; lines of a turn to events of an answer
     30. Claude program          the program on disk, how it is started, and its folders
+    30a. Skills                 the skills of tenants, told and read
+    30b. Own tools              commands of tenants' OpenClaw, beside a turn
     31. Claude process          one child process and its pipes
     32. Gate                    admission of requests
     33. Conversations           the identity of conversations; what an idle process can do with them
@@ -14146,9 +14148,9 @@ def relay_plan(
         return RelayPlan(
             [[*start, "openclaw", *words], [*start, "node", "openclaw.mjs", *words]], env
         )
-    folder = str(relay["stateDir"])
-    if any(names_outside(word, folder) for word in words):
-        raise NotAllowed("A word names a file outside this OpenClaw's own folder.")
+    folder = str(relay.get("stateDir", ""))
+    if not folder or any(names_outside(word, folder) for word in words):
+        raise NotAllowed("There is no such OpenClaw, or a word names a file outside its folder.")
     return RelayPlan(
         [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
     )
@@ -20491,10 +20493,7 @@ class App:
         self.claude_folder = self._claude_folder(environ)
         self.logins = self._logins()
         self._starter = self._claude_starter(environ)
-        self.own_tools = OwnTools(
-            self.state_folder.path_of("tenants"), self.config.docker, environ,
-            self._starter.watchdog, log, clock,
-        )
+        self.own_tools = self._own_tools(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -20529,6 +20528,12 @@ class App:
         return ClaudeStarter(
             self.program, self.logins.with_login, self.settings, environ, self.log,
             self._take_report, self.clock,
+        )
+
+    def _own_tools(self, environ: Mapping[str, str]) -> OwnTools:
+        return OwnTools(
+            self.state_folder.path_of("tenants"), self.config.docker, environ,
+            self._starter.watchdog, self.log, self.clock,
         )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
