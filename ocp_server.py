@@ -14047,8 +14047,9 @@ _MAX_COMMAND_WORDS = 64
 _MAX_WORD_BYTES = 8_192
 
 
-class NotAllowed(Exception):
-    """A command of the model must not run. The message tells the model what may."""
+class OwnToolFailed(Exception):
+    """A call has no result, for example because its command must not run. The message tells the
+    model why, and what may run."""
 
 
 def allowed_rows(commands: str) -> dict[tuple[str, ...], CommandRow]:
@@ -14069,21 +14070,21 @@ def _told_options(row: CommandRow) -> str:
 
 
 def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]:
-    """Return the row of a command, and its words. Raise NotAllowed."""
+    """Return the row of a command, and its words. Raise OwnToolFailed."""
     words = [word for word in args if isinstance(word, str)] if isinstance(args, list) else []
     sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
     is_text = not any("\0" in word or re.search("[\ud800-\udfff]", word) for word in words)
     if not words or words != args or not is_text or (
         len(words) > _MAX_COMMAND_WORDS or max(sizes) > _MAX_WORD_BYTES
     ):
-        raise NotAllowed(
+        raise OwnToolFailed(
             f"args: must be 1 to {_MAX_COMMAND_WORDS} strings of at most {_MAX_WORD_BYTES:,} bytes,"
             " one for each word after `openclaw`."
         )
     rows = allowed_rows(commands)
     row = next(filter(None, (rows.get(tuple(words[:count])) for count in (3, 2, 1))), None)
     if row is None:
-        raise NotAllowed(
+        raise OwnToolFailed(
             f"This command is not allowed. Allowed are: {_told_commands(commands) or 'none'}."
         )
     _check_options(row, words[len(row.words):])
@@ -14091,7 +14092,7 @@ def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]
 
 
 def _check_options(row: CommandRow, words: list[str]) -> None:
-    """Raise NotAllowed for an option that the row does not have, or too many other words."""
+    """Raise OwnToolFailed for an option that the row does not have, or too many other words."""
     plain = 0
     rest = iter(words)
     for word in rest:
@@ -14101,12 +14102,12 @@ def _check_options(row: CommandRow, words: list[str]) -> None:
         name, equals, _ = word[2:].partition("=")
         takes_value = row.options.get(name) if word.startswith("--") else None
         if takes_value is None or (equals and not takes_value):
-            raise NotAllowed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
+            raise OwnToolFailed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
         # Who takes what stands there for the value is up to OpenClaw, so it must not be an option.
         if takes_value and not equals and next(rest, "-").startswith("-"):
-            raise NotAllowed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
+            raise OwnToolFailed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
     if plain > row.max_words:
-        raise NotAllowed(f"There are too many words. {_told_options(row)}.")
+        raise OwnToolFailed(f"There are too many words. {_told_options(row)}.")
 
 
 def names_outside(word: str, folder: str) -> bool:
@@ -14140,7 +14141,7 @@ class RelayPlan(NamedTuple):
 def relay_plan(
     tenant: Tenant, docker: str, environ: Mapping[str, str], words: list[str]
 ) -> RelayPlan:
-    """Return how a command of a tenant's OpenClaw is run. Raise NotAllowed."""
+    """Return how a command of a tenant's OpenClaw is run. Raise OwnToolFailed."""
     relay = tenant.profile["relay"] or {}
     env = {name: environ[name] for name in _RELAY_ENVIRONMENT if name in environ}
     if "container" in relay:
@@ -14150,7 +14151,7 @@ def relay_plan(
         )
     folder = str(relay.get("stateDir", ""))
     if not folder or any(names_outside(word, folder) for word in words):
-        raise NotAllowed("There is no such OpenClaw, or a word names a file outside its folder.")
+        raise OwnToolFailed("There is no such OpenClaw, or a word names a file outside its folder.")
     return RelayPlan(
         [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
     )
@@ -14286,7 +14287,7 @@ class OwnRun(Beside):
             return
         try:
             text = self._result(call, selector)
-        except NotAllowed as refusal:
+        except OwnToolFailed as refusal:
             text, is_error = str(refusal), True
         if text is not None:
             self._call = None
@@ -14304,7 +14305,7 @@ class OwnRun(Beside):
             running.end.close()
 
     def _result(self, call: OwnCall, selector: selectors.BaseSelector) -> str | None:
-        """Return the result of a call; None while a command runs for it. Raise NotAllowed."""
+        """Return the result of a call; None while a command runs for it. Raise OwnToolFailed."""
         if self._running is not None:
             return self._result_of(self._running, selector)
         tools, tenant = self._tools, self._caller.tenant
@@ -14316,26 +14317,26 @@ class OwnRun(Beside):
         return None
 
     def _skill_file(self, arguments: Json) -> str:
-        """Return the text of a file. Raise NotAllowed."""
+        """Return the text of a file. Raise OwnToolFailed."""
         began_s = self._tools.clock()
         skill, path = (str(arguments.get(name) or "") for name in ("skill", "path"))
         text = skill_file(self._tools.path_of(self._caller.tenant), skill, path or SKILL_MAIN)
         self._log(SKILL_FILE, None, None, began_s)
         if text is None:
-            raise NotAllowed("There is no such file.")
+            raise OwnToolFailed("There is no such file.")
         return text
 
     def _start(
         self, row: CommandRow, plan: RelayPlan, began_s: float, selector: selectors.BaseSelector
     ) -> None:
-        """Start the first of the command lines. Raise NotAllowed."""
+        """Start the first of the command lines. Raise OwnToolFailed."""
         line = plan.lines[0]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lend())
             try:
                 command = OwnCommand(line, plan.env, self._tools.watchdog)
             except OSError as problem:
-                raise NotAllowed(
+                raise OwnToolFailed(
                     f"The server cannot start {line[0]} ({problem.strerror})."
                 ) from None
             stack.callback(command.close)
@@ -14347,7 +14348,7 @@ class OwnRun(Beside):
         self, running: RunningCommand, selector: selectors.BaseSelector
     ) -> str | None:
         """Return the result of a command that has ended or has to end; None while it runs. Raise
-        NotAllowed if its program is not there."""
+        OwnToolFailed if its program is not there."""
         row, plan, command, began_s, end = running
         code = command.exit_code()
         if code is None and self._tools.clock() - began_s <= _MAX_COMMAND_S:
