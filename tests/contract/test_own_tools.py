@@ -195,3 +195,14 @@ def test_a_hostile_skill_is_a_text(house: House, tmp_path: Path) -> None:
     hostname = Path("/etc/hostname").read_text().strip() or "no name"
     assert hostname not in json.dumps([first["messages"], second["messages"], told])
     assert not marker.exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.differs_by_version
+def test_a_claude_that_waits_for_a_long_command_does_not_count_as_hung(house: House) -> None:
+    house.relay.does("import time; time.sleep(32); print('at last')")
+    house.rig.script(stub.tool_calls([LOOKS]), stub.text("There are none."))
+
+    assert house.ask("Take your time.").text == "There are none."
+
+    assert results(house.rig.last_body()) == ["at last"]
