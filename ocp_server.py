@@ -52,6 +52,8 @@ Sections (search for "==== 8" to jump to the eighth):
     28. Plan and failures       reports of claude about the plan; its failures as errors
     29. Claude answers          output of claude to lines; lines of a turn to events of an answer
     30. Claude program          the program on disk, how it is started, and its folders
+    30a. Skills                 the skills of tenants, told and read
+    30b. Own tools              commands of tenants' OpenClaw, beside a turn
     31. Claude process          one child process and its pipes
     32. Gate                    admission of requests
     33. Conversations           the identity of conversations; what an idle process can do with them
@@ -14070,8 +14072,9 @@ _MAX_COMMAND_WORDS = 64
 _MAX_WORD_BYTES = 8_192
 
 
-class NotAllowed(Exception):
-    """A command of the model must not run. The message tells the model what may."""
+class OwnToolFailed(Exception):
+    """A call has no result, for example because its command must not run. The message tells the
+    model why, and what may run."""
 
 
 def allowed_rows(commands: str) -> dict[tuple[str, ...], CommandRow]:
@@ -14092,21 +14095,21 @@ def _told_options(row: CommandRow) -> str:
 
 
 def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]:
-    """Return the row of a command, and its words. Raise NotAllowed."""
+    """Return the row of a command, and its words. Raise OwnToolFailed."""
     words = [word for word in args if isinstance(word, str)] if isinstance(args, list) else []
     sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
     is_text = not any("\0" in word or re.search("[\ud800-\udfff]", word) for word in words)
     if not words or words != args or not is_text or (
         len(words) > _MAX_COMMAND_WORDS or max(sizes) > _MAX_WORD_BYTES
     ):
-        raise NotAllowed(
+        raise OwnToolFailed(
             f"args: must be 1 to {_MAX_COMMAND_WORDS} strings of at most {_MAX_WORD_BYTES:,} bytes,"
             " one for each word after `openclaw`."
         )
     rows = allowed_rows(commands)
     row = next(filter(None, (rows.get(tuple(words[:count])) for count in (3, 2, 1))), None)
     if row is None:
-        raise NotAllowed(
+        raise OwnToolFailed(
             f"This command is not allowed. Allowed are: {_told_commands(commands) or 'none'}."
         )
     _check_options(row, words[len(row.words):])
@@ -14114,7 +14117,7 @@ def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]
 
 
 def _check_options(row: CommandRow, words: list[str]) -> None:
-    """Raise NotAllowed for an option that the row does not have, or too many other words."""
+    """Raise OwnToolFailed for an option that the row does not have, or too many other words."""
     plain = 0
     rest = iter(words)
     for word in rest:
@@ -14124,12 +14127,12 @@ def _check_options(row: CommandRow, words: list[str]) -> None:
         name, equals, _ = word[2:].partition("=")
         takes_value = row.options.get(name) if word.startswith("--") else None
         if takes_value is None or (equals and not takes_value):
-            raise NotAllowed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
+            raise OwnToolFailed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
         # Who takes what stands there for the value is up to OpenClaw, so it must not be an option.
         if takes_value and not equals and next(rest, "-").startswith("-"):
-            raise NotAllowed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
+            raise OwnToolFailed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
     if plain > row.max_words:
-        raise NotAllowed(f"There are too many words. {_told_options(row)}.")
+        raise OwnToolFailed(f"There are too many words. {_told_options(row)}.")
 
 
 def names_outside(word: str, folder: str) -> bool:
@@ -14163,7 +14166,7 @@ class RelayPlan(NamedTuple):
 def relay_plan(
     tenant: Tenant, docker: str, environ: Mapping[str, str], words: list[str]
 ) -> RelayPlan:
-    """Return how a command of a tenant's OpenClaw is run. Raise NotAllowed."""
+    """Return how a command of a tenant's OpenClaw is run. Raise OwnToolFailed."""
     relay = tenant.profile["relay"] or {}
     env = {name: environ[name] for name in _RELAY_ENVIRONMENT if name in environ}
     if "container" in relay:
@@ -14171,9 +14174,9 @@ def relay_plan(
         return RelayPlan(
             [[*start, "openclaw", *words], [*start, "node", "openclaw.mjs", *words]], env
         )
-    folder = str(relay["stateDir"])
-    if any(names_outside(word, folder) for word in words):
-        raise NotAllowed("A word names a file outside this OpenClaw's own folder.")
+    folder = str(relay.get("stateDir", ""))
+    if not folder or any(names_outside(word, folder) for word in words):
+        raise OwnToolFailed("There is no such OpenClaw, or a word names a file outside its folder.")
     return RelayPlan(
         [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
     )
@@ -14309,7 +14312,7 @@ class OwnRun(Beside):
             return
         try:
             text = self._result(call, selector)
-        except NotAllowed as refusal:
+        except OwnToolFailed as refusal:
             text, is_error = str(refusal), True
         if text is not None:
             self._call = None
@@ -14327,7 +14330,7 @@ class OwnRun(Beside):
             running.end.close()
 
     def _result(self, call: OwnCall, selector: selectors.BaseSelector) -> str | None:
-        """Return the result of a call; None while a command runs for it. Raise NotAllowed."""
+        """Return the result of a call; None while a command runs for it. Raise OwnToolFailed."""
         if self._running is not None:
             return self._result_of(self._running, selector)
         tools, tenant = self._tools, self._caller.tenant
@@ -14339,26 +14342,26 @@ class OwnRun(Beside):
         return None
 
     def _skill_file(self, arguments: Json) -> str:
-        """Return the text of a file. Raise NotAllowed."""
+        """Return the text of a file. Raise OwnToolFailed."""
         began_s = self._tools.clock()
         skill, path = (str(arguments.get(name) or "") for name in ("skill", "path"))
         text = skill_file(self._tools.path_of(self._caller.tenant), skill, path or SKILL_MAIN)
         self._log(SKILL_FILE, None, None, began_s)
         if text is None:
-            raise NotAllowed("There is no such file.")
+            raise OwnToolFailed("There is no such file.")
         return text
 
     def _start(
         self, row: CommandRow, plan: RelayPlan, began_s: float, selector: selectors.BaseSelector
     ) -> None:
-        """Start the first of the command lines. Raise NotAllowed."""
+        """Start the first of the command lines. Raise OwnToolFailed."""
         line = plan.lines[0]
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lend())
             try:
                 command = OwnCommand(line, plan.env, self._tools.watchdog)
             except OSError as problem:
-                raise NotAllowed(
+                raise OwnToolFailed(
                     f"The server cannot start {line[0]} ({problem.strerror})."
                 ) from None
             stack.callback(command.close)
@@ -14370,7 +14373,7 @@ class OwnRun(Beside):
         self, running: RunningCommand, selector: selectors.BaseSelector
     ) -> str | None:
         """Return the result of a command that has ended or has to end; None while it runs. Raise
-        NotAllowed if its program is not there."""
+        OwnToolFailed if its program is not there."""
         row, plan, command, began_s, end = running
         code = command.exit_code()
         if code is None and self._tools.clock() - began_s <= _MAX_COMMAND_S:
@@ -20804,10 +20807,7 @@ class App:
         self.logins = self._logins()
         self._starter = self._claude_starter(environ)
         self.agents = self._starter.agents
-        self.own_tools = OwnTools(
-            self.state_folder.path_of("tenants"), self.config.docker, environ,
-            self._starter.watchdog, log, clock,
-        )
+        self.own_tools = self._own_tools(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -20842,6 +20842,12 @@ class App:
         return ClaudeStarter(
             self.program, self.logins.with_login, self.settings, environ, self.log,
             self._take_report, self.clock, self.keys.all,
+        )
+
+    def _own_tools(self, environ: Mapping[str, str]) -> OwnTools:
+        return OwnTools(
+            self.state_folder.path_of("tenants"), self.config.docker, environ,
+            self._starter.watchdog, self.log, self.clock,
         )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:

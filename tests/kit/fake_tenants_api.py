@@ -180,8 +180,8 @@ class FakeServer:
         for field, value in body.items():
             if field not in PROFILE:
                 raise Refused(400, "unknown_field", f"{field} is no field")
-            if field == "level" and value != "api":
-                raise Refused(400, "invalid_value", "level: one of api")
+            if field == "level" and value not in ("api", "tools", "agent"):
+                raise Refused(400, "invalid_value", "level: one of api, tools, agent")
         return dict(body)
 
     def put_tenant(self, call: Call, name: str) -> tuple[int, Json]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,36 @@ def test_a_second_question_is_continued_after_commands(house: Server) -> None:
     assert len({query["pid"] for query in house.queries()}) == 1
 
 
+def test_a_command_does_not_run_again_when_claude_dies_after_it(
+    house: Server, relay: RelayProgram
+) -> None:
+    key = tenant(house)
+    house.write_scenario([[{"say": "Hm."}], [cli(*CRON_LIST)], [{"exit": 1}]])
+    ask_as(house, key)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hm."},
+                {"role": "user", "content": "look"}]
+
+    assert ask_as(house, key, messages=messages).status == 502
+
+    assert len(relay.calls) == 1
+
+
+def test_thinking_of_several_messages_is_not_put_back_as_that_of_one(
+    tmp_path: Path, relay: RelayProgram
+) -> None:
+    scenario = [[{"think": "One."}, {"say": "Let me look."}, cli(*CRON_LIST)],
+                [{"think": "Two."}, {"say": "There are none."}]]
+    with running_server(tmp_path, scenario, env={**MULTI, **relay.env()}) as server:
+        key = tenant(server)
+        first = content_of(ask_as(server, key))
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first},
+                    {"role": "user", "content": "thanks"}]
+        assert ask_as(server, key, messages=messages).status == 200
+
+        (told,) = server.lines("assistant")
+        assert [block["type"] for block in told["message"]["content"]] == ["text"]
+
+
 # ---------------------------------------------------------------------------
 # Skills
 # ---------------------------------------------------------------------------
@@ -377,7 +408,7 @@ def is_running(pid: int) -> bool:
     return bool(stat) and b") Z" not in stat
 
 
-@pytest.mark.parametrize("ending", ["hang-up", "deadline", *rest("shutdown"), "kill"])
+@pytest.mark.parametrize("ending", ["hang-up", "deadline", *rest("shutdown"), "death", "kill"])
 def test_a_command_ends_with_its_request_and_nothing_more_is_asked(
     tmp_path: Path, relay: RelayProgram, ending: str
 ) -> None:
@@ -393,6 +424,8 @@ def test_a_command_ends_with_its_request_and_nothing_more_is_asked(
             assert is_running(call["pid"])
             if ending == "hang-up":
                 stream.close()
+            elif ending == "death":
+                os.kill(server.queries()[0]["pid"], signal.SIGKILL)
             elif ending == "shutdown":
                 server.stop()
             elif ending == "kill":

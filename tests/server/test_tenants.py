@@ -76,6 +76,7 @@ def test_a_key_becomes_a_tenants_once(house: Server) -> None:
     folder = Path(found["folder"])
     assert {name: found[name] for name in found if name not in ("keyId", "folder")} == {
         **ocp.TENANT_PROFILE, "name": "alice", "levelInForce": "api", "prompt": "Be Alice's.",
+        "obstacle": None,
         "instance": {"container": "alice-1"}, "env": [], "login": None,
         "skills": {"enabled": True, "count": 0, "skipped": 0}, "maxConcurrent": 1,
         "running": 0, "waiting": 0, "parked": 0, "spares": 0, "lastUsed": None}

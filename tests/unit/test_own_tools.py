@@ -25,7 +25,7 @@ def words_of(row: Json) -> list[str]:
 
 
 def refusal(words: Json, commands: str = "act") -> str:
-    with pytest.raises(ocp.NotAllowed) as refused:
+    with pytest.raises(ocp.OwnToolFailed) as refused:
         ocp.checked_command(words, commands)
     return str(refused.value)
 
@@ -130,7 +130,7 @@ def test_a_command_of_a_state_folder_has_the_tenants_variables_and_no_file_outsi
     for word in ("/etc/passwd", "file:///etc/passwd", "etc/passwd", "@/etc/passwd", "~", "~/..",
                  f"{tmp_path}/state/out", f"{tmp_path}/state/../state-2", f"{tmp_path}/state-2",
                  "--query=/etc/passwd", "--query=file:/etc/passwd"):
-        with pytest.raises(ocp.NotAllowed):
+        with pytest.raises(ocp.OwnToolFailed):
             plan(word)
 
 
