@@ -14534,6 +14534,11 @@ class Agent(NamedTuple):
         )
 
 
+def is_agent_of(agent: Agent | None, folder: str) -> bool:
+    """Return whether an agent is that of the tenant with this folder."""
+    return agent is not None and os.path.basename(agent.path) == folder
+
+
 def sandbox_settings(agent: Agent, private: Iterable[str]) -> Json:
     """Return the settings with which claude confines an agent. Of the `private` paths those below
     the system's have to be named."""
@@ -15120,11 +15125,6 @@ class ProcessKind(NamedTuple):
     login: Login = SERVER_LOGIN
     #: The one tenant that it may serve, at level `agent`; None = it has no tools of its own.
     agent: Agent | None = None
-
-    @property
-    def folder(self) -> str | None:
-        """Return the name of the folder of the one tenant that it may serve; None = of any."""
-        return None if self.agent is None else os.path.basename(self.agent.path)
 
 
 class ClaudeProcess:
@@ -16265,9 +16265,9 @@ class ProcessPool:
         """Stop the idle processes of the tenant with this folder, because it has changed."""
         with self._lock:
             idle = self._in(ProcessState.SPARE, ProcessState.PARKED)
-            ended = [p for p in idle if p.process.kind.folder == folder]
+            ended = [p for p in idle if is_agent_of(p.process.agent, folder)]
             self._processes = [p for p in self._processes if p not in ended]
-            self._uses = {k: use for k, use in self._uses.items() if k.folder != folder}
+            self._uses = {k: u for k, u in self._uses.items() if not is_agent_of(k.agent, folder)}
         for pooled in ended:
             self.stop(pooled.process, graceful=False)
 
@@ -20806,7 +20806,6 @@ class App:
         self.claude_folder = self._claude_folder(environ)
         self.logins = self._logins()
         self._starter = self._claude_starter(environ)
-        self.agents = self._starter.agents
         self.own_tools = self._own_tools(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
@@ -20839,10 +20838,12 @@ class App:
         return Logins(server, self.state_folder.path_of("logins"), self.log)
 
     def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
-        return ClaudeStarter(
+        starter = ClaudeStarter(
             self.program, self.logins.with_login, self.settings, environ, self.log,
             self._take_report, self.clock, self.keys.all,
         )
+        self.agents = starter.agents
+        return starter
 
     def _own_tools(self, environ: Mapping[str, str]) -> OwnTools:
         return OwnTools(
