@@ -50,7 +50,8 @@ class House(NamedTuple):
 @contextmanager
 def house_of(folder: Path, claude: Claude, **settings: str) -> Iterator[House]:
     with running_rig(folder, claude, **{**SETTINGS, **settings}) as rig:
-        keys = {name: tenant(rig, name) for name in ("alice", "bob")}
+        more = ["Read", "Grep", "Bash", "Edit", "Write"]
+        keys = {"alice": tenant(rig, "alice"), "bob": tenant(rig, "bob", tools=more)}
         yield House(rig, keys)
 
 
@@ -121,6 +122,10 @@ def bash(command: str, **more: Json) -> Call:
 
 def read(path: Path) -> Call:
     return "Read", {"file_path": str(path)}
+
+
+def write(path: Path) -> Call:
+    return "Write", {"file_path": str(path), "content": "written"}
 
 
 def grep(path: Path) -> Call:
@@ -269,8 +274,14 @@ def test_what_a_tenant_writes_changes_nothing_for_its_next_process(
     rig, key, work = house.rig, house.keys["bob"], house.folder("bob") / "work"
     files = hostile(tmp_path)
     command = f"/usr/bin/python3 -c {shlex.quote(WRITE)} {shlex.quote(json.dumps(files))}"
-    (told,) = run(rig, key, [bash(command)])
+    told, wrote, *refused = run(rig, key, [
+        bash(command), write(work / "own"), write(work / ".claude/settings.json"),
+        write(work / ".git/config"), write(work.parent / "skills/greet/new"),
+        write(house.folder("alice") / "work/new"), write(rig.server.home / "new")])
     assert "refused .claude/settings.json" in told and "refused CLAUDE.md" not in told
+    assert "created" in wrote and (work / "own").read_text() == "written"
+    assert not [words for words in refused if "created" in words or "updated" in words]
+    assert not list(rig.server.ocp_home.glob("tenants/*/*/**/new"))
     # The rest, as if it had found a way.
     for name, text in files.items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +298,7 @@ def test_what_a_tenant_writes_changes_nothing_for_its_next_process(
     first = json.dumps(rig.bodies()[0]).replace("/evil @CLAUDE.md", "")
     assert "EVIL" not in first and "evil" not in first and "root:x:" not in first
     assert [tool["name"] for tool in rig.bodies()[0]["tools"]] == [
-        "Bash", "Grep", "Read", "skill_file"]
+        "Bash", "Edit", "Grep", "Read", "Write", "skill_file"]
 
 
 @NEEDS_SANDBOX
