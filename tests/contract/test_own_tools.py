@@ -14,7 +14,7 @@ from dialects import CHAT, Answer
 from keys import MULTI, as_admin, bearer, new_key
 from programs import real_claude_env
 from project import clean_env, load_script
-from relay_program import RelayProgram
+from relay_program import RelayProgram, asks
 from rig import ANSWER_S, MODEL, Claude, Rig, running_rig, wait_until
 from stub_api import StubApi
 
@@ -152,6 +152,7 @@ def test_an_own_and_a_clients_call_of_one_message_both_get_their_results(
 
 def test_a_clients_tool_of_the_same_name_has_another_one_upstream(house: House) -> None:
     other = ocp.wire_name("openclaw_cli")
+    assert other != "openclaw_cli"
     house.rig.script(stub.tool_calls([(other, {})]))
 
     answer = house.ask("Which one?", tools=[TWIN])
@@ -195,6 +196,17 @@ def test_a_hostile_skill_is_a_text(house: House, tmp_path: Path) -> None:
     hostname = Path("/etc/hostname").read_text().strip() or "no name"
     assert hostname not in json.dumps([first["messages"], second["messages"], told])
     assert not marker.exists()
+
+
+@pytest.mark.exhaustive
+def test_a_command_that_asks_with_the_same_key_is_answered(house: House) -> None:
+    url = f"{house.rig.server.url}{CHAT.path}"
+    house.relay.does(asks(url, house.key))
+    house.rig.script(stub.tool_calls([LOOKS]), stub.text("Inner."), stub.text("Outer."))
+
+    assert house.ask("Ask yourself.").text == "Outer."
+
+    assert results(house.rig.last_body()) == ["Inner."]
 
 
 @pytest.mark.exhaustive

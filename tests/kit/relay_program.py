@@ -22,6 +22,20 @@ exec(open(place + "/does.py").read())
 """
 
 
+_ASKS = """
+import urllib.request
+request = urllib.request.Request({url!r}, json.dumps({{"model": "sonnet", "messages": [
+    {{"role": "user", "content": "from the command"}}]}}).encode(),
+    {{"Authorization": "Bearer {key}", "Content-Type": "application/json"}})
+print(json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["message"]["content"])
+"""
+
+
+def asks(url: str, key: str) -> str:
+    """What makes a call ask a server with a key, and print the answer."""
+    return _ASKS.format(url=url, key=key)
+
+
 class RelayProgram:
     """Such a program, called `name`, in a folder of its own."""
 

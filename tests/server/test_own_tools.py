@@ -18,7 +18,7 @@ from http_client import Stream
 from keys import MULTI, as_admin, ask_as, bearer, new_key
 from processes import of_process
 from project import load_script
-from relay_program import RelayProgram
+from relay_program import RelayProgram, asks
 from server import Server, running_server
 from waiting import eventually
 
@@ -254,6 +254,7 @@ def test_a_clients_tool_of_an_own_tools_name_is_renamed_and_given_back(house: Se
     tool = {"type": "function", "function": {
         "name": "openclaw_cli", "parameters": {"type": "object", "properties": {}}}}
     other = ocp.wire_name("openclaw_cli")
+    assert other != "openclaw_cli"
     house.write_scenario([[{"tool": {"name": other, "input": {}}}]])
 
     reply = ask_as(house, key, tools=[tool]).json()["choices"][0]["message"]
@@ -380,15 +381,6 @@ def test_answers_with_own_tools_are_never_cached_and_others_have_the_same_spares
 # The slot, and the end
 # ---------------------------------------------------------------------------
 
-ASKS = """
-import json, urllib.request
-request = urllib.request.Request({url!r}, json.dumps({{"model": "sonnet", "messages": [
-    {{"role": "user", "content": "from the command"}}]}}).encode(),
-    {{"Authorization": "Bearer {key}", "Content-Type": "application/json"}})
-print(json.load(urllib.request.urlopen(request, timeout=25))["choices"][0]["message"]["content"])
-"""
-
-
 def test_a_command_that_asks_with_the_same_key_does_not_wait_for_its_own_turn(
     tmp_path: Path, relay: RelayProgram
 ) -> None:
@@ -396,7 +388,7 @@ def test_a_command_that_asks_with_the_same_key_does_not_wait_for_its_own_turn(
     with running_server(tmp_path, {"turns": [LOOKING[0], [{"say": "Inner."}], [{"say": "Outer."}]],
                                    "shared": True}, env=env) as server:
         key = tenant(server)
-        relay.does(ASKS.format(url=f"{server.url}{CHAT_PATH}", key=key))
+        relay.does(asks(f"{server.url}{CHAT_PATH}", key))
 
         assert content_of(ask_as(server, key)) == "Let me look.\n\nOuter."
 
