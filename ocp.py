@@ -4192,6 +4192,26 @@ def _check_alerts(facts: Facts) -> Finding:
                        "look at alertUrl and alertFormat, then try: `ocp alerts test`",)))
 
 
+def _check_tenants(facts: Facts) -> Finding:
+    server: Server = facts.running and find_server(facts.env)
+    tenants = server.ask("GET", "/api/tenants", timeout_s=15.0).value.get("tenants") or []
+    stuck = [each for each in tenants if each.get("obstacle")]
+    above = [each for each in tenants if each.get("levelInForce") != each.get("level")]
+    free = [each for each in tenants
+            if each.get("levelInForce") == "agent" and each.get("sandbox") is False]
+    steps = [f"{each.get('name')} is not answered: {each.get('obstacle')}" for each in stuck]
+    steps += [f"{each.get('name')} works at level {each.get('levelInForce')}: set "
+              f"OCP_TENANT_LEVEL={each.get('level')} for the server, or lower the tenant's level"
+              for each in above]
+    steps += [f"{each.get('name')} is not confined: its claude may do all that the server's user "
+              "may" for each in free]
+    if steps:
+        concerned = {each.get("name") for each in (*stuck, *above, *free)}
+        return Finding("WARN", f"look at {counted(len(concerned), 'tenant')}", Fix(
+            "tenant_level", tuple(map(clean, steps))))
+    return Finding("PASS", f"{counted(len(tenants), 'tenant')}, each at its level")
+
+
 def _check_failures(facts: Facts) -> Finding:
     server: Server = facts.running and find_server(facts.env)
     answer = server.ask("GET", "/api/errors?since=1h&limit=0", timeout_s=3.0)
@@ -4356,6 +4376,9 @@ CHECKS = (
     Check("recent_failures", "Failed requests",
           "Which requests failed in the last hour, and why", _check_failures),
     Check("alerts", "Alerts", "Whether the webhook took the last alerts", _check_alerts),
+    Check("tenant_level", "Tenants",
+          "Which tenants have a level above the server's, are not confined, or cannot be",
+          _check_tenants),
     Check("service_version_matches_tree", "Running version",
           "Whether the installed version is the one that runs", _check_served_version),
     Check("linger", "Running without you",

@@ -52,6 +52,8 @@ Sections (search for "==== 8" to jump to the eighth):
     28. Plan and failures       reports of claude about the plan; its failures as errors
     29. Claude answers          output of claude to lines; lines of a turn to events of an answer
     30. Claude program          the program on disk, how it is started, and its folders
+    30a. Skills                 the skills of tenants, told and read
+    30b. Own tools              commands of tenants' OpenClaw, beside a turn
     31. Claude process          one child process and its pipes
     32. Gate                    admission of requests
     33. Conversations           the identity of conversations; what an idle process can do with them
@@ -135,6 +137,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import subprocess
 import tempfile
 import threading
@@ -577,6 +580,10 @@ EFFORTS = ("low", "medium", "high", "xhigh", "max")
 #: Lifetimes in the API's prompt cache, the longest first.
 CACHE_LIFETIMES = ("1h", "5m")
 
+#: What may run on the server for a tenant, the least first. At `api` that is nothing, at `tools`
+#: tools of OCP's own, at `agent` claude's own tools too.
+TENANT_LEVELS = ("api", "tools", "agent")
+
 #: The meaning of CLAUDE_ALLOWED_TOOLS=default.
 DEFAULT_AGENT_TOOLS = (
     "Bash", "Read", "Write", "Edit", "Glob", "Grep", "WebSearch", "WebFetch", "Agent",
@@ -724,6 +731,17 @@ class Config:
         "all", "OCP_AGENT_TEXT",
         "agent mode: `all` = the text of every round, `final` = of the last round only",
         choices=("all", "final"),
+    )
+    # -- tenants ------------------------------------------------------------------------------
+    tenant_level: str = setting(
+        "api", "OCP_TENANT_LEVEL",
+        "mode multi: the most that may run on the server for a tenant: `api` = nothing, `tools` = "
+        "commands of its OpenClaw and a reader of its skills, `agent` = claude's own tools too; a "
+        "higher level of a tenant works as this one",
+        choices=TENANT_LEVELS,
+    )
+    docker: str = setting(
+        "docker", "OCP_DOCKER", "the client that reaches tenants' containers, such as podman"
     )
     # -- conversations ------------------------------------------------------------------------
     parked_processes: int = setting(
@@ -961,6 +979,10 @@ CONFIG_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
         "agent mode (CLAUDE_ALLOWED_TOOLS, CLAUDE_SKIP_PERMISSIONS, CLAUDE_MCP_CONFIG) lets "
         "requests run tools on this machine: set PROXY_API_KEY, bind to 127.0.0.1, or keep the "
         "anonymous key to yourself with PROXY_ADVERTISE_ANON_KEY=0",
+    ),
+    (
+        lambda config: config.mode != "multi" and config.tenant_level != TENANT_LEVELS[0],
+        "OCP_TENANT_LEVEL has an effect only with CLAUDE_AUTH_MODE=multi: set both or none",
     ),
     (
         lambda config: not all(map(_ORIGIN.fullmatch, split_list(config.allowed_origins))),
@@ -1636,6 +1658,12 @@ class ClaudeTooOld(ClaudeUnavailable):
     """The claude program is older than the oldest version that OCP supports."""
 
 
+class SandboxUnavailable(OcpError):
+    """claude cannot be confined as the level of a tenant requires, so none is started."""
+    status, code = 503, "sandbox_unavailable"
+    retryable, rejected_before_work = False, True
+
+
 class Busy(OcpError):
     """Too many connections are open."""
     status, anthropic_type, code = 503, _OVERLOADED, "too_many_connections"
@@ -1757,6 +1785,9 @@ ACTIONS: Mapping[str, str] = MappingProxyType({
     "head_too_large": "Send shorter headers.",
     "upstream_failed": "Retry. If it stays so, run `ocp doctor` and update claude.",
     "claude_unavailable": "Run `ocp doctor`: it says how to install or update claude.",
+    "sandbox_unavailable": (
+        "Do what the message says on the server, or give the tenant of KEY the level `tools`."
+    ),
     "too_many_connections": "Close idle clients, or raise OCP_MAX_CONNECTIONS.",
     "memory_full": "Send fewer large requests at a time.",
     "shutting_down": "Nothing: clients retry, and the next server answers.",
@@ -3289,7 +3320,7 @@ class _ToolFields(NamedTuple):
 
 
 class Tool(_ToolFields):
-    """A tool that the client runs itself."""
+    """A tool that the client runs itself, or this server."""
 
     @functools.cached_property
     def _schema_json(self) -> str:
@@ -3386,6 +3417,12 @@ class Turn(NamedTuple):
     tool_choice: ToolChoice = ToolChoice()
     #: The tools that the API runs itself, in its form.
     server_tools: tuple[Json, ...] = ()
+    #: The tools that this server runs itself, of which the client sees nothing.
+    own_tools: tuple[Tool, ...] = ()
+    #: What follows all other system prompts: which skills there are.
+    catalogue: str = ""
+    #: Whether the client gets only the last of the messages that make the answer.
+    final_text: bool = False
     #: One of CACHE_LIFETIMES; empty = as claude decides. A conversation keeps its process when this
     #: changes.
     cache_lifetime: str = ""
@@ -3432,6 +3469,11 @@ class Turn(NamedTuple):
     def server_tools_for_model(self) -> tuple[Json, ...]:
         """The tools that the API runs itself; see `tools_for_model`."""
         return () if self._leaves_tools_out else self.server_tools
+
+    @property
+    def own_tools_for_model(self) -> tuple[Tool, ...]:
+        """The tools that this server runs itself; see `tools_for_model`."""
+        return () if self._leaves_tools_out else self.own_tools
 
     def choice(self, index: int) -> Turn:
         """Return the turn for answer number `index`, counted from 0."""
@@ -4420,12 +4462,37 @@ class Login(NamedTuple):
 SERVER_LOGIN = Login()
 
 #: The fields of a profile in JSON, with what they are by default.
-TENANT_PROFILE: Mapping[str, Any] = MappingProxyType(
-    {"level": "api", "prompt": "", "instance": None}
-)
-#: What runs on the server for a tenant. At `api` that is nothing.
-TENANT_LEVELS = ("api",)
+TENANT_PROFILE: Mapping[str, Any] = MappingProxyType({
+    # One of TENANT_LEVELS.
+    "level": TENANT_LEVELS[0],
+    # What follows the system prompts of client and operator.
+    "prompt": "",
+    # "keep", or "drop": the model does not get the tools of the client.
+    "clientTools": "keep",
+    # Whether the model is told of the skills in the tenant's folder.
+    "skills": True,
+    # Where its OpenClaw runs: {"container": NAME}, {"stateDir": PATH}, or None.
+    "relay": None,
+    # Which commands of its OpenClaw may run: "none", "read" or "act".
+    "commands": "read",
+    # At level `agent`: names of claude's tools, and whether they are confined.
+    "tools": ["Read", "Grep", "Bash"],
+    "sandbox": True,
+    # The text of "all" rounds of an answer, or of the "final" one.
+    "text": "all",
+    # What `ocp tenants` needs to find the instance again.
+    "instance": None,
+})
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
+#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
+#: relay, or a shell or a git that claude starts outside of its sandbox.
+BLOCKED_ENV = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
+    r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
+    r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
+    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
+    re.IGNORECASE,
+)
 
 
 class Tenant(NamedTuple):
@@ -4433,8 +4500,7 @@ class Tenant(NamedTuple):
 
     #: The name of its folder below `tenants` in the state folder; empty for a key without.
     folder: str = ""
-    #: See TENANT_PROFILE. `prompt` follows the system prompts of client and operator; `instance` is
-    #: what `ocp tenants` needs to find the instance again.
+    #: See TENANT_PROFILE.
     profile: Mapping[str, Any] = TENANT_PROFILE
     #: Variables for what runs on the server: secrets.
     env: Mapping[str, str] = _NO_ENV
@@ -4446,8 +4512,15 @@ class Tenant(NamedTuple):
     @property
     def stamp(self) -> str:
         """Return what changes with everything that shapes its conversations; empty for none."""
-        parts = [str(self.profile["level"]), str(self.profile["prompt"])]
-        return digest([*parts, canonical_json(dict(self.env))])[:12] if self.folder else ""
+        if not self.folder:
+            return ""
+        shaping = {name: each for name, each in self.profile.items() if name != "instance"}
+        return digest([canonical_json(shaping), canonical_json(dict(self.env))])[:12]
+
+    def level_in_force(self, config: Config) -> str:
+        """Return its level, or the server's if that is lower: no admin key raises that one."""
+        levels = (str(self.profile["level"]), config.tenant_level)
+        return min(levels, key=TENANT_LEVELS.index)
 
 
 NO_TENANT = Tenant()
@@ -4541,9 +4614,13 @@ class Caller(NamedTuple):
         the login and the tenant."""
         return self.login.id + self.tenant.stamp
 
-    def prompt_after(self, operator_prompt: str) -> str:
+    def is_agent(self, config: Config) -> bool:
+        """Return whether claude may use tools of its own for its requests."""
+        return config.is_agent or self.tenant.level_in_force(config) == "agent"
+
+    def prompt_after(self, operator_prompt: str, catalogue: str = "") -> str:
         """Return what follows the client's system prompt."""
-        texts = (operator_prompt.strip(), self.tenant.profile["prompt"])
+        texts = (operator_prompt.strip(), self.tenant.profile["prompt"], catalogue)
         return "\n\n".join(text for text in texts if text)
 
 
@@ -11289,17 +11366,22 @@ Version = tuple[int, ...]
 
 #: The tool with which the model returns an answer that has an output schema.
 STRUCTURED_OUTPUT = "StructuredOutput"
-#: Tool names with a special meaning for claude. A tool named ToolSearch, for example, would make it
-#: hold back all other tools of the client.
-_RESERVED_TOOL_NAMES = (STRUCTURED_OUTPUT, "ToolSearch", *PROTOTYPE_NAMES)
+#: The tools that this server answers itself.
+SKILL_FILE, OPENCLAW_CLI = "skill_file", "openclaw_cli"
+#: Tool names with a special meaning for claude, and those of the server's own tools: a tool of the
+#: client gets another name on the wire. One named ToolSearch, for example, would make claude hold
+#: back all others.
+_RESERVED_TOOL_NAMES = (
+    STRUCTURED_OUTPUT, "ToolSearch", SKILL_FILE, OPENCLAW_CLI, *PROTOTYPE_NAMES
+)
 #: The longest tool result that claude passes on whole; of a longer one it keeps a preview.
 MAX_RESULT_CHARS = 400_000
 #: claude passes on the text of a failed call, of a longer one the two ends, and no images.
 _MAX_FAILURE_CHARS = 10_000
 #: What the model is told of a result without content. claude would choose words of its own.
 _NO_OUTPUT = "(no output)"
-#: The name under which claude knows the client's tools.
-TOOL_SERVER = "client"
+#: The names under which claude knows the client's tools, and those of this server.
+TOOL_SERVER, OWN_SERVER = "client", "server"
 #: The variable with the number of tokens from which claude refuses a prompt by itself, without a
 #: request to the API: a value that no prompt reaches, and one that every prompt reaches.
 BLOCKING_LIMIT = "CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE"
@@ -11404,28 +11486,44 @@ def mcp_content(result: Block) -> list[Json] | None:
     return content
 
 
-class ToolServer:
-    """An MCP server with the client's tools. claude talks to it in control requests. It has no
-    input or output of its own: lines in, lines out. A call gets its reply when the client has sent
-    the result, which can be much later. claude sends one call at a time, so a result can arrive
-    before its call."""
+class OwnCall(NamedTuple):
+    """A call of one of the server's own tools, and the id under which its result is delivered."""
 
-    def __init__(self, tools: tuple[Tool, ...]) -> None:
-        self._tools = tools
-        self._calls: dict[str, tuple[object, object]] = {}
+    id: str
+    name: str
+    arguments: Json
+
+
+class ToolServer:
+    """MCP servers with the client's tools and with this server's own. claude talks to them in
+    control requests. They have no input or output of their own: lines in, lines out. A call gets
+    its reply when the client has sent the result, which can be much later, or when an own tool has
+    run. claude sends one call at a time, so a result can arrive before its call."""
+
+    def __init__(self, tools: tuple[Tool, ...], own_tools: tuple[Tool, ...] = ()) -> None:
+        #: By server, and by the name that the model gets.
+        self._tools = {
+            TOOL_SERVER: {wire_name(tool.name): tool for tool in tools},
+            OWN_SERVER: {tool.name: tool for tool in own_tools},
+        }
+        #: Server, id of the control request and id of the call in it, by the model's id.
+        self._calls: dict[str, tuple[str, object, object]] = {}
         self._results: dict[str, Json] = {}
+        #: The calls of own tools that nobody has begun to answer.
+        self.own_calls: list[OwnCall] = []
 
     def reply(self, line: Json) -> bytes:
         """Return the reply to a control request of claude; empty when the result is not here
         yet."""
-        message = _object(_object(line.get("request")).get("message"))
+        request = _object(line.get("request"))
+        message, server = _object(request.get("message")), str(request.get("server_name"))
         if not message:
             return _refusal_line(line.get("request_id"))
         if message.get("method") == "tools/call":
-            return self._call(line.get("request_id"), message)
+            return self._call(line.get("request_id"), message, server)
         if message.get("method") == "notifications/cancelled":
-            self._forget_call(_object(message.get("params")).get("requestId"))
-        result = self._mcp_result(message)
+            self._forget_call(server, _object(message.get("params")).get("requestId"))
+        result = self._mcp_result(message, server)
         answer: Json = {"jsonrpc": "2.0", "id": message.get("id", 0)}
         if result is None:
             answer["error"] = {"code": -32601, "message": "not served here"}
@@ -11433,41 +11531,48 @@ class ToolServer:
             answer["result"] = result
         return _reply_line(line.get("request_id"), {"mcp_response": answer})
 
-    def _mcp_result(self, message: Json) -> Json | None:
+    def _mcp_result(self, message: Json, server: str) -> Json | None:
         method = message.get("method")
         if method == "initialize":
             return {
                 "protocolVersion": _object(message.get("params")).get("protocolVersion"),
                 "capabilities": {"tools": {}},
-                "serverInfo": {"name": TOOL_SERVER, "version": "1"},
+                "serverInfo": {"name": server, "version": "1"},
             }
         if method == "tools/list":
             return {
                 "tools": [
                     {
-                        "name": wire_name(tool.name),
+                        "name": name,
                         "description": tool.description,
                         "inputSchema": tool.schema,
                         # claude would write a longer result to a file and give the model a preview.
                         "_meta": {"anthropic/maxResultSizeChars": MAX_RESULT_CHARS},
                     }
-                    for tool in self._tools
+                    for name, tool in self._tools.get(server, {}).items()
                 ]
             }
         return {} if str(method).startswith("notifications/") or method == "ping" else None
 
-    def _call(self, request_id: object, message: Json) -> bytes:
-        meta = _object(_object(message.get("params")).get("_meta"))
-        call_id = plain_id(str(meta.get("claudecode/toolUseId", "")))
-        self._calls[call_id] = (request_id, message.get("id"))
+    def _call(self, request_id: object, message: Json, server: str) -> bytes:
+        params = _object(message.get("params"))
+        call_id = plain_id(str(_object(params.get("_meta")).get("claudecode/toolUseId", "")))
+        self._calls[call_id] = (server, request_id, message.get("id"))
+        if server == OWN_SERVER:
+            arguments = _object(params.get("arguments"))
+            self.own_calls.append(OwnCall(call_id, str(params.get("name")), arguments))
         return self._pending_replies()
 
-    def _forget_call(self, rpc_id: object) -> None:
+    def _forget_call(self, server: str, rpc_id: object) -> None:
         """Forget a call whose turn was interrupted."""
-        self._calls = {call_id: call for call_id, call in self._calls.items() if call[1] != rpc_id}
+        self._calls = {
+            call_id: call for call_id, call in self._calls.items()
+            if (call[0], call[2]) != (server, rpc_id)
+        }
+        self.own_calls = [call for call in self.own_calls if call.id in self._calls]
 
     def deliver(self, results: Iterable[Block]) -> bytes:
-        """Store the client's results. Return the replies to calls that have their results."""
+        """Store results of tools. Return the replies to calls that have their results."""
         for block in results:
             content = mcp_content(block) or []
             result = {"content": content, "isError": bool(block.get("is_error"))}
@@ -11477,7 +11582,7 @@ class ToolServer:
     def _pending_replies(self) -> bytes:
         lines = b""
         for call_id in [call_id for call_id in self._calls if call_id in self._results]:
-            request_id, rpc_id = self._calls.pop(call_id)
+            _, request_id, rpc_id = self._calls.pop(call_id)
             result = self._results.pop(call_id)
             response = {"jsonrpc": "2.0", "id": rpc_id, "result": result}
             lines += _reply_line(request_id, {"mcp_response": response})
@@ -11627,22 +11732,22 @@ def _structured_tool(schema: OutputSchema) -> Json:
     }
 
 
-def tools_body(tools: tuple[Tool, ...], more: tuple[Json, ...] = ()) -> list[Json]:
+def tools_body(
+    tools: tuple[Tool, ...], more: tuple[Json, ...] = (), own_tools: tuple[Tool, ...] = ()
+) -> list[Json]:
     """Return all tools in the API's form if claude would change their descriptions, or cannot
     offer `more` tools; else an empty list. The list takes the place of claude's own."""
     texts = [tool.description for tool in tools]
     is_plain = all(text.isascii() and len(text) <= _MAX_DESCRIPTION_CHARS for text in texts)
     if is_plain and not more:
         return []
-    client_tools: list[Json] = [
-        {
-            "name": wire_name(tool.name),
-            "description": tool.description,
-            "input_schema": tool.schema,
-        }
-        for tool in sorted(tools, key=lambda tool: wire_name(tool.name))
+    named = {**{wire_name(tool.name): tool for tool in tools},
+             **{tool.name: tool for tool in own_tools}}
+    bodies: list[Json] = [
+        {"name": name, "description": tool.description, "input_schema": tool.schema}
+        for name, tool in sorted(named.items())
     ]
-    return [*client_tools, *more]
+    return [*bodies, *more]
 
 
 def lifetime_environment(lifetime: str) -> dict[str, str]:
@@ -11657,13 +11762,13 @@ def lifetime_environment(lifetime: str) -> dict[str, str]:
 
 def settings_lines(
     options: Options, choice: ToolChoice, tools: tuple[Tool, ...] = (),
-    more_tools: tuple[Json, ...] = (), lifetime: str = "",
+    more_tools: tuple[Json, ...] = (), lifetime: str = "", own_tools: tuple[Tool, ...] = (),
 ) -> bytes:
     """Return the control requests that set the options of one request; empty when there are none.
-    Pass `tools` only when the model gets no others but `more_tools`, which are in the API's form:
-    they then go to the API unchanged."""
+    Pass `tools` only when the model gets no others but `own_tools` and `more_tools`, which are in
+    the API's form: they then go to the API unchanged."""
     extra: Json = dict(options.sampling)
-    body = tools_body(tools, more_tools)
+    body = tools_body(tools, more_tools, own_tools)
     if body:
         extra["tools"] = body
     if options.api_stops:
@@ -11798,25 +11903,28 @@ def setup_lines(
     if more_tools and turn.output_schema is not None:
         more_tools = (_structured_tool(turn.output_schema), *more_tools)
     alone = not agent and (turn.output_schema is None or bool(more_tools))
+    own_tools = turn.own_tools_for_model
+    servers = [name for name, each in ((TOOL_SERVER, tools), (OWN_SERVER, own_tools)) if each]
     if is_primed:
-        setup = _primed_setup(turn.model.argument, system, has_tools=bool(tools))
+        setup = _primed_setup(turn.model.argument, system, servers)
     else:
-        setup = _first_setup(system, turn.output_schema, has_tools=bool(tools))
+        setup = _first_setup(system, turn.output_schema, servers)
     return setup + settings_lines(
-        _rebuild_options(turn), choice, tools if alone else (), more_tools, turn.cache_lifetime
+        _rebuild_options(turn), choice, tools if alone else (), more_tools, turn.cache_lifetime,
+        own_tools,
     )
 
 
-def _first_setup(system: str, output_schema: OutputSchema | None, *, has_tools: bool) -> bytes:
+def _first_setup(system: str, output_schema: OutputSchema | None, servers: list[str]) -> bytes:
     fields: Json = {"systemPrompt": [system] if system else [], "hooks": _FAILURE_HOOKS}
-    if has_tools:
-        fields["sdkMcpServers"] = [TOOL_SERVER]
+    if servers:
+        fields["sdkMcpServers"] = servers
     if output_schema is not None:
         fields["jsonSchema"] = output_schema.schema
     return control_line("initialize", **fields)
 
 
-def _primed_setup(model_id: str, system: str, *, has_tools: bool) -> bytes:
+def _primed_setup(model_id: str, system: str, servers: list[str]) -> bytes:
     """Return the lines for what claude takes from the first `initialize` alone, which a primed
     process has got already. It takes an output schema from nothing else."""
     lines = b""
@@ -11826,9 +11934,9 @@ def _primed_setup(model_id: str, system: str, *, has_tools: bool) -> bytes:
         lines += control_line(
             "set_model", model=model_id, system_prompt=system, only_if_model_is_current=True
         )
-    if has_tools:
-        server = {"type": "sdk", "name": TOOL_SERVER}
-        lines += control_line("mcp_set_servers", servers={TOOL_SERVER: server})
+    if servers:
+        named = {name: {"type": "sdk", "name": name} for name in servers}
+        lines += control_line("mcp_set_servers", servers=named)
     return lines
 
 
@@ -11839,7 +11947,7 @@ def priming_steps() -> tuple[bytes, list[bytes]]:
     first of which has to rewind."""
     point = RewindPoint(str(uuid.uuid4()), 0)
     message = Message("user", text_blocks("Hi"))
-    first = _first_setup("", None, has_tools=False) + _limit_line(_REACHED_LIMIT)
+    first = _first_setup("", None, []) + _limit_line(_REACHED_LIMIT)
     first += message_line(message, REWINDS_ALL_SINCE, ask=True, line_id=point.id)
     return first, [rewind_line(point), _limit_line(UNREACHED_LIMIT)]
 
@@ -12684,6 +12792,8 @@ class MessageReader:
         self._blocks: dict[int, ClientBlock] = {}
         self._next_number = 0
         self._line_ended = False
+        #: Whether the API is still writing the current message.
+        self.is_open = False
         self.usage = NO_USAGE
         self._earlier_usages: list[Usage] = []
 
@@ -12699,6 +12809,7 @@ class MessageReader:
 
     def start(self, message: Json) -> Started:
         """Begin a message."""
+        self.is_open = True
         self._earlier_usages.append(self.usage)
         self.usage = usage_of(message.get("usage"))
         self._blocks.clear()
@@ -12798,10 +12909,12 @@ class RoundReader:
         self.final_only = final_only
         self._state = Round.WRITING
         self._held: list[Event] = []
+        #: Whether the answer has more than one message.
+        self.has_several = False
 
     def run_tools(self) -> None:
         """Record that claude runs the tools that the message called."""
-        self._state = Round.TOOLS_RUN
+        self._state, self.has_several = Round.TOOLS_RUN, True
 
     def start_message(self) -> bool:
         """Begin a message. Return whether it continues the answer."""
@@ -12917,6 +13030,16 @@ class TurnReader:
         """Return claude's latest report about the plan."""
         return self._failures.plan
 
+    @property
+    def is_message_open(self) -> bool:
+        """Return whether a message is being written, so that its further calls are not known."""
+        return self._message.is_open
+
+    @property
+    def has_rounds(self) -> bool:
+        """Return whether claude has run tools, so that the answer is more than one message."""
+        return self._rounds.has_several
+
     def events(self, line: Json) -> list[Event]:
         """Return the events of this line. Raise the OcpError of a failure that the line reports."""
         return self._rounds.release(self._events_of_line(line), finished=self.finished)
@@ -12993,6 +13116,7 @@ class TurnReader:
         reason = delta.get("stop_reason")
         if not isinstance(reason, str):
             return []
+        message.is_open = False
         if reason == "tool_use" and message.extent < Extent.CALL:
             if self._structured.state is StructuredState.OPEN:
                 self._rounds.run_tools()
@@ -13103,12 +13227,13 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
 def _tool_arguments(config: Config) -> list[str]:
     """Return the arguments that select claude's tools: none of its own, or in agent mode those that
     the operator allows."""
+    servers = [f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}"]
     if not config.is_agent:
-        return ["--tools", "", "--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}"]
+        return ["--tools", "", "--strict-mcp-config", "--allowedTools", *servers]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
     if config.allowed_tools != "default":
         allowed = split_list(config.allowed_tools)
-    arguments = ["--strict-mcp-config", "--allowedTools", f"mcp__{TOOL_SERVER}", *allowed]
+    arguments = ["--strict-mcp-config", "--allowedTools", *servers, *allowed]
     if config.skip_permissions:
         arguments.append("--dangerously-skip-permissions")
     else:
@@ -13118,9 +13243,12 @@ def _tool_arguments(config: Config) -> list[str]:
     return arguments
 
 
-def claude_arguments(model_id: str, config: Config) -> list[str]:
+def claude_arguments(
+    model_id: str, config: Config, tool_arguments: Sequence[str] = ()
+) -> list[str]:
     """Return the arguments of a claude process that waits for input. Outside agent mode it has no
-    tools of its own. It never has user settings, slash commands or memory on disk."""
+    tools of its own, unless there are `tool_arguments`. It never has user settings, slash commands
+    or memory on disk."""
     return [
         "-p",
         "--input-format", "stream-json",
@@ -13132,7 +13260,7 @@ def claude_arguments(model_id: str, config: Config) -> list[str]:
         "--disable-slash-commands",
         "--no-session-persistence",
         "--thinking-display", "summarized",
-        *_tool_arguments(config),
+        *(tool_arguments or _tool_arguments(config)),
     ]
 
 
@@ -13704,6 +13832,940 @@ class Watchdog:
             self._end()
 
 
+# ==== 30a. Skills ============================================================
+# The skills in the folders of tenants: which there are, told to the model, and their files. They
+# come out of workspaces in which strangers may write. So no link in them is followed, and nothing
+# of them is run, or loaded by claude: their texts are text.
+
+#: Names of folders of skills.
+_SKILL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: The folder of a tenant's skills, and the file that makes a folder one.
+_SKILLS, SKILL_MAIN = "skills", "SKILL.md"
+_MAX_SKILLS = 200
+_MAX_SKILL_ENTRIES = 1_000
+_MAX_CATALOGUE_CHARS = 30_000
+_MAX_DESCRIPTION = 300
+#: How much of a SKILL.md is read for its description.
+_MAX_FRONT_MATTER_BYTES = 65_536
+_MAX_SKILL_FILE_CHARS = 100_000
+_MAX_SKILL_FILES = 200
+_MAX_SKILL_DEPTH = 6
+_CATALOGUE_HEAD = (
+    f"There are these skills: instructions for some kinds of tasks. Where one fits a task, read it "
+    f"with the tool {SKILL_FILE} before you begin."
+)
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Without the last one, the end of a pipe that nobody writes to would be waited for.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@contextlib.contextmanager
+def _opened(path: str, parts: Sequence[str], flags: int) -> Iterator[int]:
+    """Give a descriptor of what the parts lead to from a folder, none of them a link, also if one
+    becomes a link meanwhile. Raise OSError, ValueError."""
+    descriptor = os.open(path, _FOLDER_FLAGS)
+    try:
+        for index, part in enumerate(parts):
+            if part in ("", ".", "..") or "/" in part:
+                raise ValueError(f"{part!r} is no name of a file")
+            is_last = index == len(parts) - 1
+            below = os.open(part, flags if is_last else _FOLDER_FLAGS, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read_regular(path: str, parts: Sequence[str], max_bytes: int) -> bytes:
+    """Return the beginning of a regular file. Raise OSError, ValueError."""
+    with _opened(path, parts, _FILE_FLAGS) as descriptor:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a regular file")
+        pieces: list[bytes] = []
+        left = max_bytes
+        while left:
+            piece = os.read(descriptor, left)
+            if not piece:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
+
+
+def front_matter(text: str, name: str) -> str:
+    """Return a field of a SKILL.md's front matter in one line; empty if there is none. It may be
+    quoted, plain or folded, and go on in lines that are indented."""
+    text = text.replace("\r\n", "\n")
+    head = re.match(r"\ufeff?---[ \t]*\n(.*?)(?:^---|\Z)", text, re.DOTALL | re.MULTILINE)
+    field = head and re.search(
+        rf"^{name}:[ \t]*(.*(?:\n(?:[ \t].*)?)*)", head.group(1), re.MULTILINE
+    )
+    # Without the mark of a folded text.
+    value = re.sub(
+        r"\A[|>][-+0-9]*[ \t]*(?:#.*)?\n", "", field.group(1) if field else ""
+    ).strip()
+    quoted = re.match(r"""'((?:[^']|'')*)'|("(?:[^"\\]|\\.)*")""", value, re.DOTALL)
+    if quoted is None:
+        return one_line(re.split(r"\s#", value)[0], _MAX_DESCRIPTION)
+    if quoted.group(2) is None:
+        return one_line(quoted.group(1).replace("''", "'"), _MAX_DESCRIPTION)
+    try:
+        unquoted = str(json.loads(" ".join(quoted.group(2).split())))
+    except ValueError:
+        unquoted = quoted.group(2)[1:-1]
+    return one_line(unquoted, _MAX_DESCRIPTION)
+
+
+def skill_entries(path: str) -> tuple[dict[str, tuple[int, int]], int]:
+    """Return the skills in a tenant's folder by name, with what changes with their SKILL.md, and
+    how many entries beside them are none: links, odd names, folders without a SKILL.md."""
+    found: dict[str, tuple[int, int]] = {}
+    skipped = 0
+    try:
+        with _opened(path, [_SKILLS], _FOLDER_FLAGS) as root, os.scandir(root) as entries:
+            for entry in itertools.islice(entries, _MAX_SKILL_ENTRIES):
+                status = _main_of(root, entry)
+                if status is None:
+                    skipped += 1
+                else:
+                    found[entry.name] = (status.st_mtime_ns, status.st_size)
+    except OSError:
+        pass
+    return dict(sorted(found.items())), skipped
+
+
+def _main_of(root: int, entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return the status of a skill's SKILL.md; None if the entry is no skill."""
+    try:
+        if not _SKILL_NAME.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+            return None
+        main = f"{entry.name}/{SKILL_MAIN}"
+        status = os.stat(main, dir_fd=root, follow_symlinks=False)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def catalogue_of(path: str, names: Iterable[str]) -> str:
+    """Return what the model is told of the skills in a tenant's folder; empty if there are
+    none."""
+    lines: list[str] = []
+    names = list(names)
+    room = _MAX_CATALOGUE_CHARS - sum(len(name) + 4 for name in names[:_MAX_SKILLS])
+    for name in names[:_MAX_SKILLS]:
+        try:
+            main = _read_regular(path, [_SKILLS, name, SKILL_MAIN], _MAX_FRONT_MATTER_BYTES)
+        except (OSError, ValueError):
+            continue
+        text = main.decode("utf-8", "replace")
+        description = printable(front_matter(text, "description"))
+        room -= len(description)
+        lines.append(f"- {name}: {description}" if description and room > 0 else f"- {name}")
+    if len(names) > _MAX_SKILLS:
+        lines.append(f"{len(names) - _MAX_SKILLS} more are not listed.")
+    if room <= 0:
+        lines.append("The last ones stand without their descriptions.")
+    return "\n".join([_CATALOGUE_HEAD, *lines]) if lines else ""
+
+
+class Catalogues:
+    """What models are told of the skills of tenants. A folder is read again only when its list of
+    skills has changed, so one that was copied in by hand is there at the next request."""
+
+    def __init__(self) -> None:
+        # Guards the next field.
+        self._lock = threading.Lock()
+        #: By folder: the skills that were found, and the text.
+        self._known: dict[str, tuple[Mapping[str, tuple[int, int]], str]] = {}
+
+    def text(self, path: str) -> str:
+        """Return the catalogue of a tenant's folder."""
+        found, _ = skill_entries(path)
+        with self._lock:
+            known, text = self._known.get(path, ({}, ""))
+        if found != known:
+            text = catalogue_of(path, found)
+            with self._lock:
+                self._known[path] = (found, text)
+        return text
+
+
+def skill_file(path: str, skill: str, name: str) -> str | None:
+    """Return the text of a file of a skill in a tenant's folder; None for what is no file there, is
+    no text, or is too long. After SKILL.md itself stands a list of the skill's files."""
+    parts = name.split("/")
+    try:
+        if not _SKILL_NAME.fullmatch(skill) or len(parts) > _MAX_SKILL_DEPTH:
+            return None
+        # A character has four bytes at most.
+        data = _read_regular(path, [_SKILLS, skill, *parts], 4 * _MAX_SKILL_FILE_CHARS + 1)
+        text = data.decode("utf-8")
+        files = _files_below(path, [_SKILLS, skill]) if name == SKILL_MAIN else []
+    except (OSError, ValueError):
+        return None
+    if len(text) > _MAX_SKILL_FILE_CHARS or "\0" in text:
+        return None
+    listed = "\n".join(f"- {each}" for each in files if each != SKILL_MAIN)
+    return f"{text}\n\nFiles of this skill:\n{listed}" if listed else text
+
+
+def _files_below(path: str, parts: list[str], above: str = "") -> list[str]:
+    """Return the paths of the files of a skill, up to a limit. Raise OSError, ValueError."""
+    files: list[str] = []
+    folders: list[str] = []
+    with _opened(path, parts, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as entries:
+        for entry in itertools.islice(entries, _MAX_SKILL_FILES):
+            if not entry.name.isprintable():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif entry.is_file(follow_symlinks=False):
+                files.append(above + entry.name)
+    for name in sorted(folders) if above.count("/") < _MAX_SKILL_DEPTH - 1 else ():
+        if len(files) < _MAX_SKILL_FILES:
+            files += _files_below(path, [*parts, name], f"{above}{name}/")
+    return sorted(files)[:_MAX_SKILL_FILES]
+
+
+# ==== 30b. Own tools =========================================================
+# The tools that this server runs itself for tenants of level `tools` and above: `skill_file` reads
+# the tenant's skills, `openclaw_cli` runs one command of its OpenClaw. The model writes what they
+# are called with, so commands and options are allowed one by one, and nothing goes through a shell.
+
+
+class CommandRow(NamedTuple):
+    """A command of OpenClaw that the model may run."""
+
+    words: tuple[str, ...]
+    #: The least that a profile's `commands` has to be: "read" or "act".
+    least: str
+    #: How many further words it takes.
+    max_words: int
+    #: Its options that may be used, and whether they take a value.
+    options: Mapping[str, bool]
+
+
+def _command_row(least: str, words: str, max_words: int, options: str) -> CommandRow:
+    """Return a row. `options` are names, with = behind those that take a value."""
+    names = {name.rstrip("="): name.endswith("=") for name in options.split()}
+    return CommandRow(tuple(words.split()), least, max_words, names)
+
+
+_JOB_OPTIONS = (
+    "json name= cron= every= at= tz= message= system-event= session= channel= to= account= "
+    "announce no-deliver delete-after-run description= model= thinking= agent="
+)
+_PLACE_OPTIONS = "json channel= account="
+_MESSAGE_OPTIONS = f"{_PLACE_OPTIONS} target="
+#: Of the others some run a shell on the gateway's machine, read files, change its configuration or
+#: its keys, or reach another gateway. Whatever is new is not allowed either.
+OPENCLAW_COMMANDS: tuple[CommandRow, ...] = tuple(itertools.starmap(_command_row, (
+    ("read", "cron list", 0, "json all agent="),
+    ("read", "cron show", 1, "json"),
+    ("read", "cron status", 0, "json"),
+    ("read", "cron runs", 1, "json id= limit= offset= query= run-id= sort= status="),
+    ("read", "sessions list", 0, "json active= agent= all-agents limit="),
+    ("read", "memory search", 1, "json agent= query= max-results= min-score="),
+    ("read", "memory status", 0, "json agent="),
+    ("read", "models list", 0, "json all agent= local plain provider="),
+    ("read", "models status", 0, "json agent= plain"),
+    ("read", "channels list", 0, "json all"),
+    ("read", "channels status", 0, "json channel="),
+    ("read", "nodes list", 0, "json connected last-connected="),
+    ("read", "nodes status", 0, "json connected last-connected="),
+    ("read", "nodes describe", 0, "json node="),
+    ("read", "directory self", 0, _PLACE_OPTIONS),
+    ("read", "directory peers list", 0, f"{_PLACE_OPTIONS} limit= query="),
+    ("read", "directory groups list", 0, f"{_PLACE_OPTIONS} limit= query="),
+    ("read", "skills list", 0, "json agent= eligible"),
+    ("read", "skills info", 1, "json agent="),
+    ("read", "skills check", 0, "json agent="),
+    ("read", "agents list", 0, "json bindings"),
+    ("read", "agents bindings", 0, "json agent="),
+    ("read", "config get", 1, "json"),
+    ("read", "config file", 0, "json"),
+    ("read", "config validate", 0, "json"),
+    ("read", "tasks list", 0, "json runtime= status="),
+    ("read", "health", 0, "json"),
+    ("read", "status", 0, "json all deep usage agent="),
+    ("read", "system presence", 0, "json"),
+    ("read", "system heartbeat last", 0, "json"),
+    ("read", "message read", 0,
+     f"{_MESSAGE_OPTIONS} limit= after= before= around= message-id= thread-id="),
+    ("read", "message search", 0,
+     f"{_PLACE_OPTIONS} query= limit= author-id= author-ids= channel-id= channel-ids= guild-id="),
+    ("act", "cron add", 2, f"{_JOB_OPTIONS} disabled"),
+    ("act", "cron edit", 1, _JOB_OPTIONS),
+    ("act", "cron enable", 1, "json"),
+    ("act", "cron disable", 1, "json"),
+    ("act", "cron rm", 1, "json"),
+    ("act", "cron run", 1, "json"),
+    ("act", "message send", 0, f"{_MESSAGE_OPTIONS} message= reply-to= thread-id= silent"),
+    ("act", "message react", 0, f"{_MESSAGE_OPTIONS} message-id= emoji= remove"),
+    ("act", "message poll", 0,
+     f"{_MESSAGE_OPTIONS} message= thread-id= silent poll-question= poll-option= poll-anonymous "
+     "poll-public poll-multi poll-duration-hours= poll-duration-seconds="),
+    ("act", "message pin", 0, f"{_MESSAGE_OPTIONS} message-id="),
+    ("act", "message edit", 0, f"{_MESSAGE_OPTIONS} message= message-id= thread-id="),
+    ("act", "message delete", 0, f"{_MESSAGE_OPTIONS} message-id="),
+    ("act", "memory index", 0, "agent= force"),
+    ("act", "nodes notify", 0, "json node= title= body= sound= priority= delivery="),
+    ("act", "system event", 0, "json text= mode="),
+    ("act", "system heartbeat enable", 0, "json"),
+    ("act", "system heartbeat disable", 0, "json"),
+)))
+#: Values of a profile's `commands`, the least first.
+COMMAND_SETS = ("none", "read", "act")
+_MAX_COMMAND_WORDS = 64
+_MAX_WORD_BYTES = 8_192
+
+
+class OwnToolFailed(Exception):
+    """A call has no result, for example because its command must not run. The message tells the
+    model why, and what may run."""
+
+
+def allowed_rows(commands: str) -> dict[tuple[str, ...], CommandRow]:
+    """Return the rows that a profile's `commands` allows, by their words."""
+    allowed = COMMAND_SETS.index(commands)
+    return {
+        row.words: row for row in OPENCLAW_COMMANDS if COMMAND_SETS.index(row.least) <= allowed
+    }
+
+
+def _told_commands(commands: str) -> str:
+    return ", ".join(" ".join(words) for words in allowed_rows(commands))
+
+
+def _told_options(row: CommandRow) -> str:
+    told = (f"--{name}{' VALUE' * has_value}" for name, has_value in row.options.items())
+    return f"`{' '.join(row.words)}` takes {row.max_words} words and {', '.join(told)}"
+
+
+def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]:
+    """Return the row of a command, and its words. Raise OwnToolFailed."""
+    words = [word for word in args if isinstance(word, str)] if isinstance(args, list) else []
+    sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
+    is_text = not any("\0" in word or re.search("[\ud800-\udfff]", word) for word in words)
+    if not words or words != args or not is_text or (
+        len(words) > _MAX_COMMAND_WORDS or max(sizes) > _MAX_WORD_BYTES
+    ):
+        raise OwnToolFailed(
+            f"args: must be 1 to {_MAX_COMMAND_WORDS} strings of at most {_MAX_WORD_BYTES:,} bytes,"
+            " one for each word after `openclaw`."
+        )
+    rows = allowed_rows(commands)
+    row = next(filter(None, (rows.get(tuple(words[:count])) for count in (3, 2, 1))), None)
+    if row is None:
+        raise OwnToolFailed(
+            f"This command is not allowed. Allowed are: {_told_commands(commands) or 'none'}."
+        )
+    _check_options(row, words[len(row.words):])
+    return row, words
+
+
+def _check_options(row: CommandRow, words: list[str]) -> None:
+    """Raise OwnToolFailed for an option that the row does not have, or too many other words."""
+    plain = 0
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            plain += 1
+            continue
+        name, equals, _ = word[2:].partition("=")
+        takes_value = row.options.get(name) if word.startswith("--") else None
+        if takes_value is None or (equals and not takes_value):
+            raise OwnToolFailed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
+        # Who takes what stands there for the value is up to OpenClaw, so it must not be an option.
+        if takes_value and not equals and next(rest, "-").startswith("-"):
+            raise OwnToolFailed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
+    if plain > row.max_words:
+        raise OwnToolFailed(f"There are too many words. {_told_options(row)}.")
+
+
+def names_outside(word: str, folder: str) -> bool:
+    """Return whether a word names something that exists outside a folder."""
+    value = word.partition("=")[2] if word.startswith("-") else word
+    value = re.sub(r"\A(file:(//)?|@)", "", value)
+    if "/" not in value and not value.startswith("~"):
+        return False
+    path = os.path.realpath(os.path.join("/", os.path.expanduser(value)))
+    inside = os.path.realpath(folder)
+    return os.path.exists(path) and os.path.commonpath([path, inside]) != inside
+
+
+#: Variables of the server that a command gets.
+_RELAY_ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "TZ", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG",
+    "XDG_RUNTIME_DIR",
+)
+#: The exit codes of `docker exec` for a program that is not there or cannot be run.
+_NO_PROGRAM = (126, 127)
+
+
+class RelayPlan(NamedTuple):
+    """How a command reaches an OpenClaw."""
+
+    #: The command line, and others for where its program is not found.
+    lines: list[list[str]]
+    env: dict[str, str]
+
+
+def relay_plan(
+    tenant: Tenant, docker: str, environ: Mapping[str, str], words: list[str]
+) -> RelayPlan:
+    """Return how a command of a tenant's OpenClaw is run. Raise OwnToolFailed."""
+    relay = tenant.profile["relay"] or {}
+    env = {name: environ[name] for name in _RELAY_ENVIRONMENT if name in environ}
+    if "container" in relay:
+        start = [docker, "exec", "--", str(relay["container"])]
+        return RelayPlan(
+            [[*start, "openclaw", *words], [*start, "node", "openclaw.mjs", *words]], env
+        )
+    folder = str(relay.get("stateDir", ""))
+    if not folder or any(names_outside(word, folder) for word in words):
+        raise OwnToolFailed("There is no such OpenClaw, or a word names a file outside its folder.")
+    return RelayPlan(
+        [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
+    )
+
+
+_MAX_COMMAND_S = 120.0
+_MAX_COMMAND_BYTES = 100_000
+#: How often it is seen whether a command has ended whose children hold its output open.
+_COMMAND_POLL_S = 0.25
+
+
+class OwnCommand:
+    """A program in a group of its own, without input. Its output is read as it comes; what is
+    beyond the limit is thrown away."""
+
+    def __init__(self, line: list[str], env: Mapping[str, str], watchdog: Watchdog) -> None:
+        """Raise OSError if it cannot be started."""
+        self._watchdog = watchdog
+        self._popen = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            bufsize=0, start_new_session=True, cwd="/", env=dict(env),
+        )
+        assert self._popen.stdout is not None
+        self._output, self.descriptor = self._popen.stdout, self._popen.stdout.fileno()
+        self._kept = bytearray()
+        self._is_cut = False
+        os.set_blocking(self.descriptor, False)
+        try:
+            watchdog.watch(self._popen.pid)
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, selector: selectors.BaseSelector) -> None:
+        """Read a piece of what there is; unregister at the end."""
+        try:
+            piece = os.read(self.descriptor, 65_536)
+        except BlockingIOError:
+            return
+        if not piece:
+            with contextlib.suppress(KeyError):
+                selector.unregister(self.descriptor)
+        room = _MAX_COMMAND_BYTES - len(self._kept)
+        self._kept += piece[:room]
+        self._is_cut = self._is_cut or len(piece) > room
+
+    def read_rest(self, selector: selectors.BaseSelector) -> None:
+        """Read what a command that has ended has left in the pipe, and stop reading."""
+        for _ in range(_MAX_COMMAND_BYTES // 4_096):
+            self.read(selector)
+        with contextlib.suppress(KeyError):
+            selector.unregister(self.descriptor)
+
+    def exit_code(self) -> int | None:
+        """Return its exit code; None while it runs."""
+        return self._popen.poll()
+
+    def text(self) -> str:
+        """Return what it has printed, with notes of what is not all of it."""
+        text = self._kept.decode("utf-8", "replace").rstrip()
+        if self._is_cut:
+            text += f"\n[This is the beginning: {_MAX_COMMAND_BYTES:,} bytes.]"
+        return text
+
+    def close(self) -> None:
+        """Kill it and what it has started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._output.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(_END_GRACE_S)
+        self._watchdog.forget(self._popen.pid)
+
+
+class Beside:
+    """What goes on beside a turn in the thread and the selector that wait for claude: nothing."""
+
+    def advance(
+        self, server: ToolServer, selector: selectors.BaseSelector, send: Callable[[bytes], None]
+    ) -> None:
+        """Go on without blocking, and send claude the replies to calls that are answered."""
+
+    def next_check_s(self) -> float:
+        """Return when `advance` is to be called again at the latest."""
+        return math.inf
+
+    def close(self) -> None:
+        """End what is under way."""
+
+
+NOTHING_BESIDE = Beside()
+
+
+#: Lends the slot of a request for a `with` block; see `Gate.lend`.
+Lend = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class RunningCommand(NamedTuple):
+    """A command that a call waits for."""
+
+    row: CommandRow
+    plan: RelayPlan
+    command: OwnCommand
+    began_s: float
+    #: Ends what holds while it runs: its slot is lent.
+    end: contextlib.ExitStack
+
+
+class OwnRun(Beside):
+    """Answers the calls of own tools in one request: one after the other, and none before the
+    message with the calls is complete, because a message that calls tools of the client too waits
+    for the client's next request. Belongs to the request's thread."""
+
+    def __init__(self, tools: OwnTools, caller: Caller, lend: Lend) -> None:
+        self._tools = tools
+        self._caller = caller
+        self._lend = lend
+        #: The call that is being answered, and the command that runs for it.
+        self._call: OwnCall | None = None
+        self._running: RunningCommand | None = None
+        #: The reader of the attempt that is under way.
+        self.reader = TurnReader()
+        #: Whether a command has run, which must not happen twice.
+        self.has_acted = False
+
+    def advance(
+        self, server: ToolServer, selector: selectors.BaseSelector, send: Callable[[bytes], None]
+    ) -> None:
+        if self._call is None and server.own_calls and not self.reader.is_message_open:
+            self._call = server.own_calls.pop(0)
+        call, is_error = self._call, False
+        if call is None:
+            return
+        try:
+            text = self._result(call, selector)
+        except OwnToolFailed as refusal:
+            text, is_error = str(refusal), True
+        if text is not None:
+            self._call = None
+            # As if a client had sent it.
+            send(server.deliver([
+                {"tool_use_id": call.id, "content": text_blocks(text), "is_error": is_error}
+            ]))
+
+    def next_check_s(self) -> float:
+        return math.inf if self._running is None else self._tools.clock() + _COMMAND_POLL_S
+
+    def close(self) -> None:
+        running, self._running, self._call = self._running, None, None
+        if running is not None:
+            running.end.close()
+
+    def _result(self, call: OwnCall, selector: selectors.BaseSelector) -> str | None:
+        """Return the result of a call; None while a command runs for it. Raise OwnToolFailed."""
+        if self._running is not None:
+            return self._result_of(self._running, selector)
+        tools, tenant = self._tools, self._caller.tenant
+        if call.name == SKILL_FILE:
+            return self._skill_file(call.arguments)
+        row, words = checked_command(call.arguments.get("args"), tenant.profile["commands"])
+        plan = relay_plan(tenant, tools.docker, tools.environ, words)
+        self._start(row, plan, tools.clock(), selector)
+        return None
+
+    def _skill_file(self, arguments: Json) -> str:
+        """Return the text of a file. Raise OwnToolFailed."""
+        began_s = self._tools.clock()
+        skill, path = (str(arguments.get(name) or "") for name in ("skill", "path"))
+        text = skill_file(self._tools.path_of(self._caller.tenant), skill, path or SKILL_MAIN)
+        self._log(SKILL_FILE, None, None, began_s)
+        if text is None:
+            raise OwnToolFailed("There is no such file.")
+        return text
+
+    def _start(
+        self, row: CommandRow, plan: RelayPlan, began_s: float, selector: selectors.BaseSelector
+    ) -> None:
+        """Start the first of the command lines. Raise OwnToolFailed."""
+        line = plan.lines[0]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lend())
+            try:
+                command = OwnCommand(line, plan.env, self._tools.watchdog)
+            except OSError as problem:
+                raise OwnToolFailed(
+                    f"The server cannot start {line[0]} ({problem.strerror})."
+                ) from None
+            stack.callback(command.close)
+            selector.register(command.descriptor, selectors.EVENT_READ, command.read)
+            self.has_acted = True
+            self._running = RunningCommand(row, plan, command, began_s, stack.pop_all())
+
+    def _result_of(
+        self, running: RunningCommand, selector: selectors.BaseSelector
+    ) -> str | None:
+        """Return the result of a command that has ended or has to end; None while it runs. Raise
+        OwnToolFailed if its program is not there."""
+        row, plan, command, began_s, end = running
+        code = command.exit_code()
+        if code is None and self._tools.clock() - began_s <= _MAX_COMMAND_S:
+            return None
+        command.read_rest(selector)
+        text, self._running = command.text(), None
+        end.close()
+        if code in _NO_PROGRAM and len(plan.lines) > 1:
+            self._start(row, plan._replace(lines=plan.lines[1:]), began_s, selector)
+            return None
+        self._log(OPENCLAW_CLI, " ".join(row.words[:2]), code, began_s)
+        if code is None:
+            return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s and was ended.]"
+        return f"{text}\n[exit code {code}]" if code else text
+
+    def _log(self, tool: str, words: str | None, code: int | None, began_s: float) -> None:
+        """Log that a tool has run: nothing of what it was called with or has printed."""
+        self._tools.log.event(
+            "info", "own_tool_run", caller=self._caller.name, tool=tool, words=words, exit=code,
+            ms=round((self._tools.clock() - began_s) * 1000),
+        )
+
+
+def own_tools_of(profile: Mapping[str, Any], catalogue: str) -> tuple[Tool, ...]:
+    """Return the own tools that a model gets."""
+    tools: list[Tool] = []
+    if catalogue:
+        tools.append(Tool(
+            SKILL_FILE, "Reads a file of a skill, SKILL.md by default.",
+            {"type": "object", "required": ["skill"], "properties": {
+                "skill": {"type": "string", "description": "the name of the skill"},
+                "path": {"type": "string", "description": "such as references/formats.md"},
+            }},
+        ))
+    if profile["relay"] and profile["commands"] != COMMAND_SETS[0]:
+        tools.append(Tool(
+            OPENCLAW_CLI,
+            "Runs one command of the user's OpenClaw, without a shell, and returns what it prints. "
+            f"Commands: {_told_commands(profile['commands'])}. A command that is called with an "
+            "option that it does not have tells which it has.",
+            {"type": "object", "required": ["args"], "properties": {"args": {
+                "type": "array", "items": {"type": "string"},
+                "description": 'the words after `openclaw`, such as ["cron", "list", "--json"]',
+            }}},
+        ))
+    return tuple(tools)
+
+
+class OwnTools:
+    """The own tools of all tenants."""
+
+    def __init__(
+        self, folder: str, docker: str, environ: Mapping[str, str], watchdog: Watchdog, log: Log,
+        clock: Clock,
+    ) -> None:
+        """`folder` holds the folders of the tenants, `docker` reaches containers."""
+        self._folder = folder
+        self._catalogues = Catalogues()
+        self.docker = docker
+        self.environ = environ
+        self.watchdog = watchdog
+        self.log = log
+        self.clock = clock
+
+    def path_of(self, tenant: Tenant) -> str:
+        """Return the path of a tenant's folder."""
+        return os.path.join(self._folder, tenant.folder)
+
+    def prepared(self, turn: Turn, tenant: Tenant, config: Config) -> Turn:
+        """Return the turn as a tenant's profile wants it, at the level in force."""
+        profile = tenant.profile
+        if profile["clientTools"] == "drop":
+            turn = turn._replace(tools=(), tool_choice=ToolChoice())
+        if tenant.level_in_force(config) == TENANT_LEVELS[0]:
+            return turn
+        catalogue = self._catalogues.text(self.path_of(tenant)) if profile["skills"] else ""
+        return turn._replace(
+            own_tools=own_tools_of(profile, catalogue), catalogue=catalogue,
+            final_text=profile["text"] == "final",
+            # What tools find is not the same a moment later.
+            bypass_cache=True,
+        )
+# ==== 30c. Agents of tenants =================================================
+# What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
+# tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
+# switched that off, claude confines itself: commands run under bubblewrap, where they find the
+# system's programs and these two folders, write into `work` alone and reach no network; the other
+# tools reach these two folders. Where that cannot be had, no claude is started.
+
+#: The first claude that confines itself as promised. Of older ones 2.1.197 was tried: it runs the
+#: program that git's configuration in the working folder names, outside of its sandbox.
+CONFINES_SINCE = (2, 1, 332)
+#: The tools that it confines, each with the rule that allows it. Reading needs none.
+CONFINED_TOOLS: Mapping[str, str] = MappingProxyType({
+    "Bash": "Bash", "Edit": "Edit(/{work}/**)", "Grep": "", "Read": "", "Write": "Edit(/{work}/**)",
+})
+#: What commands in the sandbox find of the system.
+_SYSTEM_PATHS = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache",
+    "/etc/localtime",
+)
+#: claude lets all commands write here, if it exists.
+_SHARED_PATH = "/tmp/claude"
+_SANDBOX_PROGRAMS = ("bwrap", "socat")
+_SANDBOX_ADVICE = (
+    "The operator can install it on the server, for example with `apt-get install bubblewrap "
+    "socat`."
+)
+#: Runs nothing, as claude runs commands. bubblewrap fails where the kernel gives a user no
+#: namespaces.
+_SANDBOX_PROBE = (
+    "--new-session", "--die-with-parent", "--unshare-net", "--unshare-pid", "--ro-bind", "/", "/",
+    "--dev", "/dev", "--proc", "/proc", "--", "true",
+)
+_SANDBOX_PROBE_TIMEOUT_S = 10
+#: Logins that commands would find in their environment. claude hides CLAUDE_CODE_OAUTH_TOKEN.
+_SHOWN_LOGINS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+#: Where a claude's own temporary folder is made. The paths of sockets in it must stay short.
+_TEMPORARY_PATH = "/tmp"
+
+
+class Agent(NamedTuple):
+    """A tenant at level `agent`, with all that a process of it is started with. Processes of equal
+    ones can stand in for each other."""
+
+    #: The path of the tenant's folder.
+    path: str
+    tools: tuple[str, ...]
+    is_confined: bool
+    #: Names and values: secrets.
+    env: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """Return it without its variables."""
+        return f"<agent {self.path}>"
+
+    @property
+    def work(self) -> str:
+        """Return the path of the folder that its claude works in."""
+        return os.path.join(self.path, "work")
+
+    @property
+    def skills(self) -> str:
+        """Return the path of the folder of its skills."""
+        return os.path.join(self.path, "skills")
+
+    @property
+    def prompt(self) -> str:
+        """Return what its claude is told of the folders."""
+        bounds = (
+            " Commands find nothing else of this machine than its programs, write nowhere else "
+            "but to $TMPDIR, and reach no network." if self.is_confined else ""
+        )
+        return (
+            f"Your tools run on the server. Your working folder there is {self.work}. The files of "
+            f"the skills are in {self.skills}, each skill in a folder of its name; do not change "
+            f"them.{bounds} Paths of another machine or of a container are not valid here."
+        )
+
+
+def is_agent_of(agent: Agent | None, folder: str) -> bool:
+    """Return whether an agent is that of the tenant with this folder."""
+    return agent is not None and os.path.basename(agent.path) == folder
+
+
+def sandbox_settings(agent: Agent, private: Iterable[str]) -> Json:
+    """Return the settings with which claude confines an agent. Of the `private` paths those below
+    the system's have to be named."""
+    hidden = [
+        path for path in map(os.path.realpath, private)
+        if any(os.path.commonpath([path, place]) == place for place in _SYSTEM_PATHS)
+    ]
+    return {"sandbox": {
+        "enabled": True, "failIfUnavailable": True, "autoAllowBashIfSandboxed": True,
+        "allowUnsandboxedCommands": False,
+        "filesystem": {
+            "denyRead": ["/", *hidden], "allowRead": [*_SYSTEM_PATHS, agent.skills, agent.work],
+            "denyWrite": [agent.skills, _SHARED_PATH], "allowWrite": [agent.work],
+        },
+        "network": {"allowedDomains": []},
+    }}
+
+
+def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
+    """Return the arguments that give claude an agent's tools, confined if it is."""
+    arguments = ["--strict-mcp-config", "--tools", ",".join(agent.tools)]
+    rules = agent.tools
+    if agent.is_confined:
+        found = (CONFINED_TOOLS[name].format(work=agent.work) for name in agent.tools)
+        rules = tuple(dict.fromkeys(filter(None, found)))
+        settings = to_json(sandbox_settings(agent, private)).decode()
+        arguments += ["--add-dir", agent.skills, "--settings", settings]
+    servers = (f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}")
+    return [*arguments, "--allowedTools", *servers, *rules]
+
+
+class Launch(NamedTuple):
+    """What a process gets at its start beside what all of them get."""
+
+    cwd: str
+    #: Those that select claude's tools; empty = the server's.
+    tool_arguments: Sequence[str] = ()
+    env: Mapping[str, str] = _NO_VARIABLES
+    #: Folders of the process alone.
+    folders: Sequence[str] = ()
+
+    def remove(self) -> None:
+        """Remove its folders, because the process was not started."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folders(path: str, *names: str) -> None:
+    """Make folders in the one at `path`, each in the one before, with mode 0700. No link is
+    followed. Raise StorageFailed."""
+    descriptor = -1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        for name in names:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=descriptor)
+            outer, descriptor = descriptor, os.open(
+                name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor
+            )
+            os.close(outer)
+    except OSError as problem:
+        raise StorageFailed(
+            f"A folder of the tenant cannot be used ({problem.strerror}): "
+            f"{os.path.join(path, *names)}"
+        ) from None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Agents:
+    """Makes what agents need, and says why one cannot be confined."""
+
+    def __init__(
+        self, home: str, environ: Mapping[str, str], program: ClaudeProgram,
+        keys: Callable[[], Iterable[Key]],
+    ) -> None:
+        """`home` is the server's state folder; `keys` returns all keys, whose private folders no
+        agent may read."""
+        self._home = os.path.realpath(home)
+        self._environ = environ
+        self._program = program
+        self._keys = keys
+        #: The bubblewrap that was seen to work.
+        self._working = ""
+
+    def of(self, tenant: Tenant, config: Config) -> Agent | None:
+        """Return the agent of a tenant; None below level `agent`."""
+        if tenant.level_in_force(config) != "agent":
+            return None
+        kept = {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
+        return Agent(
+            os.path.join(self._home, "tenants", tenant.folder), tuple(tenant.profile["tools"]),
+            bool(tenant.profile["sandbox"]), tuple(sorted(kept.items())),
+        )
+
+    def obstacle(self, tenant: Tenant, login: Login, config: Config) -> str:
+        """Return why the agent of a tenant cannot be confined as it has to be, and what to do;
+        empty if it can, or there is none. Blocks for a moment until bubblewrap was seen to work."""
+        agent = self.of(tenant, config)
+        if agent is None or not agent.is_confined:
+            return ""
+        environ = child_environment(self._environ, config)
+        others = [name for name in agent.tools if name not in CONFINED_TOOLS]
+        logins = [name for name in _SHOWN_LOGINS if environ.get(name) and login == SERVER_LOGIN]
+        program, _ = self._program.last_result()
+        if others:
+            return (
+                f"{others[0]} is a tool that claude does not confine: take it out of the tenant's "
+                f"`tools`, so that it has only {', '.join(CONFINED_TOOLS)}."
+            )
+        if logins:
+            return (
+                f"Commands of the tenant could read {logins[0]}: use another login for the server "
+                "or for the tenant's key."
+            )
+        if program is not None and program.version < CONFINES_SINCE:
+            needed = ".".join(map(str, CONFINES_SINCE))
+            return f"The claude on the server is older than {needed}: run `claude update` there."
+        return self._sandbox_obstacle(environ)
+
+    def _sandbox_obstacle(self, environ: Mapping[str, str]) -> str:
+        if not sys.platform.startswith("linux"):
+            return "The sandbox was tried on Linux only."
+        paths = [shutil.which(name, path=environ.get("PATH")) for name in _SANDBOX_PROGRAMS]
+        for name, path in zip(_SANDBOX_PROGRAMS, paths):
+            if path is None:
+                return f"{name} was not found. {_SANDBOX_ADVICE}"
+        if self._working != paths[0]:
+            why = _sandbox_failure(str(paths[0]), environ)
+            if why:
+                return f"bubblewrap does not work on the server: {why}"
+            self._working = str(paths[0])
+        return ""
+
+    def _private_paths(self) -> Iterator[str]:
+        """Give the paths that no agent may read."""
+        yield self._home
+        yield self._environ.get("HOME") or os.path.expanduser("~")
+        for key in self._keys():
+            relay = key.tenant.profile["relay"] or {}
+            yield from filter(None, (key.login.folder, relay.get("stateDir")))
+
+    def launch(self, agent: Agent) -> Launch:
+        """Make the folders of an agent, and one for this process alone, which is the only other
+        place where its commands can write. Raise StorageFailed."""
+        folders = os.path.dirname(agent.path), os.path.basename(agent.path)
+        make_folders(*folders, "skills")
+        make_folders(*folders, "work")
+        env = {**dict(agent.env), "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1", **_RESTRICTED}
+        if not agent.is_confined:
+            env["CLAUDE_CODE_RESTRICTED"] = ""
+            return Launch(agent.work, agent_arguments(agent, ()), env)
+        try:
+            temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
+        except OSError as problem:
+            raise StorageFailed(
+                f"No folder can be made in {_TEMPORARY_PATH} ({problem.strerror})."
+            ) from None
+        env.update(TMPDIR=temporary, CLAUDE_CODE_TMPDIR=temporary)
+        return Launch(
+            agent.work, agent_arguments(agent, self._private_paths()), env, (temporary,)
+        )
+
+
+def _sandbox_failure(path: str, environ: Mapping[str, str]) -> str:
+    """Return why this bubblewrap does not work; empty if it does."""
+    try:
+        done = subprocess.run(
+            [path, *_SANDBOX_PROBE], env=dict(environ), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_SANDBOX_PROBE_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return one_line(str(problem))
+    told = one_line(done.stderr.decode("utf-8", "replace").strip())
+    return (told or f"exit code {done.returncode}") if done.returncode else ""
+
+
 # ==== 31. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
@@ -13876,9 +14938,10 @@ class Child:
     def __init__(
         self, command: list[str], *, env: Mapping[str, str], cwd: str,
         watchdog: Watchdog | None = None, keeps_logs: bool = False,
+        own_folders: Sequence[str] = (),
     ) -> None:
         """Start it and add it to the watchdog. With `keeps_logs`, the logs of its folder are not
-        removed after its end. Raise ClaudeMissing, UpstreamFailed."""
+        removed after its end; `own_folders` are. Raise ClaudeMissing, UpstreamFailed."""
         self._watchdog = watchdog
         #: Once it is to end: when to kill it.
         self._kill_at_s: float | None = None
@@ -13887,6 +14950,7 @@ class Child:
         self._leftover_paths = leftover_paths(self.pid, env, cwd)
         if keeps_logs:
             del self._leftover_paths[2:]
+        self._leftover_paths += own_folders
         pipes = (self.popen.stdin, self.popen.stdout, self.popen.stderr)
         self.stdin, self.stdout, self.stderr = (pipe.fileno() for pipe in pipes if pipe is not None)
         for descriptor in (self.stdin, self.stdout, self.stderr):
@@ -14108,6 +15172,8 @@ class ProcessKind(NamedTuple):
 
     model_id: str
     login: Login = SERVER_LOGIN
+    #: The one tenant that it may serve, at level `agent`; None = it has no tools of its own.
+    agent: Agent | None = None
 
 
 class ClaudeProcess:
@@ -14115,13 +15181,13 @@ class ClaudeProcess:
 
     def __init__(
         self, child: Child, model_id: str, *, login: Login = SERVER_LOGIN,
-        version: Version = OLDEST_CLAUDE, on_report: Callable[[Json], None] | None = None,
-        clock: Clock = time.monotonic,
+        agent: Agent | None = None, version: Version = OLDEST_CLAUDE,
+        on_report: Callable[[Json], None] | None = None, clock: Clock = time.monotonic,
     ) -> None:
         """`on_report` gets its lines about the plan, also after an answer, its `init` line if it
         reports another version than `version`, and the models that it offers. The callback must
         not block."""
-        self.model_id, self.login = self.kind = ProcessKind(model_id, login)
+        self.model_id, self.login, self.agent = self.kind = ProcessKind(model_id, login, agent)
         self.version = version
         self.born_s = clock()
         self._child = child
@@ -14141,6 +15207,8 @@ class ClaudeProcess:
         self._turn_is_over = True
         #: Whether the last turn was sent to its end: with the question, not the history alone.
         self.has_asked = False
+        #: What goes on beside the turn that runs.
+        self._beside = NOTHING_BESIDE
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -14162,9 +15230,11 @@ class ClaudeProcess:
         return not self.broken and self._child.runs()
 
     def converse(
-        self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader
+        self, turn_input: TurnInput, limits: WaitLimits, reader: TurnReader,
+        beside: Beside = NOTHING_BESIDE,
     ) -> Iterator[Event]:
-        """Send one turn and yield the events of its answer, with Pauses and Ticks.
+        """Send one turn and yield the events of its answer, with Pauses and Ticks. `beside` goes on
+        in the same thread, and is closed at the end.
 
         Tool results continue the turn that ended with the calls; no step need precede them. The
         iterator ends after Finished. Raise an error that claude reports or that its exit causes,
@@ -14174,7 +15244,8 @@ class ClaudeProcess:
         self._last_event_s = self._clock()
         events: list[Event] = []
         # A kept exception also keeps alive what its traceback refers to.
-        with contextlib.closing(self._lines(limits)) as lines:
+        self._beside = beside
+        with contextlib.closing(beside), contextlib.closing(self._lines(limits)) as lines:
             yield from self._send_turn(turn_input, lines)
             for line in lines:
                 if not isinstance(line, dict):
@@ -14323,9 +15394,11 @@ class ClaudeProcess:
         ClientGone, UpstreamTimeout, and UpstreamFailed when claude hangs."""
         if self._liveness.needs_probe():
             self._pipes.send(presence_request())
+        self._beside.advance(self.tools, selector, self._pipes.send)
         self._pipes.flush(selector)
         tick_at_s = self._last_event_s + (limits.tick_s or math.inf)
-        until_s = min(limits.deadline_s, tick_at_s, self._liveness.next_check_s())
+        checks_s = self._liveness.next_check_s(), self._beside.next_check_s()
+        until_s = min(limits.deadline_s, tick_at_s, *checks_s)
         for key, _ in selector.select(max(0.0, until_s - self._clock())):
             key.data(selector)
         now_s = self._clock()
@@ -14404,10 +15477,10 @@ class ClaudeStarter:
         self, program: ClaudeProgram,
         with_login: Callable[[Login, dict[str, str]], dict[str, str]], settings: Settings,
         environ: Mapping[str, str], log: Log, on_report: Callable[[Login, Json], None],
-        clock: Clock,
+        clock: Clock, keys: Callable[[], Iterable[Key]],
     ) -> None:
         """`with_login` returns an environment in which claude has this login; `on_report` gets what
-        ClaudeProcess reports, with its login."""
+        ClaudeProcess reports, with its login; `keys` returns all of them."""
         self._program = program
         self._with_login = with_login
         self._settings = settings
@@ -14415,8 +15488,14 @@ class ClaudeStarter:
         self._log = log
         self._on_report = on_report
         self._clock = clock
+        self.agents = Agents(settings.config.home_path, environ, program, keys)
         self._watchdog = Watchdog()
         self._work_folder = work_folder(settings.config, environ)
+
+    @property
+    def watchdog(self) -> Watchdog:
+        """What ends the children of this server when it is killed."""
+        return self._watchdog
 
     def start(self, kind: ProcessKind) -> ClaudeProcess:
         """Return a new process of this kind. Raise ClaudeUnavailable, UpstreamFailed."""
@@ -14444,18 +15523,23 @@ class ClaudeStarter:
         with contextlib.suppress(OSError):
             # Whoever cleans up temporary files may have taken it away.
             os.makedirs(self._work_folder, mode=0o700, exist_ok=True)
-        env = prepared(child_environment(self._environ, config))
+        env, launch = child_environment(self._environ, config), Launch(self._work_folder)
+        if kind.agent is not None:
+            launch = self.agents.launch(kind.agent)
         try:
             child = Child(
-                [*program.command, *claude_arguments(kind.model_id, config)], env=env,
-                cwd=self._work_folder, watchdog=self._watchdog,
+                [*program.command,
+                 *claude_arguments(kind.model_id, config, launch.tool_arguments)],
+                env=prepared({**env, **launch.env}), cwd=launch.cwd,
+                watchdog=self._watchdog, own_folders=launch.folders,
                 # In agent mode the owner can use the same folder, and so the same logs.
                 keeps_logs=config.is_agent,
             )
-        except ClaudeMissing as error:
+        except OcpError as error:
+            launch.remove()
             raise self._program.as_away_if_recent(error) from None
         process = ClaudeProcess(
-            child, kind.model_id, login=kind.login, version=program.version,
+            child, kind.model_id, login=kind.login, agent=kind.agent, version=program.version,
             on_report=functools.partial(self._on_report, kind.login), clock=self._clock,
         )
         self._log.event(
@@ -14487,6 +15571,8 @@ class Gate:
         self._config = config
         #: The number of running requests, by the scope of their callers.
         self._running: collections.Counter[str] = collections.Counter()
+        #: How many of these wait for a tool of the server's own, which may ask it in turn.
+        self._lent: collections.Counter[str] = collections.Counter()
         #: The waiting slots by scope. The scopes are in the order of their turns.
         self._queues: dict[str, collections.deque[Slot]] = {}
         self._refused = 0
@@ -14571,10 +15657,20 @@ class Gate:
     def _has_room(self, slot: Slot) -> bool:
         """Return whether the slot's caller may have one more answer at a time. One key never gets
         the last place, so that another key's request need not wait for the end of a long answer."""
-        running = self._running[slot.scope]
+        running = self._running[slot.scope] - self._lent[slot.scope]
         if slot.has_key and running and running >= self._config.max_concurrent - 1:
             return False
         return not slot.maximum or running < slot.maximum
+
+    def lend(self, slot: Slot, count: int) -> None:
+        """Count a running slot out of its caller's limit while an own tool works for it, so that
+        the tool can ask this server with the same key; count it in again with -1. It stays one of
+        the server's running requests."""
+        with self._lock:
+            self._lent[slot.scope] += count
+            if not self._lent[slot.scope]:
+                del self._lent[slot.scope]
+            self._admit_waiting()
 
     def release(self, slot: Slot) -> None:
         """Free a slot: its place among the running requests, or its place in the queue."""
@@ -14609,6 +15705,15 @@ class Slot:
 
     def __exit__(self, *_: object) -> None:
         self._gate.release(self)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lend the slot for a `with` block; see `Gate.lend`."""
+        self._gate.lend(self, 1)
+        try:
+            yield
+        finally:
+            self._gate.lend(self, -1)
 
     def decide(self, refusal: QueueFull | None) -> None:
         """Admit or refuse the request, which ends its wait. The gate calls this under its lock."""
@@ -14671,7 +15776,7 @@ def history_of(turn: Turn, caller: str, operator_prompt: str, stamp: str = "") -
         caller, stamp, turn.model.argument, turn.system, operator_prompt, repr(turn.tool_choice),
         canonical_json(list(turn.options)), canonical_json(turn.output_schema),
         canonical_json(list(turn.server_tools)),
-        *(tool.digest for tool in turn.tools),
+        *(tool.digest for tool in (*turn.tools, *turn.own_tools)),
     ]
     digests = tuple(message.digest for message in turn.messages)
     return History(digest(base), digests, context_of(turn.messages[-1]), caller)
@@ -15073,7 +16178,7 @@ class ProcessPool:
             taken = self._take_first(
                 p for p in self._in(ProcessState.SPARE)
                 if not p.process.is_primed and now_s - p.since_s >= _PRIMING_AGE_S
-                and can_prime(p.process.version)
+                and can_prime(p.process.version) and p.process.agent is None
                 and not _has_schemas(self._uses, p.process.kind, oldest_s)
             )
             return taken and taken.process
@@ -15204,6 +16309,16 @@ class ProcessPool:
             self._schedule_refill(self._uses, now_s + _REFILL_PAUSE_S)
         for pooled in dropped:
             self.stop(pooled.process, graceful=pooled.state is ProcessState.SPARE)
+
+    def end_agent(self, folder: str) -> None:
+        """Stop the idle processes of the tenant with this folder, because it has changed."""
+        with self._lock:
+            idle = self._in(ProcessState.SPARE, ProcessState.PARKED)
+            ended = [p for p in idle if is_agent_of(p.process.agent, folder)]
+            self._processes = [p for p in self._processes if p not in ended]
+            self._uses = {k: u for k, u in self._uses.items() if not is_agent_of(k.agent, folder)}
+        for pooled in ended:
+            self.stop(pooled.process, graceful=False)
 
     # -- housekeeping, in one thread --------------------------------------------------------------
 
@@ -18770,8 +19885,13 @@ class AttemptSource:
         self._config = app.config
         self._limits = limits
         self._message = turn.messages[-1]
+        #: What the caller's processes are started with at level `agent`.
+        self._agent = app.agents.of(job.caller.tenant, self._config)
+        self.is_agent = self._config.is_agent or self._agent is not None
         #: What follows the client's system prompt.
-        self._prompt = job.caller.prompt_after(app.config.system_prompt)
+        self._prompt = job.caller.prompt_after(app.config.system_prompt, turn.catalogue)
+        if self._agent is not None:
+            self._prompt = f"{self._prompt}\n\n{self._agent.prompt}".strip()
         #: Whether reminders may be pinned to the first message of the history.
         self.can_pin = True
         self.set_turn(turn)
@@ -18801,7 +19921,7 @@ class AttemptSource:
 
         Not in agent mode: what claude's own tools have begun would not be dropped."""
         app = self._app
-        if self._config.is_agent:
+        if self.is_agent:
             return None
         pooled = app.pool.take_rewindable(
             self.history, self._config, app.gate.running_by_caller()
@@ -18859,7 +19979,7 @@ class AttemptSource:
         in front."""
         start = len(held.history.digests)
         # An agent that asked the API would run its tools.
-        pins = start == 0 and self.can_pin and not self._config.is_agent and (
+        pins = start == 0 and self.can_pin and not self.is_agent and (
             self._app.pinning.is_used(process.version)
         )
         steps, points = message_steps(turn, process.version, setup, start=start, pin=pins)
@@ -18872,7 +19992,11 @@ class AttemptSource:
         app, record, turn = self._app, self._record, self._with_thinking()
         record.path = "rebuilt" if len(turn.messages) > 1 else "fresh"
         has_schema = turn.output_schema is not None
-        kind = ProcessKind(turn.model.argument, self._job.caller.login)
+        caller = self._job.caller
+        obstacle = app.agents.obstacle(caller.tenant, caller.login, self._config)
+        if obstacle:
+            raise SandboxUnavailable(obstacle)
+        kind = ProcessKind(turn.model.argument, caller.login, self._agent)
         if turn.model.known:
             # Other models have to prove that they exist before processes wait for them.
             app.pool.mark_used(kind, has_schema=has_schema)
@@ -18880,10 +20004,9 @@ class AttemptSource:
         process = record.process = spare or app.pool.start(kind)
         record.warm = spare is not None
         app.wakeups.put("tend")
-        process.tools = ToolServer(turn.tools)
-        config = app.config
+        process.tools = ToolServer(turn.tools, turn.own_tools)
         setup = setup_lines(
-            turn, self._prompt, agent=config.is_agent, is_primed=process.is_primed
+            turn, self._prompt, agent=self.is_agent, is_primed=process.is_primed
         )
         return self._attempt_with(process, NO_CONVERSATION, turn, setup)
 
@@ -19002,6 +20125,7 @@ class TurnRunner:
             app.check_program()
         slot = stack.enter_context(app.gate.slot(self._job.caller))
         yield from slot.wait(self._limits, app.clock)
+        own = OwnRun(app.own_tools, self._job.caller, slot.lent)
         app.check_extra_usage(source.turn.model.argument, self._login.account)
         stack.push(self._release)
         attempts: list[Callable[[], Attempt | None]] = [
@@ -19012,7 +20136,7 @@ class TurnRunner:
             if attempt is None:
                 continue
             try:
-                yield from self._converse(attempt)
+                yield from self._converse(attempt, own)
                 if record.finished is not None:
                     return
                 self._log_change("call_missing")
@@ -19020,7 +20144,7 @@ class TurnRunner:
                 attempts = [source.rebuilt, source.rebuilt]
             except UpstreamFailed:
                 may_retry = record.first_token_s is None and record.lost_its_process
-                if not (attempts and may_retry):
+                if not (attempts and may_retry) or own.has_acted:
                     raise
             except BadRequest as error:
                 self._adapt(error)
@@ -19063,13 +20187,15 @@ class TurnRunner:
 
     # -- converse ---------------------------------------------------------------------------------
 
-    def _converse(self, attempt: Attempt) -> Iterator[Event]:
+    def _converse(self, attempt: Attempt, own: OwnRun) -> Iterator[Event]:
         """Give the events of the answer. The process is parked before the last of them is passed
         on, so that the client's next message finds it."""
         record, turn = self._record, self._source.turn
         self._attempt, self._refusals = attempt, self._login.account.refusals
         attempt.process.set_tap(self._job.tap)
-        final_only = self._config.is_agent and self._config.agent_text == "final"
+        final_only = turn.final_text or (
+            self._config.is_agent and self._config.agent_text == "final"
+        )
         offered, _ = turn.tools_for_model
         reader = TurnReader(offered, turn.output_schema, final_only=final_only)
         record.readers.append(reader)
@@ -19077,7 +20203,8 @@ class TurnRunner:
         told = AnswerBuilder() if turn.options.hides_thinking else None
         if self._watch is not None:
             self._watch.begin()
-        for heard in attempt.process.converse(attempt.turn_input, self._limits, reader):
+        own.reader = reader
+        for heard in attempt.process.converse(attempt.turn_input, self._limits, reader, own):
             if isinstance(heard, Pause):
                 yield heard
                 continue
@@ -19110,10 +20237,11 @@ class TurnRunner:
 
     def _remember_thinking(self, finished: Finished, told: AnswerBuilder | None) -> None:
         """Keep the thinking of an answer that is one message of the model. An agent's answer has
-        several, and a structured one was a call of claude's own. `told` has what the client does
-        not get of it."""
+        several, one for which tools ran too, and a structured one was a call of claude's own.
+        `told` has what the client does not get of it."""
         turn, scope = self._record.turn, self._job.caller.scope
-        is_message = not self._config.is_agent and turn.output_schema is None
+        has_rounds = self._source.is_agent or self._record.readers[-1].has_rounds
+        is_message = not has_rounds and turn.output_schema is None
         if is_message and finished.stop_reason in PARKABLE:
             answer = self._record.answer() if told is None else told.answer(finished)
             self._app.thinking.put(turn, scope, answer.blocks)
@@ -19161,7 +20289,7 @@ class TurnRunner:
         to a fresh process, and a call without its result cannot be rewound past."""
         if not conversation.rewind_points or conversation.awaiting:
             return False
-        return process.version >= REWINDS_ALL_SINCE and not self._config.is_agent
+        return process.version >= REWINDS_ALL_SINCE and not self._source.is_agent
 
     def _release(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Put away the process of an answer that is not complete. It serves again if only the
@@ -19197,7 +20325,7 @@ class TurnRunner:
         has_key = not isinstance(self._job.why_ended, Unauthorized)
         is_wanted = has_key and not app.draining and self._can_park(process)
         is_new_enough = process.version >= CANCELS_QUEUED_SINCE and process.rewinds < MAX_REWINDS
-        if not (is_wanted and is_new_enough) or self._config.is_agent:
+        if not (is_wanted and is_new_enough) or self._source.is_agent:
             return False
         is_answering = process is record.process and process.has_asked
         return is_answering and not record.readers[-1].finished
@@ -19754,6 +20882,7 @@ class App:
         self.claude_folder = self._claude_folder(environ)
         self.logins = self._logins()
         self._starter = self._claude_starter(environ)
+        self.own_tools = self._own_tools(environ)
         self.pool = ProcessPool(self._starter.start, clock)
         self.program_monitor = ProgramMonitor(self.program, log, self.pool.drop)
         self.responses = Responses(clock)
@@ -19785,9 +20914,17 @@ class App:
         return Logins(server, self.state_folder.path_of("logins"), self.log)
 
     def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
-        return ClaudeStarter(
+        starter = ClaudeStarter(
             self.program, self.logins.with_login, self.settings, environ, self.log,
-            self._take_report, self.clock,
+            self._take_report, self.clock, self.keys.all,
+        )
+        self.agents = starter.agents
+        return starter
+
+    def _own_tools(self, environ: Mapping[str, str]) -> OwnTools:
+        return OwnTools(
+            self.state_folder.path_of("tenants"), self.config.docker, environ,
+            self._starter.watchdog, self.log, self.clock,
         )
 
     def _claude_folder(self, environ: Mapping[str, str]) -> ClaudeFolder:
@@ -21186,7 +22323,8 @@ def _parse_environment(
         count_only=counted,
         long_context=_LONG_CONTEXT_BETA in exchange.headers.get("anthropic-beta", ""),
         default_effort=exchange.caller.effort or config.default_effort,
-        web_search=config.web_search and exchange.caller.web_search and not config.is_agent,
+        web_search=config.web_search and exchange.caller.web_search
+        and not exchange.caller.is_agent(config),
         fast_mode=config.fast_mode,
         cache_lifetime=config.cache_lifetime,
     )
@@ -21204,6 +22342,7 @@ def _read_turn(app: App, exchange: Exchange, *, counted: bool = False) -> Turn:
     exchange.caller = app.keys.current(exchange.caller)
     with app.large_bodies.parsing(len(data)):
         turn = _parse_turn(app, exchange, parse_json_body(data), counted=counted)
+    turn = app.own_tools.prepared(turn, exchange.caller.tenant, app.config)
     if not turn.model.known:
         app.log.event(
             "warn", "model_not_listed", model=turn.model.id, request_id=exchange.request_id
@@ -21686,8 +22825,15 @@ def _tenants_in_health(app: App, *, is_operator: bool) -> Json:
     names = ("running", "waiting", "parked")
     return {"tenantCount": len(tenants), "tenants": [
         {"name": key.name, "level": key.tenant.profile["level"],
+         "levelInForce": key.tenant.level_in_force(app.config),
          **{name: loads[name].get(key.caller.scope, 0) for name in names}} for key in tenants
     ]}
+
+
+def unconfined_tenants(app: App) -> list[str]:
+    """Return the names of the tenants for whom claude may do all that the server's user may."""
+    agents = ((key.name, app.agents.of(key.tenant, app.config)) for key in app.keys.all())
+    return [name for name, agent in agents if agent is not None and not agent.is_confined]
 
 
 def tenant_loads(app: App) -> dict[str, dict[str, int]]:
@@ -22188,6 +23334,7 @@ def revoke_key(app: App, exchange: Exchange, key: str) -> None:
                 revoked = app.keys.revoke(found)
         finally:
             app.login_replaced(found.login)
+            app.pool.end_agent(found.tenant.folder)
             app.store.overwrite_deleted()
     exchange.response.send_json(_with_storage_warning(app, {"revoked": revoked, "idOrName": key}))
 
@@ -22322,22 +23469,16 @@ _MAX_TENANT_PROMPT_CHARS = 32_000
 _MAX_INSTANCE_BYTES = 16_384
 _MAX_ENV_VARIABLES = 200
 _MAX_ENV_BYTES = 32_768
-#: Variables that could change claude, the loader or a relay itself, in any case.
-_BLOCKED_ENV = re.compile(
-    r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|.*_PROXY|(PYTHON|PERL|RUBY|CLAUDE).*|"
-    r"(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|"
-    r"XDG|DBUS|SSL)_.*", re.IGNORECASE,
-)
-_TENANT_SCHEMAS: dict[str, Json] = {
-    "level": {"enum": [*TENANT_LEVELS, None]},
-    "prompt": {"type": ["string", "null"], "maxLength": _MAX_TENANT_PROMPT_CHARS},
-    "instance": {"type": ["object", "null"], "description": "what finds the instance again"},
-}
+_MAX_TENANT_TOOLS = 40
+#: Names of containers. They are words of a command line.
+_CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+#: Names of claude's tools, without a rule behind them.
+_CLAUDE_TOOL = re.compile(r"[A-Z][A-Za-z]{0,63}")
 
 
 def tenant_path(app: App, tenant: Tenant) -> str:
     """Return the path of a tenant's folder."""
-    return os.path.join(app.state_folder.path_of("tenants"), tenant.folder)
+    return app.own_tools.path_of(tenant)
 
 
 def _make_folder(path: str) -> bool:
@@ -22360,21 +23501,109 @@ def _folder_name(app: App, key: Key) -> str:
     return f"{name}-{key.id}" if is_taken else name
 
 
+def _prompt_field(fields: Fields, name: str) -> str | None:
+    prompt = fields.text(name)
+    if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
+        raise fields.invalid(name, f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
+    return prompt
+
+
+def _instance_field(fields: Fields, name: str) -> Json | None:
+    instance = fields.child(name)
+    if instance is not None and len(to_json(instance.object)) > _MAX_INSTANCE_BYTES:
+        raise fields.invalid(name, f"at most {_MAX_INSTANCE_BYTES:,} bytes of JSON")
+    return None if instance is None else instance.object
+
+
+def _relay_field(fields: Fields, name: str) -> Json | None:
+    """Return where an OpenClaw runs. The command that reaches it is the server's own."""
+    relay = fields.child(name)
+    if relay is None:
+        return None
+    container, state = relay.text("container"), relay.text("stateDir")
+    if len(relay.object) != 1 or (container is None) == (state is None):
+        raise fields.invalid(name, '{"container": NAME} or {"stateDir": PATH}')
+    if state is not None:
+        return {"stateDir": _state_folder_of(relay, state)}
+    if not _CONTAINER.fullmatch(str(container)):
+        raise relay.invalid("container", "the name of a container")
+    return {"container": container}
+
+
+def _state_folder_of(relay: Fields, path: str) -> str:
+    """Return the path of the state folder of an OpenClaw that this server's user runs."""
+    found = os.path.normpath(path)
+    try:
+        is_own = os.stat(found).st_uid == os.geteuid() and os.path.isdir(found)
+    except (OSError, ValueError):
+        is_own = False
+    if not os.path.isabs(path) or not is_own:
+        raise relay.invalid(
+            "stateDir", "an absolute path of a folder on the server that its user owns"
+        )
+    return found
+
+
+def _tools_field(fields: Fields, name: str) -> list[str]:
+    names = [each if isinstance(each, str) else "" for each in fields.items(name) or []]
+    if len(names) > _MAX_TENANT_TOOLS or not all(map(_CLAUDE_TOOL.fullmatch, names)):
+        raise fields.invalid(
+            name, f"an array of at most {_MAX_TENANT_TOOLS} names of claude's tools, such as Read"
+        )
+    return list(dict.fromkeys(names))
+
+
+class ProfileField(NamedTuple):
+    """How a field of a profile is read, and the JSON Schema of what it takes beside null."""
+
+    #: Raises BadRequest with the name of the field.
+    read: Callable[[Fields, str], Any]
+    schema: Json
+
+
+def _choice_field(*values: str) -> ProfileField:
+    return ProfileField(lambda fields, name: fields.one_of(name, values), {"enum": [*values]})
+
+
+_FLAG_FIELD = ProfileField(Fields.flag, {"type": "boolean"})
+_PROFILE_FIELDS: Mapping[str, ProfileField] = MappingProxyType({
+    "level": _choice_field(*TENANT_LEVELS),
+    "prompt": ProfileField(
+        _prompt_field, {"type": "string", "maxLength": _MAX_TENANT_PROMPT_CHARS}
+    ),
+    "clientTools": _choice_field("keep", "drop"),
+    "skills": _FLAG_FIELD,
+    "relay": ProfileField(_relay_field, {
+        "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+        "properties": {
+            "container": {"type": "string", "pattern": f"^{_CONTAINER.pattern}$"},
+            "stateDir": {"type": "string", "description": "a folder that the server's user owns"},
+        },
+    }),
+    "commands": _choice_field(*COMMAND_SETS),
+    "tools": ProfileField(_tools_field, {
+        "type": "array", "maxItems": _MAX_TENANT_TOOLS,
+        "items": {"type": "string", "pattern": f"^{_CLAUDE_TOOL.pattern}$"},
+    }),
+    "sandbox": _FLAG_FIELD,
+    "text": _choice_field("all", "final"),
+    "instance": ProfileField(
+        _instance_field, {"type": "object", "description": "what finds the instance again"}
+    ),
+})
+_TENANT_SCHEMAS: dict[str, Json] = {
+    name: {"anyOf": [field.schema, {"type": "null"}]} for name, field in _PROFILE_FIELDS.items()
+}
+
+
 def _profile_changes(fields: Fields) -> Json:
     """Return the fields of a profile that a body sets; null is the default. Raises BadRequest."""
-    level, prompt = fields.text("level"), fields.text("prompt")
-    if level not in (None, *TENANT_LEVELS):
-        raise fields.invalid("level", " or ".join(TENANT_LEVELS) + ": this server has no other")
-    if prompt is not None and len(prompt) > _MAX_TENANT_PROMPT_CHARS:
-        raise fields.invalid("prompt", f"at most {_MAX_TENANT_PROMPT_CHARS:,} characters")
-    instance = fields.child("instance")
-    if instance is not None and len(to_json(instance.object)) > _MAX_INSTANCE_BYTES:
-        raise fields.invalid("instance", f"at most {_MAX_INSTANCE_BYTES:,} bytes of JSON")
-    given = {"level": level, "prompt": prompt, "instance": instance and instance.object}
-    return {
-        name: TENANT_PROFILE[name] if given[name] is None else given[name]
-        for name in TENANT_PROFILE if name in fields.object
-    }
+    changes: Json = {}
+    for name, field in _PROFILE_FIELDS.items():
+        if name in fields.object:
+            value = field.read(fields, name) if fields.has(name) else None
+            changes[name] = TENANT_PROFILE[name] if value is None else value
+    return changes
 
 
 def _tenant_key(app: App, key: str) -> Key:
@@ -22385,30 +23614,19 @@ def _tenant_key(app: App, key: str) -> Key:
     return found
 
 
-def _skill_counts(path: str) -> Json:
-    """Return how many skills a tenant's folder has, and how many entries beside them are none."""
-    try:
-        with os.scandir(os.path.join(path, "skills")) as found:
-            entries = list(found)
-    except OSError:
-        entries = []
-    count = sum(
-        each.is_dir(follow_symlinks=False)
-        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", each.name) is not None
-        and os.path.isfile(os.path.join(each.path, "SKILL.md")) for each in entries
-    )
-    return {"count": count, "skipped": len(entries) - count}
-
-
 def _tenant_entry(app: App, key: Key, loads: Mapping[str, Mapping[str, int]]) -> Json:
     tenant, path = key.tenant, tenant_path(app, key.tenant)
+    skills, skipped = skill_entries(path)
     return {
         "keyId": key.id, "name": key.name, **tenant.profile,
-        "levelInForce": tenant.profile["level"],
+        "levelInForce": tenant.level_in_force(app.config),
+        "obstacle": app.agents.obstacle(tenant, key.login, app.config) or None,
         "folder": path,
         "env": sorted(tenant.env),
         "login": app.logins.report(key.login) if key.login != SERVER_LOGIN else None,
-        "skills": _skill_counts(path),
+        "skills": {
+            "enabled": tenant.profile["skills"], "count": len(skills), "skipped": skipped,
+        },
         "maxConcurrent": key.max_concurrent,
         **{name: counts.get(key.caller.scope, 0) for name, counts in loads.items()},
         "spares": app.pool.spares_of(key.login),
@@ -22443,6 +23661,7 @@ def _change_tenant(
         with _audited_change(app, exchange, event, key, **shown):
             before, after = app.keys.set_tenant(key, change)
     finally:
+        app.pool.end_agent(key.tenant.folder)
         app.store.overwrite_deleted()
     return before != after
 
@@ -22499,7 +23718,7 @@ def _env_changes(fields: Fields) -> dict[str, str | None]:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
             shown = one_line(name, 80)
             raise BadRequest(f"{shown!r} is no name of a variable.", param=shown)
-        if value is not None and _BLOCKED_ENV.fullmatch(name):
+        if value is not None and BLOCKED_ENV.fullmatch(name):
             raise BadRequest(f"{name}: a tenant must not set this variable.", param=name)
         size = len((value or "").encode("utf-8", "surrogatepass"))
         if value is not None and ("\0" in value or size > _MAX_ENV_BYTES):
@@ -22844,6 +24063,9 @@ def get_status(app: App, exchange: Exchange) -> None:
             "status": now["status"], "version": now["version"], "demo": now["demo"],
             "uptime": now["uptimeHuman"],
             "auth": login_words[login["ok"]], "fix": now["fix"],
+            # The most that may run on this machine for a tenant.
+            "tenantLevel": app.config.tenant_level,
+            "unconfinedTenants": unconfined_tenants(app),
         },
         "requests": {
             "total": stats["totalRequests"], "active": stats["activeRequests"],
@@ -23894,6 +25116,13 @@ def _addresses(app: App) -> Iterator[str]:
     yield f"Dashboard: {app.address.local_url}/dashboard{key}"
 
 
+#: What the banner says of a level of tenants above the first one.
+_AT_LEVEL = {
+    "tools": "commands of tenants' OpenClaw may run on this machine",
+    "agent": "claude may use its own tools on this machine for tenants",
+}
+
+
 def _banner(server: Server) -> str:
     app = server.app
     problem = app.program.last_result()[1]
@@ -23905,6 +25134,11 @@ def _banner(server: Server) -> str:
         )
     if app.config.is_agent:
         lines.append("AGENT MODE: claude uses its own tools on this machine")
+    level = app.config.tenant_level
+    if level in _AT_LEVEL:
+        lines.append(f"TENANT LEVEL {level}: {_AT_LEVEL[level]}")
+    lines += [f"UNCONFINED: the claude of {name} may do all that this user may"
+              for name in unconfined_tenants(app)]
     if app.config.is_usable_without_key:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")

@@ -1062,8 +1062,10 @@ def count_skills(world: World, instance: Instance, root: str) -> int:
 # Set up, apply, undo.
 
 
-#: What may run on the server for a tenant. At `api` that is nothing.
-LEVELS = ("api",)
+#: What may run on the server for a tenant: at `api` nothing, at `tools` these commands of its
+#: OpenClaw, at `agent` claude's own tools too.
+LEVELS = ("api", "tools", "agent")
+COMMANDS_TO_RUN = ("none", "read", "act")
 #: The file of the key in a container, in its state folder.
 _CONTAINER_KEY = "ocp-key"
 _BRIDGE = "172.17.0.1"
@@ -1142,10 +1144,24 @@ def make_folders(folder: str) -> None:
         os.chown(folder, owner.st_uid, owner.st_gid)
 
 
+def profile_of(place: Mapping[str, Json], level: str, commands: str) -> dict[str, Json]:
+    """Return the fields of a tenant's profile for a level and the commands that may run, with the
+    way to its instance where something may run; what is empty stays as it is."""
+    body: dict[str, Json] = {
+        name: value for name, value in (("level", level), ("commands", commands)) if value}
+    if level not in ("", LEVELS[0]) and place:
+        is_container = place.get("kind") == "container"
+        body["relay"] = {"container": place.get("where")} if is_container else {
+            "stateDir": place.get("stateDir")}
+    return body
+
+
 class Options(NamedTuple):
     """What a command line asks of setup and apply."""
 
     level: str = ""
+    #: Of its OpenClaw that may run, empty = as they are.
+    commands: str = ""
     #: --primary or --backup, empty without.
     role: str = ""
     provider_name: str = ""
@@ -1182,7 +1198,7 @@ class Plan(NamedTuple):
     folder: Folder
     #: "" for a key that works, "new", or "new secret".
     key: str
-    #: Whether the tenant has to be made, or gets another level.
+    #: Whether the tenant has to be made, or gets another level or other commands.
     writes_tenant: bool
     level: str
     #: The address of the server as the instance sees it, and whether that was tried.
@@ -1453,8 +1469,10 @@ def plan_for(job: Job, instance: Instance) -> Plan:
     secret = folder.secret() if not key else ""
     diff = planned_diff(job, instance, folder, url, secret or job.server.key)
     level = job.options.level or str((row or {}).get("level") or LEVELS[0])
+    is_other = row is None or row.get("level") != level or (
+        job.options.commands not in ("", row.get("commands")))
     return Plan(
-        instance, folder, key, row is None or row.get("level") != level, level, url, is_proved,
+        instance, folder, key, is_other, level, url, is_proved,
         instance.is_container and not has_key(job.world, instance, secret), tuple(diff),
         plan_dotenv(job, instance, url) if job.options.dotenv else None)
 
@@ -1487,7 +1505,7 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
     if plan.key:
         done.append(make_key(job, plan))
     if plan.writes_tenant:
-        body = {"level": plan.level, "instance": place}
+        body = {**profile_of(place, plan.level, job.options.commands), "instance": place}
         is_there = instance.name in job.tenants
         job.server.tenant(instance.name, *(("PATCH", body) if is_there else (
             "PUT", {**body, "adopt": True})))
@@ -2198,7 +2216,7 @@ def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
         "kind": instance.kind, "where": instance.where, "id": instance.container_id,
         "stateDir": instance.state_dir, "configPath": instance.config_path}
     job.server.tenant(name, "PUT", {
-        "level": args.level or LEVELS[0], "instance": place,
+        **profile_of(place or {}, args.level or LEVELS[0], args.commands or ""), "instance": place,
         "adopt": args.adopt or name not in job.keys})
     run.print_json({"name": name, "key": secret if name not in job.keys else None})
     if not args.json and name not in job.keys:
@@ -2210,7 +2228,7 @@ def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
 def cmd_edit(run: Run) -> Exit:
     """Change a tenant."""
     args, name = run.args, _known(run)
-    body = {"level": args.level} if args.level else {}
+    body = profile_of(place_of(run.world, name), args.level or "", args.commands or "")
     if args.prompt is not None:
         try:
             with open(args.prompt, encoding="utf-8") as file:
@@ -2367,6 +2385,7 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
     "setup": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
+        (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which of its OpenClaw's"}),
         (("--primary",), {"dest": "role", "action": "store_const", "const": "primary",
                           "help": "make this server the default model"}),
         (("--backup",), {"dest": "role", "action": "store_const", "const": "backup",
@@ -2386,6 +2405,7 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--secret-stdin",), {"action": "store_true", "help": "the key is in standard input"})],
     "edit": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
+        (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which of its OpenClaw's"}),
         (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
         (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
     "remove": [

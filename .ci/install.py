@@ -5,8 +5,8 @@
 
 Folders are installed side by side. Each one gets a copy of its lines when it is complete, so a
 changed version is noticed and a folder half installed is installed again. The programs
-"chromium" and "shells" come from Debian, in the version that it has. Needs python3 with venv,
-node with npm, and a network; for the programs, the right to install them.
+"chromium", "sandbox" and "shells" come from Debian, in the version that it has. Needs python3 with
+venv, node with npm, and a network; for the programs, the right to install them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ REPO = Path(__file__).resolve().parent.parent
 VERSIONS = REPO / ".ci" / "versions.txt"
 #: In a folder that is complete: the lines that it was installed from.
 STAMP = ".ocp-installed"
-#: What Debian's packages give: the browser of tests/clients/test_dashboard.py, and the shells of
-#: tests/scripts/test_connect.py. Each package has a command of its name.
-PROGRAMS = {"chromium": ("chromium",), "shells": ("fish", "zsh", "tcsh")}
+#: What Debian's packages give, each with its command: the browser of
+#: tests/clients/test_dashboard.py, what claude confines itself with in
+#: tests/contract/test_agents.py, and the shells of tests/scripts/test_connect.py.
+PROGRAMS = {
+    "chromium": {"chromium": "chromium"},
+    "sandbox": {"bubblewrap": "bwrap", "socat": "socat"},
+    "shells": {"fish": "fish", "zsh": "zsh", "tcsh": "tcsh"},
+}
 #: apt-get refuses to run twice at the same time.
 apt = threading.Lock()
 #: No package is looked up for longer.
@@ -125,7 +130,7 @@ def install(name: str, pins: list[Pin]) -> str:
 def install_programs(name: str) -> str:
     """Install the programs of one name from Debian unless all are there; return one line."""
     packages = PROGRAMS[name]
-    if all(shutil.which(package) for package in packages):
+    if all(map(shutil.which, packages.values())):
         return f"{name}: is there"
     with apt:
         run(["apt-get", "update", "-qq"])

@@ -88,11 +88,12 @@ class Subject:
         (folder / "work").mkdir()
 
     def start(
-        self, *args: str, tools: Sequence[Mapping[str, Json]] = (), keep: bool = False
+        self, *args: str, tools: Sequence[Mapping[str, Json]] = (), keep: bool = False,
+        more: Sequence[Mapping[str, Json]] = (),
     ) -> ClaudeDriver:
         forget = () if keep else ("--no-session-persistence",)
         command = [*self.command, *CLAUDE_ARGS, *forget, *args]
-        return ClaudeDriver(command, self.env, self.folder / "work", tools)
+        return ClaudeDriver(command, self.env, self.folder / "work", tools, more)
 
     def script(self, *answers: Answer) -> None:
         raise NotImplementedError
@@ -704,11 +705,38 @@ def test_questions_are_forgotten_one_after_the_other_also_told_ones(subject: Sub
     assert subject.queries()[-1]["messages"] == [*([] if recent else first), said("user", "last")]
 
 
+@pytest.mark.differs_by_version
+@pytest.mark.parametrize("is_server_first", [True, *depth.rest(False)])
+def test_calls_of_two_servers_come_one_after_the_other_each_to_its_own(
+    subject: Subject, is_server_first: bool
+) -> None:
+    wanted = [("middle", {}), ("zeta", {"q": 1})]
+    subject.script(calls(*(wanted if is_server_first else wanted[::-1])), text("Done."))
+    middle = {"name": "middle", "description": "m",
+              "inputSchema": {"type": "object", "properties": {}}}
+    with subject.start(tools=TOOLS, more=[middle]) as claude:
+        ready(claude, sdkMcpServers=["client", "server"])
+        claude.send_user("hi")
+        asked = []
+        for number in range(2):
+            claude.until(lambda line: bool(claude.calls))
+            (call,) = claude.calls
+            asked.append((call["request"]["server_name"],
+                          call["request"]["message"]["params"]["name"]))
+            claude.answer_call([{"type": "text", "text": f"result {number}"}])
+        assert claude.until_result()[-1]["result"] == "Done."
+    in_order = [("server", "middle"), ("client", "zeta")]
+    assert asked == (in_order if is_server_first else in_order[::-1])
+    first, second = subject.queries()
+    assert first["tools"] == ["alpha", "middle", "zeta"]
+    assert [block["content"] for block in second["messages"][-1][1]] == ["result 0", "result 1"]
+
+
 def test_a_process_that_was_initialized_takes_a_prompt_and_tools_later(subject: Subject) -> None:
     if subject.version == "2.1.197":
         return  # It has neither.
     limit = {"env": {"CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE": "1"}}
-    with subject.start(tools=TOOLS) as claude:
+    with subject.start(tools=TOOLS, more=[{**TOOLS[0], "name": "middle"}]) as claude:
         ready(claude, systemPrompt=[])
         claude.control("apply_flag_settings", settings=limit)
         lines = claude.turn("one", uuid=question_id(1))
@@ -718,12 +746,12 @@ def test_a_process_that_was_initialized_takes_a_prompt_and_tools_later(subject: 
         answers = [claude.control(
             "set_model", model=model, system_prompt="Be kind.", only_if_model_is_current=True
         )["subtype"] for model in ("claude-sonnet-4-6", "claude-opus-5-5")]
-        server = {"type": "sdk", "name": "client"}
-        claude.control("mcp_set_servers", servers={"client": server})
+        servers = {name: {"type": "sdk", "name": name} for name in ("client", "server")}
+        claude.control("mcp_set_servers", servers=servers)
         claude.turn("two")
     (query,) = subject.queries()
     assert answers == ["success", "error"]
-    assert (query["system"], query["tools"]) == (["Be kind."], ["alpha", "zeta"])
+    assert (query["system"], query["tools"]) == (["Be kind."], ["alpha", "middle", "zeta"])
     assert query["messages"] == [said("user", "two")]
 
 

@@ -17,20 +17,21 @@ CLAUDE_ARGS = (
     "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
     "--include-partial-messages", "--model", "claude-sonnet-4-6", "--tools", "",
     "--strict-mcp-config", "--setting-sources", "", "--disable-slash-commands",
-    "--allowedTools", "mcp__client",
+    "--allowedTools", "mcp__client", "mcp__server",
 )
 
 
 class ClaudeDriver:
     """One claude process, real or fake, spoken to line by line; to be used in a `with`.
 
-    tools   what the client's tool server lists. Its calls wait in `calls` for answer_call()"""
+    tools   what the client's tool server lists. Its calls wait in `calls` for answer_call()
+    more    what a second server lists, called "server"; its calls wait there too"""
 
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], cwd: Path,
-        tools: Sequence[Mapping[str, Json]] = (),
+        tools: Sequence[Mapping[str, Json]] = (), more: Sequence[Mapping[str, Json]] = (),
     ) -> None:
-        self.tools = tools
+        self.tools = {"client": list(tools), "server": list(more)}
         self.calls: list[dict[str, Json]] = []
         #: What hooks were told, each answered at once.
         self.hooks: list[dict[str, Json]] = []
@@ -137,7 +138,7 @@ class ClaudeDriver:
         if method == "tools/call":
             self.calls.append(line)
         elif method == "tools/list":
-            self._answer_mcp(line, {"tools": list(self.tools)})
+            self._answer_mcp(line, {"tools": self.tools[line["request"]["server_name"]]})
         elif method == "initialize":
             self._answer_mcp(line, {
                 "protocolVersion": message["params"]["protocolVersion"],

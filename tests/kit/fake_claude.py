@@ -392,10 +392,14 @@ class History:
 class Call:
     """A tool call of the model."""
 
-    def __init__(self, block: Step, tool: Optional[str], result: Json) -> None:
+    def __init__(
+        self, block: Step, tool: Optional[str], result: Json, server: str = "client"
+    ) -> None:
         self.block = block
         #: The client's own name of the tool, None if the tool is not the client's.
         self.tool = tool
+        #: Which of the client's tool servers has it.
+        self.server = server
         #: The tool_result block; a tool that is not the client's has it at once.
         self.result: Optional[Step] = result
         self.asked = False
@@ -580,7 +584,7 @@ class FakeClaude:
         self.emit(
             "system", subtype="init", cwd=os.getcwd(), model=self.model,
             tools=[
-                *(shown_name(tool["name"]) for tool in self.tools),
+                *(shown_name(tool["name"], tool["server"]) for tool in self.tools),
                 *(["StructuredOutput"] if (self.setup or {}).get("jsonSchema") else [])],
             mcp_servers=[{"name": name, "status": "connected"} for name in servers],
             permissionMode="default", slash_commands=[], apiKeySource="none",
@@ -696,7 +700,9 @@ class FakeClaude:
         record(
             "query", model=self.model, system=setup.get("systemPrompt", [AGENT_PROMPT]),
             settings=self.settings, thinking=self.thinking, schema=setup.get("jsonSchema"),
-            tools=self.tools, messages=self.history.for_model(),
+            tools=[{name: each for name, each in tool.items() if name != "server"}
+                   for tool in self.tools],
+            messages=self.history.for_model(),
             reminded=self.history.reminded())
         self.emit("system", subtype="status", status="requesting")
         steps = self.scenario.next_steps()
@@ -740,7 +746,7 @@ class FakeClaude:
             note = "[Request interrupted by user for tool use]"
             for call in calls:
                 if call.asked and call.result is None:
-                    self.ask("client", {"method": "notifications/cancelled",
+                    self.ask(call.server, {"method": "notifications/cancelled",
                                         "params": {"requestId": CALL_ID}})
                 call.result = call.result or tool_result(call.block["id"], REJECTED_TOOL, True)
                 self.emit_user([call.result])
@@ -803,10 +809,10 @@ class FakeClaude:
 
     # -- tools of the client ----------------------------------------------------
 
-    @property
-    def may_call_client(self) -> bool:
+    def may_call(self, server: str) -> bool:
         allowed = self.options.get("--allowedTools") or self.options.get("--allowed-tools", "")
-        return "mcp__client" in allowed or "--dangerously-skip-permissions" in self.options
+        is_allowed = f"mcp__{server}" in allowed.split()
+        return is_allowed or "--dangerously-skip-permissions" in self.options
 
     def ask(
         self, server: str, message: Step, then: Optional[Callable[[Step], None]] = None
@@ -825,7 +831,8 @@ class FakeClaude:
         """Shake hands with a tool server of the client and get its tools."""
         def listed(response: Step) -> None:
             self.connecting -= 1
-            tools = (mcp_result(response) or {}).get("tools", [])
+            found = (mcp_result(response) or {}).get("tools", [])
+            tools = [{**tool, "server": server} for tool in found]
             self.tools = sorted(self.tools + tools, key=lambda tool: str(tool["name"]))
 
         def connected(response: Step) -> None:
@@ -856,7 +863,7 @@ class FakeClaude:
 
         meta = {"claudecode/toolUseId": call.block["id"], "progressToken": 2}
         params = {"name": call.tool, "arguments": call.block["input"], "_meta": meta}
-        self.ask("client", {"method": "tools/call", "id": CALL_ID, "params": params}, answered)
+        self.ask(call.server, {"method": "tools/call", "id": CALL_ID, "params": params}, answered)
 
     def run_tools(self, turn: Turn, message: Message) -> None:
         """Get the results of the calls, one after the other, into the conversation."""
@@ -871,10 +878,10 @@ class FakeClaude:
         self.history.add("user", [call.result for call in message.calls])
 
 
-def shown_name(name: str) -> str:
+def shown_name(name: str, server: str) -> str:
     """The name by which the model knows a tool of the client."""
     plain = os.environ.get("CLAUDE_AGENT_SDK_MCP_NO_PREFIX") == "1"
-    return name if plain else f"mcp__client__{name}"
+    return name if plain else f"mcp__{server}__{name}"
 
 
 def tool_result(call_id: str, content: Json, is_error: bool = False) -> Step:
@@ -1081,21 +1088,22 @@ def step_think(fake: FakeClaude, step: Step) -> None:
 def step_tool(fake: FakeClaude, step: Step) -> None:
     """{"tool": {"name", "input", "id", "result"}}: a tool_use block; give the client's own name.
 
-    A tool of the client is called there; "StructuredOutput" ends the turn with its input;
-    any other tool is one of the program's own, with "result" as what it says."""
+    A tool of the client, or of its server, is called there; "StructuredOutput" ends the turn with
+    its input; any other tool is one of the program's own, with "result" as what it says."""
     wanted = step["tool"]
     name, given = wanted["name"], wanted.get("input", {})
-    of_client = any(tool["name"] == name for tool in fake.tools)
+    server = next((tool["server"] for tool in fake.tools if tool["name"] == name), "")
+    of_client = bool(server)
     block = {"type": "tool_use", "id": wanted.get("id") or "toolu_" + os.urandom(12).hex(),
-             "name": shown_name(name) if of_client else name, "input": given}
+             "name": shown_name(name, server) if of_client else name, "input": given}
     result = None if of_client else tool_result(block["id"], wanted.get("result", "ok"))
-    if of_client and not fake.may_call_client:
+    if of_client and not fake.may_call(server):
         denied = f"Claude requested permissions to use {name}, but you haven't granted it yet."
         result = tool_result(block["id"], denied, True)
     message = fake.start_block(dict(block, input={}))
     for piece in [""] + words_of(json.dumps(given), step.get("chunks", 2)):
         fake.emit_delta(message, "input_json_delta", "partial_json", piece)
-    message.calls.append(Call(block, name if of_client else None, result))
+    message.calls.append(Call(block, name if of_client else None, result, server))
     fake.stop_block(message, block)
     if name == "StructuredOutput" and fake.turn:
         fake.turn.structured_output = given

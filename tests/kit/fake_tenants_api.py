@@ -17,7 +17,10 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 Json = Any
 ADMIN = "admin-key-of-the-fake"
-PROFILE: Json = {"level": "api", "prompt": "", "instance": None}
+PROFILE: Json = {
+    "level": "api", "prompt": "", "clientTools": "keep", "skills": True, "relay": None,
+    "commands": "read", "tools": ["Read", "Grep", "Bash"], "sandbox": True, "text": "all",
+    "instance": None}
 BLOCKED = re.compile(
     r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|"
     r"OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL)_.*|"
@@ -177,8 +180,8 @@ class FakeServer:
         for field, value in body.items():
             if field not in PROFILE:
                 raise Refused(400, "unknown_field", f"{field} is no field")
-            if field == "level" and value != "api":
-                raise Refused(400, "invalid_value", "level: one of api")
+            if field == "level" and value not in ("api", "tools", "agent"):
+                raise Refused(400, "invalid_value", "level: one of api, tools, agent")
         return dict(body)
 
     def put_tenant(self, call: Call, name: str) -> tuple[int, Json]:

@@ -166,7 +166,7 @@ def test_a_tool_that_is_not_the_clients_runs_by_itself(bench: Bench) -> None:
 
 def test_a_tool_of_the_client_needs_to_be_allowed(bench: Bench) -> None:
     tools = [{"name": "find", "inputSchema": {"type": "object"}}]
-    args = [arg for arg in CLAUDE_ARGS if arg not in ("--allowedTools", "mcp__client")]
+    args = [arg for arg in CLAUDE_ARGS if arg != "mcp__client"]
     turns: Turns = [[{"tool": {"name": "find"}}], [{"say": "Done."}]]
     with bench.start(turns, tools=tools, args=args) as claude:
         claude.control("initialize", sdkMcpServers=["client"])

@@ -38,16 +38,18 @@ SECTION_LINES = {
     "Model schemas": 440, "Request fields": 390, "Attachments": 370, "Content": 380, "Tools": 560,
     "Dialects": 370, "Chat completions": 420, "Messages": 240, "Response items": 300,
     "Responses": 460, "Claude protocol": 220, "Claude input": 410, "Plan and failures": 320,
-    "Claude answers": 640, "Claude program": 630, "Claude process": 630, "Gate": 160,
+    "Claude answers": 640, "Claude program": 630, "Skills": 195, "Own tools": 480,
+    "Agents of tenants": 255,
+    "Claude process": 630, "Gate": 160,
     "Conversations": 160, "Process pool": 400, "Sessions and responses": 250, "Cache": 250,
     "Account": 290, "Logins": 90, "Sign-in": 220, "Alerts": 415, "Metrics": 140,
     "Connections": 390,
     "The original OCP": 290, "State folder": 175, "Capture": 240, "Jobs": 320,
-    "Running turns": 480, "Answering": 350, "App": 400, "Routes": 80, "HTTP server": 780,
+    "Running turns": 480, "Answering": 350, "App": 405, "Routes": 80, "HTTP server": 780,
     "Dashboard": 70, "API endpoints": 360, "Health and logs": 220, "Key endpoints": 390,
     "Tenant endpoints": 310, "Usage endpoints": 330,
     "Management endpoints": 210, "Pages and OpenAPI": 280,
-    "Table of routes": 62, "Demo claude": 190, "Command line": 330,
+    "Table of routes": 62, "Demo claude": 190, "Command line": 335,
 }
 #: The same of ocp_channels.py.
 CHANNELS_SECTION_LINES = {

@@ -450,6 +450,24 @@ def test_alerts_that_did_not_arrive_are_a_warning(
         "look at alertUrl and alertFormat, then try: `ocp alerts test`"]
 
 
+def test_tenants_that_are_not_at_their_level_confined_are_a_warning(healthy: Manager) -> None:
+    fine = {"name": "alice", "level": "agent", "levelInForce": "agent", "sandbox": True,
+            "obstacle": None}
+    rows = [fine, {**fine, "name": "bob", "levelInForce": "tools"},
+            {**fine, "name": "carol", "sandbox": False}, {**fine, "obstacle": "install it"}]
+    healthy.server.answers["GET /api/tenants"] = (200, {"tenants": rows[:1]})
+    assert examined(healthy)["levels"]["tenant_level"] == "PASS"
+    healthy.server.answers["GET /api/tenants"] = (200, {"tenants": rows[1:]})
+
+    found = examined(healthy)
+
+    assert found["levels"]["tenant_level"] == "WARN"
+    assert [line.split()[0] for line in found["next_action"]["human_required"]] == [
+        "alice", "bob", "carol"]
+    told = " ".join(found["next_action"]["human_required"])
+    assert "install it" in told and "OCP_TENANT_LEVEL=agent" in told and "not confined" in told
+
+
 @pytest.mark.few_cases
 @pytest.mark.parametrize("kinds, level, said", [
     ([], "PASS", "no request failed"),

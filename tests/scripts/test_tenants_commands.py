@@ -133,7 +133,7 @@ def test_edit_changes_fields_and_takes_the_prompt_from_a_file(lab: Lab, tmp_path
     assert lab.server.tenants["alice"]["profile"]["prompt"] == ""
     assert lab.run("edit", "alice").code == 2
     assert lab.run("edit", "nobody", "--level", "api").code == 1
-    assert lab.run("edit", "alice", "--level", "tools").code == 2
+    assert lab.run("edit", "alice", "--level", "admin").code == 2
 
 
 def test_show_tells_everything_but_secrets(lab: Lab) -> None:

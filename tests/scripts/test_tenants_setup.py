@@ -41,6 +41,25 @@ def config_of(path: Path) -> Any:
 # Setting up
 # ---------------------------------------------------------------------------
 
+def test_a_level_above_api_comes_with_the_way_to_the_instance_and_its_commands(lab: Lab) -> None:
+    container(lab)
+    local = lab.local()
+
+    assert lab.run("setup", "--yes", "--level", "tools", "--commands", "act").code == 0
+
+    profiles = {name: row["profile"] for name, row in lab.server.tenants.items()}
+    assert {(each["level"], each["commands"]) for each in profiles.values()} == {("tools", "act")}
+    assert profiles["alice"]["relay"] == {"container": "alice-openclaw-gateway-1"}
+    assert profiles["openclaw-local"]["relay"] == {"stateDir": str(local.parent)}
+    before = len([call for call in lab.server.calls if call.method in ("PUT", "PATCH")])
+    assert lab.run("setup", "--yes", "--level", "tools", "--commands", "act").code == 0
+    assert len([call for call in lab.server.calls if call.method in ("PUT", "PATCH")]) == before
+    assert lab.run("edit", "alice", "--level", "agent", "--commands", "read").code == 0
+    profile = lab.server.tenants["alice"]["profile"]
+    assert (profile["level"], profile["commands"]) == ("agent", "read")
+    assert profile["relay"] == {"container": "alice-openclaw-gateway-1"}
+
+
 def test_a_container_gets_a_key_of_its_own_and_the_server(lab: Lab) -> None:
     root = container(lab)
 

@@ -75,10 +75,11 @@ def test_a_key_becomes_a_tenants_once(house: Server) -> None:
     found = shown(house, "alice")
     folder = Path(found["folder"])
     assert {name: found[name] for name in found if name not in ("keyId", "folder")} == {
-        "name": "alice", "level": "api", "levelInForce": "api", "prompt": "Be Alice's.",
+        **ocp.TENANT_PROFILE, "name": "alice", "levelInForce": "api", "prompt": "Be Alice's.",
+        "obstacle": None,
         "instance": {"container": "alice-1"}, "env": [], "login": None,
-        "skills": {"count": 0, "skipped": 0}, "maxConcurrent": 1, "running": 0, "waiting": 0,
-        "parked": 0, "spares": 0, "lastUsed": None}
+        "skills": {"enabled": True, "count": 0, "skipped": 0}, "maxConcurrent": 1,
+        "running": 0, "waiting": 0, "parked": 0, "spares": 0, "lastUsed": None}
     assert folder == house.ocp_home / "tenants" / "alice"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert as_admin(house, "GET", "/api/tenants").json()["tenants"] == [found]
@@ -107,20 +108,74 @@ def test_fields_of_a_profile_are_changed_one_by_one_and_null_is_the_default(hous
         assert (found["prompt"], found["instance"], found["changed"]) == wanted
 
 
+def test_every_field_of_a_profile_is_kept_and_null_is_its_default(house: Server) -> None:
+    state = house.ocp_home.parent / "state"
+    state.mkdir()
+    profile = {
+        "level": "agent", "prompt": "One.", "clientTools": "drop", "skills": False,
+        "relay": {"stateDir": str(state)}, "commands": "act", "tools": ["Read", "WebFetch"],
+        "sandbox": False, "text": "final", "instance": {"a": 1},
+    }
+    assert profile.keys() == ocp.TENANT_PROFILE.keys()
+    tenant(house, "alice", **profile)
+
+    def told(found: dict[str, Json]) -> dict[str, Json]:
+        found["skills"] = found["skills"]["enabled"]
+        return {name: found[name] for name in profile}
+
+    assert told(shown(house, "alice")) == profile
+    other = as_admin(house, "PATCH", "/api/keys/alice/tenant", {"relay": {"container": "a_1.b"}})
+    assert other.json()["relay"] == {"container": "a_1.b"}
+    reset = as_admin(house, "PATCH", "/api/keys/alice/tenant", dict.fromkeys(profile)).json()
+    assert told(reset) == dict(ocp.TENANT_PROFILE)
+
+
+@pytest.mark.parametrize("bound", ocp.TENANT_LEVELS)
+def test_a_level_above_that_of_the_server_is_kept_and_works_as_the_servers(
+    tmp_path: Path, bound: str
+) -> None:
+    with running_server(tmp_path, env={**MULTI, "OCP_TENANT_LEVEL": bound}) as server:
+        for level in ocp.TENANT_LEVELS:
+            tenant(server, f"of-{level}", level=level)
+            found = shown(server, f"of-{level}")
+            in_force = min(level, bound, key=ocp.TENANT_LEVELS.index)
+            assert (found["level"], found["levelInForce"]) == (level, in_force)
+        told = as_admin(server, "GET", "/health").json()["tenants"]
+        assert {(each["level"], each["levelInForce"]) for each in told} == {
+            (each, min(each, bound, key=ocp.TENANT_LEVELS.index)) for each in ocp.TENANT_LEVELS}
+        status = as_admin(server, "GET", "/status").json()
+        assert status["proxy"]["tenantLevel"] == bound
+        assert (f"TENANT LEVEL {bound}" in server.output) == (bound != "api")
+        # Nobody raises it over the wire.
+        settings = as_admin(server, "PATCH", "/settings", {"tenantLevel": "agent"})
+        assert settings.status == 400
+
+
 @pytest.mark.few_cases
 @pytest.mark.parametrize(("field", "value"), [
-    ("level", "tools"), ("level", "agent"), ("level", "admin"), ("level", 1),
+    ("level", "admin"), ("level", 1),
     ("prompt", 5), ("prompt", "x" * 32_001), ("instance", "x"), ("instance", {"a": "x" * 16_384}),
-    ("relay", {"container": "x"}), ("sandbox", False), ("command", ["sh"]), ("env", {"A": "b"}),
+    ("clientTools", "some"), ("skills", "yes"), ("commands", "all"), ("sandbox", 0),
+    ("text", "last"), ("tools", "Read"), ("tools", ["Bash(docker:*)"]), ("tools", [True]),
+    ("tools", ["Read,Bash"]), ("tools", ["T"] * 41), ("relay", {}), ("relay", "a-1"),
+    ("relay", {"container": "a", "stateDir": "/tmp"}), ("relay", {"command": ["sh"]}),
+    ("relay", {"container": "a", "more": 1}),
+    *(("relay.container", name) for name in (
+        "--help", "$(touch x)", "a;b", "../../x", "x" * 129, "a\nb", "\U0001f600", "", "-a")),
+    *(("relay.stateDir", path) for path in (
+        "state", "~/state", "/nowhere/at/all", "/etc/passwd", "a\0b", "")),
+    ("command", ["sh"]), ("env", {"A": "b"}),
 ])
 def test_what_no_profile_has_is_refused_by_its_name(
     house: Server, field: str, value: Json
 ) -> None:
     new_key(house, name="plain")
     tenant(house, "alice", prompt="One.")
+    name, _, inner = field.partition(".")
+    body = {name: {inner: value} if inner else value}
 
-    for reply in (put(house, "plain", **{field: value}),
-                  as_admin(house, "PATCH", "/api/keys/alice/tenant", {field: value})):
+    for reply in (put(house, "plain", **body),
+                  as_admin(house, "PATCH", "/api/keys/alice/tenant", body)):
         assert (reply.status, error_of(reply)["param"]) == (400, field)
     assert shown(house, "alice")["prompt"] == "One."
     assert not (house.ocp_home / "tenants" / "plain").exists()
@@ -132,7 +187,7 @@ def test_the_folder_of_another_tenant_is_taken_over_only_when_asked(house: Serve
     skill.mkdir(parents=True)
     (skill / "SKILL.md").write_text("---\nname: notes\n---\n")
     (skill.parent / "linked").symlink_to(skill)
-    assert shown(house, "alice")["skills"] == {"count": 1, "skipped": 1}
+    assert shown(house, "alice")["skills"] == {"enabled": True, "count": 1, "skipped": 1}
     as_admin(house, "DELETE", "/api/keys/alice/tenant")
 
     refused = put(house, "alice")
@@ -220,7 +275,7 @@ def test_the_prompt_follows_those_of_client_and_operator(tmp_path: Path) -> None
         assert prompt_of(server, 1).endswith("The client's.\n\nThe operator's.")
 
 
-@pytest.mark.parametrize("change", ["prompt", "env", "login"])
+@pytest.mark.parametrize("change", ["prompt", "env", "login", "commands"])
 def test_a_change_holds_for_the_next_request_and_no_process_of_before_serves_it(
     house: Server, change: str
 ) -> None:
@@ -234,6 +289,8 @@ def test_a_change_holds_for_the_next_request_and_no_process_of_before_serves_it(
 
     if change == "prompt":
         as_admin(house, "PATCH", "/api/keys/alice/tenant", {"prompt": "Two."})
+    elif change == "commands":
+        as_admin(house, "PATCH", "/api/keys/alice/tenant", {"commands": "act"})
     elif change == "env":
         set_env(house, "alice", A="b")
     else:
@@ -363,8 +420,8 @@ def test_health_names_tenants_to_the_operator_only(house: Server) -> None:
 
     assert told["tenantCount"] == 2
     assert sorted(told["tenants"], key=lambda each: str(each["name"])) == [
-        {"name": "alice-of-the-house", "level": "api", "running": 0, "waiting": 0, "parked": 1},
-        {"name": "bob-of-the-house", "level": "api", "running": 0, "waiting": 0, "parked": 0}]
+        {"name": f"{name}-of-the-house", "level": "api", "levelInForce": "api", "running": 0,
+         "waiting": 0, "parked": parked} for name, parked in (("alice", 1), ("bob", 0))]
     for reply in strangers:
         assert (reply.status, reply.json()["tenantCount"]) == (200, 2)
         assert "of-the-house" not in reply.text

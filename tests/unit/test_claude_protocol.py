@@ -1173,10 +1173,10 @@ def agent_arguments(**settings: object) -> list[str]:
     return list(ocp.claude_arguments("claude-x", config))
 
 
-def test_the_only_tools_that_claude_may_use_by_itself_are_the_client_s() -> None:
+def test_the_only_tools_that_claude_may_use_by_itself_are_the_client_s_and_the_server_s() -> None:
     arguments = ocp.claude_arguments("claude-x", ocp.Config())
 
-    assert arguments[arguments.index("--allowedTools") + 1:] == ["mcp__client"]
+    assert arguments[arguments.index("--allowedTools") + 1:] == ["mcp__client", "mcp__server"]
 
 
 def test_in_agent_mode_claude_has_the_tools_that_the_operator_names() -> None:

@@ -61,6 +61,7 @@ CONTRACT = {
     "ClaudeMissing": (503, "server_error", "claude_unavailable", False),
     "ClaudeAway": (503, "server_error", "claude_unavailable", True),
     "ClaudeTooOld": (503, "server_error", "claude_unavailable", False),
+    "SandboxUnavailable": (503, "server_error", "sandbox_unavailable", False),
     "NotReady": (503, "server_error", "not_ready", True),
     "Draining": (503, "server_error", "shutting_down", True),
     "StorageFailed": (503, "server_error", "database_failed", True),

@@ -342,3 +342,22 @@ def test_a_limit_that_is_lowered_is_kept_as_requests_end() -> None:
         assert not slots[3].runs
         door.gate.release(slots[2])
         assert slots[3].runs
+
+
+def test_a_request_that_waits_for_an_own_tool_leaves_the_place_of_its_caller_only() -> None:
+    door = Door(running=3, waiting=5)
+
+    with contextlib.ExitStack() as stack:
+        outer = door.line_up(stack, most=1)
+        inner = door.line_up(stack, most=1)
+        assert runs(outer, inner) == [True, False]
+        with outer.lent():
+            assert runs(inner) == [True]
+            others = [door.line_up(stack, name) for name in ("b", "c")]
+            assert runs(*others) == [True, False]
+            further = door.line_up(stack, most=1)
+            assert not further.runs
+        assert not further.runs
+        with inner.lent(), outer.lent():
+            # The server has no place.
+            assert not further.runs

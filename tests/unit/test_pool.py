@@ -31,7 +31,8 @@ class FakeProcess:
     def __init__(self, kind: Any, born_s: float, *, lives: bool = True) -> None:
         """`kind` is a ProcessKind, or for the server's login the name of a model."""
         self.kind = kind
-        self.model_id, self.login = (kind, ocp.SERVER_LOGIN) if isinstance(kind, str) else kind
+        self.model_id, self.login, self.agent = (
+            (kind, ocp.SERVER_LOGIN, None) if isinstance(kind, str) else kind)
         self.born_s = born_s
         self.lives = lives
         #: Whether its end has come, once it was stopped.

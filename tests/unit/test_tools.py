@@ -757,6 +757,55 @@ def test_the_server_is_announced_only_where_there_are_tools() -> None:
     assert "sdkMcpServers" not in lines_of(second)[0]["request"]
 
 
+OWN = (ocp.Tool("openclaw_cli", "Own.", {"type": "object"}),)
+
+
+@pytest.mark.parametrize(("tools", "wanted"), [
+    ((), ["server"]), ((ocp.Tool("clock", "", {"type": "object"}),), ["client", "server"]),
+])
+def test_own_tools_are_a_server_of_their_own_also_in_a_process_that_was_primed(
+    tools: Any, wanted: list[str]
+) -> None:
+    asked = turn()._replace(tools=tools, own_tools=OWN)
+
+    first, *_ = lines_of(ocp.setup_lines(asked, ""))
+    primed, *_ = lines_of(ocp.setup_lines(asked, "", is_primed=True))
+
+    assert first["request"]["sdkMcpServers"] == wanted
+    assert primed["request"] == {"subtype": "mcp_set_servers", "servers": {
+        name: {"type": "sdk", "name": name} for name in wanted}}
+
+
+def test_own_tools_are_among_those_that_go_to_the_api_unchanged() -> None:
+    tools = (ocp.Tool("openclaw_cli", "Gr\u00fc\u00dfe.", {"type": "object"}),
+             ocp.Tool("a", "b", {"type": "object"}))
+
+    asked = turn()._replace(tools=tools, own_tools=OWN)
+    lines = lines_of(ocp.setup_lines(asked, ""))
+
+    extra = json.loads(lines[-1]["request"]["settings"]["env"]["CLAUDE_CODE_EXTRA_BODY"])
+    assert [(tool["name"], tool["description"]) for tool in extra["tools"]] == [
+        ("a", "b"), ("openclaw_cli", "Own."),
+        (ocp.wire_name("openclaw_cli"), "Gr\u00fc\u00dfe.")]
+
+
+def test_a_call_that_is_cancelled_is_one_of_its_own_server() -> None:
+    server = ocp.ToolServer((ocp.Tool("clock", "", {}),), OWN)
+
+    def told(name: str, method: str, **message: Json) -> None:
+        server.reply({"request_id": "r", "request": {
+            "server_name": name, "message": {"method": method, **message}}})
+
+    for name, tool in (("client", "clock"), ("server", "openclaw_cli")):
+        told(name, "tools/call", id=2, params={
+            "name": tool, "arguments": {}, "_meta": {"claudecode/toolUseId": f"call-{name}"}})
+    assert [call.name for call in server.own_calls] == ["openclaw_cli"]
+    told("client", "notifications/cancelled", params={"requestId": 2})
+    assert [call.name for call in server.own_calls] == ["openclaw_cli"]
+    told("server", "notifications/cancelled", params={"requestId": 2})
+    assert server.own_calls == []
+
+
 def test_earlier_calls_are_written_under_the_names_that_the_api_takes() -> None:
     use = {"type": "tool_use", "id": "c1", "name": "a.b", "input": {}}
     message = ocp.Message("assistant", [use])
