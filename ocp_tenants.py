@@ -2465,13 +2465,14 @@ def steps_of(sides: Sides, direction: str, overwrites: bool) -> list[Step]:
             continue
         state = state_of(here.digest if here else "", there.digest if there else "",
                          str(known.get("digest") or ""))
-        action, asks = re.fullmatch(  # type: ignore[union-attr]
-            r"(\w*)(!?)", STATES[state][DIRECTIONS.index(direction)]).groups()
-        reason = hindrance(sides, name, action) if action else ""
-        if action and asks and not overwrites:
-            reason = reason or "--overwrite replaces it"
-        elif not action and state != "the same":
-            reason = "--pull or --push says which way" if direction == "bisync" else "nothing to do"
+        cells = dict(zip(DIRECTIONS, STATES[state]))
+        action, asks = cells[direction].rstrip("!"), cells[direction].endswith("!")
+        if not action or asks and not overwrites:
+            action = ""
+            reason = " or ".join(cells[each].replace("!", " --overwrite")
+                                 for each in ("pull", "push") if cells[each])
+        else:
+            reason = hindrance(sides, name, action)
         steps.append(Step(name, state, here, there, "" if reason else action, reason))
     return steps
 
@@ -2759,7 +2760,7 @@ _OTHERWISE: Mapping[str, str] = {
     "cli.bin": "CLAUDE_BIN names another claude",
     "cli.skill_file": "`ocp tenants edit NAME --prompt FILE` takes such a text",
     "server.port": "", "cli.effort": "", "cli.max_per_tenant": "", "session.cleanup_interval": "",
-    "skills.sync": "", "skills.dir": "--skills copies the skills in it"}
+    "skills.sync": "", "skills.dir": ""}
 DIFFERENCES = (
     "OpenClaw's own tools reach the model and run where OpenClaw runs; claude uses none here.",
     "A model that is not known is an error (404), and not sonnet.",
@@ -2804,7 +2805,8 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
     secret = str(row.get("api_key") or "")
     if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
         secret = ""
-        notes.append("its key is no key here: `ocp tenants apply` gives its instance the new one")
+        notes.append("its key has not 32 to 128 letters, digits, - and _: `ocp tenants apply "
+                     f"{name}` gives its instance the new one")
     env, values = as_dict(row.get("env")), dict[str, str]()
     for each, value in [*env.items(), *as_dict(env.get("vars")).items()]:
         text = text_of(value)
@@ -2827,11 +2829,8 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
     return Imported(name, origin, secret, values, instance, tuple(notes))
 
 
-class ImportStep(NamedTuple):
-    """One thing that is to be done for a tenant."""
-
-    words: str
-    do: Callable[[], object]
+#: One thing that is to be done for a tenant: what it is, and what does it.
+ImportStep = tuple[str, Callable[[], object]]
 
 
 def import_steps(
@@ -2850,22 +2849,22 @@ def import_steps(
         def make_key() -> None:
             folder.write(secret.encode() + b"\n", "key")
             job.server.ask("POST", "/api/keys", {**key, "name": name, "secret": secret})
-        steps.append(ImportStep("its key" if tenant.secret else "a new key", make_key))
+        steps.append(("its key" if tenant.secret else "a new key", make_key))
     place = tenant.instance and {
         "kind": tenant.instance.kind, "where": tenant.instance.where,
         "id": tenant.instance.container_id, "stateDir": tenant.instance.state_dir,
         "configPath": tenant.instance.config_path}
     if is_new:
         body = {"level": job.options.level or LEVELS[0], "instance": place, "adopt": True}
-        steps.append(ImportStep("tenant", lambda: job.server.tenant(name, "PUT", body)))
+        steps.append(("tenant", lambda: job.server.tenant(name, "PUT", body)))
     if place and not folder.place():
         content = json.dumps(place, indent=1).encode()
-        steps.append(ImportStep(f"its instance is {place['where']}", lambda: folder.write(
+        steps.append((f"its instance is {place['where']}", lambda: folder.write(
             content, "instance", "instance.json")))
     known = job.tenants.get(name, {}).get("env") or []
     env = {each: value for each, value in tenant.env.items() if each not in known}
     if env:
-        steps.append(ImportStep(counted(len(env), "variable"), lambda: job.server.tenant(
+        steps.append((counted(len(env), "variable"), lambda: job.server.tenant(
             name, "PATCH", env, "/env")))
     if skills and _FOLDER_NAME.fullmatch(tenant.origin):
         source = Root(job.world, skills, (tenant.origin,), max_above=0)
@@ -2873,7 +2872,7 @@ def import_steps(
         sides = both_sides(folder, nobody, [source], sync_record(folder))
         pulls = [each for each in steps_of(sides, "pull", False) if each.state == "new there"]
         if pulls:
-            steps.append(ImportStep(
+            steps.append((
                 counted(len(pulls), "skill"), lambda: sides.own.put(
                     [each.there for each in pulls if each.there], sides.here.skills)))
     return steps
@@ -2884,12 +2883,13 @@ def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
     lines, rows = [], as_dict(job.server.ask("GET", "/settings"))
     for section, there, here, factor in _SETTINGS:
         value, row = as_dict(config.get(section)).get(there), as_dict(rows.get(here))
-        if isinstance(value, int) and isinstance(row.get("max"), int):
+        if type(value) is int and isinstance(row.get("max"), int):
             value = max(row["min"], min(row["max"], value * factor))
             lines += [f"ocp settings {here} {value}"] * (value != row.get("value"))
     port = as_dict(config.get("server")).get("port", 3456)
     if port != port_of(job.server.url):
-        lines.append(f"start this server on port {port} (CLAUDE_PROXY_PORT): instances ask there")
+        lines.append("stop cc-gateway, and start this server on its port: "
+                     f"CLAUDE_PROXY_PORT={clean(port)[:80]}")
     for section, fields in config.items():
         for each in as_dict(fields) if section != "tenants" else ():
             word = _OTHERWISE.get(f"{section}.{each}", "" if any(
@@ -3015,19 +3015,8 @@ class Result(NamedTuple):
     @property
     def is_empty(self) -> bool:
         """Return whether there is nothing to do."""
-        return (self.plan is None or self.plan.is_empty) and not self.pulls
-
-    @property
-    def pulls(self) -> int:
-        """Return how many skills are to be pulled."""
-        return sum(bool(each.action) for each in self.skills.steps) if self.skills else 0
-
-    @property
-    def about_skills(self) -> list[str]:
-        """Return what to say of its skills."""
-        if self.skills and self.skills.problem:
-            return [f"skills FAILED: {self.skills.problem}"]
-        return [f"{counted(self.pulls, 'skill')} to pull"] * bool(self.pulls)
+        return (self.plan is None or self.plan.is_empty) and not (
+            self.skills and any(each.action for each in self.skills.steps))
 
 
 def planned(job: Job, instance: Instance) -> Result:
@@ -3049,16 +3038,9 @@ def carried_out(job: Job, result: Result) -> Result:
     if not result.skills:
         return result
     skills = carried(result.skills)
-    pulled = skills.problem and f"skills FAILED: {skills.problem}" or (
-        f"{counted(result.pulls, 'skill')} pulled" if result.pulls else "")
+    pulled = skills.summary("pulled")
     done = () if pulled and result.plan and result.plan.is_empty else result.done
-    return result._replace(skills=skills, done=(*done, *([pulled] if pulled else ())))
-
-
-def with_skills(job: Job, result: Result) -> Result:
-    """Return a plan with that for the skills of its instance."""
-    return result if result.plan is None else result._replace(
-        skills=synced(job, result.instance, "pull"))
+    return result._replace(skills=skills, done=(*done, *pulled))
 
 
 def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
@@ -3073,7 +3055,7 @@ def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], 
 def cmd_setup(run: Run) -> Exit:
     """Make tenants of instances, and pull their skills."""
     if run.args.skills:
-        return _sync(run, "pull")
+        return _skills(run, "pull", _show_steps)
     return _set_up(run, only_tenants=False)
 
 
@@ -3087,11 +3069,12 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
     run.say(f"Server {job.server.url}, mode multi")
     results = [planned(job, each) for each in instances_of(run, job, only_tenants)]
     if not only_tenants and not run.args.no_skills:
-        results = [with_skills(job, each) for each in results]
+        results = [each._replace(skills=each.plan and synced(job, each.instance, "pull"))
+                   for each in results]
     if not results:
         run.say("No OpenClaw was found here: see `ocp tenants discover`.")
     show_results(run, results, lambda each: "\n".join(
-        ["; ".join([each.plan.summary, *each.about_skills]),
+        ["; ".join([each.plan.summary, *(each.skills.summary("to pull") if each.skills else ())]),
          *(each.plan.diff if run.args.dry_run else ())] if each.plan else []))
     if not run.args.dry_run and not all(each.is_empty for each in results):
         run.confirm("Do this?")
@@ -3398,21 +3381,6 @@ class Synced(NamedTuple):
             "leftOut": {word: found.left_out for word, found in (
                 ("here", sides.here), ("there", sides.there))} if sides else {}}
 
-    def lines(self, world: World) -> list[str]:
-        """Return what to tell of it."""
-        if self.problem:
-            return [f"  FAILED: {self.problem}"]
-        named: dict[str, list[str]] = {}
-        for each in self.steps:
-            word = {"pull": "pulled", "push": "pushed"}.get(each.action) or (
-                f"left, {each.state} ({each.reason})" if each.reason else "")
-            named.setdefault(word, []).append(each.name)
-        same = len(named.pop("", []))
-        rows = [f"  {word}: {', '.join(names)}" for word, names in named.items()]
-        rows += [f"  what was replaced: {world.shown_path(self.kept)}"] * bool(self.kept)
-        rows += [f"  {counted(same, 'skill')} the same"] * bool(same) + self.left_out
-        return rows or ["  no skills"]
-
     @property
     def left_out(self) -> list[str]:
         """Return lines that name what was not read."""
@@ -3422,6 +3390,12 @@ class Synced(NamedTuple):
             more = [f"and {len(shown) - 20} more"] * (len(shown) > 20)
             rows += [f"  left out {word}: {', '.join(shown[:20] + more)}"] * bool(shown)
         return rows
+
+    def summary(self, verb: str) -> list[str]:
+        """Return what to say of a pull in a few words, if anything."""
+        count = sum(bool(each.action) for each in self.steps)
+        return [f"skills FAILED: {self.problem}"] if self.problem else (
+            [f"{counted(count, 'skill')} {verb}"] * bool(count))
 
 
 def synced(
@@ -3450,63 +3424,48 @@ def carried(done: Synced) -> Synced:
         return done._replace(problem=str(problem).rstrip("."))
 
 
-def _sync(run: Run, direction: str) -> Exit:
-    """Copy skills one way or both."""
-    job, found, told = run.job(), [], vars(run.args)
+def _skills(
+    run: Run, direction: str, show: Callable[[Run, Synced], list[str]], writes: bool = True
+) -> Exit:
+    """Compare the skills of tenants with those of their instances, and copy them if that is asked
+    for."""
+    job, found, told = run.job(), list[Synced](), vars(run.args)
     for instance in instances_of(run, job, only_tenants=True):
         done = synced(job, instance, direction, told.get("bundled", False),
                       told.get("overwrite", False))
-        found.append(done if run.args.dry_run else carried(done))
-        run.say("\n".join([f"{instance.name}:", *map(clean, found[-1].lines(run.world))]))
-    return _told(run, found)
-
-
-def _told(run: Run, found: Sequence[Synced]) -> Exit:
+        found.append(carried(done) if writes and not run.args.dry_run else done)
+        done = found[-1]
+        lines = [clean(f"  FAILED: {done.problem}")] if done.problem else [
+            *show(run, done), *done.left_out] or ["  no skills"]
+        run.say("\n".join([f"{instance.name}:", *lines]))
     if not found:
         run.say("No tenant has an instance here: see `ocp tenants discover`.")
     run.print_json({"tenants": [each.as_json() for each in found]})
     return Exit.FAILED if any(each.problem for each in found) else Exit.OK
 
 
-def cmd_pull(run: Run) -> Exit:
-    """Copy skills of instances to their tenants."""
-    return _sync(run, "pull")
+def _show_steps(run: Run, done: Synced) -> list[str]:
+    """Return what was done, or is to be done."""
+    named: dict[str, list[str]] = {}
+    for each in done.steps:
+        word = {"pull": "pulled", "push": "pushed"}.get(each.action) or (
+            f"left, {each.state} ({each.reason})" if each.reason else "the same")
+        named.setdefault(word, []).append(each.name)
+    same = named.pop("the same", [])
+    return [*(f"  {word}: {', '.join(names)}" for word, names in named.items()),
+            *([f"  what was replaced: {run.world.shown_path(done.kept)}"] * bool(done.kept)),
+            *([f"  {counted(len(same), 'skill')} the same"] * bool(same))]
 
 
-def cmd_push(run: Run) -> Exit:
-    """Copy skills of tenants to their instances."""
-    return _sync(run, "push")
-
-
-def cmd_bisync(run: Run) -> Exit:
-    """Copy what is new on either side to the other."""
-    return _sync(run, run.args.direction)
-
-
-def _show_states(run: Run, is_whole: bool) -> Exit:
-    job, found = run.job(), []
-    for instance in instances_of(run, job, only_tenants=True):
-        done = synced(job, instance, "bisync", run.args.bundled)
-        found.append(done)
-        rows = [(each.name, each.state, counted(each.changed_files, "file"),
-                 run.world.shown_path(each.there.root.path) if each.there else "-")
-                for each in done.steps if is_whole or each.state != "the same"]
-        same = len(done.steps) - len(rows)
-        lines = [table(("Skill", "State", "Differs", "There in"), rows, ())] if rows else []
-        lines += [f"  {counted(same, 'skill')} the same"] * (same > 0) + done.left_out
-        lines = [f"  FAILED: {done.problem}"] if done.problem else lines or ["  no skills"]
-        run.say("\n".join([f"{instance.name}:", *lines]))
-    return _told(run, found)
-
-
-def cmd_skills(run: Run) -> Exit:
-    """List the skills of tenants and instances."""
-    return _show_states(run, is_whole=True)
-
-
-def cmd_diff(run: Run) -> Exit:
-    """List the skills that are not the same on both sides."""
-    return _show_states(run, is_whole=False)
+def _show_states(run: Run, done: Synced) -> list[str]:
+    """Return a table of skills."""
+    steps = [each for each in done.steps
+             if run.args.action == "list" or each.state != "the same"]
+    rows = [(each.name, each.state, counted(each.changed_files, "file"),
+             run.world.shown_path(each.there.root.path) if each.there else "-") for each in steps]
+    same = len(done.steps) - len(rows)
+    return [*([table(("Skill", "State", "Differs", "There in"), rows, ())] * bool(rows)),
+            *([f"  {counted(same, 'skill')} the same"] * bool(same))]
 
 
 def cmd_clean(run: Run) -> Exit:
@@ -3532,7 +3491,7 @@ def cmd_import(run: Run) -> Exit:
     config = read_gateway(world, args.file)
     job = run.job()
     limit, effort = (as_dict(config.get("cli")).get(each) for each in ("max_per_tenant", "effort"))
-    key = {"maxConcurrent": limit if isinstance(limit, int) and limit > 0 else 1,
+    key = {"maxConcurrent": min(limit, 1000) if type(limit) is int and limit > 0 else 1,
            **({"effort": effort} if effort in ("low", "medium", "high", "max") else {})}
     skills = os.path.abspath(args.skills) if args.skills else ""
     if skills and not os.path.isdir(skills):
@@ -3548,27 +3507,33 @@ def cmd_import(run: Run) -> Exit:
             problem = str(failure).rstrip(".")
         seen.add(tenant.name)
         rows.append((tenant, steps, problem))
-        words = ", ".join(each.words for each in steps) or "nothing to do"
-        run.say(clean(f"  {tenant.name}  {f'FAILED: {problem}' if problem else words}"))
+    width = max((len(tenant.name) for tenant, *_ in rows), default=0)
+    for tenant, steps, problem in rows:
+        words = ", ".join(word for word, _ in steps) or "nothing to do"
+        run.say(clean(f"  {tenant.name:{width}}  {f'FAILED: {problem}' if problem else words}"))
         run.say("\n".join(f"    {note}" for note in tenant.notes))
     if any(steps for _, steps, _ in rows) and not args.dry_run:
         run.confirm("Do this?")
         rows = [(tenant, steps, problem or _import(run, tenant, steps))
                 for tenant, steps, problem in rows]
+        run.say(f"{counted(sum(not problem for *_, problem in rows), 'tenant')} taken over.")
     advice = import_advice(job, config)
+    beside = os.path.join(os.path.dirname(args.file), "skills")
+    advice += [f"--skills {clean(beside)} copies the skills in it"] * (
+        not skills and os.path.isdir(beside))
     run.say("\n".join(["Left to do:", *(f"  {line}" for line in advice)] if advice else []))
     run.say("\n".join(["What is different here:", *(f"  {line}" for line in DIFFERENCES)]))
     run.print_json({"advice": advice, "differences": DIFFERENCES, "tenants": [
         {"name": tenant.name, "origin": tenant.origin, "notes": tenant.notes, "problem": problem,
-         "done": [each.words for each in steps]} for tenant, steps, problem in rows]})
+         "done": [word for word, _ in steps]} for tenant, steps, problem in rows]})
     return Exit.FAILED if any(problem for *_, problem in rows) else Exit.OK
 
 
 def _import(run: Run, tenant: Imported, steps: Sequence[ImportStep]) -> str:
     """Do what is missing of a tenant. Returns what went wrong, empty for nothing."""
     try:
-        for each in steps:
-            each.do()
+        for _, do in steps:
+            do()
     except Problem as problem:
         run.say(clean(f"  {tenant.name}  FAILED: {problem}"))
         return str(problem).rstrip(".")
@@ -3588,6 +3553,7 @@ class Command(NamedTuple):
     takes: tuple[str, ...] = ()
 
 
+_SYNC = ("names", "skills", "dry-run", "overwrite")
 COMMANDS = (
     Command("list", "list the tenants", cmd_list),
     Command("discover", "find OpenClaw containers and folders on this machine", cmd_discover),
@@ -3609,14 +3575,15 @@ COMMANDS = (
     Command("import", "take over the tenants of a config.yaml of cc-gateway", cmd_import,
             ("file", "changes", "import")),
     Command("skills list", "list skills, and whether they are the same in the instance",
-            cmd_skills, ("names", "skills")),
-    Command("skills diff", "list skills that are not the same", cmd_diff, ("names", "skills")),
-    Command("skills pull", "copy skills of instances to their tenants", cmd_pull,
-            ("names", "skills", "dry-run", "overwrite")),
-    Command("skills push", "copy skills of tenants to their instances", cmd_push,
-            ("names", "skills", "dry-run", "overwrite")),
-    Command("skills bisync", "copy what is new on either side to the other", cmd_bisync,
-            ("names", "skills", "dry-run", "overwrite", "bisync")),
+            lambda run: _skills(run, "bisync", _show_states, False), ("names", "skills")),
+    Command("skills diff", "list skills that are not the same",
+            lambda run: _skills(run, "bisync", _show_states, False), ("names", "skills")),
+    Command("skills pull", "copy skills of instances to their tenants",
+            lambda run: _skills(run, "pull", _show_steps), _SYNC),
+    Command("skills push", "copy skills of tenants to their instances",
+            lambda run: _skills(run, "push", _show_steps), _SYNC),
+    Command("skills bisync", "copy what is new on either side to the other",
+            lambda run: _skills(run, run.args.direction, _show_steps), (*_SYNC, "bisync")),
     Command("skills clean", "move skills that came by a sync to backup/", cmd_clean,
             ("names", "dry-run", "overwrite")),
 )

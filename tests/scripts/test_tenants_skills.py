@@ -453,7 +453,7 @@ def test_bisync_copies_new_ones_both_ways_and_leaves_differences(lab: Lab) -> No
     ran = lab.run("skills", "bisync")
 
     assert "pulled: there" in ran.stdout and "pushed: here" in ran.stdout
-    assert "changed on both sides (--pull or --push says which way): both" in ran.stdout
+    assert "changed on both sides (pull --overwrite or push --overwrite): both" in ran.stdout
     assert "pulled: both" in lab.run("skills", "bisync", "--pull", "--overwrite").stdout
 
 
