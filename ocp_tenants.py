@@ -1303,7 +1303,7 @@ def start_job(world: World, server: Server, options: Options) -> Job:
     key, has no tenants, or is not in mode multi."""
     health = as_dict(server.ask("GET", "/health"))
     if "version" not in health or "authMode" not in health:
-        raise failed(f"What answers at {server.url} is not an OCP server.")
+        raise failed(f"What answers at {server.url} is not an OCP server: name that with --server.")
     if health["authMode"] != "multi":
         raise failed(f"{server.url} is in mode {clean(health['authMode'])}, in which keys have no "
                      "effect: set CLAUDE_AUTH_MODE=multi and restart it.")
@@ -2536,16 +2536,20 @@ def carry_skills(sides: Sides, steps: Sequence[Step]) -> str:
     return kept
 
 
-def clean_skills(folder: Folder, overwrites: bool, is_dry: bool) -> tuple[list[str], list[str]]:
+def clean_skills(
+    folder: Folder, overwrites: bool, is_dry: bool
+) -> tuple[list[str], list[str], str]:
     """Move the skills that came by a sync from a tenant's folder to backup/. Returns their names,
-    and those that stay because they were changed since, or cannot be kept whole. Raises Problem."""
+    those that stay because they were changed since or cannot be kept whole, and where the first are
+    now. Raises Problem."""
     own, record = tenant_root(folder), sync_record(folder)
     skills = own.read().skills
     known = [skills[name] for name in sorted(skills) if name in record]
     gone = [each for each in known if each.is_whole and (
         overwrites or each.digest == record[each.name].get("digest"))]
+    kept = folder.inside("backup")
     if gone and not is_dry:
-        back_up(folder, gone)
+        kept = back_up(folder, gone)
         try:
             with opened_folder(own.base, *own.parts) as at:
                 _put_skills(at, (), skills)
@@ -2555,7 +2559,7 @@ def clean_skills(folder: Folder, overwrites: bool, is_dry: bool) -> tuple[list[s
             raise failed(f"{own.path} cannot be written: {error.strerror}") from None
         write_record(folder, {name: row for name, row in record.items()
                               if name not in {each.name for each in gone}})
-    return [each.name for each in gone], [each.name for each in known if each not in gone]
+    return [each.name for each in gone], [each.name for each in known if each not in gone], kept
 
 
 # ==== 8. Import ==============================================================
@@ -2767,7 +2771,7 @@ DIFFERENCES = (
     "Every request needs a key.")
 
 
-def read_gateway(world: World, path: str) -> dict[str, Json]:
+def read_gateway(path: str) -> dict[str, Json]:
     """Return the values of a config.yaml. Raises Problem, with the line and what to do by hand."""
     held = _read_own(path)
     if held is None:
@@ -2838,44 +2842,45 @@ def import_steps(
 ) -> list[ImportStep]:
     """Return what is missing of a tenant. `key` are fields of a new key, `skills` is the folder
     with the skills of all tenants there. Raises Problem for one to leave alone."""
-    name, folder, steps = tenant.name, job.folder(tenant.name), list[ImportStep]()
+    name, folder, instance = tenant.name, job.folder(tenant.name), tenant.instance
     secret = tenant.secret or folder.secret() or new_secret()
-    is_new = name not in job.tenants
+    is_new, steps = name not in job.tenants, list[ImportStep]()
     if name in job.keys and not is_holder(job.server, secret, name):
         raise failed(f"there is a key {name} already, with another secret")
     if is_new and os.path.isdir(folder.path) and not (folder.secret() or job.options.adopt):
         raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
     if name not in job.keys:
-        def make_key() -> None:
-            folder.write(secret.encode() + b"\n", "key")
-            job.server.ask("POST", "/api/keys", {**key, "name": name, "secret": secret})
-        steps.append(("its key" if tenant.secret else "a new key", make_key))
-    place = tenant.instance and {
-        "kind": tenant.instance.kind, "where": tenant.instance.where,
-        "id": tenant.instance.container_id, "stateDir": tenant.instance.state_dir,
-        "configPath": tenant.instance.config_path}
+        body = {**key, "name": name, "secret": secret}
+        steps += [("its key" if tenant.secret else "a new key", lambda: (
+            folder.write(secret.encode() + b"\n", "key"),
+            job.server.ask("POST", "/api/keys", body)))]
+    place = instance and {
+        "kind": instance.kind, "where": instance.where, "id": instance.container_id,
+        "stateDir": instance.state_dir, "configPath": instance.config_path}
     if is_new:
-        body = {"level": job.options.level or LEVELS[0], "instance": place, "adopt": True}
-        steps.append(("tenant", lambda: job.server.tenant(name, "PUT", body)))
+        profile = {"level": job.options.level or LEVELS[0], "instance": place, "adopt": True}
+        steps += [("tenant", lambda: job.server.tenant(name, "PUT", profile))]
     if place and not folder.place():
         content = json.dumps(place, indent=1).encode()
-        steps.append((f"its instance is {place['where']}", lambda: folder.write(
-            content, "instance", "instance.json")))
+        steps += [(f"its instance is {place['where']}", lambda: folder.write(
+            content, "instance", "instance.json"))]
     known = job.tenants.get(name, {}).get("env") or []
     env = {each: value for each, value in tenant.env.items() if each not in known}
     if env:
-        steps.append((counted(len(env), "variable"), lambda: job.server.tenant(
-            name, "PATCH", env, "/env")))
-    if skills and _FOLDER_NAME.fullmatch(tenant.origin):
-        source = Root(job.world, skills, (tenant.origin,), max_above=0)
-        nobody = folder_instance(skills, name)
-        sides = both_sides(folder, nobody, [source], sync_record(folder))
-        pulls = [each for each in steps_of(sides, "pull", False) if each.state == "new there"]
-        if pulls:
-            steps.append((
-                counted(len(pulls), "skill"), lambda: sides.own.put(
-                    [each.there for each in pulls if each.there], sides.here.skills)))
-    return steps
+        steps += [(counted(len(env), "variable"), lambda: job.server.tenant(
+            name, "PATCH", env, "/env"))]
+    return steps + missing_skills(folder, tenant.origin, skills)
+
+
+def missing_skills(folder: Folder, origin: str, skills: str) -> list[ImportStep]:
+    """Return the copying of those skills that a tenant does not have. Raises Problem."""
+    if not skills or not _FOLDER_NAME.fullmatch(origin):
+        return []
+    source, own = Root(folder.world, skills, (origin,), max_above=0), tenant_root(folder)
+    here, there = own.read().skills, source.read().skills
+    names = {name.casefold() for name in here}
+    new = [skill for name, skill in there.items() if name.casefold() not in names]
+    return [(counted(len(new), "skill"), lambda: own.put(new, here))] if new else []
 
 
 def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
@@ -2892,9 +2897,10 @@ def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
                      f"CLAUDE_PROXY_PORT={clean(port)[:80]}")
     for section, fields in config.items():
         for each in as_dict(fields) if section != "tenants" else ():
-            word = _OTHERWISE.get(f"{section}.{each}", "" if any(
-                (section, each) == row[:2] for row in _SETTINGS) else "it is not known")
-            lines += [f"{clean(section)}.{clean(each)}: {word}"] * bool(word)
+            name = f"{section}.{each}"
+            word = _OTHERWISE.get(name, "" if any(
+                (section, each) == row[:2] for row in _SETTINGS) else "it is not known here")
+            lines += [f"{clean(name)[:80]}: {word}"] * (bool(word) and fields[each] != "claude")
     return lines
 
 
@@ -3447,8 +3453,9 @@ def _skills(
 def _show_steps(run: Run, done: Synced) -> list[str]:
     """Return what was done, or is to be done."""
     named: dict[str, list[str]] = {}
+    form = "to {}" if run.args.dry_run else "{}ed"
     for each in done.steps:
-        word = {"pull": "pulled", "push": "pushed"}.get(each.action) or (
+        word = form.format(each.action) if each.action else (
             f"left, {each.state} ({each.reason})" if each.reason else "the same")
         named.setdefault(word, []).append(each.name)
     same = named.pop("the same", [])
@@ -3474,10 +3481,12 @@ def cmd_clean(run: Run) -> Exit:
     for name in args.names or sorted(job.tenants):
         if name not in job.tenants:
             raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
-        gone, kept = clean_skills(job.folder(name), args.overwrite, args.dry_run)
-        rows.append({"name": name, "cleaned": gone, "kept": kept})
-        run.say(f"{name}: {', '.join(gone) or 'nothing'} moved to backup/")
-        run.say(kept and f"  left, changed since or not whole: {', '.join(kept)}" or "")
+        gone, left, kept = clean_skills(job.folder(name), args.overwrite, args.dry_run)
+        rows.append({"name": name, "cleaned": gone, "left": left, "backup": kept if gone else ""})
+        to = f"{'to move' if args.dry_run else 'moved'} to {run.world.shown_path(kept)}"
+        lines = [f"  {to}: {', '.join(gone)}"] * bool(gone)
+        lines += [f"  left, changed since or not whole: {', '.join(left)}"] * bool(left)
+        run.say("\n".join([f"{name}:", *(lines or ["  nothing to move"])]))
     run.print_json({"tenants": rows})
     return Exit.OK
 
@@ -3488,24 +3497,22 @@ def cmd_clean(run: Run) -> Exit:
 def cmd_import(run: Run) -> Exit:
     """Take the tenants of a config.yaml of cc-gateway over."""
     world, args = run.world, run.args
-    config = read_gateway(world, args.file)
-    job = run.job()
+    config, job = read_gateway(args.file), run.job()
     limit, effort = (as_dict(config.get("cli")).get(each) for each in ("max_per_tenant", "effort"))
     key = {"maxConcurrent": min(limit, 1000) if type(limit) is int and limit > 0 else 1,
            **({"effort": effort} if effort in ("low", "medium", "high", "max") else {})}
     skills = os.path.abspath(args.skills) if args.skills else ""
     if skills and not os.path.isdir(skills):
         raise failed(f"--skills: {clean(skills)} is no folder.")
-    found, seen, rows = discover(world).instances, set[str](), []
+    found, rows = discover(world).instances, list[tuple[Imported, list[ImportStep], str]]()
     for row in config["tenants"]:
         tenant, steps, problem = imported(row, found), list[ImportStep](), ""
         try:
-            if tenant.name in seen:
+            if tenant.name in [other.name for other, *_ in rows]:
                 raise failed("two tenants have this name")
             steps = import_steps(job, tenant, key, skills)
         except Problem as failure:
             problem = str(failure).rstrip(".")
-        seen.add(tenant.name)
         rows.append((tenant, steps, problem))
     width = max((len(tenant.name) for tenant, *_ in rows), default=0)
     for tenant, steps, problem in rows:
@@ -3517,16 +3524,22 @@ def cmd_import(run: Run) -> Exit:
         rows = [(tenant, steps, problem or _import(run, tenant, steps))
                 for tenant, steps, problem in rows]
         run.say(f"{counted(sum(not problem for *_, problem in rows), 'tenant')} taken over.")
-    advice = import_advice(job, config)
-    beside = os.path.join(os.path.dirname(args.file), "skills")
-    advice += [f"--skills {clean(beside)} copies the skills in it"] * (
-        not skills and os.path.isdir(beside))
+    _end_import(run, rows, import_advice(job, config))
+    return Exit.FAILED if any(problem for *_, problem in rows) else Exit.OK
+
+
+def _end_import(
+    run: Run, rows: Sequence[tuple[Imported, Sequence[ImportStep], str]], advice: list[str]
+) -> None:
+    """Tell what is left to do, and what is different here."""
+    beside = os.path.join(os.path.dirname(run.args.file), "skills")
+    advice += [f"`--skills {clean(beside)}` copies the skills in that folder"] * (
+        not run.args.skills and os.path.isdir(beside))
     run.say("\n".join(["Left to do:", *(f"  {line}" for line in advice)] if advice else []))
     run.say("\n".join(["What is different here:", *(f"  {line}" for line in DIFFERENCES)]))
     run.print_json({"advice": advice, "differences": DIFFERENCES, "tenants": [
         {"name": tenant.name, "origin": tenant.origin, "notes": tenant.notes, "problem": problem,
-         "done": [word for word, _ in steps]} for tenant, steps, problem in rows]})
-    return Exit.FAILED if any(problem for *_, problem in rows) else Exit.OK
+         "steps": [word for word, _ in steps]} for tenant, steps, problem in rows]})
 
 
 def _import(run: Run, tenant: Imported, steps: Sequence[ImportStep]) -> str:
