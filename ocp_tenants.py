@@ -1951,7 +1951,7 @@ def with_sources(text: str, instance: Instance) -> str:
 _MAX_SKILL_FILE_BYTES, _MAX_SKILL_BYTES, _MAX_ROOT_BYTES = 1_000_000, 10_000_000, 200_000_000
 _MAX_SKILL_FILES, _MAX_SKILLS, _MAX_ENTRIES = 500, 200, 20_000
 #: How many folders may be between the root and a skill, and how many parts a path in a skill has.
-_MAX_ABOVE, _MAX_INSIDE = 6, 8
+_MAX_ABOVE, _MAX_INSIDE, _MAX_PATH_CHARS = 6, 8, 1000
 #: How much of a tar may be headers of one entry.
 _MAX_HEADER_BYTES = 100_000
 #: Beside skills: those that are being written, and those that they replace.
@@ -2124,7 +2124,7 @@ def fault_of(member: Member) -> str:
         return "not below its folder"
     if not member.path.isprintable() or any(len(part.encode()) > 255 for part in parts):
         return "a name that no file may have"
-    if len(parts) > _MAX_ABOVE + _MAX_INSIDE + 1:
+    if len(parts) > _MAX_ABOVE + _MAX_INSIDE + 1 or len(member.path) > _MAX_PATH_CHARS:
         return "too deep"
     if member.kind not in ("file", "folder"):
         return member.kind
@@ -2164,7 +2164,7 @@ def collect(root: Root, members: Iterator[Member], write: Write | None) -> Found
         if len(content) > _MAX_SKILL_FILE_BYTES:
             reason = "larger than 1 MB"
         if reason:
-            left_out[clean(member.path)[:200]] = reason
+            left_out[clean(member.path)[:_MAX_PATH_CHARS]] = reason
         elif member.file:
             size += len(content)
             files[member.path] = File(member.is_executable, len(content), digest(content))
@@ -2192,7 +2192,7 @@ def grouped(
             continue
         reason = unfit(root, home, inside, skills)
         if reason:
-            left_out[home[:200]] = reason
+            left_out[home] = reason
         else:
             is_whole = not any(path.startswith(f"{home}/") for path in left_out)
             skills[name] = Skill(name, root, home, inside, is_whole)
@@ -2488,7 +2488,7 @@ def hindrance(sides: Sides, name: str, action: str) -> str:
         return "something else has its name there" if action == "push" else (
             "something else has its name here")
     if held and not held.is_whole:
-        return "what was left out of the one to be replaced would be lost"
+        return "it would replace one of which something was left out"
     if action == "push" and held and not sides.instance.is_running:
         return "nothing in a stopped container can be replaced: start it"
     return ""
@@ -3392,7 +3392,7 @@ class Synced(NamedTuple):
         """Return lines that name what was not read."""
         sides, rows = self.sides, []
         for word, found in (("here", sides.here), ("there", sides.there)) if sides else ():
-            shown = [f"{path} ({reason})" for path, reason in sorted(found.left_out.items())]
+            shown = [f"{path[:100]} ({reason})" for path, reason in sorted(found.left_out.items())]
             more = [f"and {len(shown) - 20} more"] * (len(shown) > 20)
             rows += [f"  left out {word}: {', '.join(shown[:20] + more)}"] * bool(shown)
         return rows
