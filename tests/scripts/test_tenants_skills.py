@@ -172,6 +172,19 @@ def test_a_tar_without_end_is_given_up_before_it_fills_the_memory(
     assert stream.count < most_bytes
 
 
+def test_long_headers_of_many_entries_are_not_kept() -> None:
+    large = tarfile.TarInfo("skills/x")
+    large.pax_headers = {"comment": "c" * 90_000}
+    one = large.tobuf(tarfile.PAX_FORMAT)
+    stream = io.BytesIO(one * 200)
+    tracemalloc.start()
+    try:
+        collected(stream)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_tar_of_too_many_entries_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tenants, "_MAX_ENTRIES", 50)
 
@@ -337,6 +350,18 @@ def test_a_skill_that_could_not_be_kept_whole_is_not_replaced(lab: Lab) -> None:
     assert (own(lab) / "one/SKILL.md").read_text() == TEXT
 
 
+def test_a_skill_that_changes_while_it_is_copied_is_not_taken(lab: Lab) -> None:
+    root = alice(lab)
+    skill(root / SKILLS / "one")
+    lab.docker.change_before(
+        f"^cp -- .*{SKILLS} -", root / SKILLS / "one/SKILL.md", "TIMES", times=9)
+
+    ran = lab.run("skills", "pull")
+
+    assert ran.code == 1 and "one was changed just now: run this again" in ran.stdout
+    assert not (own(lab) / "one").exists()
+
+
 @pytest.mark.parametrize("place", ["alice", "alice/skills", "alice/backup"])
 def test_no_link_in_the_tenants_folder_is_followed(lab: Lab, tmp_path: Path, place: str) -> None:
     root = alice(lab)
@@ -473,16 +498,17 @@ def test_bisync_copies_new_ones_both_ways_and_leaves_differences(lab: Lab) -> No
 
 def test_clean_moves_what_came_by_a_sync_and_is_unchanged_to_the_backup(lab: Lab) -> None:
     root = alice(lab)
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         skill(root / SKILLS / name)
     skill(own(lab) / "mine")
     lab.run("skills", "pull")
     skill(own(lab) / "two", "changed")
+    (own(lab) / "three/large").write_bytes(b"x" * 1_000_001)
 
     ran = lab.run("skills", "clean")
 
-    assert "Z: one\n" in ran.stdout and "not whole: two\n" in ran.stdout
-    assert sorted(os.listdir(own(lab))) == ["mine", "two"]
+    assert "Z: one\n" in ran.stdout and "not whole: three, two\n" in ran.stdout
+    assert sorted(os.listdir(own(lab))) == ["mine", "three", "two"]
     [kept] = (lab.ocp_home / "tenants/alice/backup").iterdir()
     assert os.listdir(kept) == ["one"]
     assert "pulled: one" in lab.run("skills", "pull").stdout
