@@ -2967,7 +2967,8 @@ def cmd_tenants(env: Env, args: argparse.Namespace) -> Exit:
 
 def tenants_commands(env: Env) -> list[str]:
     """Return the commands of ocp_tenants.py, none if it is not there."""
-    return re.findall(r'\n    Command\("([a-z-]+)"', text_of(env.beside("ocp_tenants.py")))
+    found = re.findall(r'\n    Command\("([a-z-]+)[" ]', text_of(env.beside("ocp_tenants.py")))
+    return list(dict.fromkeys(found))
 
 
 def cmd_sync(env: Env, args: argparse.Namespace) -> Exit:

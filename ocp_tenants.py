@@ -413,6 +413,72 @@ def run_words(
         return running.finish(output[:limit_bytes])
 
 
+#: Opens a folder, and no link to one.
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
+    """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
+    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
+    try:
+        for part in parts:
+            if makes:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=at)
+                    _own_below(at, part)
+            below = os.open(part, _FOLDER_FLAGS, dir_fd=at)
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
+
+
+def _own_below(at: int, name: str) -> None:
+    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
+    if os.geteuid() == 0:
+        owner = os.fstat(at)
+        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
+
+
+def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
+    """Write a new private file below an open folder, and make its folders. Raises OSError."""
+    *folders, name = path.split("/")
+    with opened_folder(at, *folders, makes=True) as folder:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o700 if is_executable else 0o600)
+            os.fsync(file.fileno())
+        _own_below(folder, name)
+
+
+def move_below(at: int, source: str, target: str) -> None:
+    """Rename something below an open folder, whose new folders are made. Raises OSError."""
+    (*sources, old), (*targets, new) = source.split("/"), target.split("/")
+    with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
+        os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
+
+
+def remove_below(at: int, name: str) -> None:
+    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return
+    if is_folder:
+        with opened_folder(at, name) as folder:
+            for each in os.listdir(folder):
+                remove_below(folder, each)
+        os.rmdir(name, dir_fd=at)
+    else:
+        os.unlink(name, dir_fd=at)
+
+
 #: The form of a tenant's name, also a part of paths.
 TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 
@@ -1253,7 +1319,7 @@ def start_job(world: World, server: Server, options: Options) -> Job:
     key, has no tenants, or is not in mode multi."""
     health = as_dict(server.ask("GET", "/health"))
     if "version" not in health or "authMode" not in health:
-        raise failed(f"What answers at {server.url} is not an OCP server.")
+        raise failed(f"What answers at {server.url} is not an OCP server: name that with --server.")
     if health["authMode"] != "multi":
         raise failed(f"{server.url} is in mode {clean(health['authMode'])}, in which keys have no "
                      "effect: set CLAUDE_AUTH_MODE=multi and restart it.")
@@ -1894,11 +1960,966 @@ def with_sources(text: str, instance: Instance) -> str:
 
 
 # ==== 7. Skills ==============================================================
-# Compare, fetch and bring skills.
+# Compare the skills of a tenant with those of its instance, and copy them one way or the other.
+# What an instance has is judged entry by entry before a byte of it is written. A skill is replaced
+# whole, what it replaces goes to backup/ first, and no sync deletes a skill.
+
+
+#: Limits for a file, a skill, and all in one folder.
+_MAX_SKILL_FILE_BYTES, _MAX_SKILL_BYTES, _MAX_ROOT_BYTES = 1_000_000, 10_000_000, 200_000_000
+_MAX_SKILL_FILES, _MAX_SKILLS, _MAX_ENTRIES = 500, 200, 20_000
+#: How many folders may be between the root and a skill, and how many parts a path in a skill has.
+_MAX_ABOVE, _MAX_INSIDE, _MAX_PATH_CHARS = 6, 8, 1000
+#: How much of a tar may be headers of one entry.
+_MAX_HEADER_BYTES = 100_000
+#: Beside skills: those that are being written, and those that they replace.
+_NEW, _OLD = ".ocp-new", ".ocp-old"
+_BUNDLED = "/app"
+
+
+class Member(NamedTuple):
+    """What lies somewhere below a folder of skills."""
+
+    path: str
+    #: "file", "folder", or what it is instead.
+    kind: str
+    is_executable: bool = False
+    size: int = 0
+    file: IO[bytes] | None = None
+
+
+class Metered:
+    """The bytes of a tar. Nobody reads more of them than allow() has said: tarfile would collect
+    headers without end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left, self._all = file, _MAX_HEADER_BYTES, _MAX_ROOT_BYTES
+
+    def allow(self, count: int) -> None:
+        self._left = count
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left, self._all = self._left - len(content), self._all - len(content)
+        if self._all < 0:
+            raise failed(f"its skills are more than {_MAX_ROOT_BYTES} bytes")
+        if self._left < 0:
+            raise failed("docker sent a header that is too long")
+        return content
+
+
+def tar_members(output: IO[bytes]) -> Iterator[Member]:
+    """Yield what is in a tar, below its first folder. Raises Problem, tarfile.TarError, OSError."""
+    metered: Any = Metered(output)
+    with tarfile.open(fileobj=metered, mode="r|") as tar:
+        # It keeps every entry that it has read, for whoever goes back.
+        past: list[tarfile.TarInfo] = vars(tar)["members"]
+        entry = tar.next()
+        while entry is not None:
+            first, _, inner = entry.name.partition("/")
+            kind = next((word for is_so, word in (
+                (entry.issym(), "a link"), (entry.islnk(), "a hard link"),
+                (entry.issparse(), "a sparse file"), (entry.isdir(), "folder"),
+                (entry.isreg(), "file")) if is_so), "a device")
+            metered.allow(entry.size + _MAX_HEADER_BYTES)
+            if inner or kind != "folder":
+                path = inner if first not in ("", ".", "..") and inner else entry.name
+                yield Member(path, kind, bool(entry.mode & 0o111), entry.size,
+                             tar.extractfile(entry) if kind == "file" else None)
+            past.clear()
+            entry = tar.next()
+
+
+def folder_members(at: int, above: str = "") -> Iterator[Member]:
+    """Yield what is below an open folder; no link is followed. Raises OSError."""
+    for name in sorted(os.listdir(at)):
+        path = above + name
+        try:
+            mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode) and path.count("/") < _MAX_ABOVE + _MAX_INSIDE:
+                yield Member(path, "folder")
+                with opened_folder(at, name) as below:
+                    yield from folder_members(below, f"{path}/")
+            elif stat.S_ISREG(mode):
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                with open(os.open(name, flags, dir_fd=at), "rb") as file:
+                    told = os.fstat(file.fileno())
+                    kind = "file" if stat.S_ISREG(told.st_mode) else "a device"
+                    yield Member(path, kind, bool(told.st_mode & 0o111), told.st_size, file)
+            else:
+                yield Member(path, "a link" if stat.S_ISLNK(mode) else "a device")
+        except OSError as error:
+            yield Member(path, f"not readable: {error.strerror}")
+
+
+class File(NamedTuple):
+    """A file of a skill."""
+
+    is_executable: bool
+    size: int
+    digest: str
+
+
+class Root(NamedTuple):
+    """A folder with skills: that of a tenant, or one of an instance."""
+
+    world: World
+    #: The folder that is opened as it is; no part below it may be a link.
+    base: str
+    parts: tuple[str, ...]
+    #: The container that it is in, None for this machine.
+    container: Instance | None = None
+    #: How many folders may be between it and a skill.
+    max_above: int = _MAX_ABOVE
+    is_bundled: bool = False
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.base, *self.parts)
+
+    def read(self, write: Write | None = None) -> Found:
+        """Return the skills; each file that is not left out is handed to `write` too. Raises
+        Problem."""
+        if self.container:
+            return _read_contained_skills(self, self.container, write)
+        try:
+            with opened_folder(self.base, *self.parts) as at:
+                return collect(self, folder_members(at), write)
+        except FileNotFoundError:
+            return Found({}, {})
+        except OSError as error:
+            raise failed(f"{self.path} cannot be read: {error.strerror}") from None
+
+    def put(self, skills: Sequence[Skill], held: Mapping[str, Skill]) -> None:
+        """Copy skills here, each whole, into the places of those that are held under their names.
+        Raises Problem."""
+        if self.container:
+            _put_contained_skills(self, self.container, skills, held)
+            return
+        try:
+            make_folders(self.base)
+            with opened_folder(self.base, *self.parts, makes=True) as at:
+                _put_skills(at, skills, held)
+        except OSError as error:
+            raise failed(f"{self.path} cannot be written: {error.strerror}") from None
+
+
+class Skill(NamedTuple):
+    """A folder with a SKILL.md."""
+
+    name: str
+    root: Root
+    #: Its path below the root.
+    home: str
+    files: Mapping[str, File]
+    #: Whether nothing of it was left out.
+    is_whole: bool
+
+    @property
+    def digest(self) -> str:
+        rows = (f"{path}\0{each.is_executable}\0{each.digest}\n"
+                for path, each in sorted(self.files.items()))
+        return digest("".join(rows).encode())
+
+
+class Found(NamedTuple):
+    """The skills of a folder by name, and what was left out with the reason, by path."""
+
+    skills: dict[str, Skill]
+    left_out: dict[str, str]
+    #: Whether a run that was interrupted has left something.
+    has_drafts: bool = False
+
+
+#: Takes a path, the content, and whether it can be executed.
+Write = Callable[[str, bytes, bool], None]
+
+
+def fault_of(member: Member) -> str:
+    """Return why something may be no part of a skill, empty if it may."""
+    parts = member.path.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        return "not below its folder"
+    if not member.path.isprintable() or any(len(part.encode()) > 255 for part in parts):
+        return "a name that no file may have"
+    if len(parts) > _MAX_ABOVE + _MAX_INSIDE + 1 or len(member.path) > _MAX_PATH_CHARS:
+        return "too deep"
+    if member.kind not in ("file", "folder"):
+        return member.kind
+    return "larger than 1 MB" if member.size > _MAX_SKILL_FILE_BYTES else ""
+
+
+def clash_of(path: str, files: Mapping[str, File], spellings: dict[str, str]) -> str:
+    """Return why a path cannot be beside what was before it, empty if it can. `spellings` are the
+    paths of before by their folded case."""
+    for each in (*parents(path), path):
+        if each in files:
+            return "there twice"
+        if spellings.setdefault(each.casefold(), each) != each:
+            return "a name that differs only in case from another"
+    return ""
+
+
+def parents(path: str) -> Iterator[str]:
+    """Yield the folders of a path, the outermost first."""
+    for match in re.finditer("/", path):
+        yield path[:match.start()]
+
+
+def collect(root: Root, members: Iterator[Member], write: Write | None) -> Found:
+    """Return the skills among what is below a folder. Raises Problem for too much of it."""
+    files, left_out, spellings, size = dict[str, File](), dict[str, str](), dict[str, str](), 0
+    has_drafts = False
+    for number, member in enumerate(members):
+        if number >= _MAX_ENTRIES or size > _MAX_ROOT_BYTES:
+            raise failed(f"{root.path} has more than {_MAX_ENTRIES} entries, or too large ones")
+        first = member.path.partition("/")[0]
+        has_drafts = has_drafts or first in (_NEW, _OLD)
+        if first == _NEW:
+            continue
+        reason = fault_of(member) or clash_of(member.path, files, spellings)
+        content = b"" if reason or not member.file else member.file.read(_MAX_SKILL_FILE_BYTES + 1)
+        if len(content) > _MAX_SKILL_FILE_BYTES:
+            reason = "larger than 1 MB"
+        if reason:
+            left_out[clean(member.path)[:_MAX_PATH_CHARS]] = reason
+        elif member.file:
+            size += len(content)
+            files[member.path] = File(member.is_executable, len(content), digest(content))
+            if write:
+                write(member.path, content, member.is_executable)
+    return Found(grouped(root, files, left_out), left_out, has_drafts)
+
+
+def grouped(
+    root: Root, files: Mapping[str, File], left_out: dict[str, str]
+) -> dict[str, Skill]:
+    """Return the skills that files make, each a folder with a SKILL.md and whatever is below it.
+    Those that are not taken are added to `left_out`."""
+    homes = {path.rpartition("/")[0] for path in files if path.endswith("/SKILL.md")}
+    contents: dict[str, dict[str, File]] = {}
+    for path, file in files.items():
+        home = next((each for each in parents(path) if each in homes), "")
+        if home and not re.search(r"(?:^|/)(?:\.(?!ocp-old/)|node_modules/)", home):
+            contents.setdefault(home, {})[path[len(home) + 1:]] = file
+    skills: dict[str, Skill] = {}
+    # What a run that was interrupted has set aside counts where nothing has its name.
+    for home in sorted(contents, key=lambda each: (each.startswith(_OLD), each.count("/"), each)):
+        name, inside = home.rpartition("/")[2], contents[home]
+        if home.startswith(_OLD) and name in skills:
+            continue
+        reason = unfit(root, home, inside, skills)
+        if reason:
+            left_out[home] = reason
+        else:
+            is_whole = not any(path.startswith(f"{home}/") for path in left_out)
+            skills[name] = Skill(name, root, home, inside, is_whole)
+    return skills
+
+
+def unfit(root: Root, home: str, inside: Mapping[str, File], skills: Mapping[str, Skill]) -> str:
+    """Return why a folder with a SKILL.md is not taken, empty if it is."""
+    name = home.rpartition("/")[2]
+    if not _FOLDER_NAME.fullmatch(name):
+        return "no name for a folder"
+    if name.casefold() in map(str.casefold, skills):
+        return "another skill has its name"
+    if home.removeprefix(f"{_OLD}/").count("/") > root.max_above:
+        return "too deep"
+    if any(path.count("/") >= _MAX_INSIDE for path in inside):
+        return "it has folders that are too deep"
+    if len(inside) > _MAX_SKILL_FILES or sum(e.size for e in inside.values()) > _MAX_SKILL_BYTES:
+        return f"more than {_MAX_SKILL_FILES} files or 10 MB"
+    return f"more than {_MAX_SKILLS} skills" if len(skills) >= _MAX_SKILLS else ""
+
+
+def _read_contained_skills(root: Root, container: Instance, write: Write | None) -> Found:
+    try:
+        running = Docker(root.world).open_tar(container.where, root.path)
+    except OSError as error:
+        raise failed(f"docker: {error.strerror}") from None
+    found = None
+    with running:
+        with contextlib.suppress(tarfile.TarError):
+            found = collect(root, tar_members(running.output), write)
+        if len(running.output.read(1_000_000)) == 1_000_000:
+            running.kill("sent more than a tar")
+        ran = running.finish()
+    if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
+        return Found({}, {})
+    if ran.code != 0 or found is None:
+        raise failed("docker sent no whole tar" if ran.code == 0 else ran.complaint)
+    return found
+
+
+def copy_skills(skills: Sequence[Skill], write: Write) -> None:
+    """Hand every file of skills to `write`, its path begun by the skill's name. Raises Problem if
+    they are no longer what they were."""
+    for root in {skill.root.path: skill.root for skill in skills}.values():
+        wanted = {skill.home: skill for skill in skills if skill.root.path == root.path}
+
+        def write_wanted(
+            path: str, content: bytes, is_executable: bool, wanted: Mapping[str, Skill] = wanted
+        ) -> None:
+            home = next((each for each in parents(path) if each in wanted), None)
+            if home is not None:
+                write(f"{wanted[home].name}{path[len(home):]}", content, is_executable)
+
+        now = root.read(write_wanted).skills
+        for skill in wanted.values():
+            if skill.name not in now or now[skill.name].digest != skill.digest:
+                raise failed(f"{skill.name} was changed just now: run this again")
+
+
+def _put_skills(at: int, skills: Sequence[Skill], held: Mapping[str, Skill]) -> None:
+    """Root.put for an open folder. Raises Problem, OSError."""
+    for skill in held.values():
+        if skill.home != home_for(skill, held):
+            move_below(at, skill.home, home_for(skill, held))
+    remove_below(at, _NEW)
+    remove_below(at, _OLD)
+    with opened_folder(at, _NEW, makes=True) as new:
+        copy_skills(skills, functools.partial(write_below, new))
+    for skill in skills:
+        home = home_for(skill, held)
+        if skill.name in held:
+            move_below(at, home, f"{_OLD}/{home}")
+        move_below(at, f"{_NEW}/{skill.name}", home)
+    remove_below(at, _NEW)
+    remove_below(at, _OLD)
+
+
+def home_for(skill: Skill, held: Mapping[str, Skill]) -> str:
+    """Return where a skill goes, below a folder that holds these."""
+    return held[skill.name].home.removeprefix(f"{_OLD}/") if skill.name in held else skill.name
+
+
+def _put_contained_skills(
+    root: Root, container: Instance, skills: Sequence[Skill], held: Mapping[str, Skill]
+) -> None:
+    """Root.put for a container: one tar of drafts beside, then a rename for each. Into a stopped
+    one new skills go at once, since nothing can be renamed there."""
+    docker, path = Docker(root.world), root.path
+
+    def run(*words: str) -> None:
+        ran = docker.exec(container.where, *words)
+        if ran.code != 0:
+            raise failed(f"{path} was not written: {ran.complaint}")
+
+    def move(source: str, target: str) -> None:
+        run("mv", "-T", "--", f"{path}/{source}", f"{path}/{target}")
+
+    drafts = (f"{path}/{_NEW}", f"{path}/{_OLD}")
+    if container.is_running:
+        run("mkdir", "-p", "--", path)
+        for skill in held.values():
+            if skill.home != home_for(skill, held):
+                move(skill.home, home_for(skill, held))
+        run("rm", "-rf", "--", *drafts)
+    if skills:
+        uid = container_uid(root.world, container)
+        content = tar_of_skills(skills, uid, f"{_NEW}/" if container.is_running else "")
+        ran = docker.put_tar(container.where, path, content)
+        if ran.code != 0:
+            raise failed(f"{path} was not written: {ran.complaint}")
+    for skill in skills if container.is_running else ():
+        home = home_for(skill, held)
+        if skill.name in held:
+            run("mkdir", "-p", "--", os.path.dirname(f"{path}/{_OLD}/{home}"))
+            move(home, f"{_OLD}/{home}")
+        move(f"{_NEW}/{skill.name}", home)
+    if skills and container.is_running:
+        run("rm", "-rf", "--", *drafts)
+
+
+def tar_of_skills(skills: Sequence[Skill], uid: int, above: str) -> bytes:
+    """Return a tar of skills, all owned by a user, their paths begun by `above`. Raises Problem."""
+    out, made = io.BytesIO(), set[str]()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+
+        def add(path: str, content: bytes | None, is_executable: bool) -> None:
+            entry = tarfile.TarInfo(path)
+            entry.uid = entry.gid = uid
+            entry.mode = 0o700 if is_executable else 0o600
+            entry.mtime = int(time.time())
+            entry.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            entry.size = len(content or b"")
+            tar.addfile(entry, io.BytesIO(content or b""))
+
+        def write(path: str, content: bytes, is_executable: bool) -> None:
+            for each in parents(above + path):
+                if each not in made:
+                    made.add(each)
+                    add(each, None, True)
+            add(above + path, content, is_executable)
+
+        copy_skills(skills, write)
+    return out.getvalue()
+
+
+# -- both sides ---------------------------------------------------------------
+
+
+class Sides(NamedTuple):
+    """The skills of a tenant, and those of its instance."""
+
+    folder: Folder
+    instance: Instance
+    own: Root
+    #: Where the instance gets skills.
+    target: Root
+    here: Found
+    there: Found
+    #: By name, what was the same on both sides at the last sync: {"digest", "bundled"}.
+    record: Mapping[str, Mapping[str, Json]]
+
+
+def skill_roots(world: World, instance: Instance, with_bundled: bool) -> list[Root]:
+    """Return the folders in which an instance has skills, those that it prefers first. Raises
+    Problem."""
+    held = read_file(world, instance, instance.config_path)
+    config = parsed_config(world, held.content) if held else {}
+    state, container = instance.state_dir, instance if instance.is_container else None
+    home = os.path.dirname(state) if container else world.home
+    named = as_dict(as_dict(config.get("agents")).get("defaults")).get("workspace")
+    workspace = str(named or f"{state}/workspace").rstrip("/")
+    workspace = home + workspace[1:] if workspace.startswith("~/") else workspace
+    if not is_usable_path(workspace):
+        raise failed(f"its workspace {clean(workspace)[:80]} is no plain path")
+    bases = [workspace, f"{workspace}/.agents"]
+    # Those of the user are for the instance with the usual state folder only.
+    bases += [f"{home}/.agents"] if state == f"{home}/.openclaw" else []
+    roots = [Root(world, base, ("skills",), container) for base in (*bases, state)]
+    program = shutil.which("openclaw", path=world.environ.get("PATH", os.defpath))
+    bundled = _BUNDLED if container else os.path.dirname(os.path.realpath(program or "/openclaw"))
+    bundle = Root(world, bundled, ("skills",), container, is_bundled=True)
+    return [*roots, bundle] if with_bundled else roots
+
+
+def tenant_root(folder: Folder) -> Root:
+    """Return the folder of a tenant's skills, in which the server looks."""
+    return Root(folder.world, folder.world.tenants_folder, (folder.name, "skills"), max_above=0)
+
+
+def both_sides(
+    folder: Folder, instance: Instance, roots: Sequence[Root], record: Mapping[str, Json]
+) -> Sides:
+    """Return the skills of a tenant and those in folders of its instance. Raises Problem."""
+    own, there = tenant_root(folder), roots[0].read()
+    for found in [root.read() for root in roots[1:]]:
+        there.skills.update({**found.skills, **there.skills})
+        there.left_out.update(found.left_out)
+    return Sides(folder, instance, own, roots[0], own.read(), there, record)
+
+
+def sync_record(folder: Folder) -> dict[str, Json]:
+    """Return what was the same at the last sync, by the skill's name. Raises Problem."""
+    with contextlib.suppress(ValueError):
+        told = as_dict(as_dict(json.loads(folder.read("sync.json") or b"{}")).get("skills"))
+        return {name: as_dict(row) for name, row in told.items()}
+    return {}
+
+
+def write_record(folder: Folder, record: Mapping[str, Json]) -> None:
+    """Keep what is the same now, if that is news. Raises Problem."""
+    if record != sync_record(folder):
+        folder.write(json.dumps({"skills": record}, indent=1).encode(), "sync.json")
+
+
+#: What is done about each state of a skill by `bisync`, `pull` and `push`. With "!" it is done only
+#: with --overwrite.
+DIRECTIONS = ("bisync", "pull", "push")
+STATES: Mapping[str, tuple[str, str, str]] = {
+    "the same": ("", "", ""),
+    "new there": ("pull", "pull", ""),
+    "new here": ("push", "", "push"),
+    "changed there": ("", "pull", "push!"),
+    "changed here": ("", "pull!", "push"),
+    "changed on both sides": ("", "pull!", "push!"),
+    "gone there": ("", "", "push!"),
+    "gone here": ("", "pull!", ""),
+}
+
+
+def state_of(here: str, there: str, known: str) -> str:
+    """Return the state of a skill with these digests here, there, and at the last sync; empty where
+    there is none."""
+    if here == there:
+        return "the same"
+    if not here or not there:
+        word = "gone" if known else "new"
+        return f"{word} {'here' if bool(here) != bool(known) else 'there'}"
+    changes = {here: "changed there", there: "changed here"}
+    return changes.get(known, "changed on both sides")
+
+
+class Step(NamedTuple):
+    """One skill on both sides, and what is to be done about it."""
+
+    name: str
+    state: str
+    here: Skill | None
+    there: Skill | None
+    #: "pull", "push", or empty for nothing.
+    action: str
+    #: Why nothing is done about a difference.
+    reason: str
+
+    @property
+    def changed_files(self) -> int:
+        """Return how many files differ."""
+        here, there = (set(each.files.items()) if each else set()
+                       for each in (self.here, self.there))
+        return len({path for path, _ in here ^ there})
+
+
+def steps_of(sides: Sides, direction: str, overwrites: bool) -> list[Step]:
+    """Return what a sync has to do, by the skills' names."""
+    steps = []
+    for name in sorted({*sides.here.skills, *sides.there.skills}):
+        here, there = sides.here.skills.get(name), sides.there.skills.get(name)
+        known = sides.record.get(name, {})
+        if known.get("bundled") and not there:
+            continue
+        state = state_of(here.digest if here else "", there.digest if there else "",
+                         str(known.get("digest") or ""))
+        cells = dict(zip(DIRECTIONS, STATES[state]))
+        action, asks = cells[direction].rstrip("!"), cells[direction].endswith("!")
+        if not action or asks and not overwrites:
+            action = ""
+            reason = " or ".join(cells[each].replace("!", " --overwrite")
+                                 for each in ("pull", "push") if cells[each])
+        else:
+            reason = hindrance(sides, name, action)
+        steps.append(Step(name, state, here, there, "" if reason else action, reason))
+    return steps
+
+
+def hindrance(sides: Sides, name: str, action: str) -> str:
+    """Return why a skill cannot be pulled or pushed, empty if it can."""
+    found = sides.here if action == "pull" else sides.there
+    held = found.skills.get(name)
+    if action == "push" and held and held.root.is_bundled:
+        return "it is OpenClaw's own"
+    if held is None and name.casefold() in (
+            path.partition("/")[0].casefold() for path in (*found.skills, *found.left_out)):
+        return "something else has its name there" if action == "push" else (
+            "something else has its name here")
+    if held and not held.is_whole:
+        return "it would replace one of which something was left out"
+    if action == "push" and held and not sides.instance.is_running:
+        return "nothing in a stopped container can be replaced: start it"
+    return ""
+
+
+def back_up(folder: Folder, skills: Sequence[Skill]) -> str:
+    """Copy skills into the tenant's backup/, and return the path of that copy. Raises Problem."""
+    stamp = stamp_of(folder.world.clock())
+    try:
+        with opened_folder(folder.world.tenants_folder, folder.name, "backup", makes=True) as at:
+            taken = set(os.listdir(at))
+            names = (f"{stamp}-{number}" if number else stamp for number in range(len(taken) + 1))
+            name = next(each for each in names if each not in taken)
+            with opened_folder(at, name, makes=True) as kept:
+                copy_skills(skills, functools.partial(write_below, kept))
+    except OSError as error:
+        raise failed(f"{folder.inside('backup')} cannot be written: {error.strerror}") from None
+    return folder.inside("backup", name)
+
+
+def carry_skills(sides: Sides, steps: Sequence[Step]) -> str:
+    """Do what steps say, and return where copies of what was replaced are; empty for none. Raises
+    Problem."""
+    pulls = [each.there for each in steps if each.action == "pull" and each.there]
+    pushes = [each.here for each in steps if each.action == "push" and each.here]
+    held = {name: skill for name, skill in sides.there.skills.items()
+            if skill.root.path == sides.target.path}
+    replaced = [own[each.name] for skills, own in ((pulls, sides.here.skills), (pushes, held))
+                for each in skills if each.name in own]
+    kept = back_up(sides.folder, replaced) if replaced else ""
+    if pulls or sides.here.has_drafts:
+        sides.own.put(pulls, sides.here.skills)
+    if pushes or sides.there.has_drafts:
+        sides.target.put(pushes, held)
+    names = {each.name for each in steps}
+    record = {name: row for name, row in sides.record.items()
+              if name in names or row.get("bundled")}
+    for each in steps:
+        source = each.here if each.action == "push" else each.there
+        if source and (each.action or each.state == "the same"):
+            record[each.name] = {
+                "digest": source.digest,
+                "bundled": bool(each.there and each.there.root.is_bundled)}
+    write_record(sides.folder, record)
+    return kept
+
+
+def clean_skills(
+    folder: Folder, overwrites: bool, is_dry: bool
+) -> tuple[list[str], list[str], str]:
+    """Move the skills that came by a sync from a tenant's folder to backup/. Returns their names,
+    those that stay because they were changed since or cannot be kept whole, and where the first are
+    now. Raises Problem."""
+    own, record = tenant_root(folder), sync_record(folder)
+    skills = own.read().skills
+    known = [skills[name] for name in sorted(skills) if name in record]
+    gone = [each for each in known if each.is_whole and (
+        overwrites or each.digest == record[each.name].get("digest"))]
+    kept = folder.inside("backup")
+    if gone and not is_dry:
+        kept = back_up(folder, gone)
+        try:
+            with opened_folder(own.base, *own.parts) as at:
+                _put_skills(at, (), skills)
+                for each in gone:
+                    remove_below(at, each.name)
+        except OSError as error:
+            raise failed(f"{own.path} cannot be written: {error.strerror}") from None
+        write_record(folder, {name: row for name, row in record.items()
+                              if name not in {each.name for each in gone}})
+    return [each.name for each in gone], [each.name for each in known if each not in gone], kept
 
 
 # ==== 8. Import ==============================================================
-# The configuration of another gateway.
+# The config.yaml of cc-gateway. Its reader knows what js-yaml writes for such a file, and refuses
+# the rest of YAML with the line.
+
+
+_YAML_QUOTED = r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\''
+_YAML_KEY = re.compile(rf'({_YAML_QUOTED}|[^\s\'"#&*!|>%@`{{}}\[\],?:<-][^#]*?)\s*:(?: +(.*)|$)')
+_YAML_ESCAPES = {
+    "0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
+    "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0",
+    "L": "\u2028", "P": "\u2029"}
+#: What a plain text may not be, with the reason.
+_YAML_REFUSED = (
+    (r"[\"'].*", "a text in quotes that does not end on its line"),
+    (r"[&*!].*", "an anchor, an alias or a tag"),
+    (r"[\[{].*", "a list or a mapping on one line"),
+    (r"[%@`,\]}|>].*|[?-](?: .*)?|:(?: .*)?|.*: .*|.*:", "no plain text: put it into quotes"),
+    (r"(?i:[-+]?\.(?:inf|nan))|\d{4}-\d\d?-\d\d?(?:[Tt ].*)?", "no text: put it into quotes"))
+_YAML_WORDS: Mapping[str, bool | None] = {
+    "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+    "false": False, "False": False, "FALSE": False}
+
+
+class YamlReader:
+    """The values of a YAML file with mappings, lists, and texts in one line or in a block."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+        if not self._lines[-1]:
+            self._lines.pop()
+        self._at = 0
+
+    def _fault(self, reason: str) -> Problem:
+        return failed(f"line {self._at + 1}: {reason}")
+
+    def _next(self) -> tuple[int, str]:
+        """Return the indent and the text of the next line that has some; -1 at the end."""
+        while self._at < len(self._lines):
+            line = self._lines[self._at]
+            text = line.strip(" ")
+            if text and text[0] != "#" and not (text == "---" and not self._at):
+                if text[0] == "\t":
+                    raise self._fault("a tab before the text")
+                return len(line) - len(line.lstrip(" ")), text
+            self._at += 1
+        return -1, ""
+
+    def document(self) -> Json:
+        """Return the value of the whole. Raises Problem with the line."""
+        value = self._block(self._next()[0])
+        if self._next()[0] >= 0:
+            raise self._fault("it does not belong to what is above it")
+        return value
+
+    def _block(self, indent: int) -> Json:
+        return self._list(indent) if _is_item(self._next()[1]) else self._mapping(indent)
+
+    def _mapping(self, indent: int) -> dict[str, Json]:
+        found: dict[str, Json] = {}
+        while True:
+            at, text = self._next()
+            if at > indent:
+                raise self._fault("deeper than what is above it")
+            if at < indent or _is_item(text):
+                return found
+            match = _YAML_KEY.fullmatch(text)
+            if match is None:
+                raise self._fault("no name with a colon")
+            key = str(self._scalar(match[1])) if match[1][0] in "\"'" else match[1]
+            if key in found:
+                raise self._fault(f"{clean(key)[:80]} is there twice")
+            found[key] = self._value(match[2] or "", indent, False)
+
+    def _list(self, indent: int) -> list[Json]:
+        found: list[Json] = []
+        while True:
+            at, text = self._next()
+            if at > indent:
+                raise self._fault("deeper than what is above it")
+            if at < indent or not _is_item(text):
+                return found
+            rest = text[1:].lstrip(" ")
+            if _is_item(rest) or _YAML_KEY.fullmatch(rest):
+                inner = indent + len(text) - len(rest)
+                self._lines[self._at] = " " * inner + rest
+                found.append(self._block(inner))
+            else:
+                found.append(self._value(rest, indent, True))
+
+    def _value(self, rest: str, indent: int, in_list: bool) -> Json:
+        """Return what stands behind a name or a hyphen, or below it."""
+        if rest[:1] in ("|", ">"):
+            return self._text(rest, indent)
+        value = self._scalar(rest) if rest and rest[0] != "#" else None
+        self._at += 1
+        if rest and rest[0] != "#":
+            return value
+        at, text = self._next()
+        is_below = at > indent or at == indent and _is_item(text) and not in_list
+        return self._block(at) if is_below else None
+
+    def _scalar(self, rest: str) -> Json:
+        quoted = re.fullmatch(rf"({_YAML_QUOTED})\s*(?:\s#.*)?", rest)
+        if quoted and rest[0] == "'":
+            return quoted[1][1:-1].replace("''", "'")
+        if quoted:
+            return re.sub(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)",
+                          self._escaped, quoted[1][1:-1])
+        text = re.split(r"\s+#", rest)[0].rstrip()
+        if text in ("[]", "{}"):
+            return [] if text == "[]" else {}
+        for pattern, reason in _YAML_REFUSED:
+            if re.fullmatch(pattern, text):
+                raise self._fault(reason)
+        return _plain(text)
+
+    def _escaped(self, match: re.Match[str]) -> str:
+        word = match[1]
+        if len(word) == 1 and word not in _YAML_ESCAPES or int(word[1:] or "0", 16) > 0x10ffff:
+            raise self._fault(f"\\{clean(word)} stands for nothing")
+        return chr(int(word[1:], 16)) if len(word) > 1 else _YAML_ESCAPES[word]
+
+    def _text(self, header: str, indent: int) -> str:
+        """Return the text of a block."""
+        match = re.fullmatch(r"([|>])(?:([1-9])([-+]?)|([-+]?)([1-9]?))(?: +#.*)?", header)
+        if match is None:
+            raise self._fault("no beginning of a text of several lines")
+        digit, chomp = match[2] or match[5], match[3] or match[4]
+        depth, lines = indent + int(digit) if digit else 0, []
+        self._at += 1
+        while self._at < len(self._lines):
+            line = self._lines[self._at]
+            own = len(line) - len(line.lstrip(" "))
+            depth = depth or (own if line.strip(" ") else 0)
+            if line.strip(" ") and own < max(depth, indent + 1):
+                break
+            lines.append(line[depth:] if depth else "")
+            self._at += 1
+        return _joined(lines, chomp or "", match[1] == ">")
+
+
+def _is_item(text: str) -> bool:
+    return text == "-" or text.startswith("- ")
+
+
+def _plain(text: str) -> Json:
+    """Return the value of a text without quotes, as YAML 1.2 has it."""
+    if text in _YAML_WORDS:
+        return _YAML_WORDS[text]
+    if re.fullmatch(r"[-+]?(?:0b[01]+|0o[0-7]+|0x[0-9a-fA-F]+)", text):
+        return int(text, 0)
+    if not re.fullmatch(r"(?:[-+]?[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", text):
+        return text
+    return float(text) if re.search(r"[.eE]", text) else int(text)
+
+
+def _joined(lines: Sequence[str], chomp: str, is_folded: bool) -> str:
+    """Return the text of a block's lines: folded ones are joined by a space, but around empty ones
+    and those that are deeper."""
+    text, empty, has_text, is_deeper = "", 0, False, False
+    for line in lines:
+        if not line:
+            empty += 1
+            continue
+        breaks = empty + has_text
+        if is_folded and line[0] not in " \t":
+            breaks = empty + 1 if is_deeper else empty
+            text += " " if has_text and not breaks else ""
+        is_deeper = line[0] in " \t"
+        text += "\n" * breaks + line
+        empty, has_text = 0, True
+    ends = {"": int(has_text), "-": 0, "+": empty + has_text}
+    return text + "\n" * ends[chomp]
+
+
+# -- cc-gateway ---------------------------------------------------------------
+
+
+class Imported(NamedTuple):
+    """A tenant of the other gateway, as it is here."""
+
+    name: str
+    #: Its name there.
+    origin: str
+    #: Its key, empty if it needs another one.
+    secret: str
+    env: Mapping[str, str]
+    instance: Instance | None
+    #: What is to be said of it.
+    notes: tuple[str, ...]
+
+
+#: Settings there that are one here, with the factor between their units.
+_SETTINGS = (("cli", "max_concurrent", "maxConcurrent", 1), ("cli", "timeout", "timeout", 1),
+             ("session", "ttl", "sessionTTL", 1000))
+#: What else is in the file, and what to do about it; empty for nothing.
+_OTHERWISE: Mapping[str, str] = {
+    "server.host": "CLAUDE_BIND is the address that OCP listens on",
+    "server.docker_host_ip": "`ocp tenants setup` finds it; --url names it",
+    "cli.bin": "CLAUDE_BIN names another claude",
+    "cli.skill_file": "`ocp tenants edit NAME --prompt FILE` takes such a text",
+    "server.port": "", "cli.effort": "", "cli.max_per_tenant": "", "session.cleanup_interval": "",
+    "skills.sync": "", "skills.dir": ""}
+DIFFERENCES = (
+    "OpenClaw's own tools reach the model and run where OpenClaw runs; claude uses none here.",
+    "A model that is not known is an error (404), and not sonnet.",
+    "Every request needs a key.")
+
+
+def read_gateway(path: str) -> dict[str, Json]:
+    """Return the values of a config.yaml. Raises Problem, with the line and what to do by hand."""
+    held = _read_own(path)
+    if held is None:
+        raise failed(f"There is no file {clean(path)}.")
+    try:
+        config = YamlReader(held.content.decode()).document()
+        rows = as_dict(config).get("tenants")
+        if not isinstance(rows, list) or not all(
+                isinstance(as_dict(row).get("name"), str) for row in rows):
+            raise failed("it has no list `tenants` with a name each")
+        return as_dict(config)
+    except (Problem, UnicodeDecodeError) as problem:
+        reason = problem if isinstance(problem, Problem) else "it is no UTF-8"
+        raise failed(
+            f"{clean(path)}: {reason}.\nPut that into a simpler form, or make each tenant by hand:"
+            "\n  ocp tenants add NAME --secret-stdin < FILE-WITH-ITS-KEY\n"
+            "  ocp tenants env NAME --set VARIABLE < FILE-WITH-ITS-VALUE") from None
+
+
+def text_of(value: Json) -> str | None:
+    """Return a number or truth value of the file as the text that a program is given."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e21 else repr(value)
+    return str(value) if isinstance(value, (str, int)) else None
+
+
+def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
+    """Return a tenant of a config.yaml, beside the instances of this machine."""
+    origin = str(row["name"])
+    name, notes = fitted_name(origin), []
+    if name != origin:
+        notes.append(f"it was called {clean(origin)[:80]}")
+    secret = str(row.get("api_key") or "")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
+        secret = ""
+        notes.append("its key has not 32 to 128 letters, digits, - and _: `ocp tenants apply "
+                     f"{name}` gives its instance the new one")
+    env, values = as_dict(row.get("env")), dict[str, str]()
+    for each, value in [*env.items(), *as_dict(env.get("vars")).items()]:
+        text = text_of(value)
+        if text is not None and re.fullmatch(r"[A-Za-z_]\w{0,127}", each, re.A) and not (
+                _BLOCKED.fullmatch(each)):
+            values[each] = text
+        elif each not in ("vars", "shellEnv"):
+            notes.append(f"the variable {clean(each)[:80]} is left out")
+    working = str(row.get("working_dir") or "")
+    # The compose project `openclaw` was called dc.
+    known = ("openclaw", "dc") if origin == "dc" else (name,)
+    instance = next((each for each in found if each.name in known and not each.doubt), None)
+    if working and any(os.path.exists(os.path.join(working, each)) for each in (
+            "openclaw.json", "workspace")):
+        instance = folder_instance(os.path.realpath(working), name)
+    elif working:
+        notes.append(f"its working_dir {clean(working)[:200]} is no OpenClaw's")
+    unknown = set(row) - {"name", "api_key", "env", "working_dir"}
+    notes += [f"{clean(each)[:80]} is not known" for each in sorted(unknown)]
+    return Imported(name, origin, secret, values, instance, tuple(notes))
+
+
+#: One thing that is to be done for a tenant: what it is, and what does it.
+ImportStep = tuple[str, Callable[[], object]]
+
+
+def import_steps(
+    job: Job, tenant: Imported, key: Mapping[str, Json], skills: str
+) -> list[ImportStep]:
+    """Return what is missing of a tenant. `key` are fields of a new key, `skills` is the folder
+    with the skills of all tenants there. Raises Problem for one to leave alone."""
+    name, folder, instance = tenant.name, job.folder(tenant.name), tenant.instance
+    secret = tenant.secret or folder.secret() or new_secret()
+    is_new, steps = name not in job.tenants, list[ImportStep]()
+    if name in job.keys and not is_holder(job.server, secret, name):
+        raise failed(f"there is a key {name} already, with another secret")
+    if is_new and os.path.isdir(folder.path) and not (folder.secret() or job.options.adopt):
+        raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
+    if name not in job.keys:
+        body = {**key, "name": name, "secret": secret}
+        steps += [("its key" if tenant.secret else "a new key", lambda: (
+            folder.write(secret.encode() + b"\n", "key"),
+            job.server.ask("POST", "/api/keys", body)))]
+    place = instance and {
+        "kind": instance.kind, "where": instance.where, "id": instance.container_id,
+        "stateDir": instance.state_dir, "configPath": instance.config_path}
+    if is_new:
+        profile = {"level": job.options.level or LEVELS[0], "instance": place, "adopt": True}
+        steps += [("tenant", lambda: job.server.tenant(name, "PUT", profile))]
+    if place and not folder.place():
+        content = json.dumps(place, indent=1).encode()
+        steps += [(f"its instance is {place['where']}", lambda: folder.write(
+            content, "instance", "instance.json"))]
+    known = job.tenants.get(name, {}).get("env") or []
+    env = {each: value for each, value in tenant.env.items() if each not in known}
+    if env:
+        steps += [(counted(len(env), "variable"), lambda: job.server.tenant(
+            name, "PATCH", env, "/env"))]
+    return steps + missing_skills(folder, tenant.origin, skills)
+
+
+def missing_skills(folder: Folder, origin: str, skills: str) -> list[ImportStep]:
+    """Return the copying of those skills that a tenant does not have. Raises Problem."""
+    if not skills or not _FOLDER_NAME.fullmatch(origin):
+        return []
+    source, own = Root(folder.world, skills, (origin,), max_above=0), tenant_root(folder)
+    here, there = own.read().skills, source.read().skills
+    names = {name.casefold() for name in here}
+    new = [skill for name, skill in there.items() if name.casefold() not in names]
+    return [(counted(len(new), "skill"), lambda: own.put(new, here))] if new else []
+
+
+def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
+    """Return what is left to do for settings of a config.yaml."""
+    lines, rows = [], as_dict(job.server.ask("GET", "/settings"))
+    for section, there, here, factor in _SETTINGS:
+        value, row = as_dict(config.get(section)).get(there), as_dict(rows.get(here))
+        if type(value) is int and isinstance(row.get("max"), int):
+            value = max(row["min"], min(row["max"], value * factor))
+            lines += [f"ocp settings {here} {value}"] * (value != row.get("value"))
+    port = as_dict(config.get("server")).get("port", 3456)
+    if port != port_of(job.server.url):
+        lines.append("stop cc-gateway, and start this server on its port: "
+                     f"CLAUDE_PROXY_PORT={clean(port)[:80]}")
+    for section, fields in config.items():
+        for each in as_dict(fields) if section != "tenants" else ():
+            name = f"{section}.{each}"
+            word = _OTHERWISE.get(name, "" if any(
+                (section, each) == row[:2] for row in _SETTINGS) else "it is not known here")
+            lines += [f"{clean(name)[:80]}: {word}"] * (bool(word) and fields[each] != "claude")
+    return lines
 
 
 # ==== 9. Command line ========================================================
@@ -2004,6 +3025,8 @@ class Result(NamedTuple):
     plan: Plan | None = None
     done: tuple[str, ...] = ()
     problem: str = ""
+    #: What is to be done about its skills, None if they are left alone.
+    skills: Synced | None = None
 
     def as_json(self) -> dict[str, Json]:
         plan = self.plan
@@ -2011,7 +3034,13 @@ class Result(NamedTuple):
             "name": self.instance.name, "kind": self.instance.kind, "where": self.instance.where,
             "plan": plan.summary if plan else None, "url": plan.url if plan else None,
             "diff": list(plan.diff) if plan else [], "done": list(self.done),
-            "problem": self.problem}
+            "problem": self.problem, "skills": self.skills and self.skills.as_json()}
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to do."""
+        return (self.plan is None or self.plan.is_empty) and not (
+            self.skills and any(each.action for each in self.skills.steps))
 
 
 def planned(job: Job, instance: Instance) -> Result:
@@ -2027,9 +3056,15 @@ def carried_out(job: Job, result: Result) -> Result:
     if result.plan is None:
         return result
     try:
-        return result._replace(done=tuple(carry_out(job, result.plan)))
+        result = result._replace(done=tuple(carry_out(job, result.plan)))
     except Problem as problem:
         return result._replace(problem=str(problem).rstrip("."))
+    if not result.skills:
+        return result
+    skills = carried(result.skills)
+    pulled = skills.summary("pulled")
+    done = () if pulled and result.plan and result.plan.is_empty else result.done
+    return result._replace(skills=skills, done=(*done, *pulled))
 
 
 def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
@@ -2042,7 +3077,9 @@ def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], 
 
 
 def cmd_setup(run: Run) -> Exit:
-    """Make tenants of instances."""
+    """Make tenants of instances, and pull their skills."""
+    if run.args.skills:
+        return _skills(run, "pull", _show_steps)
     return _set_up(run, only_tenants=False)
 
 
@@ -2055,17 +3092,20 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
     job = run.job()
     run.say(f"Server {job.server.url}, mode multi")
     results = [planned(job, each) for each in instances_of(run, job, only_tenants)]
+    if not only_tenants and not run.args.no_skills:
+        results = [each._replace(skills=each.plan and synced(job, each.instance, "pull"))
+                   for each in results]
     if not results:
         run.say("No OpenClaw was found here: see `ocp tenants discover`.")
     show_results(run, results, lambda each: "\n".join(
-        [each.plan.summary, *(each.plan.diff if run.args.dry_run else ())] if each.plan else []))
-    is_empty = all(each.plan is None or each.plan.is_empty for each in results)
-    if not run.args.dry_run and not is_empty:
+        ["; ".join([each.plan.summary, *(each.skills.summary("to pull") if each.skills else ())]),
+         *(each.plan.diff if run.args.dry_run else ())] if each.plan else []))
+    if not run.args.dry_run and not all(each.is_empty for each in results):
         run.confirm("Do this?")
         results = [carried_out(job, each) for each in results]
         run.say("Done:")
         show_results(run, results, lambda each: ", ".join(each.done))
-    failures = [each for each in results if each.problem]
+    failures = [each for each in results if each.problem or each.skills and each.skills.problem]
     if not run.args.dry_run and results:
         run.say(_total(results))
     run.print_json({"server": job.server.url, "dryRun": run.args.dry_run,
@@ -2343,6 +3383,194 @@ def _found_env(run: Run, job: Job, name: str) -> FoundEnv:
                   {}, run.args.container_env)
 
 
+# -- skills -------------------------------------------------------------------
+
+
+class Synced(NamedTuple):
+    """The skills of one tenant, and what became of them."""
+
+    name: str
+    sides: Sides | None = None
+    steps: Sequence[Step] = ()
+    kept: str = ""
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Json]:
+        sides = self.sides
+        return {
+            "name": self.name, "backup": self.kept, "problem": self.problem,
+            "skills": [{"name": each.name, "state": each.state, "action": each.action,
+                        "reason": each.reason, "changedFiles": each.changed_files}
+                       for each in self.steps],
+            "leftOut": {word: found.left_out for word, found in (
+                ("here", sides.here), ("there", sides.there))} if sides else {}}
+
+    @property
+    def left_out(self) -> list[str]:
+        """Return lines that name what was not read."""
+        sides, rows = self.sides, []
+        for word, found in (("here", sides.here), ("there", sides.there)) if sides else ():
+            shown = [f"{path[:100]} ({reason})" for path, reason in sorted(found.left_out.items())]
+            more = [f"and {len(shown) - 20} more"] * (len(shown) > 20)
+            rows += [f"  left out {word}: {', '.join(shown[:20] + more)}"] * bool(shown)
+        return rows
+
+    def summary(self, verb: str) -> list[str]:
+        """Return what to say of a pull in a few words, if anything."""
+        count = sum(bool(each.action) for each in self.steps)
+        return [f"skills FAILED: {self.problem}"] if self.problem else (
+            [f"{counted(count, 'skill')} {verb}"] * bool(count))
+
+
+def synced(
+    job: Job, instance: Instance, direction: str, with_bundled: bool = False,
+    overwrites: bool = False,
+) -> Synced:
+    """Return what a sync of an instance has to do, or why it cannot."""
+    try:
+        if instance.doubt:
+            raise failed(instance.doubt)
+        folder = job.folder(instance.name)
+        roots = skill_roots(job.world, instance, with_bundled)
+        sides = both_sides(folder, instance, roots, sync_record(folder))
+        return Synced(instance.name, sides, steps_of(sides, direction, overwrites))
+    except Problem as problem:
+        return Synced(instance.name, problem=str(problem).rstrip("."))
+
+
+def carried(done: Synced) -> Synced:
+    """Do what a sync has to do, whatever becomes of the others."""
+    if done.sides is None:
+        return done
+    try:
+        return done._replace(kept=carry_skills(done.sides, done.steps))
+    except Problem as problem:
+        return done._replace(problem=str(problem).rstrip("."))
+
+
+def _skills(
+    run: Run, direction: str, show: Callable[[Run, Synced], list[str]], writes: bool = True
+) -> Exit:
+    """Compare the skills of tenants with those of their instances, and copy them if that is asked
+    for."""
+    job, found, told = run.job(), list[Synced](), vars(run.args)
+    for instance in instances_of(run, job, only_tenants=True):
+        done = synced(job, instance, direction, told.get("bundled", False),
+                      told.get("overwrite", False))
+        found.append(carried(done) if writes and not run.args.dry_run else done)
+        done = found[-1]
+        lines = [clean(f"  FAILED: {done.problem}")] if done.problem else [
+            *show(run, done), *done.left_out] or ["  no skills"]
+        run.say("\n".join([f"{instance.name}:", *lines]))
+    if not found:
+        run.say("No tenant has an instance here: see `ocp tenants discover`.")
+    run.print_json({"tenants": [each.as_json() for each in found]})
+    return Exit.FAILED if any(each.problem for each in found) else Exit.OK
+
+
+def _show_steps(run: Run, done: Synced) -> list[str]:
+    """Return what was done, or is to be done."""
+    named: dict[str, list[str]] = {}
+    form = "to {}" if run.args.dry_run else "{}ed"
+    for each in done.steps:
+        word = form.format(each.action) if each.action else (
+            f"left, {each.state} ({each.reason})" if each.reason else "the same")
+        named.setdefault(word, []).append(each.name)
+    same = named.pop("the same", [])
+    return [*(f"  {word}: {', '.join(names)}" for word, names in named.items()),
+            *([f"  what was replaced: {run.world.shown_path(done.kept)}"] * bool(done.kept)),
+            *([f"  {counted(len(same), 'skill')} the same"] * bool(same))]
+
+
+def _show_states(run: Run, done: Synced) -> list[str]:
+    """Return a table of skills."""
+    steps = [each for each in done.steps
+             if run.args.action == "list" or each.state != "the same"]
+    rows = [(each.name, each.state, counted(each.changed_files, "file"),
+             run.world.shown_path(each.there.root.path) if each.there else "-") for each in steps]
+    same = len(done.steps) - len(rows)
+    return [*([table(("Skill", "State", "Differs", "There in"), rows, ())] * bool(rows)),
+            *([f"  {counted(same, 'skill')} the same"] * bool(same))]
+
+
+def cmd_clean(run: Run) -> Exit:
+    """Move skills that came by a sync to backup/."""
+    job, args, rows = run.job(), run.args, []
+    for name in args.names or sorted(job.tenants):
+        if name not in job.tenants:
+            raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
+        gone, left, kept = clean_skills(job.folder(name), args.overwrite, args.dry_run)
+        rows.append({"name": name, "cleaned": gone, "left": left, "backup": kept if gone else ""})
+        to = f"{'to move' if args.dry_run else 'moved'} to {run.world.shown_path(kept)}"
+        lines = [f"  {to}: {', '.join(gone)}"] * bool(gone)
+        lines += [f"  left, changed since or not whole: {', '.join(left)}"] * bool(left)
+        run.say("\n".join([f"{name}:", *(lines or ["  nothing to move"])]))
+    run.print_json({"tenants": rows})
+    return Exit.OK
+
+
+# -- import -------------------------------------------------------------------
+
+
+def cmd_import(run: Run) -> Exit:
+    """Take the tenants of a config.yaml of cc-gateway over."""
+    world, args = run.world, run.args
+    config, job = read_gateway(args.file), run.job()
+    limit, effort = (as_dict(config.get("cli")).get(each) for each in ("max_per_tenant", "effort"))
+    key = {"maxConcurrent": min(limit, 1000) if type(limit) is int and limit > 0 else 1,
+           **({"effort": effort} if effort in ("low", "medium", "high", "max") else {})}
+    skills = os.path.abspath(args.skills) if args.skills else ""
+    if skills and not os.path.isdir(skills):
+        raise failed(f"--skills: {clean(skills)} is no folder.")
+    found, rows = discover(world).instances, list[tuple[Imported, list[ImportStep], str]]()
+    for row in config["tenants"]:
+        tenant, steps, problem = imported(row, found), list[ImportStep](), ""
+        try:
+            if tenant.name in [other.name for other, *_ in rows]:
+                raise failed("two tenants have this name")
+            steps = import_steps(job, tenant, key, skills)
+        except Problem as failure:
+            problem = str(failure).rstrip(".")
+        rows.append((tenant, steps, problem))
+    width = max((len(tenant.name) for tenant, *_ in rows), default=0)
+    for tenant, steps, problem in rows:
+        words = ", ".join(word for word, _ in steps) or "nothing to do"
+        run.say(clean(f"  {tenant.name:{width}}  {f'FAILED: {problem}' if problem else words}"))
+        run.say("\n".join(f"    {note}" for note in tenant.notes))
+    if any(steps for _, steps, _ in rows) and not args.dry_run:
+        run.confirm("Do this?")
+        rows = [(tenant, steps, problem or _import(run, tenant, steps))
+                for tenant, steps, problem in rows]
+        run.say(f"{counted(sum(not problem for *_, problem in rows), 'tenant')} taken over.")
+    _end_import(run, rows, import_advice(job, config))
+    return Exit.FAILED if any(problem for *_, problem in rows) else Exit.OK
+
+
+def _end_import(
+    run: Run, rows: Sequence[tuple[Imported, Sequence[ImportStep], str]], advice: list[str]
+) -> None:
+    """Tell what is left to do, and what is different here."""
+    beside = os.path.join(os.path.dirname(run.args.file), "skills")
+    advice += [f"`--skills {clean(beside)}` copies the skills in that folder"] * (
+        not run.args.skills and os.path.isdir(beside))
+    run.say("\n".join(["Left to do:", *(f"  {line}" for line in advice)] if advice else []))
+    run.say("\n".join(["What is different here:", *(f"  {line}" for line in DIFFERENCES)]))
+    run.print_json({"advice": advice, "differences": DIFFERENCES, "tenants": [
+        {"name": tenant.name, "origin": tenant.origin, "notes": tenant.notes, "problem": problem,
+         "steps": [word for word, _ in steps]} for tenant, steps, problem in rows]})
+
+
+def _import(run: Run, tenant: Imported, steps: Sequence[ImportStep]) -> str:
+    """Do what is missing of a tenant. Returns what went wrong, empty for nothing."""
+    try:
+        for _, do in steps:
+            do()
+    except Problem as problem:
+        run.say(clean(f"  {tenant.name}  FAILED: {problem}"))
+        return str(problem).rstrip(".")
+    return ""
+
+
 # -- arguments ----------------------------------------------------------------
 
 
@@ -2356,11 +3584,12 @@ class Command(NamedTuple):
     takes: tuple[str, ...] = ()
 
 
+_SYNC = ("names", "skills", "dry-run", "overwrite")
 COMMANDS = (
     Command("list", "list the tenants", cmd_list),
     Command("discover", "find OpenClaw containers and folders on this machine", cmd_discover),
     Command("setup", "make a tenant of each instance, or of those named", cmd_setup,
-            ("names", "changes", "setup")),
+            ("names", "changes", "setup", "setup-skills")),
     Command("apply", "write the server into the instances of tenants again", cmd_apply,
             ("names", "changes", "setup")),
     Command("check", "look at each step of apply, and make none", cmd_check, ("names",)),
@@ -2374,15 +3603,32 @@ COMMANDS = (
     Command("env", "show the names of a tenant's variables, or change them", cmd_env,
             ("name", "changes", "env")),
     Command("gen-key", "print a new key, and keep nothing", cmd_gen_key),
+    Command("import", "take over the tenants of a config.yaml of cc-gateway", cmd_import,
+            ("file", "changes", "import")),
+    Command("skills list", "list skills, and whether they are the same in the instance",
+            lambda run: _skills(run, "bisync", _show_states, False), ("names", "skills")),
+    Command("skills diff", "list skills that are not the same",
+            lambda run: _skills(run, "bisync", _show_states, False), ("names", "skills")),
+    Command("skills pull", "copy skills of instances to their tenants",
+            lambda run: _skills(run, "pull", _show_steps), _SYNC),
+    Command("skills push", "copy skills of tenants to their instances",
+            lambda run: _skills(run, "push", _show_steps), _SYNC),
+    Command("skills bisync", "copy what is new on either side to the other",
+            lambda run: _skills(run, run.args.direction, _show_steps), (*_SYNC, "bisync")),
+    Command("skills clean", "move skills that came by a sync to backup/", cmd_clean,
+            ("names", "dry-run", "overwrite")),
 )
+
+#: Groups of commands.
+GROUPS = {"skills": "compare the skills of tenants and instances, and copy them"}
+_DRY_RUN = (("--dry-run",), {"action": "store_true", "help": "show everything and change nothing"})
 
 #: What commands take, each group an argument in a line: its names, and its options for argparse.
 ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
     "names": [(("names",), {"nargs": "*", "metavar": "NAME"})],
     "name": [(("name",), {"metavar": "NAME"})],
     "changes": [
-        (("--dry-run",), {"action": "store_true", "help": "show everything and change nothing"}),
-        (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
+        _DRY_RUN, (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
     "setup": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
         (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which of its OpenClaw's"}),
@@ -2398,6 +3644,25 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
                            "help": "a key of that name becomes the tenant's, with a new secret"}),
         (("--adopt",), {"action": "store_true", "help": "use a folder that is there already"}),
         (("--skip-answer",), {"action": "store_true", "help": "send no question at the end"})],
+    "dry-run": [_DRY_RUN],
+    "file": [(("file",), {"metavar": "FILE"})],
+    "import": [
+        (("--skills",), {"metavar": "DIR", "help": "its folder of skills, one for a tenant"}),
+        (("--level",), {"choices": LEVELS, "help": "what may run on the server for them"}),
+        (("--adopt",), {"action": "store_true", "help": "use folders that are there already"})],
+    "skills": [
+        (("--bundled",), {"action": "store_true", "help": "also those of OpenClaw itself"})],
+    "overwrite": [
+        (("--overwrite",), {"action": "store_true",
+                            "help": "also replace what was changed on the side that is written"})],
+    "bisync": [
+        (("--pull",), {"dest": "direction", "action": "store_const", "const": "pull",
+                       "default": "bisync", "help": "only to the tenants"}),
+        (("--push",), {"dest": "direction", "action": "store_const", "const": "push",
+                       "help": "only to the instances"})],
+    "setup-skills": [
+        (("--skills",), {"action": "store_true", "help": "pull skills, and do nothing else"}),
+        (("--no-skills",), {"action": "store_true", "help": "pull no skills"})],
     "add": [
         (("--apply",), {"action": "store_true", "help": "write it into the instance too"}),
         (("--container",), {"metavar": "NAME", "help": "its container"}),
@@ -2430,9 +3695,15 @@ def build_parser() -> argparse.ArgumentParser:
         description="Set up OpenClaw instances, each with a key of its own.")
     parser.add_argument("--version", action="version", version=f"ocp_tenants {VERSION}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    groups: dict[str, Any] = {}
     for command in COMMANDS:
-        each = commands.add_parser(
-            command.name, help=command.help, description=f"{command.help}.", allow_abbrev=False)
+        above, _, name = command.name.rpartition(" ")
+        if above and above not in groups:
+            groups[above] = commands.add_parser(
+                above, help=GROUPS[above], description=f"{GROUPS[above]}.").add_subparsers(
+                    dest="action", metavar="ACTION", title="actions", required=True)
+        each = (groups[above] if above else commands).add_parser(
+            name, help=command.help, description=f"{command.help}.", allow_abbrev=False)
         for group in command.takes:
             for names, options in ARGUMENTS[group]:
                 each.add_argument(*names, **options)

@@ -11,8 +11,8 @@ FakeDocker makes them and puts the program on a PATH. Below its folder:
     gone                an id that `docker ps` lists and nothing else knows
     hang                calls that contain its text never end
     change.json         [pattern, path, text, times]: a call that matches changes that file first
-In a container there are `id`, `mv`, `rm`, `node` as ocp_tenants.py calls it, and `openclaw` with
-`config validate` and `secrets reload`.
+In a container there are `id`, `mkdir`, `mv`, `rm`, `node` as ocp_tenants.py calls it, and
+`openclaw` with `config validate` and `secrets reload`.
 """
 
 from __future__ import annotations
@@ -275,18 +275,38 @@ def move(place: Path, words: list[str]) -> int:
     if not inside(place, source).exists():
         print(f"mv: cannot stat {source!r}", file=sys.stderr)
         return 1
-    owner = owners(place).get(source)
-    os.replace(inside(place, source), inside(place, target))
-    set_owner(place, source, None)
-    set_owner(place, target, owner)
+    try:
+        os.replace(inside(place, source), inside(place, target))
+    except OSError as error:
+        print(f"mv: cannot move {source!r} to {target!r}: {error.strerror}", file=sys.stderr)
+        return 1
+    moved = owners(place)
+    for path in [each for each in moved if each == target or each.startswith(f"{target}/")]:
+        set_owner(place, path, None)
+    for path, owner in moved.items():
+        if path == source or path.startswith(f"{source}/"):
+            set_owner(place, path, None)
+            set_owner(place, target + path[len(source):], owner)
     return 0
 
 
 def remove(place: Path, words: list[str]) -> int:
-    assert words[:2] == ["-f", "--"], words
+    assert words[0] in ("-f", "-rf") and words[1] == "--", words
     for path in words[2:]:
-        inside(place, path).unlink(missing_ok=True)
-        set_owner(place, path, None)
+        inner = inside(place, path)
+        if words[0] == "-rf" and inner.is_dir() and not inner.is_symlink():
+            shutil.rmtree(inner)
+        else:
+            inner.unlink(missing_ok=True)
+        for owned in owners(place):
+            if owned == path or owned.startswith(f"{path}/"):
+                set_owner(place, owned, None)
+    return 0
+
+
+def make_folder(place: Path, words: list[str]) -> int:
+    assert words[:2] == ["-p", "--"], words
+    inside(place, words[2]).mkdir(parents=True, exist_ok=True)
     return 0
 
 
@@ -339,7 +359,8 @@ def openclaw(place: Path, words: list[str]) -> int:
     return 1
 
 
-PROGRAMS = {"id": print_id, "mv": move, "rm": remove, "node": node, "openclaw": openclaw}
+PROGRAMS = {"id": print_id, "mkdir": make_folder, "mv": move, "rm": remove, "node": node,
+            "openclaw": openclaw}
 COMMANDS = {"ps": ps, "inspect": inspect, "cp": cp, "exec": execute}
 
 

@@ -104,6 +104,12 @@ class FakeServer:
     def usage(self, call: Call) -> tuple[int, Json]:
         return 200, {"scope": {"self": self.holder(call.key) or "admin", "all": False}}
 
+    def settings(self, call: Call) -> tuple[int, Json]:
+        rows = (("maxConcurrent", 8, 1, 64), ("timeout", 600_000, 1000, 3_600_000),
+                ("sessionTTL", 3_600_000, 1000, 86_400_000))
+        return 200, {name: {"value": value, "min": least, "max": most}
+                     for name, value, least, most in rows}
+
     # -- keys -------------------------------------------------------------------------------
 
     def key(self, name: str) -> dict[str, Json]:
@@ -229,6 +235,7 @@ ROUTES: list[tuple[str, str, Do]] = [
     (r"GET /v1/models", "key", FakeServer.models),
     (r"POST /v1/chat/completions", "key", FakeServer.chat),
     (r"GET /api/usage", "key", FakeServer.usage),
+    (r"GET /settings", "admin", FakeServer.settings),
     (r"GET /api/keys", "admin", FakeServer.list_keys),
     (r"POST /api/keys", "admin", FakeServer.create_key),
     (rf"POST {_KEY}/rotate", "admin", FakeServer.rotate_key),

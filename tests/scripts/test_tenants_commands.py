@@ -33,15 +33,51 @@ def container(lab: Lab, name: str = "alice", **more: Any) -> Path:
 # The page
 # ---------------------------------------------------------------------------
 
-def test_the_samples_of_the_page_are_what_is_shown(lab: Lab) -> None:
-    container(lab)
+GATEWAY = """server:
+  port: PORT
+cli:
+  max_concurrent: 3
+  timeout: 900000
+tenants:
+  - name: dc
+    api_key: 00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff
+    env:
+      GITHUB_TOKEN: ghp_example
+  - name: amanda
+    api_key: amanda-1
+"""
+
+
+def before_sample(lab: Lab, root: Path, name: str) -> None:
+    """Make what a sample of the page shows."""
+    there, own = root / STATE / "workspace/skills", lab.ocp_home / "tenants/alice/skills"
+    if name == "discover":
+        for each in ("custom-tool", "weather"):
+            (there / each).mkdir(parents=True)
+            (there / each / "SKILL.md").write_text(each)
+    elif name == "skills_diff":
+        (there / "custom-tool/SKILL.md").write_text("changed")
+        (there / "custom-tool/run.py").write_text("new")
+        (there / "weather/data").symlink_to("/etc")
+        (own / "notes").mkdir()
+        (own / "notes/SKILL.md").write_text("notes")
+    elif name == "import":
+        Path("config.yaml").write_text(GATEWAY.replace("PORT", str(lab.port)))
+
+
+def test_the_samples_of_the_page_are_what_is_shown(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lab.home)
+    root = container(lab)
     lab.docker.add("openclaw-cell-bob", is_running=False, config="{}")
     lab.local()
     text = PAGE.read_text()
     for name, line in re.findall(r"(?m)^<!-- (\w+) -->\n```text\n\$ ocp tenants(.*)$", text):
+        before_sample(lab, root, name)
         ran = lab.run(*line.split())
         assert ran.stderr == "", name
-        shown = ran.stdout.replace(str(lab.port), "3456")
+        shown = ran.stdout.replace(str(lab.port), "3456").replace(str(lab.ocp_home), "~/.ocp")
         block = f"<!-- {name} -->\n```text\n$ ocp tenants{line}\n"
         before, _, after = text.partition(block)
         text = before + block + shown + after[after.index("```"):]
