@@ -2069,11 +2069,22 @@ def _total(results: Sequence[Result]) -> str:
 def cmd_check(run: Run) -> Exit:
     """Look at each step of apply, and make none."""
     job = run.job()
-    results = [planned(job, each) for each in instances_of(run, job, only_tenants=True)]
+    found = instances_of(run, job, only_tenants=True)
+    results = [*(planned(job, each) for each in found), *gone(run, job, found)]
     show_results(run, results, lambda each: each.plan.summary if each.plan else "")
-    run.print_json({"server": job.server.url, "instances": [each.as_json() for each in results]})
-    is_good = all(each.plan and each.plan.is_empty for each in results)
-    return Exit.OK if is_good else Exit.FAILED
+    are_good = [each.plan is not None and each.plan.is_empty for each in results]
+    run.print_json({"server": job.server.url, "instances": [
+        {**each.as_json(), "ok": is_good} for each, is_good in zip(results, are_good)]})
+    return Exit.OK if all(are_good) else Exit.FAILED
+
+
+def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
+    """Return what to say of tenants whose instance was set up and is not found any more."""
+    names = {name for name in job.tenants if name in run.args.names or not run.args.names}
+    rows = ((name, job.folder(name).place()) for name in sorted(
+        names - {each.name for each in found}))
+    return [Result(Instance(name, str(place.get("kind")), str(place.get("where")), "", ""),
+                   problem=f"{clean(place.get('where'))} is gone") for name, place in rows if place]
 
 
 def cmd_undo(run: Run) -> Exit:
