@@ -413,6 +413,72 @@ def run_words(
         return running.finish(output[:limit_bytes])
 
 
+#: Opens a folder, and no link to one.
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
+    """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
+    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
+    try:
+        for part in parts:
+            if makes:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=at)
+                    _own_below(at, part)
+            below = os.open(part, _FOLDER_FLAGS, dir_fd=at)
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
+
+
+def _own_below(at: int, name: str) -> None:
+    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
+    if os.geteuid() == 0:
+        owner = os.fstat(at)
+        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
+
+
+def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
+    """Write a new private file below an open folder, and make its folders. Raises OSError."""
+    *folders, name = path.split("/")
+    with opened_folder(at, *folders, makes=True) as folder:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o700 if is_executable else 0o600)
+            os.fsync(file.fileno())
+        _own_below(folder, name)
+
+
+def move_below(at: int, source: str, target: str) -> None:
+    """Rename something below an open folder, whose new folders are made. Raises OSError."""
+    (*sources, old), (*targets, new) = source.split("/"), target.split("/")
+    with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
+        os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
+
+
+def remove_below(at: int, name: str) -> None:
+    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return
+    if is_folder:
+        with opened_folder(at, name) as folder:
+            for each in os.listdir(folder):
+                remove_below(folder, each)
+        os.rmdir(name, dir_fd=at)
+    else:
+        os.unlink(name, dir_fd=at)
+
+
 #: The form of a tenant's name, also a part of paths.
 TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
 

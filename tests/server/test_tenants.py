@@ -382,7 +382,8 @@ def test_admin_keys_cannot_be_tried_on_health_faster_than_elsewhere(tmp_path: Pa
 def test_a_tenant_with_many_requests_delays_another_by_one(tmp_path: Path) -> None:
     many, signal = by_depth(6, 6, 50), tmp_path / "signal"
     env = {**MULTI, "CLAUDE_MAX_CONCURRENT": "1", "CLAUDE_MAX_QUEUE": str(many)}
-    turns = {"turns": [[{"wait_for": str(signal)}, {"say": "yes"}]], "shared": True, "repeat_last": False}
+    turns = {"turns": [[{"wait_for": str(signal)}, {"say": "yes"}]], "shared": True,
+             "repeat_last": False}
     with running_server(tmp_path, turns, env=env) as server:
         alice, bob = tenant(server, "alice", prompt="Of alice."), tenant(server, "bob")
 
