@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -48,6 +49,22 @@ def test_the_samples_of_the_page_are_what_is_shown(lab: Lab) -> None:
     if os.environ.get("OCP_UPDATE_DOCS"):
         PAGE.write_text(text)
     assert PAGE.read_text() == text
+
+
+@pytest.mark.parametrize("words, passed", [
+    ((), ()), (("--folder", "/x"), ("--folder", "/x")), (("--shared", "--json"),
+                                                         ("--server", "--json"))])
+def test_a_login_is_given_by_the_command_of_keys(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], passed: tuple[str, ...]
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(
+        tenants.subprocess, "call", lambda command, env: called.append(command))
+
+    assert lab.run("login", "anna", *words).code == 0
+
+    assert called == [[sys.executable, str(REPO / "ocp.py"), "keys", "login", "anna", "--url",
+                       lab.server.url, *passed]]
 
 
 def test_the_page_names_every_command_and_option() -> None:
