@@ -554,12 +554,14 @@ class Server(NamedTuple):
     #: The admin key.
     key: str
 
-    def ask(self, method: str, path: str, body: object = None, key: str = "") -> Json:
+    def ask(
+        self, method: str, path: str, body: object = None, key: str = "", timeout_s: float = 15.0
+    ) -> Json:
         """Return the JSON of an answer. `key` replaces the admin key. Raises Problem, whose body is
         that of the refusal."""
         tls = any_certificate() if is_loopback(self.url) else None
         try:
-            return http_json(method, self.url + path, body, key or self.key, 15.0, tls)
+            return http_json(method, self.url + path, body, key or self.key, timeout_s, tls)
         except HttpProblem as problem:
             message = clean(problem).rstrip(".")
             if problem.kind == "unreachable":
@@ -1284,6 +1286,8 @@ LEVELS = ("api",)
 #: The file of the key in a container, in its state folder.
 _CONTAINER_KEY = "ocp-key"
 _BRIDGE = "172.17.0.1"
+#: How long the question at the end may take.
+_ANSWER_S = 90.0
 #: Run by `node -e`: asks a server for its /health, or with the path of a key one question, and
 #: prints the answer. Its arguments are the address, the certificate to trust or nothing, the path.
 _ASK_SCRIPT = """
@@ -1326,6 +1330,8 @@ class Options(NamedTuple):
     skip_answer: bool = False
     #: The .env to change, "" for none, "auto" to find it.
     dotenv: str = ""
+    #: The secret of a new key, empty to make one.
+    secret: str = ""
 
 
 class Job(NamedTuple):
@@ -1341,8 +1347,11 @@ class Job(NamedTuple):
     certificate: str = ""
 
     def folder(self, name: str) -> Folder:
+        """Return the folder of a tenant. Raises Problem for a name that none can have."""
         told = os.path.basename(str(self.tenants.get(name, {}).get("folder") or name))
-        return Folder(self.world, told if _FOLDER_NAME.fullmatch(told) else name)
+        if not _FOLDER_NAME.fullmatch(told):
+            raise failed(f"{clean(name)[:80]!r} is no name of a folder.")
+        return Folder(self.world, told)
 
 
 class Plan(NamedTuple):
@@ -1480,7 +1489,7 @@ def ask_inside(job: Job, instance: Instance, url: str, *key_path: str) -> Ran:
     """Ask the server from a container: for its /health, or one question. Never raises."""
     return Docker(job.world).exec(
         instance.where, "node", "-e", _ASK_SCRIPT, url, job.certificate, *key_path,
-        timeout_s=90.0 if key_path else 6.0)
+        timeout_s=_ANSWER_S if key_path else 6.0)
 
 
 def answers_inside(job: Job, instance: Instance, url: str) -> bool:
@@ -1714,7 +1723,7 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
 
 def make_key(job: Job, plan: Plan) -> str:
     """Give an instance's key a secret, saved here first. Returns what was done. Raises Problem."""
-    name, secret = plan.instance.name, new_secret()
+    name, secret = plan.instance.name, job.options.secret or new_secret()
     plan.folder.write(secret.encode() + b"\n", "key")
     if plan.key == "new":
         job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
@@ -1796,7 +1805,8 @@ def proof(job: Job, plan: Plan) -> str:
     if not instance.is_container:
         question = {"model": "haiku", "messages": [{"role": "user", "content": "Reply: pong"}]}
         try:
-            told = job.server.ask("POST", "/v1/chat/completions", question, plan.folder.secret())
+            told = job.server.ask(
+                "POST", "/v1/chat/completions", question, plan.folder.secret(), _ANSWER_S)
         except Problem as problem:
             raise failed(f"it is set up, and gets no answer: {problem}") from None
     else:
@@ -1934,7 +1944,8 @@ def write_dotenv(plan: Plan) -> str:
     # Where it is stands beside the copy before anything is written there.
     folder.write_place({"dotenv": edit.path, "dotenvDigest": digest(after)})
     replace_own(edit.path, edit.before._replace(content=after))
-    return f"{edit.path} changed: make the container anew, `docker compose up -d`"
+    loose = " Others may read the key in it: chmod 600" * bool(edit.before.mode & 0o044)
+    return f"{edit.path} changed: make the container anew, `docker compose up -d`.{loose}"
 
 
 def take_back_dotenv(folder: Folder) -> list[str]:
@@ -2100,6 +2111,12 @@ class Run(NamedTuple):
         """Print the one JSON value of a run, if it was asked for."""
         if self.args.json:
             self.world.say(json.dumps(value, indent=2))
+
+    def would(self, name: str, *what: str) -> Exit:
+        """Tell what a dry run of one tenant would do."""
+        self.say(f"  {name}  {', '.join(what) or 'nothing to change'}")
+        self.print_json({"name": name, "dryRun": True, "would": what})
+        return Exit.OK
 
     def server(self) -> Server:
         return find_server(self.world, self.args.server or "")
@@ -2342,12 +2359,17 @@ def cmd_show(run: Run) -> Exit:
 
 
 def _known(run: Run) -> str:
-    return checked_name(run.args.name)
+    """Return the name that was given, which may be that of any key. Raises Problem."""
+    name = str(run.args.name)
+    if clean(name) != name or not 0 < len(name) <= 64:
+        raise Problem(Exit.USAGE, f"{clean(name)[:80]!r} is no name of a key.")
+    return name
 
 
 def cmd_add(run: Run) -> Exit:
     """Make a tenant, and print its key."""
-    world, args, name = run.world, run.args, _known(run)
+    world, args, name = run.world, run.args, checked_name(run.args.name)
+    args.secret = _given_secret(run) if args.secret_stdin else ""
     job = run.job()
     if name in job.tenants:
         raise failed(f"There is a tenant {name} already: see `ocp tenants show {name}`.")
@@ -2368,19 +2390,27 @@ def cmd_add(run: Run) -> Exit:
         run.print_json(result.as_json())
         return Exit.FAILED if result.problem else Exit.OK
     if args.dry_run:
-        run.say(f"  {name}  {'its key' if name in job.keys else 'new key'}, level "
-                f"{args.level or LEVELS[0]}")
-        return Exit.OK
+        return run.would(name, "its key" if name in job.keys else "new key",
+                         f"level {args.level or LEVELS[0]}")
     return _added(run, job, name, instance)
+
+
+def _given_secret(run: Run) -> str:
+    """Return the key in standard input. Raises Problem."""
+    secret = run.world.stdin.readline().strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
+        raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
+                                  "_ from standard input.")
+    return secret
 
 
 def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
     """Make a tenant whose instance is not touched."""
     args, world, folder = run.args, run.world, job.folder(name)
-    secret = world.stdin.readline().strip() if args.secret_stdin else new_secret()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
-        raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
-                                  "_ from standard input.")
+    secret = args.secret or new_secret()
+    if args.secret and name in job.keys:
+        raise Problem(Exit.USAGE, f"There is a key {name} already, which keeps its secret: leave "
+                                  "out --secret-stdin.")
     if name not in job.keys:
         job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
         folder.write(secret.encode() + b"\n", "key")
@@ -2410,8 +2440,7 @@ def cmd_edit(run: Run) -> Exit:
     if not body:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp tenants edit --help`.")
     if args.dry_run:
-        run.say(f"  {name}  {', '.join(body)}")
-        return Exit.OK
+        return run.would(name, *body)
     answer = run.job().server.tenant(name, "PATCH", body)
     run.say(f"{name}: {', '.join(body)} changed")
     run.print_json(answer)
@@ -2427,9 +2456,9 @@ def cmd_remove(run: Run) -> Exit:
     folder = job.folder(name)
     away = "deletes its folder" if args.purge else "puts its folder away"
     key = "keeps its key" if args.keep_key else "revokes its key"
-    run.say(f"  {name}  gives its files back, {key}, {away}")
     if args.dry_run:
-        return Exit.OK
+        return run.would(name, "gives its files back", key, away)
+    run.say(f"  {name}  gives its files back, {key}, {away}")
     run.confirm(f"Remove {name}?")
     if folder.place():
         result = _undone(world, folder.name)
@@ -2489,8 +2518,7 @@ def cmd_env(run: Run) -> Exit:
     for each, reason in left_out.items():
         run.say(f"  {each} is left out: {reason}")
     if args.dry_run:
-        run.say("  " + (", ".join(sorted(changes)) or "nothing to change"))
-        return Exit.OK
+        return run.would(name, *sorted(changes))
     told = as_dict(job.server.tenant(name, "PATCH", changes, "/env") if changes
                    else job.server.tenant(name))
     names = told.get("names") if changes else told.get("env")

@@ -11,6 +11,7 @@ import re
 import ssl
 import threading
 import time
+import urllib.parse
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -77,7 +78,7 @@ class FakeServer:
             found = re.fullmatch(pattern, f"{call.method} {path}")
             if found:
                 self.check(access, call.key)
-                return do(self, call, *found.groups())
+                return do(self, call, *map(urllib.parse.unquote, found.groups()))
         raise Refused(404, "not_found", f"There is no {path} here")
 
     def check(self, access: str, key: str) -> None:
@@ -224,7 +225,7 @@ class FakeServer:
 
 
 Do = Callable[..., tuple[int, Json]]
-_KEY = r"/api/keys/([a-z0-9-]+)"
+_KEY = r"/api/keys/([^/]+)"
 ROUTES: list[tuple[str, str, Do]] = [
     (r"GET /health", "all", FakeServer.health),
     (r"GET /v1/models", "key", FakeServer.models),
