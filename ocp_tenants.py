@@ -1380,22 +1380,6 @@ class Plan(NamedTuple):
         return not (self.key or self.writes_tenant or self.writes_key or self.diff or self.dotenv)
 
     @property
-    def shown_diff(self) -> list[str]:
-        """Return its lines for people: of a list of models only their names."""
-        shown: list[str] = []
-        inside = ""
-        for line in self.diff:
-            if not inside:
-                shown.append(line)
-                inside = line[:-1] if line.endswith('"models": [') else ""
-            elif line.rstrip(",") == inside.replace('"models": ', "") + "]":
-                shown.append(line)
-                inside = ""
-            elif '"id": ' in line:
-                shown.append(line)
-        return shown
-
-    @property
     def summary(self) -> str:
         """Return what is to be done, in a few words."""
         parts = []
@@ -1892,6 +1876,19 @@ def give_back(
 # -- .env ---------------------------------------------------------------------
 
 
+_DOTENV_NAMES = (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY")
+
+
+def dotenv_line(name: bytes, end: bytes = b"") -> re.Pattern[bytes]:
+    """Return the pattern of a line that sets a variable, up to its end or with it."""
+    return re.compile(rb"(?m)^" + name + rb"=[^\r\n]*" + end)
+
+
+def with_lines(content: bytes, pattern: re.Pattern[bytes], line: bytes) -> tuple[bytes, int]:
+    """Put a line in the place of some others; return the text, and how many there were."""
+    return pattern.subn(lambda _: line, content)
+
+
 class DotenvEdit(NamedTuple):
     """New content for the .env of a compose project."""
 
@@ -1923,12 +1920,10 @@ def plan_dotenv(job: Job, instance: Instance, url: str) -> DotenvEdit | None:
 def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
     """Return a .env with the address and the key in place of its own, at the lines' very start."""
     newline = b"\r\n" if b"\r\n" in content else b"\n"
-    for name, value in ((b"ANTHROPIC_BASE_URL", url), (b"ANTHROPIC_API_KEY", secret)):
+    for name, value in zip(_DOTENV_NAMES, (url, secret)):
         line = name + b"=" + value.encode()
-        pattern = rb"(?m)^" + name + rb"=[^\r\n]*"
-        if re.search(pattern, content):
-            content = re.sub(pattern, lambda _, line=line: line, content)  # type: ignore[misc]
-        else:
+        content, count = with_lines(content, dotenv_line(name), line)
+        if not count:
             content += newline if content and not content.endswith(b"\n") else b""
             content += line + newline
     return content
@@ -1966,11 +1961,10 @@ def take_back_dotenv(folder: Folder) -> list[str]:
 
 def with_lines_of(content: bytes, original: bytes) -> bytes:
     """Return a .env with the two lines as the original has them, or without them."""
-    for name in (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY"):
-        pattern = rb"(?m)^" + name + rb"=[^\r\n]*(\r?\n)?"
-        was = re.search(pattern, original)
-        line = was[0] if was else b""
-        content = re.sub(pattern, lambda _, line=line: line, content)  # type: ignore[misc]
+    for name in _DOTENV_NAMES:
+        pattern = dotenv_line(name, rb"(?:\r?\n)?")
+        was = pattern.search(original)
+        content, _ = with_lines(content, pattern, was[0] if was else b"")
     return content
 
 
@@ -2208,13 +2202,27 @@ def carried_out(job: Job, result: Result) -> Result:
         return result._replace(problem=str(problem).rstrip("."))
 
 
+def without_models(lines: Sequence[str]) -> list[str]:
+    """Return the lines of a change of openclaw.json, of models only their ids."""
+    shown: list[str] = []
+    end = ""
+    for line in lines:
+        if not end or line.rstrip(",") == end or '"id": ' in line:
+            shown.append(line)
+        if line.endswith('"models": ['):
+            end = line.replace('"models": [', "]")
+        elif line.rstrip(",") == end:
+            end = ""
+    return shown
+
+
 def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
     """Print one line for each instance."""
     width = max((len(each.instance.name) for each in results), default=0)
     for each in results:
         first, *more = (f"FAILED: {each.problem}" if each.problem else words(each)).split("\n")
         run.say("\n".join([f"  {each.instance.name:{width}}  {clean(first)}",
-                           *(f"      {clean(line)}" for line in more)]))
+                           *(f"      {clean(line)}" for line in without_models(more))]))
 
 
 def cmd_setup(run: Run) -> Exit:
@@ -2234,8 +2242,7 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
     if not results:
         run.say("No OpenClaw was found here: see `ocp tenants discover`.")
     show_results(run, results, lambda each: "\n".join(
-        [each.plan.summary, *(each.plan.shown_diff if run.args.dry_run else ())]
-        if each.plan else []))
+        [each.plan.summary, *(each.plan.diff if run.args.dry_run else ())] if each.plan else []))
     is_empty = all(each.plan is None or each.plan.is_empty for each in results)
     if not run.args.dry_run and not is_empty:
         run.confirm("Do this?")
@@ -2577,12 +2584,12 @@ COMMANDS = (
     Command("show", "show one tenant", cmd_show, ("name",)),
     Command("add", "make a tenant, and print its key", cmd_add,
             ("name", "changes", "setup", "add")),
+    Command("login", "give a tenant a Claude login of its own", cmd_login, ("name", "login")),
     Command("edit", "change a tenant", cmd_edit, ("name", "changes", "edit")),
     Command("remove", "undo, revoke the key, put the folder away", cmd_remove,
             ("name", "changes", "remove")),
     Command("env", "show the names of a tenant's variables, or change them", cmd_env,
             ("name", "changes", "env")),
-    Command("login", "give a tenant a Claude login of its own", cmd_login, ("name", "login")),
     Command("gen-key", "print a new key, and keep nothing", cmd_gen_key),
 )
 
