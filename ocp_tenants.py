@@ -2284,9 +2284,8 @@ def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
     """Return what to say of tenants whose instance was set up and is not found any more."""
     names = set() if run.args.names else set(job.tenants) - {each.name for each in found}
     rows = ((name, job.folder(name).place()) for name in sorted(names))
-    return [Result(Instance(name, str(place.get("kind")), str(place.get("where")), "", ""),
-                   problem=f"{clean(place.get('where'))} was not found") for name, place in rows
-            if place]
+    return [Result(written_down(name, place), problem=f"{clean(place.get('where'))} was not found")
+            for name, place in rows if place]
 
 
 def cmd_undo(run: Run) -> Exit:
@@ -2299,24 +2298,25 @@ def cmd_undo(run: Run) -> Exit:
             raise failed(f"Nothing is to be undone for {clean(name)[:80]!r}.")
     if not known:
         run.say("There is nothing to undo.")
-    width = max(map(len, known), default=0)
-    for name in known:
-        where = world.shown_path(str(places[name].get("where")))
-        run.say(f"  {name:{width}}  {clean(where)}")
-    results: list[Result] = []
+    results = [Result(written_down(name, places[name])) for name in known]
+    show_results(run, results, lambda each: world.shown_path(each.instance.where))
     if known and not run.args.dry_run:
         run.confirm("Give these back?")
         results = [_undone(world, name) for name in known]
         show_results(run, results, lambda each: ", ".join(each.done))
     run.print_json({"dryRun": run.args.dry_run, "instances": [
-        each.as_json() for each in results] or known})
+        each.as_json() for each in results]})
     return Exit.FAILED if any(each.problem for each in results) else Exit.OK
+
+
+def written_down(name: str, place: Mapping[str, Json]) -> Instance:
+    """Return an instance as it was written down, for what is said of it."""
+    return Instance(name, str(place.get("kind")), str(place.get("where")), "", "")
 
 
 def _undone(world: World, name: str) -> Result:
     folder = Folder(world, name)
-    place = folder.place()
-    instance = Instance(name, str(place.get("kind")), str(place.get("where")), "", "")
+    instance = written_down(name, folder.place())
     try:
         instance = instance_at(world, folder, name)
         return Result(instance, done=tuple(take_back(folder, instance)))

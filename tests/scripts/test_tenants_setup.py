@@ -119,9 +119,11 @@ def test_undo_gives_every_file_back_byte_for_byte(lab: Lab) -> None:
     lab.run("setup", "--yes")
     assert lab.tree_of(root, lab.home) != before
 
+    planned = lab.json("undo", "--dry-run")["instances"]
     ran = lab.run("undo", "--yes")
 
     assert ran.code == 0 and lab.tree_of(root, lab.home) == before, ran
+    assert [each["name"] for each in planned] == ["alice", "openclaw-local"]
     assert local.read_text() == "{a: 1, // mine\n}\n"
     assert lab.run("undo", "--yes").stdout == "There is nothing to undo.\n"
     assert "alice" in lab.server.keys
