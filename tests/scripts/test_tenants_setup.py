@@ -43,28 +43,6 @@ def config_of(path: Path) -> Any:
 # Setting up
 # ---------------------------------------------------------------------------
 
-def test_instances_of_a_server_of_https_trust_its_certificate(tmp_path: Path) -> None:
-    files = write_tls_files(tmp_path)
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(files["OCP_TLS_CERT"], files["OCP_TLS_KEY"])
-    with tenants_lab(tmp_path, tls=tls) as lab:
-        root, local = container(lab), lab.local()
-
-        ran = lab.run("setup", "--yes")
-
-        assert ran.code == 0 and ran.stdout.count('answered "pong"') == 2, ran
-        for path, host in ((root / CONFIG_FILE, "172.17.0.1"), (local, "127.0.0.1")):
-            provider = config_of(path)["models"]["providers"]["claude-local"]
-            assert provider["baseUrl"] == f"https://{host}:{lab.port}/v1"
-            assert provider["request"]["tls"]["ca"].strip() == CERT.strip()
-        assert lab.run("check").code == 0
-        lab.server.fingerprint = "SHA256:" + "A" * 43 + "="
-        assert "has the fingerprint" in lab.run("check").stdout
-        assert lab.run("undo", "--yes").code == 0
-        assert (root / CONFIG_FILE).read_text() == CONFIG
-
-
-
 def test_a_container_gets_a_key_of_its_own_and_the_server(lab: Lab) -> None:
     root = container(lab)
 
@@ -151,6 +129,28 @@ def test_after_undo_setup_works_with_the_same_key(lab: Lab) -> None:
 
     assert lab.run("setup", "--yes").code == 0
     assert (root / KEY_FILE).read_text() == secret
+
+
+def test_instances_of_a_server_of_https_trust_its_certificate(tmp_path: Path) -> None:
+    files = write_tls_files(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files["OCP_TLS_CERT"], files["OCP_TLS_KEY"])
+    with tenants_lab(tmp_path, tls=tls) as lab:
+        root, local = container(lab), lab.local()
+
+        ran = lab.run("setup", "--yes")
+
+        assert ran.code == 0 and ran.stdout.count('answered "pong"') == 2, ran
+        for path, host in ((root / CONFIG_FILE, "172.17.0.1"), (local, "127.0.0.1")):
+            provider = config_of(path)["models"]["providers"]["claude-local"]
+            assert provider["baseUrl"] == f"https://{host}:{lab.port}/v1"
+            assert provider["request"]["tls"]["ca"].strip() == CERT.strip()
+        assert lab.run("check").code == 0
+        lab.server.fingerprint = "SHA256:" + "A" * 43 + "="
+        assert "has the fingerprint" in lab.run("check").stdout
+        assert lab.run("undo", "--yes").code == 0
+        assert (root / CONFIG_FILE).read_text() == CONFIG
+
 
 
 def test_a_local_instance_reads_its_key_from_the_tenants_folder(lab: Lab) -> None:
