@@ -1700,6 +1700,8 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
         done.append(write_dotenv(plan))
     if plan.writes_key and instance.is_running:
         run_openclaw(job.world, instance, "secrets", "reload")
+    if plan.key == "new secret" and not instance.is_container:
+        done.append("`openclaw secrets reload` lets a running gateway read it")
     if not instance.is_running:
         return [*done, f"start it and run `ocp tenants check {instance.name}`"]
     return done if job.options.skip_answer else [*done, proof(job, plan)]
@@ -1838,6 +1840,8 @@ def take_back(folder: Folder, instance: Instance) -> list[str]:
         folder.remove("connect")
     if instance.is_container:
         done += drop_key(world, instance)
+    else:
+        remove_files(world, instance, instance.config_path + DRAFT)
     folder.remove("instance")
     return done or ["nothing of ours was there"]
 

@@ -675,6 +675,23 @@ def test_an_instance_elsewhere_is_found_again_after_undo_and_missed_when_it_is_g
         ("anna", False, f"{folder} was not found")]
 
 
+def test_undo_leaves_no_draft_of_a_run_that_was_killed(lab: Lab) -> None:
+    local = lab.local()
+    before = lab.tree_of(lab.home)
+    lab.run("setup", "--yes")
+    local.with_name(f"openclaw.json{tenants.DRAFT}").write_text("{")
+
+    assert lab.run("undo", "--yes").code == 0 and lab.tree_of(lab.home) == before
+
+
+def test_a_running_gateway_of_a_folder_is_to_read_its_new_key(lab: Lab) -> None:
+    lab.local()
+    assert "secrets reload" not in lab.run("setup", "--yes").stdout
+    lab.server.keys["openclaw-local"]["secret"] = "x" * 40
+
+    assert "`openclaw secrets reload` lets a running gateway" in lab.run("apply", "--yes").stdout
+
+
 def test_undo_needs_no_server(lab: Lab) -> None:
     root = container(lab)
     lab.run("setup", "--yes")
