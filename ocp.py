@@ -3971,8 +3971,12 @@ def _private_paths(facts: Facts) -> list[tuple[str, int]]:
     names = ("ocp.db", "ocp.db-wal", "ocp.db-shm", "ocp.db.original", "admin-key", "tls/key.pem",
              "channels.json", "channels.db")
     files = [*(os.path.join(folder, name) for name in names), facts.here.env_file]
-    return [(path, mode) for path, mode in [(folder, 0o700), *((file, 0o600) for file in files)]
-            if os.path.exists(path)]
+    # With the folders of tenants closed, nobody gets at what is in them.
+    tenants = os.path.join(folder, "tenants")
+    inside = os.listdir(tenants) if os.path.isdir(tenants) else []
+    folders = [folder, tenants, *(os.path.join(tenants, name) for name in sorted(inside))]
+    return [*((each, 0o700) for each in folders if os.path.isdir(each)),
+            *((file, 0o600) for file in files if os.path.exists(file))]
 
 
 def _loose_paths(facts: Facts) -> list[tuple[str, int]]:
@@ -4302,6 +4306,42 @@ def _check_openclaw(facts: Facts) -> Finding:
     return Finding("PASS", "OpenClaw knows the same models")
 
 
+def _check_instances(facts: Facts) -> Finding:
+    if facts.is_elsewhere:
+        raise Unknown(f"{facts.url} is another machine")
+    if not facts.running.get("tenantCount"):
+        return Finding("INFO", "there are no tenants; `ocp tenants setup` makes them")
+    words = ("check", "--json", "--server", with_port(facts.url))
+    done = facts.env.command(
+        *script_command(facts.env, "ocp_tenants.py", *words), timeout_s=120.0)
+    if done.code not in (Exit.OK, Exit.FAILED) or not done.output:
+        raise Unknown(done.complaint)
+    names = {True: list[str](), False: list[str]()}
+    for row in json.loads(done.output)["instances"]:
+        names[bool(row["ok"])].append(str(row["name"]))
+    if not any(names.values()):
+        return Finding("INFO", "no tenant has an instance on this machine")
+    if names[False]:
+        return Finding(
+            "WARN", f"not as they should be: {', '.join(names[False])}", Fix("fix_tenants", (
+                "`ocp tenants check` says what is the matter",
+                f"`ocp tenants apply {shlex.join(names[False])}` writes what is missing")))
+    return Finding("PASS", f"{counted(len(names[True]), 'instance')} of tenants: this server is "
+                   "configured in each")
+
+
+def _check_key_logins(facts: Facts) -> Finding:
+    server: Server = facts.running and find_server(facts.env)
+    logins = server.ask("GET", "/api/keys", timeout_s=3.0).value.get("logins") or []
+    if not logins:
+        return Finding("INFO", "no key has a login of its own")
+    lost = [str(each["keys"][0]) for each in logins if each["state"] == "not logged in"]
+    if lost:
+        return Finding("WARN", f"refused or missing: the logins of {', '.join(lost)}", Fix(
+            "fix_key_logins", tuple(f"`ocp keys login {shlex.quote(name)}`" for name in lost)))
+    return Finding("PASS", f"{counted(len(logins), 'login')} of keys, none refused")
+
+
 def _check_channels(facts: Facts) -> Finding:
     script, channels = facts.env.beside("ocp_channels.py"), facts.script("ocp.py", "channels")
     places = (os.path.join(facts.env.ocp_home, "channels.json"),
@@ -4359,7 +4399,7 @@ CHECKS = (
           "What was taken over from the original, and whether its keys are left in plain text",
           _check_original),
     Check("file_modes", "Private files",
-          "Whether others may read the database, the keys or the settings file",
+          "Whether others may read the database, the keys, the settings file or tenants' folders",
           _check_modes, _mend_modes),
     Check("port_owner", "Port", "Which process owns the server's port", _check_port),
     Check("settings", "Settings",
@@ -4372,6 +4412,8 @@ CHECKS = (
     Check("service_running", "Server", "Whether an OCP server answers",
           _check_service, _mend_service),
     Check("oauth_ok", "Login", "What the last answer told about the login", _check_login),
+    Check("key_logins", "Logins of keys",
+          "Whether a key's own Claude login was refused or is missing", _check_key_logins),
     Check("extra_usage", "Extra usage",
           "Whether answers are billed as extra usage, beyond the plan", _check_extra_usage),
     Check("recent_failures", "Failed requests",
@@ -4389,6 +4431,8 @@ CHECKS = (
     Check("clock", "Clock", "Whether the server's clock and this one agree", _check_clock),
     Check("openclaw_models", "OpenClaw", "Whether OpenClaw, if it is here, knows the same models",
           _check_openclaw),
+    Check("tenant_instances", "Instances of tenants",
+          "Whether the OpenClaw of each tenant is configured for this server", _check_instances),
     Check("channels", "Chats", "Whether the gateway to chats runs, and what waits there for you",
           _check_channels),
     Check("current_version", "Release", "Whether there is a newer release", _check_latest),

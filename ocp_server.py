@@ -17127,22 +17127,19 @@ class Account:
             if report.windows and report.status is not None:
                 self._last_report = report
 
-    def state(self) -> str:
-        """Return what is known of the plan as JSON, for `restore`; empty if nothing is known."""
+    def state(self) -> Json:
+        """Return what is known of the plan, for `restore`; `updated_s` is null if nothing is."""
         with self._lock:
-            if self._windows_updated_s is None:
-                return ""
-            return json.dumps({
+            return {
                 "windows": {name: list(window) for name, window in self._windows.items()},
                 "budget": list(self._budget),
                 "subscription": self._subscription,
                 "updated_s": self._windows_updated_s,
-            })
+            }
 
-    def restore(self, state: str) -> None:
+    def restore(self, stored: Json) -> None:
         """Set what an earlier server knew of the plan; each number keeps the time of its report.
-        Raises ValueError, TypeError, KeyError if `state` is not from `state`."""
-        stored = json.loads(state)
+        Raises ValueError, TypeError, KeyError, AttributeError if `stored` is not from `state`."""
         windows = {str(name): PlanWindow(*each) for name, each in stored["windows"].items()}
         if not all(isinstance(each, (int, float, type(None))) for window in windows.values()
                    for each in (window.utilization, window.resets_at_s, window.observed_s)):
@@ -17151,7 +17148,8 @@ class Account:
             self._windows = windows
             self._budget = ExtraUsageBudget(*stored["budget"])
             self._subscription = stored["subscription"]
-            self._windows_updated_s = float(stored["updated_s"])
+            updated_s = stored["updated_s"]
+            self._windows_updated_s = None if updated_s is None else float(updated_s)
 
     def _completed(self, window: PlanWindow, before: PlanWindow) -> PlanWindow:
         """Return a window with what only an earlier report told."""
@@ -17297,24 +17295,37 @@ class Account:
 
 
 class PlanRecord:
-    """Keeps what is known of the plan in the database, so that a restart does not forget it."""
+    """Keeps what is known of the plans in the database, so that a restart does not forget it. The
+    one row is about the server's login, with those of keys in its field `logins`."""
 
-    def __init__(self, store: Store, account: Account, log: Log) -> None:
-        """Read what an earlier server knew."""
+    def __init__(
+        self, store: Store, accounts: Callable[[], Mapping[str, Account]], log: Log
+    ) -> None:
+        """Read what an earlier server knew. `accounts` returns those in use by the ids of their
+        logins, "" for the server's."""
         self._store = store
-        self._account = account
-        self._written = ""
+        self._accounts = accounts
         rows = store.rows("SELECT state FROM plan")
         try:
             if rows:
-                account.restore(rows[0]["state"])
-                self._written = account.state()
+                self._restore(json.loads(rows[0]["state"]))
         except (ValueError, TypeError, KeyError, AttributeError) as problem:
             log.event("warn", "stored_plan_ignored", error=repr(problem))
+        self._written = self._state()
+
+    def _restore(self, stored: Json) -> None:
+        states = {**stored.get("logins", {}), "": stored}
+        for login_id, account in self._accounts().items():
+            if login_id in states:
+                account.restore(states[login_id])
+
+    def _state(self) -> str:
+        states = {login_id: each.state() for login_id, each in self._accounts().items()}
+        return json.dumps({**states.pop(""), "logins": states})
 
     def write(self) -> None:
         """Write what has changed. Raises sqlite3.Error."""
-        state = self._account.state()
+        state = self._state()
         if state != self._written:
             with self._store.transaction() as connection:
                 connection.execute("INSERT OR REPLACE INTO plan VALUES (1, ?)", (state,))
@@ -17648,7 +17659,7 @@ class AlertRequest(NamedTuple):
 
 
 #: Events that need no haste.
-_CALM_EVENTS = ("login_back", "claude_back", "test")
+_CALM_EVENTS = ("login_back", "key_login_back", "claude_back", "test")
 
 
 def _heading(alert: Json) -> str:
@@ -17830,6 +17841,23 @@ CLAUDE_GONE = News(
 CLAUDE_BACK = News(
     "claude_back", "claude back", "claude can be started again", "Requests are answered again."
 )
+
+
+def key_login_news(login_id: str, names: Sequence[str]) -> tuple[News, News]:
+    """Return what there is to tell when the API refuses the login of these keys, and when it takes
+    it again."""
+    keys, details = f"the keys {', '.join(names)}", {"login": login_id, "keys": list(names)}
+    keys = keys if len(names) > 1 else f"the key {names[0]}"
+    return News(
+        "key_login_lost", f"login {login_id}", f"the Claude login of {keys} was refused",
+        f"The API has refused the Claude login of {keys}, and their requests fail. Renew it on the "
+        f"server: `ocp keys login {shlex.quote(names[0])}`.", details, until_s=math.inf,
+    ), News(
+        "key_login_back", f"login back {login_id}", f"the Claude login of {keys} works again",
+        "Requests are answered again.", details,
+    )
+
+
 _TEST = News("test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do.")
 
 #: The used percentages of a plan's window that are told, the highest first. One that is used less
@@ -17979,9 +18007,12 @@ class Alerts:
             self.tell(billed_news(name, billed, is_stopped, now_s))
         while self._levels:
             self.tell(level_news(self._levels.popleft(), now_s))
-        accepted = account.login_report()["ok"]
-        self._follow(None if accepted is None else not accepted, LOGIN_GONE, LOGIN_BACK)
+        self._follow_login(account, LOGIN_GONE, LOGIN_BACK)
         self._follow(is_claude_gone, CLAUDE_GONE, CLAUDE_BACK)
+
+    def watch_login(self, login_id: str, names: Sequence[str], account: Account) -> None:
+        """Tell what has happened to the login of these keys."""
+        self._follow_login(account, *key_login_news(login_id, names))
 
     def tell(self, news: News) -> None:
         """Raise an alert, unless this was told already or no webhook is set."""
@@ -17994,6 +18025,10 @@ class Alerts:
             alert = alert._replace(state="lost", problem="too many alerts were waiting")
         self._write(self._add(alert))
         self._log.event("info", "alert_raised", kind=alert.event, title=alert.title)
+
+    def _follow_login(self, account: Account, lost: News, back: News) -> None:
+        accepted = account.login_report()["ok"]
+        self._follow(None if accepted is None else not accepted, lost, back)
 
     def _follow(self, is_bad: bool | None, bad: News, good: News) -> None:
         """Tell that a state has begun, or that it is over if its begin was told."""
@@ -20881,6 +20916,7 @@ class App:
         self.program = ClaudeProgram(config, environ, demo_command)
         self.claude_folder = self._claude_folder(environ)
         self.logins = self._logins()
+        self._plan_record = PlanRecord(self.store, self._accounts, self.log)
         self._starter = self._claude_starter(environ)
         self.own_tools = self._own_tools(environ)
         self.pool = ProcessPool(self._starter.start, clock)
@@ -20912,6 +20948,11 @@ class App:
     def _logins(self) -> Logins:
         server = LoginState(self.account, self.claude_folder)
         return Logins(server, self.state_folder.path_of("logins"), self.log)
+
+    def _accounts(self) -> dict[str, Account]:
+        """Return the accounts of the logins in use, by the ids of these."""
+        logins = {SERVER_LOGIN, *(key.login for key in self.keys.all())}
+        return {login.id: self.logins.state(login).account for login in logins}
 
     def _claude_starter(self, environ: Mapping[str, str]) -> ClaudeStarter:
         starter = ClaudeStarter(
@@ -20960,7 +21001,6 @@ class App:
         self.sessions = Sessions(self.store)
         self.thinking = ThinkingMemory(self.store)
         self.account = Account()
-        self._plan_record = PlanRecord(self.store, self.account, self.log)
         self.alerts = Alerts(self.store, self.log, self.settings)
         self.ledger.on_level = self.alerts.take_level
         self._prune_at_s = self._write_use_at_s = self.clock()
@@ -21070,6 +21110,7 @@ class App:
             self._watch_login()
             if not self.demo:
                 self.alerts.watch(self.account, self.program.is_gone())
+                self._watch_key_logins()
                 self.alerts.tend()
             self.check_program()
             self.pool.refill(self.config)
@@ -21081,6 +21122,15 @@ class App:
         except Exception as error:
             self.log.event("error", "housekeeping_failed", error=format_failure(error))
         return _TEND_SOON_S if self.pool.has_work_soon(self.config) else _TEND_EVERY_S
+
+    def _watch_key_logins(self) -> None:
+        """Tell which logins of keys were lost, and which are back."""
+        names = collections.defaultdict(list)
+        for key in self.keys.all():
+            if key.login != SERVER_LOGIN:
+                names[key.login].append(key.name)
+        for login, keys in names.items():
+            self.alerts.watch_login(login.id, keys, self.logins.state(login).account)
 
     def _prime_spare(self) -> None:
         """Prime one of the spares that have started. That takes a tenth of a second. Agents would

@@ -46,6 +46,7 @@ import calendar
 import contextlib
 import dataclasses
 import enum
+import errno
 import functools
 import hashlib
 import http.client
@@ -66,6 +67,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple, TextIO
 
 VERSION = "1.0.0"
@@ -552,12 +554,14 @@ class Server(NamedTuple):
     #: The admin key.
     key: str
 
-    def ask(self, method: str, path: str, body: object = None, key: str = "") -> Json:
+    def ask(
+        self, method: str, path: str, body: object = None, key: str = "", timeout_s: float = 15.0
+    ) -> Json:
         """Return the JSON of an answer. `key` replaces the admin key. Raises Problem, whose body is
         that of the refusal."""
         tls = any_certificate() if is_loopback(self.url) else None
         try:
-            return http_json(method, self.url + path, body, key or self.key, 15.0, tls)
+            return http_json(method, self.url + path, body, key or self.key, timeout_s, tls)
         except HttpProblem as problem:
             message = clean(problem).rstrip(".")
             if problem.kind == "unreachable":
@@ -569,6 +573,14 @@ class Server(NamedTuple):
                               problem.body) from None
             raise Problem(Exit.FAILED, f"{self.url} answered {problem.status}: {message}.",
                           problem.body) from None
+
+    def certificate(self) -> str:
+        """Return the certificate (PEM) that the server shows. Raises Problem."""
+        parts = urllib.parse.urlsplit(self.url)
+        try:
+            return ssl.get_server_certificate((parts.hostname or "", port_of(self.url)))
+        except OSError as error:
+            raise Problem(Exit.UNREACHABLE, f"Cannot connect to {self.url}: {error}.") from None
 
     def keys(self) -> dict[str, dict[str, Json]]:
         """Return the active keys by name. Raises Problem."""
@@ -674,6 +686,114 @@ class Docker(NamedTuple):
 # OpenClaw containers and folders of this machine. Nothing here changes anything.
 
 
+class Folder(NamedTuple):
+    """The files of one tenant on this machine. Nothing in it is reached through a link."""
+
+    world: World
+    #: Its name below the folder of the tenants.
+    name: str
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.world.tenants_folder, self.name)
+
+    @property
+    def key_path(self) -> str:
+        return self.inside("key")
+
+    @property
+    def connect_home(self) -> str:
+        """Return what is ocp_connect.py's XDG_CONFIG_HOME for this tenant."""
+        return self.inside("connect")
+
+    def inside(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+    @contextlib.contextmanager
+    def opened(self, *parts: str, makes: bool = False) -> Iterator[int]:
+        """Yield the descriptor of a folder in it. Raises Problem for whatever fails meanwhile, but
+        FileNotFoundError."""
+        try:
+            if makes:
+                make_folders(self.world.tenants_folder)
+            with opened_folder(self.world.tenants_folder, self.name, *parts, makes=makes) as at:
+                yield at
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            path, is_link = self.inside(*parts), error.errno in (errno.ELOOP, errno.ENOTDIR)
+            raise failed(f"{path} or a folder above is a link, or no folder" if is_link else
+                         f"{path} cannot be used: {error.strerror}") from None
+
+    def write(self, content: bytes, *parts: str) -> None:
+        """Write a private file, whole or not at all, and make its folders. Raises Problem."""
+        *folders, name = parts
+        with self.opened(*folders, makes=True) as at:
+            remove_below(at, name + DRAFT)
+            write_below(at, name + DRAFT, content, False)
+            move_below(at, name + DRAFT, name)
+
+    def read(self, *parts: str) -> bytes:
+        """Return the content of a file, empty if there is none. Raises Problem."""
+        *folders, name = parts
+        with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
+            held = _read_own(name, at)
+            return held.content if held else b""
+        return b""
+
+    def has(self, *parts: str) -> bool:
+        """Return whether there is such a folder in it. Raises Problem."""
+        with contextlib.suppress(FileNotFoundError), self.opened(*parts):
+            return True
+        return False
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file or folder in it, if it is there. Raises Problem."""
+        *folders, name = parts
+        with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
+            remove_below(at, name)
+
+    def secret(self) -> str:
+        """Return the saved key, empty if there is none."""
+        text = self.read("key").decode("utf-8", "replace").strip()
+        return text if re.fullmatch(r"[A-Za-z0-9_-]{32,128}", text) else ""
+
+    def place(self) -> dict[str, Json]:
+        """Return what was written down about the instance, empty if nothing was."""
+        with contextlib.suppress(Problem, ValueError):
+            return as_dict(json.loads(self.read("instance", "instance.json")))
+        return {}
+
+    def write_place(self, place: Mapping[str, Json]) -> None:
+        """Write down about the instance what is in `place`; the rest stays. Raises Problem."""
+        text = json.dumps({**self.place(), **place}, indent=1)
+        self.write(text.encode(), "instance", "instance.json")
+
+
+def make_folders(folder: str) -> None:
+    """Make a private folder and its parents, owned as the folder above. Raises OSError."""
+    if os.path.isdir(folder):
+        return
+    above = os.path.dirname(folder)
+    make_folders(above)
+    os.mkdir(folder, 0o700)
+    if os.geteuid() == 0:
+        owner = os.stat(above)
+        os.chown(folder, owner.st_uid, owner.st_gid)
+
+
+#: The server names the folder of a tenant after its key, whatever it is called.
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def tenant_folders(world: World) -> list[Folder]:
+    """Return the folders of tenants on this machine."""
+    with contextlib.suppress(OSError):
+        names = sorted(filter(_FOLDER_NAME.fullmatch, os.listdir(world.tenants_folder)))
+        return [Folder(world, name) for name in names]
+    return []
+
+
 class Instance(NamedTuple):
     """One OpenClaw of this machine."""
 
@@ -703,6 +823,12 @@ class Instance(NamedTuple):
     @property
     def state(self) -> str:
         return "-" if not self.is_container else "running" if self.is_running else "stopped"
+
+    @property
+    def place(self) -> dict[str, Json]:
+        """Return what finds it again."""
+        return {"kind": self.kind, "where": self.where, "id": self.container_id,
+                "stateDir": self.state_dir, "configPath": self.config_path}
 
 
 _COMPOSE = "com.docker.compose."
@@ -758,7 +884,7 @@ def host_path(inspected: Mapping[str, Json], path: str) -> str:
 
 def tenant_name_of(inspected: Mapping[str, Json]) -> str:
     """Return what the tenant of a container is called, empty if it is no OpenClaw."""
-    name, labels = str(inspected.get("Name") or "").lstrip("/"), container_labels(inspected)
+    name, labels = container_name(inspected), container_labels(inspected)
     service = labels.get(f"{_COMPOSE}service", "")
     if service == "openclaw-cli" or not service and _CLI.fullmatch(name):
         return ""
@@ -772,20 +898,33 @@ def tenant_name_of(inspected: Mapping[str, Json]) -> str:
     return fitted_name(cell and cell[1] or project or gateway and gateway[1] or name)
 
 
+def container_name(inspected: Mapping[str, Json]) -> str:
+    return str(inspected.get("Name") or "").lstrip("/")
+
+
+def container_row(
+    rows: Sequence[Mapping[str, Json]], *known: str
+) -> Mapping[str, Json] | None:
+    """Return the container with the first of these names or ids that one has."""
+    return next((row for each in known for row in rows
+                 if each and each in (container_name(row), row.get("Id"))), None)
+
+
+def container_instance(row: Mapping[str, Json], name: str) -> Instance:
+    """Return the instance in a container."""
+    state_dir = container_state(row)
+    config = container_env(row).get("OPENCLAW_CONFIG_PATH", "")
+    return Instance(
+        name, "container", container_name(row), state_dir,
+        config if is_usable_path(config) else f"{state_dir}/openclaw.json",
+        str(row.get("Id") or ""), as_dict(row.get("State")).get("Running") is True, row)
+
+
 def container_instances(rows: Sequence[Mapping[str, Json]]) -> list[Instance]:
     """Return the instances among containers."""
-    found = []
-    for row in rows:
-        name, container = tenant_name_of(row), str(row.get("Name") or "").lstrip("/")
-        if not name or not CONTAINER_NAME.fullmatch(container):
-            continue
-        state_dir = container_state(row)
-        config = container_env(row).get("OPENCLAW_CONFIG_PATH", "")
-        found.append(Instance(
-            name, "container", container, state_dir,
-            config if is_usable_path(config) else f"{state_dir}/openclaw.json",
-            str(row.get("Id") or ""), as_dict(row.get("State")).get("Running") is True, row))
-    return found
+    named = ((tenant_name_of(row), row) for row in rows
+             if CONTAINER_NAME.fullmatch(container_name(row)))
+    return [container_instance(row, name) for name, row in named if name]
 
 
 def folder_instance(folder: str, name: str) -> Instance:
@@ -804,28 +943,6 @@ def folder_instances(world: World) -> list[Instance]:
     return found
 
 
-def place_of(world: World, folder: str) -> dict[str, Json]:
-    """Return what was written down about the instance of a tenant, by the tenant's folder; empty if
-    nothing was."""
-    path = os.path.join(world.tenants_folder, folder, "instance", "instance.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return as_dict(json.load(file))
-    except (OSError, ValueError):
-        return {}
-
-
-#: The server names the folder of a tenant after its key, whatever it is called.
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def tenant_folders(world: World) -> list[str]:
-    """Return the folders of tenants on this machine."""
-    with contextlib.suppress(OSError):
-        return sorted(filter(_FOLDER_NAME.fullmatch, os.listdir(world.tenants_folder)))
-    return []
-
-
 class Discovery(NamedTuple):
     """What was found on this machine."""
 
@@ -834,18 +951,33 @@ class Discovery(NamedTuple):
     docker_error: str
 
 
-def discover(world: World) -> Discovery:
-    """Return all instances of this machine; those of one name or one state folder with a doubt."""
+def discover(world: World, told: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
+    """Return all instances of this machine; those of one name or one state folder with a doubt.
+    `told` is what the server knows of where tenants' instances are, by their folders."""
     rows, error = Docker(world).containers()
+    # A tenant's own instance is told apart by what was written down, wherever it is.
+    places = {**told, **{each.name: each.place() for each in tenant_folders(world)
+                         if each.place() or each.name not in told}}
+    known = {each.where: each for name, place in places.items()
+             for each in known_instances(name, as_dict(place), rows)}
     containers = container_instances(rows)
-    mounted = {host_path(each.inspected, each.state_dir): each for each in containers}
+    mounted = {host_path(each.inspected, each.state_dir) for each in containers}
     folders = [each for each in folder_instances(world)
                if os.path.realpath(each.where) not in mounted]
-    # A tenant's own instance is told apart by what was written down.
-    known = {str(place_of(world, name).get("where")): name for name in tenant_folders(world)}
-    found = [each._replace(name=known.get(each.where, each.name))
-             for each in (*containers, *folders)]
-    return Discovery(with_doubts(found, set(known)), error)
+    found = {each.where: each for each in (*containers, *folders)}
+    return Discovery(with_doubts(list({**found, **known}.values()), set(known)), error)
+
+
+def known_instances(
+    name: str, place: Mapping[str, Json], rows: Sequence[Mapping[str, Json]]
+) -> list[Instance]:
+    """Return the instance of a tenant at the place that was written down, none if it is not there.
+    `rows` are all containers."""
+    where = str(place.get("where") or "")
+    if place.get("kind") == "folder":
+        return [folder_instance(where, name)] if os.path.isdir(where) else []
+    row = container_row(rows, where, str(place.get("id") or ""))
+    return [container_instance(row, name)] if row else []
 
 
 def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance]:
@@ -891,13 +1023,10 @@ def named_instance(
     if not CONTAINER_NAME.fullmatch(container):
         raise Problem(Exit.USAGE, f"--container: {clean(container)[:80]!r} is no container's name.")
     rows, error = Docker(world).containers()
-    for row in rows:
-        if container in (str(row.get("Name") or "").lstrip("/"), row.get("Id")):
-            label = {"com.docker.compose.service": "openclaw-gateway"}
-            config = {**as_dict(row.get("Config")), "Labels": label}
-            return container_instances([{**row, "Config": config}])[0]._replace(
-                name=name, inspected=row)
-    raise failed(f"There is no container {container}" + (f": {error}." if error else "."))
+    row = container_row(rows, container)
+    if row is None:
+        raise failed(f"There is no container {container}" + (f": {error}." if error else "."))
+    return container_instance(row, name)
 
 
 # ==== 5. OpenClaw files ======================================================
@@ -960,10 +1089,13 @@ def read_file(world: World, instance: Instance, path: str) -> HeldFile | None:
     return _read_contained(world, instance, path) if instance.is_container else _read_own(path)
 
 
-def _read_own(path: str) -> HeldFile | None:
+def _read_own(path: str, at: int | None = None) -> HeldFile | None:
+    """Return a file of this machine, None if it does not exist. With the descriptor of a folder,
+    it is in that one and no link. Raises Problem."""
+    # Without waiting for the writer of a named pipe, which may never come.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if at is None else os.O_NOFOLLOW)
     try:
-        # Without waiting for the writer of a named pipe, which may never come.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(os.open(path, flags, dir_fd=at), "rb") as file:
             told = os.fstat(file.fileno())
             content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
     except (FileNotFoundError, NotADirectoryError):
@@ -1015,10 +1147,23 @@ def tar_of(name: str, file: HeldFile, at_s: float) -> bytes:
 
 
 def put_file(world: World, instance: Instance, path: str, file: HeldFile) -> None:
-    """Write a file into a container, whole or not at all. Raises Problem."""
+    """Write a file of an instance, whole or not at all. Raises Problem."""
+    if not instance.is_container:
+        replace_own(path, file)
+        return
     put_draft(world, instance, draft_of(path) if instance.is_running else path, file)
     if instance.is_running:
         move_draft(world, instance, path)
+
+
+def replace_own(path: str, file: HeldFile) -> None:
+    """Write a file of this machine, whole or not at all. Raises Problem."""
+    try:
+        write_whole(path, file.content, file.mode)
+        if os.geteuid() == 0:
+            os.chown(path, file.uid, file.gid)
+    except OSError as error:
+        raise failed(f"{path} cannot be written: {error.strerror}") from None
 
 
 def put_draft(world: World, instance: Instance, path: str, file: HeldFile) -> None:
@@ -1043,10 +1188,18 @@ def draft_of(path: str) -> str:
 
 
 def remove_files(world: World, instance: Instance, *paths: str) -> None:
-    """Remove files of a container, if they are there. Raises Problem."""
-    ran = Docker(world).exec(instance.where, "rm", "-f", "--", *paths)
-    if ran.code != 0:
-        raise failed(f"{paths[0]} was not removed: {ran.complaint}")
+    """Remove files of an instance, if they are there. Raises Problem."""
+    if instance.is_container:
+        ran = Docker(world).exec(instance.where, "rm", "-f", "--", *paths)
+        if ran.code != 0:
+            raise failed(f"{paths[0]} was not removed: {ran.complaint}")
+        return
+    try:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    except OSError as error:
+        raise failed(f"{paths[0]} was not removed: {error.strerror}") from None
 
 
 def run_openclaw(world: World, instance: Instance, *words: str) -> Ran | None:
@@ -1135,79 +1288,31 @@ COMMANDS_TO_RUN = ("none", "read", "act")
 #: The file of the key in a container, in its state folder.
 _CONTAINER_KEY = "ocp-key"
 _BRIDGE = "172.17.0.1"
-#: Prints what the server says of itself, seen from inside.
-_HEALTH_SCRIPT = (
-    "fetch(process.argv[1]+'/health',{signal:AbortSignal.timeout(3000)})"
-    ".then(r=>r.text()).then(t=>console.log(t),e=>{console.error(e.message);process.exit(1)})")
-#: Sends one question with the key of a file, and prints the answer.
-_ANSWER_SCRIPT = (
-    "fetch(process.argv[1]+'/v1/chat/completions',{method:'POST',signal:AbortSignal.timeout(60000),"
-    "headers:{'Content-Type':'application/json',Authorization:'Bearer '+"
-    "require('fs').readFileSync(process.argv[2],'utf8').trim()},body:JSON.stringify({model:'haiku',"
-    "messages:[{role:'user',content:'Reply: pong'}]})}).then(async r=>{console.log(await r.text());"
-    "process.exit(r.ok?0:1)},e=>{console.error(e.message);process.exit(1)})")
-
-
-class Folder(NamedTuple):
-    """The files of one tenant on this machine."""
-
-    world: World
-    #: Its name below the folder of the tenants.
-    name: str
-
-    @property
-    def path(self) -> str:
-        return os.path.join(self.world.tenants_folder, self.name)
-
-    @property
-    def key_path(self) -> str:
-        return os.path.join(self.path, "key")
-
-    @property
-    def connect_home(self) -> str:
-        """Return what is ocp_connect.py's XDG_CONFIG_HOME for this tenant."""
-        return os.path.join(self.path, "connect")
-
-    def inside(self, *parts: str) -> str:
-        return os.path.join(self.path, *parts)
-
-    def write(self, content: bytes, *parts: str) -> None:
-        """Write a private file, and make its folders. Raises Problem."""
-        path = self.inside(*parts)
-        for each in (self.path, os.path.dirname(path)):
-            if os.path.islink(each):
-                raise failed(f"{each} is a link, which the files of a tenant never are")
-        try:
-            make_folders(os.path.dirname(path))
-            write_whole(path, content)
-        except OSError as error:
-            raise failed(f"{path} cannot be written: {error.strerror}") from None
-
-    def read(self, *parts: str) -> bytes:
-        """Return the content of a file, empty if there is none. Raises Problem."""
-        held = _read_own(self.inside(*parts))
-        return held.content if held else b""
-
-    def secret(self) -> str:
-        """Return the saved key, empty if there is none."""
-        text = self.read("key").decode("utf-8", "replace").strip()
-        return text if re.fullmatch(r"[A-Za-z0-9_-]{32,128}", text) else ""
-
-    def place(self) -> dict[str, Json]:
-        """Return what was written down about the instance, empty if nothing was."""
-        return place_of(self.world, self.name)
-
-
-def make_folders(folder: str) -> None:
-    """Make a private folder and its parents, owned as the folder above. Raises OSError."""
-    if os.path.isdir(folder):
-        return
-    above = os.path.dirname(folder)
-    make_folders(above)
-    os.mkdir(folder, 0o700)
-    if os.geteuid() == 0:
-        owner = os.stat(above)
-        os.chown(folder, owner.st_uid, owner.st_gid)
+#: How long the question at the end may take.
+_ANSWER_S = 90.0
+#: Run by `node -e`: asks a server for its /health, or with the path of a key one question, and
+#: prints the answer. Its arguments are the address, the certificate to trust or nothing, the path.
+_ASK_SCRIPT = """
+const [url, ca, keyPath] = process.argv.slice(1);
+const {request} = require(url.startsWith("https:") ? "https" : "http");
+const key = keyPath && require("fs").readFileSync(keyPath, "utf8").trim();
+const asked = request(url + (key ? "/v1/chat/completions" : "/health"), {
+  method: key ? "POST" : "GET", ca: ca || undefined, timeout: key ? 60000 : 3000,
+  headers: key ? {"Content-Type": "application/json", Authorization: "Bearer " + key} : {},
+}, (answer) => {
+  let text = "";
+  answer.setEncoding("utf8");
+  answer.on("data", (piece) => { text += piece; });
+  answer.on("end", () => {
+    console.log(text);
+    process.exitCode = answer.statusCode < 300 ? 0 : 1;
+  });
+});
+asked.on("timeout", () => asked.destroy(new Error("no answer in time")));
+asked.on("error", (error) => { console.error(error.message); process.exit(1); });
+asked.end(key ? JSON.stringify(
+  {model: "haiku", messages: [{role: "user", content: "Reply: pong"}]}) : "");
+"""
 
 
 def profile_of(place: Mapping[str, Json], level: str, commands: str) -> dict[str, Json]:
@@ -1241,6 +1346,8 @@ class Options(NamedTuple):
     skip_answer: bool = False
     #: The .env to change, "" for none, "auto" to find it.
     dotenv: str = ""
+    #: The secret of a new key, empty to make one.
+    secret: str = ""
 
 
 class Job(NamedTuple):
@@ -1251,10 +1358,16 @@ class Job(NamedTuple):
     keys: Mapping[str, Mapping[str, Json]]
     tenants: Mapping[str, Mapping[str, Json]]
     options: Options
+    #: The fingerprint of the server's own certificate and that itself (PEM), empty without one.
+    fingerprint: str = ""
+    certificate: str = ""
 
     def folder(self, name: str) -> Folder:
+        """Return the folder of a tenant. Raises Problem for a name that none can have."""
         told = os.path.basename(str(self.tenants.get(name, {}).get("folder") or name))
-        return Folder(self.world, told if _FOLDER_NAME.fullmatch(told) else name)
+        if not _FOLDER_NAME.fullmatch(told):
+            raise failed(f"{clean(name)[:80]!r} is no name of a folder.")
+        return Folder(self.world, told)
 
 
 class Plan(NamedTuple):
@@ -1330,7 +1443,9 @@ def start_job(world: World, server: Server, options: Options) -> Job:
             raise failed(f"OCP {clean(health['version'])} at {server.url} has no tenants: update "
                          "it with `ocp update`.") from None
         raise
-    return Job(world, server, server.keys(), tenants, options)
+    pin = str(health.get("tlsFingerprint") or "")
+    return Job(world, server, server.keys(), tenants, options, pin,
+               server.certificate() if pin else "")
 
 
 # -- addresses ----------------------------------------------------------------
@@ -1370,10 +1485,17 @@ def is_same_server(before: Json, seen: Json, after: Json) -> bool:
     return list(uptimes) == sorted(uptimes) and list(totals) == sorted(totals)
 
 
+def ask_inside(job: Job, instance: Instance, url: str, *key_path: str) -> Ran:
+    """Ask the server from a container: for its /health, or one question. Never raises."""
+    return Docker(job.world).exec(
+        instance.where, "node", "-e", _ASK_SCRIPT, url, job.certificate, *key_path,
+        timeout_s=_ANSWER_S if key_path else 6.0)
+
+
 def answers_inside(job: Job, instance: Instance, url: str) -> bool:
     """Return whether this very server answers at an address in a container. Raises Problem."""
     before = job.server.ask("GET", "/health")
-    ran = Docker(job.world).exec(instance.where, "node", "-e", _HEALTH_SCRIPT, url, timeout_s=6.0)
+    ran = ask_inside(job, instance, url)
     if ran.code is None:
         raise failed(ran.complaint)
     after = job.server.ask("GET", "/health")
@@ -1397,7 +1519,9 @@ def address_for(job: Job, instance: Instance) -> tuple[str, bool]:
         raise failed(
             f"this server answers at none of {', '.join(urls)} in the container. Set CLAUDE_BIND "
             "to an address that containers reach, such as 0.0.0.0, and restart the server; or name "
-            "the address with --url")
+            "the address with --url" + (
+                ". Its certificate has to be for that host too: `ocp tls --name HOST`"
+                if job.certificate else ""))
     return found, True
 
 
@@ -1432,6 +1556,7 @@ def connect_words(job: Job, instance: Instance, folder: Folder, url: str) -> lis
     key_path = contained_key(instance) if instance.is_container else folder.key_path
     words = [job.server.url, "--yes", "--skip-answer", "--openclaw-url", url,
              "--openclaw-key-path", key_path]
+    words += ["--fingerprint", job.fingerprint] if job.fingerprint else []
     words += [f"--{options.role}"] if options.role else []
     return words + (["--provider-name", options.provider_name] if options.provider_name else [])
 
@@ -1447,8 +1572,8 @@ def planning_copy(folder: Folder, held: HeldFile | None) -> Iterator[tuple[str, 
     so that a plan writes nothing of the tenant's."""
     with tempfile.TemporaryDirectory(prefix="ocp-tenants-") as temporary:
         home, staged = os.path.join(temporary, "connect"), os.path.join(temporary, "openclaw.json")
-        if os.path.isdir(folder.connect_home):
-            shutil.copytree(folder.connect_home, home)
+        if folder.has("connect"):
+            shutil.copytree(folder.connect_home, home, symlinks=True)
             record = os.path.join(home, "ocp", "connect.json")
             own = folder.inside("instance", "openclaw.json")
             with contextlib.suppress(FileNotFoundError):
@@ -1468,10 +1593,8 @@ def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: st
         raise failed("openclaw.json takes parts from other files ($include): change it by hand")
     if not instance.is_container:
         check_folder(job.world, instance)
-        told = run_connect(job.world, folder.connect_home, instance.config_path, key, *words)
-    else:
-        with planning_copy(folder, held) as (home, staged):
-            told = run_connect(job.world, home, staged, key, *words)
+    with planning_copy(folder, held) as (home, staged):
+        told = run_connect(job.world, home, staged, key, *words)
     return [str(line) for edit in told.get("edits") or () for line in as_dict(edit).get("diff", ())]
 
 
@@ -1482,6 +1605,8 @@ def check_folder(world: World, instance: Instance) -> None:
     if os.stat(instance.state_dir).st_uid != os.stat(world.ocp_home).st_uid:
         raise failed(f"{instance.state_dir} belongs to another user than {world.ocp_home}, in "
                      "which its key would be")
+    if os.path.islink(path):
+        raise failed(f"{path} is a link")
     target = path if os.path.exists(path) else instance.state_dir
     if not os.access(target, os.W_OK):
         raise failed(f"{target} is not yours to write")
@@ -1515,6 +1640,16 @@ def container_uid(world: World, instance: Instance) -> int:
     if instance.is_running:
         raise failed(f"`id -u` in {instance.where}: {ran.complaint}")
     return 0 if text in ("", "root") else 1000
+
+
+def new_file(world: World, instance: Instance, content: bytes) -> HeldFile:
+    """Return a private file of the user that OpenClaw has. Raises Problem."""
+    if instance.is_container:
+        uid = gid = container_uid(world, instance)
+    else:
+        told = os.stat(instance.state_dir)
+        uid, gid = told.st_uid, told.st_gid
+    return HeldFile(content, uid, gid, 0o600)
 
 
 def plan_for(job: Job, instance: Instance) -> Plan:
@@ -1564,10 +1699,8 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
     instance, folder, done = plan.instance, plan.folder, []
     if plan.is_empty:
         return ["nothing to do"]
-    place = {"kind": instance.kind, "where": instance.where, "id": instance.container_id,
-             "stateDir": instance.state_dir, "configPath": instance.config_path, "url": plan.url}
-    earlier = folder.place()
-    folder.write(json.dumps({**earlier, **place}, indent=1).encode(), "instance", "instance.json")
+    place = {**instance.place, "url": plan.url}
+    folder.write_place(place)
     if plan.key:
         done.append(make_key(job, plan))
     if plan.writes_tenant:
@@ -1576,15 +1709,17 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
         job.server.tenant(instance.name, *(("PATCH", body) if is_there else (
             "PUT", {**body, "adopt": True})))
     if plan.writes_key:
-        uid = container_uid(job.world, instance)
+        content = folder.secret().encode() + b"\n"
         put_file(job.world, instance, contained_key(instance),
-                 HeldFile(folder.secret().encode() + b"\n", uid, uid, 0o600))
+                 new_file(job.world, instance, content))
     if plan.diff:
         done += change_config(job, plan)
     if plan.dotenv:
         done.append(write_dotenv(plan))
     if plan.writes_key and instance.is_running:
         run_openclaw(job.world, instance, "secrets", "reload")
+    if plan.key == "new secret" and not instance.is_container:
+        done.append("`openclaw secrets reload` lets a running gateway read it")
     if not instance.is_running:
         return [*done, f"start it and run `ocp tenants check {instance.name}`"]
     return done if job.options.skip_answer else [*done, proof(job, plan)]
@@ -1592,7 +1727,7 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
 
 def make_key(job: Job, plan: Plan) -> str:
     """Give an instance's key a secret, saved here first. Returns what was done. Raises Problem."""
-    name, secret = plan.instance.name, new_secret()
+    name, secret = plan.instance.name, job.options.secret or new_secret()
     plan.folder.write(secret.encode() + b"\n", "key")
     if plan.key == "new":
         job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
@@ -1606,15 +1741,15 @@ def change_config(job: Job, plan: Plan) -> list[str]:
     """Let ocp_connect.py change openclaw.json. Returns what was done. Raises Problem."""
     instance, folder = plan.instance, plan.folder
     words = connect_words(job, instance, folder, plan.url)
-    if not instance.is_container:
-        make_folders(folder.connect_home)
-        run_connect(job.world, folder.connect_home, instance.config_path, folder.secret(), *words)
-        return ["file changed"]
     staged = folder.inside("instance", "openclaw.json")
     for _ in range(3):
         before = read_file(job.world, instance, instance.config_path)
-        stage(folder, before)
-        run_connect(job.world, folder.connect_home, staged, folder.secret(), *words)
+        # This is where ocp_connect.py edits it.
+        folder.remove("instance", "openclaw.json")
+        if before is not None:
+            folder.write(before.content, "instance", "openclaw.json")
+        with folder.opened("connect", makes=True):
+            run_connect(job.world, folder.connect_home, staged, folder.secret(), *words)
         after = folder.read("instance", "openclaw.json")
         if before is not None and before.content == after:
             return []
@@ -1624,33 +1759,26 @@ def change_config(job: Job, plan: Plan) -> list[str]:
     raise failed("openclaw.json was changed by something else each time it was written: try again")
 
 
-def stage(folder: Folder, held: HeldFile | None) -> None:
-    """Put a container's openclaw.json where ocp_connect.py edits it. Raises Problem."""
-    if held is None:
-        folder.write(b"", "instance", "openclaw.json")
-        os.unlink(folder.inside("instance", "openclaw.json"))
-    else:
-        folder.write(held.content, "instance", "openclaw.json")
-
-
 def push_config(
     job: Job, instance: Instance, before: HeldFile | None, after: bytes
 ) -> list[str]:
-    """Replace a container's openclaw.json that is still as before. Returns what was done, nothing
-    if it has changed meanwhile. Raises Problem where OpenClaw does not accept it."""
+    """Replace an openclaw.json that is still as before. Returns what was done, nothing if it has
+    changed meanwhile. Raises Problem where OpenClaw does not accept it."""
     world, path = job.world, instance.config_path
-    uid = container_uid(world, instance)
-    file = before._replace(content=after) if before else HeldFile(after, uid, uid, 0o600)
-    if not instance.is_running:
-        put_file(world, instance, path, file)
-        return ["file changed"]
-    put_draft(world, instance, draft_of(path), file)
+    file = before._replace(content=after) if before else new_file(world, instance, after)
+    has_draft = instance.is_container and instance.is_running
     try:
+        if has_draft:
+            put_draft(world, instance, draft_of(path), file)
         if read_file(world, instance, path) != before:
             return []
+        if not has_draft:
+            put_file(world, instance, path, file)
+            return ["file changed"]
         move_draft(world, instance, path)
     finally:
-        Docker(world).exec(instance.where, "rm", "-f", "--", draft_of(path))
+        if has_draft:
+            Docker(world).exec(instance.where, "rm", "-f", "--", draft_of(path))
     return ["file changed", *validated(world, instance, before, file)]
 
 
@@ -1681,13 +1809,12 @@ def proof(job: Job, plan: Plan) -> str:
     if not instance.is_container:
         question = {"model": "haiku", "messages": [{"role": "user", "content": "Reply: pong"}]}
         try:
-            told = job.server.ask("POST", "/v1/chat/completions", question, plan.folder.secret())
+            told = job.server.ask(
+                "POST", "/v1/chat/completions", question, plan.folder.secret(), _ANSWER_S)
         except Problem as problem:
             raise failed(f"it is set up, and gets no answer: {problem}") from None
     else:
-        ran = Docker(job.world).exec(
-            instance.where, "node", "-e", _ANSWER_SCRIPT, plan.url, contained_key(instance),
-            timeout_s=90.0)
+        ran = ask_inside(job, instance, plan.url, contained_key(instance))
         told = None
         with contextlib.suppress(ValueError):
             told = json.loads(ran.text)
@@ -1703,43 +1830,37 @@ def proof(job: Job, plan: Plan) -> str:
 # -- taking back --------------------------------------------------------------
 
 
-def instance_at(world: World, name: str, place: Mapping[str, Json]) -> Instance:
-    """Return the instance that was written down. Raises Problem if it is gone."""
-    where = str(place.get("where") or "")
-    if place.get("kind") != "container":
-        return folder_instance(where, name)._replace(config_path=str(place.get("configPath")))
-    rows, error = Docker(world).containers()
+def instance_at(world: World, folder: Folder, name: str) -> Instance:
+    """Return the instance of a tenant that was written down. Raises Problem if it is gone."""
+    place, rows, error = folder.place(), list[dict[str, Json]](), ""
+    if place.get("kind") == "container":
+        rows, error = Docker(world).containers()
     if error:
         raise failed(error)
-    for known in (where, str(place.get("id"))):
-        for row in rows:
-            if known in (str(row.get("Name") or "").lstrip("/"), row.get("Id")):
-                running = as_dict(row.get("State")).get("Running") is True
-                return Instance(
-                    name, "container", str(row.get("Name")).lstrip("/"), str(place["stateDir"]),
-                    str(place["configPath"]), str(row.get("Id")), running, row)
-    raise failed(f"its container {clean(where)} is gone, so its file cannot be given back")
+    found = known_instances(folder.name, place, rows)
+    if not found:
+        what = "container" if place.get("kind") == "container" else "folder"
+        raise failed(f"its {what} {clean(place.get('where'))} is gone, so its file cannot be given "
+                     "back")
+    return found[0]._replace(
+        name=name, state_dir=str(place["stateDir"]), config_path=str(place["configPath"]))
 
 
 def take_back(folder: Folder, instance: Instance) -> list[str]:
     """Give an instance its files back. Returns what was done. Raises Problem."""
     world, done = folder.world, take_back_dotenv(folder)
-    if not os.path.isdir(folder.connect_home):
-        pass
-    elif not instance.is_container:
-        told = run_connect(world, folder.connect_home, instance.config_path, "", "undo", "--yes")
-        done += ["file given back"] * bool(told.get("written"))
-        shutil.rmtree(folder.connect_home)
-    else:
+    if folder.has("connect"):
         held = read_file(world, instance, instance.config_path)
         with planning_copy(folder, held) as (home, staged):
             run_connect(world, home, staged, "", "undo", "--yes")
             back = _read_own(staged)
         done += give_back(world, instance, held, back)
-        shutil.rmtree(folder.connect_home)
+        folder.remove("connect")
     if instance.is_container:
         done += drop_key(world, instance)
-    shutil.rmtree(folder.inside("instance"))
+    else:
+        remove_files(world, instance, instance.config_path + DRAFT)
+    folder.remove("instance")
     return done or ["nothing of ours was there"]
 
 
@@ -1762,7 +1883,7 @@ def drop_key(world: World, instance: Instance) -> list[str]:
 def give_back(
     world: World, instance: Instance, held: HeldFile | None, back: HeldFile | None
 ) -> list[str]:
-    """Write what a container's openclaw.json was before. Raises Problem."""
+    """Write what an openclaw.json was before. Raises Problem."""
     if (held and held.content) == (back and back.content):
         return []
     if read_file(world, instance, instance.config_path) != held:
@@ -1777,11 +1898,24 @@ def give_back(
 # -- .env ---------------------------------------------------------------------
 
 
+_DOTENV_NAMES = (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY")
+
+
+def dotenv_line(name: bytes, end: bytes = b"") -> re.Pattern[bytes]:
+    """Return the pattern of a line that sets a variable, up to its end or with it."""
+    return re.compile(rb"(?m)^" + name + rb"=[^\r\n]*" + end)
+
+
+def with_lines(content: bytes, pattern: re.Pattern[bytes], line: bytes) -> tuple[bytes, int]:
+    """Put a line in the place of some others; return the text, and how many there were."""
+    return pattern.subn(lambda _: line, content)
+
+
 class DotenvEdit(NamedTuple):
     """New content for the .env of a compose project."""
 
     path: str
-    before: bytes
+    before: HeldFile
     url: str
 
 
@@ -1801,20 +1935,17 @@ def plan_dotenv(job: Job, instance: Instance, url: str) -> DotenvEdit | None:
     held = _read_own(path)
     if held is None or os.path.islink(path):
         raise failed(f"--dotenv: {clean(path)} is no file of its own")
-    folder_secret = job.folder(instance.name).secret()
-    after = dotenv_text(held.content, url, folder_secret)
-    return None if after == held.content else DotenvEdit(path, held.content, url)
+    after = dotenv_text(held.content, url, job.folder(instance.name).secret())
+    return None if after == held.content else DotenvEdit(path, held, url)
 
 
 def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
     """Return a .env with the address and the key in place of its own, at the lines' very start."""
     newline = b"\r\n" if b"\r\n" in content else b"\n"
-    for name, value in ((b"ANTHROPIC_BASE_URL", url), (b"ANTHROPIC_API_KEY", secret)):
+    for name, value in zip(_DOTENV_NAMES, (url, secret)):
         line = name + b"=" + value.encode()
-        pattern = rb"(?m)^" + name + rb"=[^\r\n]*"
-        if re.search(pattern, content):
-            content = re.sub(pattern, lambda _, line=line: line, content)  # type: ignore[misc]
-        else:
+        content, count = with_lines(content, dotenv_line(name), line)
+        if not count:
             content += newline if content and not content.endswith(b"\n") else b""
             content += line + newline
     return content
@@ -1824,25 +1955,14 @@ def write_dotenv(plan: Plan) -> str:
     """Change a .env, its copy kept. Returns what was done. Raises Problem."""
     edit, folder = plan.dotenv, plan.folder
     assert edit
-    after = dotenv_text(edit.before, edit.url, folder.secret())
+    after = dotenv_text(edit.before.content, edit.url, folder.secret())
     if not folder.read("instance", "dotenv"):
-        folder.write(edit.before, "instance", "dotenv")
+        folder.write(edit.before.content, "instance", "dotenv")
     # Where it is stands beside the copy before anything is written there.
-    place = {**folder.place(), "dotenv": edit.path, "dotenvDigest": digest(after)}
-    folder.write(json.dumps(place, indent=1).encode(), "instance", "instance.json")
-    replace_own(edit.path, after)
-    return f"{edit.path} changed: make the container anew, `docker compose up -d`"
-
-
-def replace_own(path: str, content: bytes) -> None:
-    """Replace a file of this machine, with its owner and mode. Raises Problem."""
-    try:
-        told = os.stat(path)
-        write_whole(path, content, stat.S_IMODE(told.st_mode))
-        if os.geteuid() == 0:
-            os.chown(path, told.st_uid, told.st_gid)
-    except OSError as error:
-        raise failed(f"{path} cannot be written: {error.strerror}") from None
+    folder.write_place({"dotenv": edit.path, "dotenvDigest": digest(after)})
+    replace_own(edit.path, edit.before._replace(content=after))
+    loose = " Others may read the key in it: chmod 600" * bool(edit.before.mode & 0o044)
+    return f"{edit.path} changed: make the container anew, `docker compose up -d`.{loose}"
 
 
 def take_back_dotenv(folder: Folder) -> list[str]:
@@ -1857,17 +1977,16 @@ def take_back_dotenv(folder: Folder) -> list[str]:
     else:
         back = with_lines_of(held.content, original)
     if back != held.content:
-        replace_own(path, back)
+        replace_own(path, held._replace(content=back))
     return [f"{path} given back"]
 
 
 def with_lines_of(content: bytes, original: bytes) -> bytes:
     """Return a .env with the two lines as the original has them, or without them."""
-    for name in (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY"):
-        pattern = rb"(?m)^" + name + rb"=[^\r\n]*(\r?\n)?"
-        was = re.search(pattern, original)
-        line = was[0] if was else b""
-        content = re.sub(pattern, lambda _, line=line: line, content)  # type: ignore[misc]
+    for name in _DOTENV_NAMES:
+        pattern = dotenv_line(name, rb"(?:\r?\n)?")
+        was = pattern.search(original)
+        content, _ = with_lines(content, pattern, was[0] if was else b"")
     return content
 
 
@@ -2964,6 +3083,12 @@ class Run(NamedTuple):
         if self.args.json:
             self.world.say(json.dumps(value, indent=2))
 
+    def would(self, name: str, *what: str) -> Exit:
+        """Tell what a dry run of one tenant would do."""
+        self.say(f"  {name}  {', '.join(what) or 'nothing to change'}")
+        self.print_json({"name": name, "dryRun": True, "would": what})
+        return Exit.OK
+
     def server(self) -> Server:
         return find_server(self.world, self.args.server or "")
 
@@ -3004,7 +3129,8 @@ def cmd_discover(run: Run) -> Exit:
 
 def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
     """Return the instances that the arguments name. Raises Problem."""
-    found = discover(run.world)
+    found = discover(run.world, {
+        job.folder(name).name: row.get("instance") for name, row in job.tenants.items()})
     if found.docker_error:
         run.say(f"Containers are not touched: {found.docker_error}")
     # A key that was renamed keeps the folder of its first name.
@@ -3067,13 +3193,27 @@ def carried_out(job: Job, result: Result) -> Result:
     return result._replace(skills=skills, done=(*done, *pulled))
 
 
+def without_models(lines: Sequence[str]) -> list[str]:
+    """Return the lines of a change of openclaw.json, of models only their ids."""
+    shown: list[str] = []
+    end = ""
+    for line in lines:
+        if not end or line.rstrip(",") == end or '"id": ' in line:
+            shown.append(line)
+        if line.endswith('"models": ['):
+            end = line.replace('"models": [', "]")
+        elif line.rstrip(",") == end:
+            end = ""
+    return shown
+
+
 def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
     """Print one line for each instance."""
     width = max((len(each.instance.name) for each in results), default=0)
     for each in results:
         first, *more = (f"FAILED: {each.problem}" if each.problem else words(each)).split("\n")
         run.say("\n".join([f"  {each.instance.name:{width}}  {clean(first)}",
-                           *(f"      {clean(line)}" for line in more)]))
+                           *(f"      {clean(line)}" for line in without_models(more))]))
 
 
 def cmd_setup(run: Run) -> Exit:
@@ -3127,43 +3267,55 @@ def _total(results: Sequence[Result]) -> str:
 def cmd_check(run: Run) -> Exit:
     """Look at each step of apply, and make none."""
     job = run.job()
-    results = [planned(job, each) for each in instances_of(run, job, only_tenants=True)]
+    found = instances_of(run, job, only_tenants=True)
+    results = [*(planned(job, each) for each in found), *gone(run, job, found)]
     show_results(run, results, lambda each: each.plan.summary if each.plan else "")
-    run.print_json({"server": job.server.url, "instances": [each.as_json() for each in results]})
-    is_good = all(each.plan and each.plan.is_empty for each in results)
-    return Exit.OK if is_good else Exit.FAILED
+    are_good = [each.plan is not None and each.plan.is_empty for each in results]
+    run.print_json({"server": job.server.url, "instances": [
+        {**each.as_json(), "ok": is_good} for each, is_good in zip(results, are_good)]})
+    return Exit.OK if all(are_good) else Exit.FAILED
+
+
+def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
+    """Return what to say of tenants whose instance was set up and is not found any more."""
+    names = set() if run.args.names else set(job.tenants) - {each.name for each in found}
+    rows = ((name, job.folder(name).place()) for name in sorted(names))
+    return [Result(written_down(name, place), problem=f"{clean(place.get('where'))} was not found")
+            for name, place in rows if place]
 
 
 def cmd_undo(run: Run) -> Exit:
     """Give instances their files back. It needs no server."""
     world, names = run.world, run.args.names
-    known = [name for name in tenant_folders(world) if place_of(world, name)]
+    places = {each.name: each.place() for each in tenant_folders(world)}
+    known = [name for name, place in places.items() if place and (not names or name in names)]
     for name in names:
         if name not in known:
             raise failed(f"Nothing is to be undone for {clean(name)[:80]!r}.")
-    known = [name for name in known if not names or name in names]
     if not known:
         run.say("There is nothing to undo.")
-    width = max(map(len, known), default=0)
-    for name in known:
-        where = world.shown_path(str(place_of(world, name).get("where")))
-        run.say(f"  {name:{width}}  {clean(where)}")
-    results: list[Result] = []
+    results = [Result(written_down(name, places[name])) for name in known]
+    show_results(run, results, lambda each: world.shown_path(each.instance.where))
     if known and not run.args.dry_run:
         run.confirm("Give these back?")
         results = [_undone(world, name) for name in known]
         show_results(run, results, lambda each: ", ".join(each.done))
     run.print_json({"dryRun": run.args.dry_run, "instances": [
-        each.as_json() for each in results] or known})
+        each.as_json() for each in results]})
     return Exit.FAILED if any(each.problem for each in results) else Exit.OK
 
 
+def written_down(name: str, place: Mapping[str, Json]) -> Instance:
+    """Return an instance as it was written down, for what is said of it."""
+    return Instance(name, str(place.get("kind")), str(place.get("where")), "", "")
+
+
 def _undone(world: World, name: str) -> Result:
-    place = place_of(world, name)
-    instance = Instance(name, str(place.get("kind")), str(place.get("where")), "", "")
+    folder = Folder(world, name)
+    instance = written_down(name, folder.place())
     try:
-        instance = instance_at(world, name, place)
-        return Result(instance, done=tuple(take_back(Folder(world, name), instance)))
+        instance = instance_at(world, folder, name)
+        return Result(instance, done=tuple(take_back(folder, instance)))
     except Problem as problem:
         return Result(instance, problem=str(problem).rstrip("."))
 
@@ -3210,12 +3362,17 @@ def cmd_show(run: Run) -> Exit:
 
 
 def _known(run: Run) -> str:
-    return checked_name(run.args.name)
+    """Return the name that was given, which may be that of any key. Raises Problem."""
+    name = str(run.args.name)
+    if clean(name) != name or not 0 < len(name) <= 64:
+        raise Problem(Exit.USAGE, f"{clean(name)[:80]!r} is no name of a key.")
+    return name
 
 
 def cmd_add(run: Run) -> Exit:
     """Make a tenant, and print its key."""
-    world, args, name = run.world, run.args, _known(run)
+    world, args, name = run.world, run.args, checked_name(run.args.name)
+    args.secret = _given_secret(run) if args.secret_stdin else ""
     job = run.job()
     if name in job.tenants:
         raise failed(f"There is a tenant {name} already: see `ocp tenants show {name}`.")
@@ -3236,25 +3393,31 @@ def cmd_add(run: Run) -> Exit:
         run.print_json(result.as_json())
         return Exit.FAILED if result.problem else Exit.OK
     if args.dry_run:
-        run.say(f"  {name}  {'its key' if name in job.keys else 'new key'}, level "
-                f"{args.level or LEVELS[0]}")
-        return Exit.OK
+        return run.would(name, "its key" if name in job.keys else "new key",
+                         f"level {args.level or LEVELS[0]}")
     return _added(run, job, name, instance)
+
+
+def _given_secret(run: Run) -> str:
+    """Return the key in standard input. Raises Problem."""
+    secret = run.world.stdin.readline().strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
+        raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
+                                  "_ from standard input.")
+    return secret
 
 
 def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
     """Make a tenant whose instance is not touched."""
     args, world, folder = run.args, run.world, job.folder(name)
-    secret = world.stdin.readline().strip() if args.secret_stdin else new_secret()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
-        raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
-                                  "_ from standard input.")
+    secret = args.secret or new_secret()
+    if args.secret and name in job.keys:
+        raise Problem(Exit.USAGE, f"There is a key {name} already, which keeps its secret: leave "
+                                  "out --secret-stdin.")
     if name not in job.keys:
         job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
         folder.write(secret.encode() + b"\n", "key")
-    place = instance and {
-        "kind": instance.kind, "where": instance.where, "id": instance.container_id,
-        "stateDir": instance.state_dir, "configPath": instance.config_path}
+    place = instance and instance.place
     job.server.tenant(name, "PUT", {
         **profile_of(place or {}, args.level or LEVELS[0], args.commands or ""), "instance": place,
         "adopt": args.adopt or name not in job.keys})
@@ -3280,8 +3443,7 @@ def cmd_edit(run: Run) -> Exit:
     if not body:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp tenants edit --help`.")
     if args.dry_run:
-        run.say(f"  {name}  {', '.join(body)}")
-        return Exit.OK
+        return run.would(name, *body)
     answer = run.job().server.tenant(name, "PATCH", body)
     run.say(f"{name}: {', '.join(body)} changed")
     run.print_json(answer)
@@ -3297,9 +3459,9 @@ def cmd_remove(run: Run) -> Exit:
     folder = job.folder(name)
     away = "deletes its folder" if args.purge else "puts its folder away"
     key = "keeps its key" if args.keep_key else "revokes its key"
-    run.say(f"  {name}  gives its files back, {key}, {away}")
     if args.dry_run:
-        return Exit.OK
+        return run.would(name, "gives its files back", key, away)
+    run.say(f"  {name}  gives its files back, {key}, {away}")
     run.confirm(f"Remove {name}?")
     if folder.place():
         result = _undone(world, folder.name)
@@ -3318,16 +3480,27 @@ def cmd_remove(run: Run) -> Exit:
 
 def put_away(folder: Folder, is_purged: bool) -> None:
     """Move a tenant's folder to those of removed tenants, or delete it. Raises Problem."""
-    removed = os.path.join(folder.world.tenants_folder, ".removed")
     try:
-        if is_purged:
-            shutil.rmtree(folder.path)
-            return
-        make_folders(removed)
-        stamp = stamp_of(folder.world.clock())
-        os.rename(folder.path, os.path.join(removed, f"{folder.name}-{stamp}"))
+        with opened_folder(folder.world.tenants_folder) as at:
+            if is_purged:
+                remove_below(at, folder.name)
+            else:
+                stamp = stamp_of(folder.world.clock())
+                move_below(at, folder.name, f".removed/{folder.name}-{stamp}")
     except OSError as error:
         raise failed(f"{folder.path} cannot be put away: {error.strerror}") from None
+
+
+def cmd_login(run: Run) -> Exit:
+    """Give a tenant a Claude login of its own, by `ocp keys login`."""
+    world, args, name = run.world, run.args, _known(run)
+    script = os.path.join(world.tree, "ocp.py")
+    if not os.path.exists(script):
+        raise failed(f"{script} is not there: run `ocp keys login {name}` on the server's machine.")
+    words = [sys.executable, script, "keys", "login", name, "--url", run.server().url]
+    words += ["--folder", args.folder] if args.folder else []
+    words += ["--server"] * args.shared + ["--json"] * args.json
+    return Exit(subprocess.call(words, env=dict(world.environ)) or Exit.OK)
 
 
 def cmd_gen_key(run: Run) -> Exit:
@@ -3348,8 +3521,7 @@ def cmd_env(run: Run) -> Exit:
     for each, reason in left_out.items():
         run.say(f"  {each} is left out: {reason}")
     if args.dry_run:
-        run.say("  " + (", ".join(sorted(changes)) or "nothing to change"))
-        return Exit.OK
+        return run.would(name, *sorted(changes))
     told = as_dict(job.server.tenant(name, "PATCH", changes, "/env") if changes
                    else job.server.tenant(name))
     names = told.get("names") if changes else told.get("env")
@@ -3375,8 +3547,8 @@ def _env_changes(run: Run) -> dict[str, str | None]:
 
 def _found_env(run: Run, job: Job, name: str) -> FoundEnv:
     """Return the variables of a tenant's instance. Raises Problem."""
-    world, place = run.world, job.folder(name).place()
-    instance = instance_at(world, name, place) if place else choose(
+    world, folder = run.world, job.folder(name)
+    instance = instance_at(world, folder, name) if folder.place() else choose(
         discover(world).instances, [name])[0]
     held = read_file(world, instance, instance.config_path)
     return env_of(world, instance, parsed_config(world, held.content) if held else {},
@@ -3597,6 +3769,7 @@ COMMANDS = (
     Command("show", "show one tenant", cmd_show, ("name",)),
     Command("add", "make a tenant, and print its key", cmd_add,
             ("name", "changes", "setup", "add")),
+    Command("login", "give a tenant a Claude login of its own", cmd_login, ("name", "login")),
     Command("edit", "change a tenant", cmd_edit, ("name", "changes", "edit")),
     Command("remove", "undo, revoke the key, put the folder away", cmd_remove,
             ("name", "changes", "remove")),
@@ -3673,6 +3846,9 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which of its OpenClaw's"}),
         (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
         (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
+    "login": [
+        (("--folder",), {"metavar": "PATH", "help": "a folder in which claude is logged in"}),
+        (("--shared",), {"action": "store_true", "help": "the server's own login again"})],
     "remove": [
         (("--keep-key",), {"action": "store_true", "help": "the key stays, without a tenant"}),
         (("--purge",), {

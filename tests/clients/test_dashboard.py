@@ -196,6 +196,22 @@ def test_keys_sessions_settings_and_log_show_what_there_is(
 
 
 @needs_browser
+def test_a_key_shows_the_state_of_its_own_login(chrome: browser.Browser, busy: BusyServer) -> None:
+    busy.key("anna")
+    token = {"token": "sk-ant-oat01-of-another-account"}
+    assert busy.admin("PUT", "/api/keys/anna/login", token)["login"]["kind"] == "token"
+    try:
+        with opened(chrome, busy.server, "keys") as page:
+            page.sees("own login: not known yet", "#keys")
+            assert busy.chat("anna", "Hi?").status == 200
+            page.evaluate("load('keys')")
+            page.sees("own login: logged in", "#keys")
+            assert page.text("#keys").count("own login") == 1
+    finally:
+        busy.admin("DELETE", "/api/keys/anna")
+
+
+@needs_browser
 def test_the_log_can_be_paused_and_cut_to_a_level(
     chrome: browser.Browser, busy: BusyServer
 ) -> None:

@@ -34,11 +34,13 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 
+from depth import DEPTH
 from http_client import Reply, http_call
 from processes import Ran, descendants, end_group, kill_all, processes_with, run_to_end
 from programs import find_client, how_to_install
-from project import REPO, clean_env, free_port
+from project import REPO, clean_env, free_port, load_script
 from server import Place, Server, running_server
+from tls_files import CERT, write_tls_files
 from waiting import eventually
 
 Json = Any
@@ -679,6 +681,114 @@ def test_the_gateway_starts_the_proxy_and_keeps_it_running(
         assert not place.fake_log.exists() or '"query"' not in place.fake_log.read_text()
     finally:
         kill_all(sorted(processes_with(place.folder)))
+
+
+# ---------------------------------------------------------------------------
+# Two profiles, each a tenant
+# ---------------------------------------------------------------------------
+
+NAMES = ("alice", "bob")
+
+
+def profile_of(home: Path, name: str, bystander: Bystander) -> Path:
+    """Make a profile that has a skill, a note and a variable of its own; its openclaw.json."""
+    folder = home / f".openclaw-{name}"
+    skill = folder / f"workspace/skills/{name}s-skill"
+    skill.mkdir(parents=True)
+    (skill / "SKILL.md").write_text(
+        f"---\nname: {name}s-skill\ndescription: Knows the heron of {name}.\n---\nKnow it.\n")
+    (folder / "workspace/note.txt").write_text(f"The note of {name}.\n")
+    # Without its plugins it takes half of the time.
+    config = {**own_config(bystander), "plugins": {"enabled": False},
+              "env": {"vars": {"BIRD_OF_IT": f"gannet-of-{name}"}}}
+    path = folder / "openclaw.json"
+    path.write_text("// Mine.\n" + json.dumps(config, indent=1))
+    return path
+
+
+def tenants(openclaw: OpenClaw, server: Server, *words: str) -> None:
+    """Run ocp_tenants.py; it has to go well."""
+    env = {**openclaw.env, "OCP_HOME": str(server.ocp_home), "OCP_URL": server.url,
+           "OCP_ADMIN_KEY": ADMIN_KEY, "OCP_DOCKER": "no-docker-here"}
+    ran = run_to_end(
+        [sys.executable, str(REPO / "ocp_tenants.py"), *words, "--yes"], env=env,
+        cwd=openclaw.home, timeout_s=RUN_TIMEOUT_S)
+    assert ran.code == 0, ran
+
+
+def profile_turn(openclaw: OpenClaw, name: str) -> Ran:
+    """A turn of a profile's agent, in a session whose id the other profile has too."""
+    return openclaw.run(
+        "--profile", name, "agent", "--local", "--session-id",
+        "11111111-1111-4111-8111-111111111111", "--message", f"What does the note of {name} say?")
+
+
+def usage_by_key(server: Server) -> dict[str, int]:
+    """How many requests each key has made."""
+    used = server.call("GET", "/api/usage?all=true", headers={
+        "Authorization": f"Bearer {ADMIN_KEY}"})
+    return {row["key_name"]: row["requests"] for row in used.json()["byKey"]}
+
+
+def test_two_profiles_are_two_tenants_that_see_nothing_of_each_other(
+    bystander: Bystander, tmp_path: Path
+) -> None:
+    openclaw = OpenClaw(tmp_path / "home")
+    shutil.rmtree(openclaw.file.parent)
+    files = {name: profile_of(openclaw.home, name, bystander) for name in NAMES}
+    before = {name: file.read_bytes() for name, file in files.items()}
+    scenario = [[tool("echo $BIRD_OF_IT; cat note.txt")], [{"say": "It says what it says."}]]
+    env = {"OCP_ADMIN_KEY": ADMIN_KEY, "CLAUDE_AUTH_MODE": "multi"}
+    with running_server(tmp_path / "server", scenario, env=env) as server:
+        tenants(openclaw, server, "setup", "--primary", "--skip-answer")
+        with ThreadPoolExecutor() as pool:
+            turns = list(pool.map(lambda name: profile_turn(openclaw, name), NAMES))
+
+        asked = [json.dumps(query) for query in server.queries()]
+        for name, other, ran in zip(NAMES, reversed(NAMES), turns):
+            assert ran.code == 0 and "It says what it says." in ran.stdout, ran
+            own = [text for text in asked if f"The note of {name}." in text]
+            for word in (f"{name}s-skill", f"the heron of {name}", f"gannet-of-{name}"):
+                assert word in own[-1]
+            assert other not in "".join(own)
+        assert usage_by_key(server) == {"alice": 2, "bob": 2}
+
+        changed = files["alice"].read_bytes()
+        key = (server.ocp_home / "tenants/alice/key").read_text().strip()
+        tenants(openclaw, server, "remove", "alice")
+        tenants(openclaw, server, "undo", "bob")
+
+        assert {name: file.read_bytes() for name, file in files.items()} == before
+        models = server.call("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        assert models.status == 401
+        if DEPTH == "all":
+            # As of one that was not given its file back.
+            files["alice"].write_bytes(changed)
+            assert profile_turn(openclaw, "alice").code != 0
+        assert len(server.queries()) == len(asked) and bystander.asked == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_what_node_runs_in_a_container_asks_this_server_and_no_other(
+    tmp_path: Path, scheme: str
+) -> None:
+    files = write_tls_files(tmp_path) if scheme == "https" else {}
+    env = {**files, "OCP_ADMIN_KEY": ADMIN_KEY, "CLAUDE_AUTH_MODE": "multi"}
+    key = tmp_path / "key"
+    key.write_text("wrong\n")
+
+    def ask(*words: str) -> Ran:
+        command = [str(NODE), "-e", load_script("ocp_tenants")._ASK_SCRIPT, *words]
+        return run_to_end(command, env=clean_env(), cwd=tmp_path, timeout_s=RUN_TIMEOUT_S)
+
+    with running_server(tmp_path / "server", env=env) as server:
+        url, ca = f"{scheme}://127.0.0.1:{server.port}", CERT if files else ""
+        health, refused = ask(url, ca), ask(url, ca, str(key))
+        elsewhere = ask(url, "") if files else ask(f"http://127.0.0.1:{free_port()}", "")
+
+    assert (health.code, json.loads(health.stdout)["authMode"]) == (0, "multi"), health
+    assert (refused.code, json.loads(refused.stdout)["error"]["code"]) == (1, "invalid_api_key")
+    assert elsewhere.code == 1 and elsewhere.stdout == "" and elsewhere.stderr
 
 
 # ---------------------------------------------------------------------------

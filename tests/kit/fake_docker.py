@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import sys
 import tarfile
 import time
@@ -318,14 +319,18 @@ def print_id(place: Path, words: list[str]) -> int:
 
 
 def node(place: Path, words: list[str]) -> int:
-    """What the two scripts of ocp_tenants.py do: ask /health, or send one question."""
+    """What the script of ocp_tenants.py does: ask /health, or send one question."""
     assert words[0] == "-e", words
-    url, *more = words[2:]
+    url, certificate, *more = words[2:]
     reach = json.loads((place / "reach.json").read_text())
     if url not in reach:
         print("fetch failed", file=sys.stderr)
         return 1
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # The names in a certificate are those of the test's machine.
+    tls = urllib.request.HTTPSHandler(
+        context=ssl.create_default_context(cadata=certificate)) if certificate else None
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), *([tls] if tls else []))
     request = urllib.request.Request(reach[url] + "/health")
     if more:
         key = inside(place, more[0]).read_text().strip()

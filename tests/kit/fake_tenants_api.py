@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
 import time
+import urllib.parse
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional
+
+from tls_files import FINGERPRINT
 
 Json = Any
 ADMIN = "admin-key-of-the-fake"
@@ -62,6 +66,7 @@ class FakeServer:
         self.fail: dict[str, int] = {}
         self.started = time.monotonic()
         self.url = ""
+        self.fingerprint: Optional[str] = None
 
     # -- answers ----------------------------------------------------------------------------
 
@@ -76,7 +81,7 @@ class FakeServer:
             found = re.fullmatch(pattern, f"{call.method} {path}")
             if found:
                 self.check(access, call.key)
-                return do(self, call, *found.groups())
+                return do(self, call, *map(urllib.parse.unquote, found.groups()))
         raise Refused(404, "not_found", f"There is no {path} here")
 
     def check(self, access: str, key: str) -> None:
@@ -93,7 +98,7 @@ class FakeServer:
             "status": "ok", "version": "1.0.0", "demo": False, "authMode": self.mode, "fix": None,
             "uptime": round((time.monotonic() - self.started) * 1000),
             "stats": {"totalRequests": 0, "activeRequests": 0},
-            "tenantCount": len(self.tenants)}
+            "tenantCount": len(self.tenants), "tlsFingerprint": self.fingerprint}
 
     def models(self, call: Call) -> tuple[int, Json]:
         return 200, {"object": "list", "data": MODELS}
@@ -229,7 +234,7 @@ class FakeServer:
 
 
 Do = Callable[..., tuple[int, Json]]
-_KEY = r"/api/keys/([a-z0-9-]+)"
+_KEY = r"/api/keys/([^/]+)"
 ROUTES: list[tuple[str, str, Do]] = [
     (r"GET /health", "all", FakeServer.health),
     (r"GET /v1/models", "key", FakeServer.models),
@@ -250,8 +255,10 @@ ROUTES: list[tuple[str, str, Do]] = [
 
 
 @contextmanager
-def fake_server(folder: Path, port: int = 0) -> Iterator[FakeServer]:
-    """A FakeServer that listens."""
+def fake_server(
+    folder: Path, port: int = 0, tls: Optional[ssl.SSLContext] = None
+) -> Iterator[FakeServer]:
+    """A FakeServer that listens, for https with a context."""
     told = FakeServer(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -278,7 +285,10 @@ def fake_server(folder: Path, port: int = 0) -> Iterator[FakeServer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
-    told.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        told.fingerprint = FINGERPRINT
+    told.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

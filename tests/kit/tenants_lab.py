@@ -6,10 +6,11 @@ import io
 import json
 import os
 import shutil
+import ssl
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import pytest
 
@@ -115,7 +116,8 @@ class Lab:
 
     def reach(self, host: str = "172.17.0.1") -> dict[str, str]:
         """What a container needs to reach the server at a host."""
-        return {f"http://{host}:{self.port}": self.server.url}
+        scheme = self.server.url.partition(":")[0]
+        return {f"{scheme}://{host}:{self.port}": self.server.url}
 
     def world(self, stdin: str = "") -> Any:
         return tenants.World(
@@ -156,12 +158,14 @@ class Lab:
 
 
 @contextmanager
-def tenants_lab(folder: Path, quick: bool = True) -> Iterator[Lab]:
+def tenants_lab(
+    folder: Path, quick: bool = True, tls: Optional[ssl.SSLContext] = None
+) -> Iterator[Lab]:
     """A Lab whose server listens. Unless it is quick, programs are started as they are."""
     ocp_home = folder / "ocp"
     for each in (ocp_home, folder / "home"):
         os.mkdir(each)
-    with fake_server(ocp_home) as server, pytest.MonkeyPatch.context() as patch:
+    with fake_server(ocp_home, tls=tls) as server, pytest.MonkeyPatch.context() as patch:
         if quick:
             patch.setattr(tenants, "Running", Quick)
         yield Lab(folder, server)

@@ -21,6 +21,8 @@ x5VhmVcIngj8SneD2ieFoAo2HMR5/5QCIEtqBwoQleNLZFm+qAGqpigPxcprjvrP
 XLgxkWEs2wP1
 -----END CERTIFICATE-----
 """
+#: What `ocp tls --show` calls it.
+FINGERPRINT = "SHA256:+aDeW2YU0IIjmbyo+xWD0qM0heWmbDcPLGaTyicSE/4="
 KEY = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggXQCh5cWtS66Wxa4

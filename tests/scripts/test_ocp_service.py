@@ -953,6 +953,54 @@ def test_the_gateway_to_chats_is_looked_at_where_chats_are_configured(
     assert found.level == level and told in str(found), found
 
 
+@pytest.mark.parametrize("code, rows, level, told", [
+    (0, [("anna", True)], "PASS", "1 instance of tenants"),
+    (1, [("anna", True), ("bob", False), ("eve", False)], "WARN", "`ocp tenants apply bob eve`"),
+    (0, [], "INFO", "no tenant has an instance on this machine"),
+    (4, [], "INFO", "could not check: it is broken"),
+])
+def test_instances_of_tenants_are_looked_at_where_there_are_tenants(
+    healthy: Manager, tmp_path: Path, code: int, rows: Json, level: str, told: str
+) -> None:
+    report = {"instances": [{"name": name, "ok": is_good} for name, is_good in rows]}
+    (tmp_path / "ocp_tenants.py").write_text(
+        f"import sys\nprint({json.dumps(report)!r})\n"
+        f"print('it is broken', file=sys.stderr)\nsys.exit({code})\n")
+    env = dataclasses.replace(healthy.env("doctor"), tree=str(tmp_path))
+    (check,) = [each for each in ocp.CHECKS if each.id == "tenant_instances"]
+    assert "there are no tenants" in ocp.run_check(check, ocp.Facts(env)).message
+    healthy.server.answers["GET /health"] = (200, {**HEALTH, "tenantCount": 2})
+    found = ocp.run_check(check, ocp.Facts(env))
+    assert found.level == level and told in str(found), found
+
+
+@pytest.mark.parametrize("states, level, told", [
+    ([], "INFO", "no key has a login of its own"),
+    (["logged in", "not known yet"], "PASS", "2 logins of keys"),
+    (["logged in", "not logged in"], "WARN", "`ocp keys login 'key 1'`"),
+])
+def test_a_lost_login_of_a_key_is_told(
+    healthy: Manager, states: list[str], level: str, told: str
+) -> None:
+    logins = [{"state": state, "keys": [f"key {number}", "other"]}
+              for number, state in enumerate(states)]
+    healthy.server.answers["GET /api/keys"] = (200, {"keys": [], "logins": logins})
+    found = ocp._check_key_logins(ocp.Facts(healthy.env("doctor")))
+    assert found.level == level and told in str(found), found
+
+
+def test_folders_of_tenants_that_others_may_read_are_told_and_closed(healthy: Manager) -> None:
+    folder = healthy.home / ".ocp" / "tenants" / "anna"
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o700)
+    folder.chmod(0o755)
+
+    assert examined(healthy)["messages"]["file_modes"] == f"others may read {folder}"
+    assert fixed(healthy)[0]["file_modes"]["ok"]
+
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_what_cannot_be_checked_is_never_wrong(manager: Manager) -> None:
     manager.record()
     (manager.home / ".ocp").chmod(0o700)

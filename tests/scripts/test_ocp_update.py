@@ -18,9 +18,10 @@ import pytest
 from depth import by_depth
 from ocp_command import HEALTH, ocp, ocp_env, run_env, stub_server, write_record
 from processes import Ran
-from project import clean_env
+from project import clean_env, load_script
 
 Json = Any
+server = load_script("ocp_server")
 RELEASES = ("0.1.0", "0.2.0", "0.3.0")
 #: The last release says of itself that it would not start.
 BROKEN = "0.3.0"
@@ -625,6 +626,43 @@ def test_back_to_where_it_came_from(machine: UpdateMachine) -> None:
     machine.check("0.1.0")
     again = machine.ocp("update", "--rollback", "--yes")
     assert again.code == 1 and "no finished update" in again.stderr
+
+
+def test_back_from_a_database_with_tenants_to_one_from_before_and_forward_again(
+    machine: UpdateMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = next(number for number, each in enumerate(server.MIGRATIONS)
+                  if "ADD COLUMN login" in each)
+    machine.database.unlink()
+
+    def start() -> None:
+        """As a server of the version that is there uses its database."""
+        machine.served, machine.started_s = machine.version(), time.time()
+        migrations = server.MIGRATIONS[:before if machine.served == "0.1.0" else None]
+        monkeypatch.setattr(server, "MIGRATIONS", migrations)
+        with contextlib.closing(server.Store(str(machine.database))) as store:
+            if machine.served == "0.2.0":
+                keys = server.Keys(store, time.time)
+                key, _ = keys.create(f"alice-{len(keys.all())}", {})
+                keys.set_tenant(key, lambda _: server.Tenant(f"folder-{key.id}"))
+        monkeypatch.undo()
+
+    machine.start = start  # type: ignore[method-assign]
+    start()
+    assert machine.ocp(*FORWARD).code == 0
+    with contextlib.closing(sqlite3.connect(machine.database)) as connection:
+        assert connection.execute("SELECT folder FROM tenants").fetchall() == [("folder-1",)]
+
+    assert machine.ocp("update", "--rollback", "--yes").code == 0
+
+    assert ocp.database_version(str(machine.database)) == before
+    with contextlib.closing(sqlite3.connect(machine.database)) as connection:
+        assert connection.execute("SELECT name FROM keys").fetchall() == []
+    newer = ocp.read_snapshots(ocp_env(machine.home))[0].path("newer-ocp.db")
+    with contextlib.closing(sqlite3.connect(newer)) as connection:
+        assert connection.execute("SELECT folder FROM tenants").fetchall() == [("folder-1",)]
+    assert machine.ocp(*FORWARD).code == 0
+    assert ocp.database_version(str(machine.database)) == len(server.MIGRATIONS)
 
 
 def test_rows_written_since_are_kept_when_the_form_is_the_same(machine: UpdateMachine) -> None:

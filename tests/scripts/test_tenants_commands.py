@@ -6,12 +6,13 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import pytest
 
-from fake_tenants_api import BLOCKED
+from fake_tenants_api import BLOCKED, PROFILE
 from project import REPO
 from tenants_lab import Lab, tenants, tenants_lab
 
@@ -86,6 +87,22 @@ def test_the_samples_of_the_page_are_what_is_shown(
     assert PAGE.read_text() == text
 
 
+@pytest.mark.parametrize("words, passed", [
+    ((), ()), (("--folder", "/x"), ("--folder", "/x")), (("--shared", "--json"),
+                                                         ("--server", "--json"))])
+def test_a_login_is_given_by_the_command_of_keys(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], passed: tuple[str, ...]
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(
+        tenants.subprocess, "call", lambda command, env: called.append(command))
+
+    assert lab.run("login", "anna", *words).code == 0
+
+    assert called == [[sys.executable, str(REPO / "ocp.py"), "keys", "login", "anna", "--url",
+                       lab.server.url, *passed]]
+
+
 def test_the_page_names_every_command_and_option() -> None:
     text = PAGE.read_text()
     options = {name for group in tenants.ARGUMENTS.values() for names, _ in group
@@ -114,6 +131,11 @@ def test_add_takes_a_key_from_standard_input(lab: Lab) -> None:
     assert lab.server.keys["alice"]["secret"] == secret
     assert lab.run("add", "bob", "--secret-stdin", stdin="short\n").code == 2
     assert lab.run("add", "bob", "--secret-stdin", stdin=f"{secret}\n").code == 1
+    assert lab.run("add", "alice", "--secret-stdin", "--existing", stdin="y" * 40).code == 1
+    root = container(lab, "carl")
+    given = ["add", "carl", "--secret-stdin", "--apply", "--yes"]
+    assert lab.run(*given, stdin="z" * 40).code == 0
+    assert (root / STATE / "ocp-key").read_text().strip() == "z" * 40
 
 
 def test_a_key_that_was_added_is_used_by_apply_later(lab: Lab) -> None:
@@ -233,6 +255,35 @@ def test_json_is_one_value_and_nothing_else(lab: Lab, command: str) -> None:
 
     dry = ["--dry-run"] if command == "setup" else []
     assert isinstance(json.loads(lab.run(command, "--json", *dry).stdout), dict)
+
+
+@pytest.mark.parametrize("words", [
+    ("add", "bob"), ("add", "bob", "--apply"), ("edit", "alice", "--no-prompt"),
+    ("remove", "alice"), ("env", "alice", "--unset", "A")])
+def test_a_dry_run_changes_nothing_and_tells_it_in_json_too(
+    lab: Lab, words: tuple[str, ...]
+) -> None:
+    container(lab, "bob")
+    lab.run("add", "alice")
+    before, calls = lab.everything(), len(lab.server.calls)
+
+    told = lab.json(*words, "--dry-run")
+
+    assert told["name"] == words[1] and lab.run(*words, "--dry-run").stdout
+    assert lab.everything() == before
+    assert {call.method for call in lab.server.calls[calls:]} <= {"GET"}
+
+
+def test_a_tenant_whose_key_has_any_name_can_be_shown_and_removed(lab: Lab) -> None:
+    lab.server.keys["Alice B!"] = {"id": 7, "name": "Alice B!", "secret": "x" * 32}
+    lab.server.tenants["Alice B!"] = {
+        "profile": dict(PROFILE), "env": {}, "folder": "Alice-B"}
+
+    assert "Alice B!" in lab.run("show", "Alice B!").stdout
+    assert lab.run("env", "Alice B!", "--set", "A", stdin="1").code == 0
+    assert lab.run("remove", "Alice B!", "--yes").code == 0 and not lab.server.keys
+    for name in ("", "a\nb", "x" * 65):
+        assert lab.run("show", name).code == 2
 
 
 def test_without_a_command_tenants_are_listed(lab: Lab) -> None:

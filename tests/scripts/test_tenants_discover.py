@@ -282,7 +282,7 @@ def test_a_name_that_the_server_gives_to_no_key_is_made_longer(text: str) -> Non
 
 @pytest.mark.parametrize("name", ["UPPER", "a_b", "a" * 41, "-a", "a-", "", "../x", "a b"])
 def test_a_name_that_no_tenant_may_have_is_refused(lab: Lab, name: str) -> None:
-    ran = lab.run("show", "--", name)
+    ran = lab.run("add", "--", name)
 
     assert ran.code in (2, 1) and "is no name of a tenant" in ran.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import stat
 from pathlib import Path
 from typing import Any, Iterator
@@ -14,6 +15,7 @@ from fake_docker import CONFIG, NODE_UID
 from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, fake_server
 from tenants_lab import Lab, tenants, tenants_lab
+from tls_files import CERT, write_tls_files
 
 STATE = "home/node/.openclaw"
 KEY_FILE = f"{STATE}/ocp-key"
@@ -114,9 +116,11 @@ def test_undo_gives_every_file_back_byte_for_byte(lab: Lab) -> None:
     lab.run("setup", "--yes")
     assert lab.tree_of(root, lab.home) != before
 
+    planned = lab.json("undo", "--dry-run")["instances"]
     ran = lab.run("undo", "--yes")
 
     assert ran.code == 0 and lab.tree_of(root, lab.home) == before, ran
+    assert [each["name"] for each in planned] == ["alice", "openclaw-local"]
     assert local.read_text() == "{a: 1, // mine\n}\n"
     assert lab.run("undo", "--yes").stdout == "There is nothing to undo.\n"
     assert "alice" in lab.server.keys
@@ -144,6 +148,28 @@ def test_after_undo_setup_works_with_the_same_key(lab: Lab) -> None:
 
     assert lab.run("setup", "--yes").code == 0
     assert (root / KEY_FILE).read_text() == secret
+
+
+def test_instances_of_a_server_of_https_trust_its_certificate(tmp_path: Path) -> None:
+    files = write_tls_files(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files["OCP_TLS_CERT"], files["OCP_TLS_KEY"])
+    with tenants_lab(tmp_path, tls=tls) as lab:
+        root, local = container(lab), lab.local()
+
+        ran = lab.run("setup", "--yes")
+
+        assert ran.code == 0 and ran.stdout.count('answered "pong"') == 2, ran
+        for path, host in ((root / CONFIG_FILE, "172.17.0.1"), (local, "127.0.0.1")):
+            provider = config_of(path)["models"]["providers"]["claude-local"]
+            assert provider["baseUrl"] == f"https://{host}:{lab.port}/v1"
+            assert provider["request"]["tls"]["ca"].strip() == CERT.strip()
+        assert lab.run("check").code == 0
+        lab.server.fingerprint = "SHA256:" + "A" * 43 + "="
+        assert "has the fingerprint" in lab.run("check").stdout
+        assert lab.run("undo", "--yes").code == 0
+        assert (root / CONFIG_FILE).read_text() == CONFIG
+
 
 
 def test_a_local_instance_reads_its_key_from_the_tenants_folder(lab: Lab) -> None:
@@ -204,6 +230,17 @@ def test_a_dry_run_changes_nothing_at_all(lab: Lab, words: tuple[str, ...]) -> N
     assert ran.code == 0 and lab.everything() == before
     assert {call.method for call in lab.server.calls} == {"GET"}
     assert "claude-local" in ran.stdout and ADMIN not in ran.stdout
+
+
+def test_a_dry_run_shows_of_a_list_of_models_their_names_only(lab: Lab) -> None:
+    lab.local()
+
+    shown, told = lab.run("setup", "--dry-run").stdout, lab.json("setup", "--dry-run")
+
+    (diff,) = [each["diff"] for each in told["instances"]]
+    assert '"baseUrl"' in shown and '"id": "claude-haiku-5-5"' in shown
+    assert "contextWindow" not in shown and "contextWindow" in "".join(diff)
+    assert shown.count("models") == 2
 
 
 def test_a_dry_run_after_a_change_in_the_container_changes_nothing_either(lab: Lab) -> None:
@@ -443,7 +480,8 @@ def test_a_folder_of_somebody_else_is_used_only_when_told(lab: Lab) -> None:
     assert lab.run("setup", "--yes", "--adopt").code == 0
 
 
-@pytest.mark.parametrize("place", ["tenants/alice", "tenants/alice/instance"])
+@pytest.mark.parametrize("place", [
+    "tenants/alice", "tenants/alice/instance", "tenants/alice/connect"])
 def test_the_files_of_a_tenant_follow_no_link(lab: Lab, tmp_path: Path, place: str) -> None:
     container(lab)
     outside = tmp_path / "outside"
@@ -454,6 +492,25 @@ def test_the_files_of_a_tenant_follow_no_link(lab: Lab, tmp_path: Path, place: s
     ran = lab.run("setup", "--yes", "--adopt")
 
     assert ran.code == 1 and "is a link" in ran.stdout and not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("name", ["key", "instance/instance.json", "instance/openclaw.json"])
+def test_a_file_of_a_tenant_that_became_a_link_is_replaced_and_not_followed(
+    lab: Lab, tmp_path: Path, name: str
+) -> None:
+    root = container(lab)
+    lab.run("setup", "--yes")
+    outside = tmp_path / "outside"
+    outside.write_text("not ours")
+    path = lab.ocp_home / "tenants/alice" / name
+    path.unlink()
+    path.symlink_to(outside)
+    (root / CONFIG_FILE).write_text(CONFIG)
+
+    said = [lab.run("setup", "--yes"), lab.run("remove", "alice", "--yes", "--purge")]
+
+    assert outside.read_text() == "not ours" and not path.parent.exists()
+    assert "not ours" not in "".join(each.stdout + each.stderr for each in said)
 
 
 def test_no_secret_is_shown_or_given_to_a_program_as_a_word(lab: Lab) -> None:
@@ -616,6 +673,42 @@ def test_undo_finds_a_container_that_was_renamed(lab: Lab) -> None:
 
     assert lab.run("undo", "--yes").code == 0
     assert (root / CONFIG_FILE).read_text() == CONFIG
+
+
+def test_an_instance_elsewhere_is_found_again_after_undo_and_missed_when_it_is_gone(
+    lab: Lab, tmp_path: Path
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    added = lab.run("add", "anna", "--apply", "--local", str(folder), "--yes")
+    assert added.code == 0 and (folder / "openclaw.json").exists(), added
+    assert lab.run("undo", "--yes").code == 0 and not (folder / "openclaw.json").exists()
+
+    assert lab.run("apply", "anna", "--yes").code == 0
+    assert lab.run("check").code == 0 and (folder / "openclaw.json").exists()
+    folder.rename(tmp_path / "moved")
+
+    checked = lab.json("check")["instances"]
+    assert lab.run("check").code == 1
+    assert [(each["name"], each["ok"], each["problem"]) for each in checked] == [
+        ("anna", False, f"{folder} was not found")]
+
+
+def test_undo_leaves_no_draft_of_a_run_that_was_killed(lab: Lab) -> None:
+    local = lab.local()
+    before = lab.tree_of(lab.home)
+    lab.run("setup", "--yes")
+    local.with_name(f"openclaw.json{tenants.DRAFT}").write_text("{")
+
+    assert lab.run("undo", "--yes").code == 0 and lab.tree_of(lab.home) == before
+
+
+def test_a_running_gateway_of_a_folder_is_to_read_its_new_key(lab: Lab) -> None:
+    lab.local()
+    assert "secrets reload" not in lab.run("setup", "--yes").stdout
+    lab.server.keys["openclaw-local"]["secret"] = "x" * 40
+
+    assert "`openclaw secrets reload` lets a running gateway" in lab.run("apply", "--yes").stdout
 
 
 def test_undo_needs_no_server(lab: Lab) -> None:

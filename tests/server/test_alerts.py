@@ -165,6 +165,22 @@ def test_a_lost_login_is_told_once_and_so_is_its_return(desk: Desk) -> None:
         "login_lost", "login_back", "login_lost"]
 
 
+def test_a_lost_login_of_keys_is_told_by_their_names_and_beside_the_servers(desk: Desk) -> None:
+    own = ocp.Account(desk.clock)
+    for state in (None, False, False, True, False):
+        own.set_login(state)
+        desk.alerts.watch_login("0123", ["anna's phone", "anna"], own)
+        desk.look()
+    desk.account.set_login(False)
+    desk.look()
+
+    told = list(reversed(desk.alerts.report()))
+    assert [each["event"] for each in told] == [
+        "key_login_lost", "key_login_back", "key_login_lost", "login_lost"]
+    assert "`ocp keys login 'anna'\"'\"'s phone'`" in told[0]["text"]
+    assert told[1]["details"] == {"login": "0123", "keys": ["anna's phone", "anna"]}
+
+
 def test_a_missing_claude_is_told_once_and_so_is_its_return(desk: Desk) -> None:
     for is_gone in (None, True, True, None, True, False, False):
         desk.look(is_gone)

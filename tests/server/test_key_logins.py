@@ -50,6 +50,11 @@ def shown(server: Server, key: Json) -> Json:
     return as_admin(server, "GET", f"/api/keys/{key}").json()
 
 
+def session_of(server: Server, key: Json) -> Json:
+    """What is known of the five hours of a key's own login."""
+    return shown(server, key["id"])["login"]["plan"]["currentSession"]
+
+
 def child(server: Server) -> dict[str, str]:
     """The environment of the process that was asked last."""
     return environment(server.queries()[-1]["pid"])
@@ -173,12 +178,21 @@ def test_a_revoked_key_keeps_no_login(house: Server) -> None:
         assert database.execute("SELECT login FROM keys").fetchall() == [('["", ""]',)]
 
 
-def test_a_login_survives_a_restart(tmp_path: Path) -> None:
+def test_a_login_survives_a_restart_and_so_does_its_plan(tmp_path: Path) -> None:
     with running_server(tmp_path, env=KEEPING) as server:
-        made = new_key(server)
+        made, other = new_key(server), new_key(server)
         set_login(server, made["id"], token=TOKEN)
+        set_login(server, other["id"], token=f"{TOKEN}-2")
+        assert ask_as(server, made["key"]).status == 200
+        before = eventually(lambda: session_of(server, made)["utilization"] and
+                            session_of(server, made))
     with running_server(tmp_path, env=KEEPING) as server:
         assert shown(server, made["id"])["login"]["state"] == "not known yet"
+        assert session_of(server, made)["observedAt"] == before["observedAt"]
+        assert session_of(server, made)["utilization"] == before["utilization"] == 0.21
+        assert session_of(server, other)["utilization"] is None
+        owners = as_admin(server, "GET", "/usage").json()["plan"]["currentSession"]
+        assert owners["utilization"] is None
         assert ask_as(server, made["key"]).status == 200
         assert child(server)["CLAUDE_CODE_OAUTH_TOKEN"] == TOKEN
 
@@ -200,8 +214,9 @@ def test_a_login_that_is_none_is_refused_and_changes_nothing(house: Server, logi
     assert shown(house, made["id"])["login"] is None
 
 
-def test_a_lost_login_ends_the_processes_of_that_login_only(house: Server) -> None:
-    made, plain = new_key(house), new_key(house)
+def test_a_lost_login_ends_the_processes_of_that_login_only_and_is_told(house: Server) -> None:
+    made, plain = new_key(house, name="anna"), new_key(house)
+    as_admin(house, "PATCH", "/settings", {"alertUrl": "http://127.0.0.1:9/nobody"})
     set_login(house, made["id"], token=TOKEN)
     assert ask_as(house, plain["key"]).status == 200
     assert ask_as(house, made["key"]).status == 200
@@ -217,6 +232,8 @@ def test_a_lost_login_ends_the_processes_of_that_login_only(house: Server) -> No
     assert not is_gone(others)
     assert shown(house, made["id"])["login"]["state"] == "not logged in"
     assert house.call("GET", "/health").json()["auth"]["ok"] is True
+    (alert,) = eventually(lambda: as_admin(house, "GET", "/api/alerts").json()["alerts"])
+    assert (alert["event"], alert["details"]["keys"]) == ("key_login_lost", ["anna"])
 
 
 def test_spares_serve_their_own_login_only(tmp_path: Path) -> None:

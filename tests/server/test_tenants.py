@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from chat import error_of
+from chat import CHAT_PATH, error_of, question
+from depth import by_depth
 from http_client import Reply
 from keys import MULTI, as_admin, ask_as, bearer, new_key
 from project import load_script
@@ -438,22 +439,33 @@ def test_admin_keys_cannot_be_tried_on_health_faster_than_elsewhere(tmp_path: Pa
 
 
 def test_a_tenant_with_many_requests_delays_another_by_one(tmp_path: Path) -> None:
-    env = {**MULTI, "CLAUDE_MAX_CONCURRENT": "1"}
-    with running_server(tmp_path, [[{"sleep_ms": 300}, {"say": "yes"}]] * 8, env=env) as server:
+    many, signal = by_depth(6, 6, 50), tmp_path / "signal"
+    env = {**MULTI, "CLAUDE_MAX_CONCURRENT": "1", "CLAUDE_MAX_QUEUE": str(many)}
+    turns = {"turns": [[{"wait_for": str(signal)}, {"say": "yes"}]], "shared": True,
+             "repeat_last": False}
+    with running_server(tmp_path, turns, env=env) as server:
         alice, bob = tenant(server, "alice", prompt="Of alice."), tenant(server, "bob")
 
+        def ask(key: Json) -> Reply:
+            return server.call("POST", CHAT_PATH, question(), bearer(key["key"]), timeout_s=600)
+
         def ask_late() -> Reply:
-            eventually(lambda: (running(server), waiting(server)) == (1, 5))
+            eventually(lambda: (running(server), waiting(server)) == (1, many - 1))
             told = as_admin(server, "GET", "/health").json()["tenants"]
             assert {each["name"]: (each["running"], each["waiting"]) for each in told} == {
-                "alice": (1, 5), "bob": (0, 0)}
-            return ask_as(server, bob["key"])
+                "alice": (1, many - 1), "bob": (0, 0)}
+            return ask(bob)
+
+        def go_on() -> Reply:
+            eventually(lambda: waiting(server) == many)
+            signal.touch()
+            return server.call("GET", "/ready")
 
         replies = in_parallel(
-            [ask_late, *[lambda: ask_as(server, alice["key"]) for _ in range(6)]])
+            [ask_late, go_on, *[lambda: ask(alice) for _ in range(many)]])
 
-        assert [reply.status for reply in replies] == [200] * 7
-        turns = ["alice" in str(query["system"]) for query in server.queries()]
+        assert [reply.status for reply in replies] == [200] * (many + 2)
+        asked = ["alice" in str(query["system"]) for query in server.queries()]
         # One runs when bob comes, and at most one that waits is admitted before.
-        assert turns.index(False) in (1, 2)
-        assert len(turns) == 7
+        assert asked.index(False) in (1, 2)
+        assert len(asked) == many + 1

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clock import FakeClock
+from depth import by_depth
 from project import load_script
 from waiting import eventually
 
@@ -320,6 +321,26 @@ def test_a_caller_with_a_limit_leaves_places_to_others() -> None:
         assert runs(*limited, other) == [True, False, False, True]
         door.gate.release(limited[0])
         assert runs(*limited[1:]) == [True, False]
+
+
+def test_a_limit_of_one_holds_over_many_requests_that_come_at_once() -> None:
+    many = by_depth(20, 20, 200)
+    door = Door(running=4, waiting=many)
+    seen: list[int] = []
+
+    def wait_and_run() -> None:
+        with door.gate.slot(ocp.Caller("limited", max_concurrent=1)) as slot:
+            list(slot.wait(door.watch(), door.clock))
+            seen.append(door.gate.running_by_caller()["limited"])
+
+    threads = [threading.Thread(target=wait_and_run) for _ in range(many)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+
+    assert seen == [1] * many
+    assert repr(door) == "<gate running=0 waiting=0 refused=0>"
 
 
 def test_a_limit_that_is_raised_lets_waiting_requests_run_at_once() -> None:
