@@ -377,6 +377,18 @@ class Channel:
         """Log in by QR code and return what is new in the state of the account. Raises Fatal."""
         raise NotImplementedError
 
+    def understood(self, read: Callable[..., Optional[Message]], *received: Any
+                   ) -> Optional[Message]:
+        """Return the message that `read` makes of what was received, None if that is in a form
+        which nobody knows: it must not come again for ever. Raises Fatal, Retry."""
+        try:
+            return read(*received)
+        except (Fatal, Retry):
+            raise
+        except Exception as problem:  # Whatever it is, the next message may be in order.
+            self.tools.log("warning", "a message was not understood", why=type(problem).__name__)
+            return None
+
 
 class Row(NamedTuple):
     """What the program knows of a platform."""
@@ -1153,6 +1165,16 @@ class Store:
         self.run("INSERT INTO history (session, role, content) VALUES (?,?,?)", session, role,
                  compact(content))
 
+    def remember_question(self, session: str, content: object, *, is_answered: bool) -> None:
+        """Append a question to a conversation, before its answer if that is there already."""
+        last = self.rows("SELECT * FROM history WHERE session=? AND role='assistant'"
+                         " ORDER BY id DESC LIMIT ?", session, int(is_answered))
+        for row in last:
+            self.run("DELETE FROM history WHERE id=?", row["id"])
+        self.remember(session, "user", content)
+        for row in last:
+            self.remember(session, "assistant", json.loads(row["content"]))
+
     def history(self, session: str) -> list[tuple[int, Json]]:
         """Return a conversation, as ids and messages of chat completions."""
         found = self.rows("SELECT id, role, content FROM history WHERE session=? ORDER BY id",
@@ -1201,6 +1223,15 @@ def seconds_of(value: object) -> float:
     except (TypeError, ValueError):
         return 0.0
     return min(seconds, _MONTH_S) if seconds > 0 else 0.0
+
+
+@contextlib.contextmanager
+def sending() -> Iterator[None]:
+    """Turn what breaks a call into a part that is sent again later. Raises SendFailed."""
+    try:
+        yield
+    except (NetworkFailed, Fatal, Retry) as problem:
+        raise SendFailed("later", str(problem)) from None
 
 
 class HttpAnswer(NamedTuple):
@@ -1536,24 +1567,56 @@ def rest_if_hurried(stop: threading.Event, began_s: float) -> None:
         stop.wait(1.0)
 
 
-def leads_to(url: str, domains: tuple[str, ...], *, is_local: bool) -> bool:
+def is_local(url: str) -> bool:
+    """Return whether an address is on this machine: the platform is a stand-in then."""
+    return is_loopback(urllib.parse.urlsplit(url).hostname or "")
+
+
+class Token:
+    """A token that a platform gives for some time. Several threads may use it."""
+
+    def __init__(self, fetch: Callable[[], tuple[object, object]], clock: Callable[[], float]
+                 ) -> None:
+        """`fetch` returns a token and its seconds. It raises Fatal and Retry, as `get` does."""
+        self._fetch, self._clock = fetch, clock
+        # Guards the fields below. Held while a token is fetched, so that one thread does.
+        self._lock = threading.Lock()
+        self._token, self._until_s = "", -math.inf
+
+    def get(self) -> str:
+        """Return the token, but not in the last minutes of its life."""
+        with self._lock:
+            if self._clock() >= self._until_s:
+                token, life = self._fetch()
+                life_s = seconds_of(life)
+                if not (token and life_s):
+                    raise Retry("no token")
+                self._token = str(token)
+                self._until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
+            return self._token
+
+    def forget(self) -> None:
+        """Fetch another one next time."""
+        with self._lock:
+            self._until_s = -math.inf
+
+
+def leads_to(url: str, domains: tuple[str, ...], root: str) -> bool:
     """Return whether an address is https and below one of these domains, such as ".qq.com"; or on
-    this machine, if the platform is a stand-in there."""
+    this machine, if the platform's own address `root` is."""
     parts = urllib.parse.urlsplit(url)
-    host = parts.hostname or ""
-    return parts.scheme == "https" and f".{host}".endswith(domains) or (
-        is_local and is_loopback(host))
+    return parts.scheme == "https" and f".{parts.hostname or ''}".endswith(domains) or (
+        is_local(root) and is_local(url))
 
 
-def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
-    """Return the bytes at an address that a message names. Raises SendFailed, ValueError."""
+def linked_bytes(http: Http, url: str, max_bytes: int, root: str) -> bytes:
+    """Return the bytes at an address that a message names, of the platform whose own address is
+    `root`. Raises SendFailed, ValueError."""
     # A stranger's message must not make this program ask its own network.
-    if not (url.startswith("https://") or is_local):
+    if not (url.startswith("https://") or is_local(root)):
         raise SendFailed("never", "not an https address")
-    try:
-        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-    except NetworkFailed as problem:
-        raise SendFailed("later", str(problem)) from None
+    with sending():
+        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local(root))
     if answer.status != 200:
         raise SendFailed("never", f"status {answer.status}")
     return answer.body
@@ -2341,8 +2404,7 @@ class OpcodeChannel(Channel):
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        return linked_bytes(self.http, str(attachment.ref["url"]), max_bytes, is_local=is_local)
+        return linked_bytes(self.http, str(attachment.ref["url"]), max_bytes, self._root)
 
     # -- receiving --------------------------------------------------------------------------------
 
@@ -2441,17 +2503,12 @@ class OpcodeChannel(Channel):
         event, seq = str(frame.get("t")), frame.get("s")
         data = frame["d"] if isinstance(frame.get("d"), dict) else {}
         session = {**self._session, "seq": seq} if isinstance(seq, int) else self._session
-        message = None
-        try:
-            if event == "READY":
-                session = {"session_id": str(data["session_id"]), "seq": seq,
-                           "url": str(data.get("resume_gateway_url") or ""),
-                           "bot_id": str(data["user"]["id"])}
-            else:
-                message = self.message(event, data)
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
-            # An event in a form that nobody knows must not come again for ever.
-            self.tools.log("warning", "an event was not understood", why=repr(problem))
+        user = data.get("user")
+        if event == "READY":
+            session = {"session_id": str(data.get("session_id") or ""), "seq": seq,
+                       "url": str(data.get("resume_gateway_url") or ""),
+                       "bot_id": str(user.get("id") if isinstance(user, dict) else "")}
+        message = self.understood(self.message, event, data)
         if message is not None or event == "READY":
             self.tools.accept(message, session)
         # Not before it is safe: an event that failed is asked for again.
@@ -2643,13 +2700,7 @@ class Telegram(Channel):
                 updates, key=lambda each: _album_of(each) or each["update_id"]):
             album = list(group)
             state = {**state, "offset": int(album[-1]["update_id"]) + 1}
-            try:
-                message = self._message(album)
-            except (AttributeError, KeyError, TypeError, ValueError) as problem:
-                # One message in a form that nobody knows must not come again for ever.
-                self.tools.log("warning", "a message was not understood", why=repr(problem))
-                message = None
-            self.tools.accept(message, state)
+            self.tools.accept(self.understood(self._message, album), state)
         return state
 
     def _message(self, album: list[Json]) -> Optional[Message]:
@@ -2737,9 +2788,8 @@ class Telegram(Channel):
         """Return the result of a method that a chat sees, called in another form if that helps.
         Raises SendFailed."""
         try:
-            return self._call(method, body)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
+            with sending():
+                return self._call(method, body)
         except TelegramRefused as problem:
             refused, told = problem, str(problem).lower()
         if "message is not modified" in told:
@@ -2769,11 +2819,9 @@ class Telegram(Channel):
         """Return the bytes of a file. Raises SendFailed, ValueError."""
         found = self._deliver("getFile", {"file_id": attachment.ref["file_id"]}) or {}
         path = urllib.parse.quote(str(found.get("file_path", "")))
-        try:
+        with sending():
             answer = self.http.call("GET", f"{self._root}/file/{self._token}/{path}",
                                     max_bytes=max_bytes)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
         if answer.status != 200:
             raise SendFailed("never", f"status {answer.status}")
         return answer.body
@@ -3020,10 +3068,8 @@ class Discord(OpcodeChannel):
         path = f"/channels/{route['channel_id']}/{what}"
         limit = f"{method} {route['channel_id']} {what.partition('/')[0]}"
         self._limits.check(limit)
-        try:
+        with sending():
             answer = self.call(method, path, body)
-        except Retry as problem:
-            raise SendFailed("later", str(problem)) from None
         self._limits.note(limit, answer)
         if answer.status < 300:
             return answer.json()
@@ -3120,22 +3166,15 @@ class QQ(OpcodeChannel):
         super().__init__(tools, http, tools.settings.get("apiRoot") or _QQ_API, clock)
         self._token_url = tools.settings.get("tokenUrl") or _QQ_TOKENS
         self._is_markdown = tools.settings.get("markdownSupport") is not False
-        # Guards the fields below. Held while a token is fetched, so that one thread does.
-        self._token_lock = threading.Lock()
-        self._token, self._token_until_s = "", -math.inf
+        self._token = Token(self._new_token, clock)
 
     # -- the token --------------------------------------------------------------------------------
 
     def token(self) -> str:
         """Return the bot's token of these hours. Raises Fatal, Retry."""
-        with self._token_lock:
-            if self._clock() >= self._token_until_s:
-                self._token, life_s = self._new_token()
-                # Not in the last minutes of its life.
-                self._token_until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
-            return f"QQBot {self._token}"
+        return f"QQBot {self._token.get()}"
 
-    def _new_token(self) -> tuple[str, float]:
+    def _new_token(self) -> tuple[object, object]:
         """Return a token, and its seconds. Raises Fatal, Retry."""
         settings = self.tools.settings
         body = {"appId": settings["appId"], "clientSecret": settings["clientSecret"]}
@@ -3143,17 +3182,16 @@ class QQ(OpcodeChannel):
             content = self.http.call("POST", self._token_url, body).json()
             if content.get("code") == _QQ_TOKEN_WRONG:
                 raise Fatal("appId and clientSecret do not fit", "copy both at q.qq.com")
-            return str(content["access_token"]), float(content["expires_in"])
+            return content["access_token"], content["expires_in"]
         except NetworkFailed as problem:
             raise Retry(str(problem)) from None
-        except (KeyError, TypeError, ValueError):
+        except KeyError:
             is_early = content.get("code") == _QQ_TOKEN_LATER
             raise Retry("no token", _QQ_WAIT_S if is_early else 0.0) from None
 
     def disconnected(self) -> None:
         """Forget the token: that it is not valid is a frequent reason."""
-        with self._token_lock:
-            self._token_until_s = -math.inf
+        self._token.forget()
 
     # -- receiving ------------------------------------------------------------------------------
 
@@ -3241,13 +3279,11 @@ class QQ(OpcodeChannel):
     def _deliver(self, route: Json, body: Json) -> Json:
         """Return the answer to a reply. Raises SendFailed."""
         sent = {**body, "msg_id": route["msg_id"]}
-        try:
+        with sending():
             answer = self.call("POST", route["path"], sent)
             if answer.status == 401:
                 self.disconnected()
                 answer = self.call("POST", route["path"], sent)
-        except (Fatal, Retry) as problem:
-            raise SendFailed("later", str(problem)) from None
         if answer.status >= 300 and _QQ_REFUSALS.get(code_of(answer)) != "done":
             self._refuse(answer)
         return answer.json()
@@ -3343,9 +3379,7 @@ class DingTalk(Channel):
         super().__init__(tools, http)
         self._clock = clock
         self._root = tools.settings.get("endpoint") or _DINGTALK_API
-        self._is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        #: The token of these hours, and until when it is used.
-        self._token = "", -math.inf
+        self._token = Token(self._new_token, clock)
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -3372,30 +3406,23 @@ class DingTalk(Channel):
     def _ask(self, path: str, body: Json) -> HttpAnswer:
         """Return the answer to a call of the API. Raises Fatal, Retry."""
         for _ in range(2):
-            headers = {"x-acs-dingtalk-access-token": self._access_token()}
+            headers = {"x-acs-dingtalk-access-token": self._token.get()}
             answer = self._post(f"{self._root}/v1.0/robot/{path}", body, **headers)
             if answer.status != 401:
                 break
-            self._token = "", -math.inf
+            self._token.forget()
         return answer
 
-    def _access_token(self) -> str:
-        """Return the token of these hours. Raises Fatal, Retry."""
-        token, until_s = self._token
-        if self._clock() >= until_s:
-            settings = self.tools.settings
-            content = self._opened("/v1.0/oauth2/accessToken", {
-                "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
-            try:
-                token, life_s = str(content["accessToken"]), float(content["expireIn"])
-            except (KeyError, TypeError, ValueError):
-                raise Retry("no token") from None
-            self._token = token, self._clock() + max(life_s - 300, life_s * 2 / 3)
-        return token
+    def _new_token(self) -> tuple[object, object]:
+        """Return a token, and its seconds. Raises Fatal, Retry."""
+        settings = self.tools.settings
+        content = self._opened("/v1.0/oauth2/accessToken", {
+            "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
+        return content.get("accessToken"), content.get("expireIn")
 
     def probe(self) -> str:
         """Return the id of the app. Raises Fatal, Retry."""
-        self._access_token()
+        self._token.get()
         return f"app {self.tools.settings['clientId']}"
 
     # -- receiving --------------------------------------------------------------------------------
@@ -3462,12 +3489,7 @@ class DingTalk(Channel):
         headers = frame["headers"] if isinstance(frame.get("headers"), dict) else {}
         kind, code, data = (frame.get("type"), headers.get("topic")), 404, "{}"
         if kind == ("CALLBACK", _DINGTALK_TOPIC):
-            message = None
-            try:
-                message = self._message(json_object(str(frame.get("data"))))
-            except (AttributeError, KeyError, TypeError, ValueError) as problem:
-                # A message in a form that nobody knows must not come again for ever.
-                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            message = self.understood(self._message, json_object(str(frame.get("data"))))
             if message is not None:
                 self.tools.accept(message)
             code, data = 200, compact({"response": "OK"})
@@ -3490,7 +3512,7 @@ class DingTalk(Channel):
         sender = staff or str(data["senderId"])
         group = "" if str(data["conversationType"]) == "1" else str(data["conversationId"])
         until_s = float(data.get("sessionWebhookExpiredTime") or 0) / 1000
-        is_theirs = leads_to(webhook, (".dingtalk.com",), is_local=self._is_local)
+        is_theirs = leads_to(webhook, (".dingtalk.com",), self._root)
         return Message(
             # It is the same one when the frame comes again, which has another id then.
             id=str(data["msgId"]), chat=group or sender, kind="group" if group else "direct",
@@ -3514,7 +3536,7 @@ class DingTalk(Channel):
             text = f"@{route['staff']}  \n{text}"
             called = {"at": {"atUserIds": [route["staff"]]}}
         content = {"title": title, "text": text}
-        try:
+        with sending():
             if route["webhook"] and time.time() < route["until_s"]:
                 answer = self._post(route["webhook"], {
                     "msgtype": "markdown", "markdown": content, **called})
@@ -3523,8 +3545,6 @@ class DingTalk(Channel):
                     return ""
                 check_refusal(answer, str(code))
             self._send_by_api(route, content)
-        except (Fatal, Retry) as problem:
-            raise SendFailed("later", str(problem)) from None
         return ""
 
     def _send_by_api(self, route: Json, content: Json) -> None:
@@ -3549,12 +3569,10 @@ class DingTalk(Channel):
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        try:
+        with sending():
             url = self._ask("messageFiles/download", attachment.ref).json().get("downloadUrl")
-        except (Fatal, Retry) as problem:
-            raise SendFailed("later", str(problem)) from None
-        url = str(url) if self._is_local else re.sub("^http:", "https:", str(url))
-        return linked_bytes(self.http, url, max_bytes, is_local=self._is_local)
+        url = str(url) if is_local(self._root) else re.sub("^http:", "https:", str(url))
+        return linked_bytes(self.http, url, max_bytes, self._root)
 
     # -- login ------------------------------------------------------------------------------------
 
@@ -3742,7 +3760,6 @@ class WeChat(Channel):
         super().__init__(tools, http)
         self._clock = clock
         self._login_root = str(tools.settings.get("loginBaseUrl") or _WECHAT_API)
-        self._is_local = is_loopback(urllib.parse.urlsplit(self._login_root).hostname or "")
         self._hold_s = _WECHAT_HOLD_S
         #: How many polls have failed in a row, and whether the login was refused last.
         self._failures, self._is_refused = 0, False
@@ -3831,17 +3848,12 @@ class WeChat(Channel):
         """Hand over the messages of a poll, and return the state after them. Raises OSError."""
         found = answer.get("msgs")
         for each in found if isinstance(found, list) else []:
-            message = None
-            try:
-                message = self._message(each)
-                if message is not None and each.get("context_token"):
-                    tokens = [pair for pair in state.get("tokens", {}).items()
-                              if pair[0] != message.chat]
-                    tokens.append((message.chat, str(each["context_token"])))
-                    state = {**state, "tokens": dict(tokens[-_WECHAT_PEOPLE:])}
-            except (AttributeError, KeyError, TypeError, ValueError) as problem:
-                # One message in a form that nobody knows must not come again for ever.
-                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            message = self.understood(self._message, each)
+            if message is not None and each.get("context_token"):
+                tokens = [pair for pair in state.get("tokens", {}).items()
+                          if pair[0] != message.chat]
+                tokens.append((message.chat, str(each["context_token"])))
+                state = {**state, "tokens": dict(tokens[-_WECHAT_PEOPLE:])}
             self.tools.accept(message, state)
         buffer = str(answer.get("get_updates_buf") or state.get("buffer", ""))
         if buffer != state.get("buffer", ""):
@@ -3910,10 +3922,8 @@ class WeChat(Channel):
 
     def _deliver(self, name: str, body: Json) -> Json:
         """Return the answer to a call that a person sees. Raises SendFailed."""
-        try:
+        with sending():
             answer = self._call(name, body)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
         code = code_of_wechat(answer)
         if code:
             raise SendFailed("held" if code == _WECHAT_NOT_NOW else "later",
@@ -3943,7 +3953,7 @@ class WeChat(Channel):
         encrypted as it says."""
         url, key = str(attachment.ref["url"]), bytes.fromhex(attachment.ref["key"])
         # There are up to 16 bytes more before it is decrypted.
-        data = linked_bytes(self.http, url, max_bytes + 16, is_local=self._is_local)
+        data = linked_bytes(self.http, url, max_bytes + 16, self._login_root)
         return aes_decrypted(data, key) if key else data
 
     # -- login ------------------------------------------------------------------------------------
@@ -4001,7 +4011,7 @@ class WeChat(Channel):
 
     def _checked(self, url: str) -> str:
         """Return an address that a login leads to. Raises Fatal if it is not WeChat's."""
-        if not leads_to(url, _WECHAT_DOMAINS, is_local=self._is_local):
+        if not leads_to(url, _WECHAT_DOMAINS, self._login_root):
             raise Fatal(f"the login leads to {clean(url)}, which is not WeChat",
                         "do not go on; ask whoever runs your network")
         return url.rstrip("/")
@@ -5472,7 +5482,9 @@ class Turn:
         with self.store.transaction():
             self.store.put_out(self.live.id, self.message.chat, self.ids[0], rows)
             if content is not None and self.live.settings["memory"] == "gateway":
-                self.store.remember(self.session, "user", content)
+                # An agent may call before it has said that it has taken the question.
+                is_called = self._is_awaited and not self.live.shared.callbacks.is_open(self._token)
+                self.store.remember_question(self.session, content, is_answered=is_called)
                 if answer:
                     self.store.remember(self.session, "assistant", answer)
             if self._token and not self._is_awaited:

@@ -234,6 +234,25 @@ def test_a_call_that_comes_between_a_kill_and_the_question_asked_anew_is_the_onl
     assert agent.asked()[asked:] == ["m3"]
 
 
+def test_an_answer_that_comes_before_the_word_that_it_will_is_remembered_after_its_question(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call_early(request: Any) -> Any:
+        assert call(request.headers["x-ocg-callback"], {"reply": f"to {request.text}"})[0] == 200
+        return ACCEPTED
+
+    monkeypatch.setattr(agent, "default", call_early)
+    with Chat(agent.url, memory="gateway", **{"async": True}) as chat:
+        for number, text in enumerate(("one", "two"), 1):
+            chat.say(text)
+            eventually(lambda number=number: len(chat.channel.sent) == number
+                       and not chat.app.lanes.count())
+        history = [(each["role"], each["content"]) for _, each in chat.store.history(
+            "made-up:default:1000")]
+        assert history == [("user", "one"), ("assistant", "to one"), ("user", "two"),
+                           ("assistant", "to two")]
+
+
 def test_a_body_without_a_length_is_told(chat: Chat, agent: FakeAgent) -> None:
     url = ask(chat, agent)
     status, answer = call(url, b"0\r\n\r\n", headers={"Transfer-Encoding": "chunked"})

@@ -90,6 +90,7 @@ def test_no_message_of_any_form_stops_the_next_one() -> None:
     with FakeTelegram(hold_s=0.2) as telegram, FakeAgent() as agent:
         for _ in range(by_depth(50, 100, 500)):
             telegram.say_raw(mutated(copy.deepcopy(GOOD), chance))
+        telegram.say_raw({**GOOD, "date": 10 ** 400})
         with Gateway(telegram, agent) as gateway:
             telegram.say("still there?")
             eventually(lambda: telegram.screen(1000) == ["You said: still there?"])

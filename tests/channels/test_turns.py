@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 import time
 from typing import Any, Iterator
@@ -81,6 +83,32 @@ def test_state_and_message_are_kept_together_or_not_at_all(chat: Chat) -> None:
     assert chat.live.state() == {"offset": 1}
     chat.live.accept(message("lost?", id="9"), {"offset": 2})
     eventually(lambda: chat.channel.sent == ["You said: lost?"])
+
+
+def test_a_database_that_somebody_else_has_locked_takes_the_message_later(chat: Chat) -> None:
+    chat.store.run("PRAGMA busy_timeout=20")
+    with contextlib.closing(sqlite3.connect(chat.folder / "channels.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match="locked"):
+            chat.live.accept(message("still there?", id="9"), {"offset": 2})
+        assert chat.live.state() == {}
+        other.rollback()
+    chat.live.accept(message("still there?", id="9"), {"offset": 2})
+    assert eventually(lambda: chat.channel.sent == ["You said: still there?"])
+
+
+def test_two_accounts_have_conversations_of_their_own_in_a_chat_with_the_same_id(
+    agent: FakeAgent,
+) -> None:
+    other = {"accounts": {"b": {"token": "another-token", "allowFrom": ["1000"]}}}
+    with Chat(agent.url, **other) as chat:
+        eventually(lambda: len(chat.app.lanes.accounts) == 2)
+        for number, name in enumerate(("b", "default", "b")):
+            live = chat.app.lanes.accounts[f"made-up:{name}"]
+            live.accept(message(f"hello of {name}", id=str(number)))
+            eventually(lambda: not chat.store.open_lanes())
+        assert [each["content"] for each in agent.requests[-1].body["messages"]] == [
+            "hello of b", "You said: hello of b", "hello of b"]
 
 
 def test_twenty_may_wait_and_the_next_one_is_refused_once(agent: FakeAgent) -> None:
