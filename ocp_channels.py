@@ -163,14 +163,18 @@ PROGRAM = "ocp channels" if os.path.exists(os.path.join(os.path.dirname(os.path.
     __file__)), "ocp.py")) else "python3 ocp_channels.py"
 
 
+_DAY_S, _MONTH_S = 86_400.0, 31 * 86_400.0
+
+
 def clean(text: object) -> str:
     """Return `text` without the control characters that could command a terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
 
 
-def encodable(text: str) -> str:
-    """Return a text in which halves of a character are joined, or replaced if they are alone."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def encodable(text: str, alone: str = "replace") -> str:
+    """Return a text in which halves of a character are joined; those that are `alone` are replaced,
+    or kept with "surrogatepass"."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", alone)
 
 
 def is_loopback(host: str) -> bool:
@@ -370,8 +374,20 @@ class Channel:
         return len(rendered)
 
     def login(self, console: Console) -> Json:
-        """Log in by QR code and return the state of the account. Raises Fatal."""
+        """Log in by QR code and return what is new in the state of the account. Raises Fatal."""
         raise NotImplementedError
+
+    def understood(self, read: Callable[..., Optional[Message]], *received: Any
+                   ) -> Optional[Message]:
+        """Return the message that `read` makes of what was received, None if that is in a form
+        which nobody knows: it must not come again for ever. Raises Fatal, Retry."""
+        try:
+            return read(*received)
+        except (Fatal, Retry):
+            raise
+        except Exception as problem:  # Whatever it is, the next message may be in order.
+            self.tools.log("warning", "a message was not understood", why=type(problem).__name__)
+            return None
 
 
 class Row(NamedTuple):
@@ -484,12 +500,33 @@ def mapping_value(value: object) -> Json:
     return value
 
 
+#: What the settings of a group, a guild or a channel of one may say, by its lower-case name.
+_PLACE_KEYS = {key.lower(): key for key in (
+    "allowFrom", "users", "requireMention", "enabled", "allow", "channels")}
+
+
+def places_value(value: object) -> Json:
+    """Return groups or guilds with what is allowed in each. A word that is nearly one of these is
+    an error: what it should close would be open."""
+    places = without_comments(mapping_value(value))
+    for name, place in places.items():
+        if not isinstance(place, (dict, bool)):
+            raise ValueError(f"{name}: use an object, true or false")
+        for key in without_comments(place) if isinstance(place, dict) else ():
+            near = difflib.get_close_matches(key.lower(), _PLACE_KEYS, 1, 0.8)
+            if near and key != _PLACE_KEYS[near[0]]:
+                raise ValueError(f"{name}.{key}: did you mean {_PLACE_KEYS[near[0]]}?")
+        if isinstance(place, dict) and "channels" in place:
+            places_value(place["channels"])
+    return places
+
+
 def agent_url_value(value: object) -> str:
     """Return the address of chat completions; a bare base or one that ends in /v1 is completed."""
     url = text_value(value).rstrip("/")
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"use an address such as {DEFAULT_AGENT_URL}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ValueError(f"use an address such as {DEFAULT_AGENT_URL}; a key belongs in apiKey")
     return url + {"": "/v1/chat/completions", "/v1": "/chat/completions"}.get(parts.path, "")
 
 
@@ -522,6 +559,8 @@ class Setting(NamedTuple):
     about: str
     #: The variable of the environment, empty if there is none.
     variable: str = ""
+    #: Whether an error may not show its value.
+    is_secret: bool = False
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -529,7 +568,7 @@ SETTINGS: tuple[Setting, ...] = (
             "OCG_AGENT_URL"),
     Setting("model", "any", model_value, "sonnet", "the model that is asked for", "OCG_MODEL"),
     Setting("apiKey", "any", text_value, "", "the agent's key; it is sent to no other origin than "
-            "the one it stands beside", "OCG_API_KEY"),
+            "the one it stands beside", "OCG_API_KEY", is_secret=True),
     Setting("systemPrompt", "any", text_value, "", "a system message before each conversation"),
     Setting("models", "any", texts_value, (), "what /model offers; by default all of the agent's"),
     Setting("memory", "any", one_of("gateway", "session", "agent"), "gateway",
@@ -549,14 +588,15 @@ SETTINGS: tuple[Setting, ...] = (
             "most; by default what the platform takes", "OCG_REPLY_CHUNK_SIZE"),
     Setting("async", "any", flag_value, False, "the agent answers later, by a callback"),
     Setting("proxy", "any", proxy_value, "", "http://[user:password@]host:port; by default "
-            "HTTPS_PROXY"),
+            "HTTPS_PROXY", is_secret=True),
     Setting("maxTurns", "top", number_between(1, 100), 4, "questions to agents at once"),
     Setting("verbose", "top", flag_value, False, "texts of messages in the log", "OCG_VERBOSE"),
     Setting("callbackPort", "top", number_between(0, 65_535), 3457, "the port of callbacks"),
     Setting("callbackHost", "top", text_value, "127.0.0.1", "the address callbacks listen on"),
     Setting("callbackPublicHost", "top", text_value, "", "the host in the address for agents"),
     Setting("callbackPublicPort", "top", number_between(0, 65_535), 0, "the port in that address"),
-    Setting("callbackSecret", "top", text_value, "", "signs callbacks (X-OCG-Signature)"),
+    Setting("callbackSecret", "top", text_value, "", "signs callbacks (X-OCG-Signature)",
+            is_secret=True),
     Setting("callbackTokenTTL", "top", number_between(10, 604_800), 1800,
             "seconds in which a callback may come"),
     Setting("dmPolicy", "channel", one_of("pairing", "allowlist", "open", "disabled"), "pairing",
@@ -578,6 +618,10 @@ _SECURITY_KEYS = {key.lower(): key for key in (
     "dmPolicy", "allowFrom", "groupPolicy", "groupAllowFrom", "requireMention", "callbackSecret",
     "callbackHost",
 )}
+_LEVELS = {each.key: each.level for each in SETTINGS}
+
+
+_ENABLED = Setting("enabled", "channel", flag_value, True, "")
 
 
 class Account(NamedTuple):
@@ -641,7 +685,7 @@ def parse_settings(
     """Return the settings that a file's content is. Raises SettingsError with every fault."""
     reader = _Reader(environ, {name: row for row in rows for name in (row.id, *row.aliases)})
     top = _Level("file", "", without_comments(content))
-    reader.check_names(top, {"channels", *(each.key for each in SETTINGS)})
+    reader.check_names(top, {"channels", *(key for key in _LEVELS if _LEVELS[key] != "channel")})
     accounts = tuple(reader.accounts(top))
     values = {each.key: reader.value(each, [top])[0] for each in SETTINGS
               if each.level != "channel"}
@@ -713,12 +757,15 @@ class _Reader:
     def _channel(self, row: Row, channel: _Level, top: _Level) -> Iterator[Account]:
         """Yield the accounts of a channel: those that are named, and `default` if credentials
         stand in the channel itself or nothing is named."""
-        known = {*(each.key for each in SETTINGS), *row.settings, *row.credentials, "enabled",
-                 "name"}
+        known = {*(key for key in _LEVELS if _LEVELS[key] != "top"), *row.settings,
+                 *row.credentials, "enabled", "name"}
         channel = channel.renamed(row.synonyms)
         self.check_names(channel, {*known, "accounts"})
         named = dict(self._objects(channel, "accounts"))
         if not named or any(channel.values.get(key) for key in row.credentials):
+            if "default" in named:
+                self.errors.append(f"{channel.place}: its credentials belong to the account "
+                                   "`default`, which accounts has too; keep one of the two")
             yield self._account(row, "default", [channel], top)
         shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
         for name, own in named.items():
@@ -734,7 +781,8 @@ class _Reader:
         for key, kind in row.settings.items():
             found[key] = self.value(Setting(key, "channel", kind, None, ""), levels)
         for number, (key, variable) in enumerate(row.credentials.items()):
-            each = Setting(key, "channel", text_value, "", "", variable * (name == "default"))
+            each = Setting(key, "channel", text_value, "", "", variable * (name == "default"),
+                           is_secret=True)
             path = found.get("tokenFile", (None, ""))[0]
             if path and not number:
                 # OpenClaw's word for a credential in a file.
@@ -745,7 +793,7 @@ class _Reader:
         origins = {key: origin for key, (_, origin) in found.items()}
         self._settle(values, origins, levels[0])
         missing = tuple(key for key in row.credentials if not values[key])
-        is_enabled = all(level.values.get("enabled", True) is not False for level in levels)
+        is_enabled = all(self.value(_ENABLED, [level])[0] for level in levels)
         return Account(row, name, is_enabled, values, origins, missing)
 
     def _settle(self, values: Json, origins: Json, level: _Level) -> None:
@@ -780,7 +828,9 @@ class _Reader:
                 if value not in (None, ""):
                     return setting.kind(value), origin
             except ValueError as problem:
-                self.errors.append(f"{place}: {json.dumps(value)[:80]}; {problem}")
+                is_shown = not setting.is_secret and "@" not in str(value)
+                shown = f"{json.dumps(value)[:80]}; " if is_shown else ""
+                self.errors.append(f"{place}: {shown}{problem}")
         return setting.default, "default"
 
     def _resolved(self, value: Any) -> object:
@@ -803,13 +853,15 @@ class _Reader:
 
     def check_names(self, level: _Level, known: Collection[str]) -> None:
         """Note names that no setting has."""
-        for key in level.values:
+        for key in [each for each in level.values if each not in known]:
             near = difflib.get_close_matches(key.lower(), _SECURITY_KEYS, 1, 0.8)
-            if key not in known and near:
-                self.errors.append(f"{level.of(key)}: no such setting; did you mean "
-                                   f"{_SECURITY_KEYS[near[0]]}?")
-            elif key not in known:
-                self.warnings.append(f"{level.of(key)}: not used here")
+            told = f"{level.of(key)}: not used here"
+            if key in _LEVELS:
+                place = "at the top level" if _LEVELS[key] == "top" else "in a channel"
+                told = f"{told}; it belongs {place}"
+            elif near:
+                told = f"{level.of(key)}: no such setting; did you mean {_SECURITY_KEYS[near[0]]}?"
+            (self.errors if near else self.warnings).append(told)
 
 
 def without_comments(values: Json) -> Json:
@@ -916,7 +968,6 @@ MIGRATIONS = (
 #: Tables that have rows of an account, and those that have rows of its lanes and sessions.
 ACCOUNT_TABLES = ("states", "seen", "inbox", "outbox", "people", "tokens")
 LANE_TABLES = (("history", "session"), ("lanes", "lane"))
-_DAY_S = 86_400.0
 _MAX_SEEN = 20_000
 #: How long answers wait for the next message of the person.
 _HELD_S = 2 * _DAY_S
@@ -1050,6 +1101,11 @@ class Store:
         for each in ids:
             self.run("UPDATE inbox SET is_done=1, progress='{}' WHERE id=?", each)
 
+    def finish_asked(self, first: int) -> None:
+        """Mark the messages as answered that were asked together, of which this is the first."""
+        self.run("UPDATE inbox SET is_done=1, progress='{}' WHERE NOT is_done AND attempts>0 AND"
+                 " lane=(SELECT lane FROM inbox WHERE id=?) AND id>=?", first, first)
+
     # -- sending --------------------------------------------------------------------------------
 
     def put_out(self, account: str, chat: str, answer: int, parts: list[OutRow]) -> None:
@@ -1077,9 +1133,11 @@ class Store:
         return {row[0]: row[1] for row in self.rows(
             "SELECT status, COUNT(*) FROM outbox WHERE account=? GROUP BY status", account)}
 
-    def release_held(self, account: str, chat: str, route: Json, most: int) -> tuple[int, int]:
-        """Let the oldest held parts of the newest answer go, on a new route. Returns how many go,
-        and how many stay."""
+    def release_held(
+        self, account: str, chat: str, route: Json, most: int, more: str
+    ) -> tuple[int, int]:
+        """Let the oldest held parts of the newest answer go, on a new route; the last one ends with
+        `more` if others stay. Returns how many go, and how many stay."""
         found = self.rows(
             "SELECT id, answer FROM outbox WHERE account=? AND chat=? AND status='held' AND at_s>?"
             " ORDER BY id", account, chat, self._clock() - _HELD_S)
@@ -1087,9 +1145,10 @@ class Store:
         self.run("UPDATE outbox SET status='dead', why='a newer answer' WHERE account=? AND chat=?"
                  " AND status='held' AND answer<>?", account, chat,
                  newest[0]["answer"] if newest else -1)
-        for row in newest[:most]:
-            self.run("UPDATE outbox SET status='pending', due_s=0, attempts=0, route=?, at_s=?"
-                     " WHERE id=?", compact(route), self._clock(), row["id"])
+        for number, row in enumerate(newest[:most], 1):
+            end = more * (number == most < len(newest))
+            self.run("UPDATE outbox SET status='pending', due_s=0, attempts=0, route=?, at_s=?,"
+                     " text=text||? WHERE id=?", compact(route), self._clock(), end, row["id"])
         return min(most, len(newest)), max(0, len(newest) - most)
 
     # -- conversations --------------------------------------------------------------------------
@@ -1105,6 +1164,16 @@ class Store:
         """Append a message of chat completions to a conversation."""
         self.run("INSERT INTO history (session, role, content) VALUES (?,?,?)", session, role,
                  compact(content))
+
+    def remember_question(self, session: str, content: object, *, is_answered: bool) -> None:
+        """Append a question to a conversation, before its answer if that is there already."""
+        last = self.rows("SELECT * FROM history WHERE session=? AND role='assistant'"
+                         " ORDER BY id DESC LIMIT ?", session, int(is_answered))
+        for row in last:
+            self.run("DELETE FROM history WHERE id=?", row["id"])
+        self.remember(session, "user", content)
+        for row in last:
+            self.remember(session, "assistant", json.loads(row["content"]))
 
     def history(self, session: str) -> list[tuple[int, Json]]:
         """Return a conversation, as ids and messages of chat completions."""
@@ -1133,14 +1202,36 @@ class Store:
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_ANSWER_BYTES = 4 * 1024 * 1024
 _MAX_HEAD_BYTES = 65_536
+#: How long an answer may take to come, which is not streamed, however often a few bytes do.
+_MAX_READ_S = 300.0
 #: How long a connection is kept for the next call; servers keep theirs for longer.
 _MAX_IDLE_S = 30.0
+#: A long poll without an answer in it takes longer.
+_HURRIED_S = 0.1
 #: Not of the internet, yet handed out by proxies that invent an address for each name.
 _INVENTED_ADDRESSES = ipaddress.ip_network("198.18.0.0/15")
 
 
 class NetworkFailed(Exception):
     """A connection could not be made, or broke."""
+
+
+def seconds_of(value: object) -> float:
+    """Return a number of seconds that somebody else tells, a month at most; 0 if it is none."""
+    try:
+        seconds = float(cast(Any, value))
+    except (TypeError, ValueError):
+        return 0.0
+    return min(seconds, _MONTH_S) if seconds > 0 else 0.0
+
+
+@contextlib.contextmanager
+def sending() -> Iterator[None]:
+    """Turn what breaks a call into a part that is sent again later. Raises SendFailed."""
+    try:
+        yield
+    except (NetworkFailed, Fatal, Retry) as problem:
+        raise SendFailed("later", str(problem)) from None
 
 
 class HttpAnswer(NamedTuple):
@@ -1158,10 +1249,7 @@ class HttpAnswer(NamedTuple):
     @property
     def retry_after_s(self) -> float:
         """Return the seconds of Retry-After, 0 without."""
-        try:
-            return max(0.0, float(self.headers.get("retry-after", "0")))
-        except ValueError:
-            return 0.0
+        return seconds_of(self.headers.get("retry-after"))
 
 
 class Target(NamedTuple):
@@ -1359,10 +1447,19 @@ class Exchange:
 
     def read(self, max_bytes: int = _MAX_ANSWER_BYTES) -> bytes:
         """Return the whole body. Raises NetworkFailed, ValueError if it is larger."""
-        body = self._read(lambda: self._answer.read(max_bytes + 1))
-        if len(body) > max_bytes:
-            raise ValueError(f"larger than {max_bytes} bytes")
-        return body
+        body, until_s = bytearray(), time.monotonic() + _MAX_READ_S
+        while len(body) <= max_bytes:
+            piece = self._read(lambda: self._answer.read1(65_536))
+            body += piece
+            if not piece and self._answer.length:
+                raise NetworkFailed("the answer broke off")
+            if not piece:
+                # Only then the connection takes another request.
+                self._answer.close()
+                return bytes(body)
+            if time.monotonic() > until_s:
+                raise NetworkFailed("the answer comes too slowly")
+        raise ValueError(f"larger than {max_bytes} bytes")
 
     def close(self) -> None:
         """Close the connection."""
@@ -1405,7 +1502,12 @@ class Http:
             wire.set_timeout(timeout_s)
             wire.request(method, target.path, body, {"Host": target.authority, **(headers or {})})
             return Exchange(wire, wire.getresponse())
-        except (OSError, http.client.HTTPException, ValueError) as problem:
+        except (http.client.InvalidURL, ValueError):
+            wire.end()
+            # What these say has the address or the header in it, and with them a token.
+            raise NetworkFailed(f"{target.host}: a key or an address has a character that cannot "
+                                "be sent") from None
+        except (OSError, http.client.HTTPException) as problem:
             wire.end()
             raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
 
@@ -1459,24 +1561,62 @@ class Http:
             old[1].end()
 
 
-def leads_to(url: str, domains: tuple[str, ...], *, is_local: bool) -> bool:
+def rest_if_hurried(stop: threading.Event, began_s: float) -> None:
+    """Wait a little if a long poll was answered with nothing at once, or it would never end."""
+    if time.monotonic() - began_s < _HURRIED_S:
+        stop.wait(1.0)
+
+
+def is_local(url: str) -> bool:
+    """Return whether an address is on this machine: the platform is a stand-in then."""
+    return is_loopback(urllib.parse.urlsplit(url).hostname or "")
+
+
+class Token:
+    """A token that a platform gives for some time. Several threads may use it."""
+
+    def __init__(self, fetch: Callable[[], tuple[object, object]], clock: Callable[[], float]
+                 ) -> None:
+        """`fetch` returns a token and its seconds. It raises Fatal and Retry, as `get` does."""
+        self._fetch, self._clock = fetch, clock
+        # Guards the fields below. Held while a token is fetched, so that one thread does.
+        self._lock = threading.Lock()
+        self._token, self._until_s = "", -math.inf
+
+    def get(self) -> str:
+        """Return the token, but not in the last minutes of its life."""
+        with self._lock:
+            if self._clock() >= self._until_s:
+                token, life = self._fetch()
+                life_s = seconds_of(life)
+                if not (token and life_s):
+                    raise Retry("no token")
+                self._token = str(token)
+                self._until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
+            return self._token
+
+    def forget(self) -> None:
+        """Fetch another one next time."""
+        with self._lock:
+            self._until_s = -math.inf
+
+
+def leads_to(url: str, domains: tuple[str, ...], root: str) -> bool:
     """Return whether an address is https and below one of these domains, such as ".qq.com"; or on
-    this machine, if the platform is a stand-in there."""
+    this machine, if the platform's own address `root` is."""
     parts = urllib.parse.urlsplit(url)
-    host = parts.hostname or ""
-    return parts.scheme == "https" and f".{host}".endswith(domains) or (
-        is_local and is_loopback(host))
+    return parts.scheme == "https" and f".{parts.hostname or ''}".endswith(domains) or (
+        is_local(root) and is_local(url))
 
 
-def linked_bytes(http: Http, url: str, max_bytes: int, *, is_local: bool) -> bytes:
-    """Return the bytes at an address that a message names. Raises SendFailed, ValueError."""
+def linked_bytes(http: Http, url: str, max_bytes: int, root: str) -> bytes:
+    """Return the bytes at an address that a message names, of the platform whose own address is
+    `root`. Raises SendFailed, ValueError."""
     # A stranger's message must not make this program ask its own network.
-    if not (url.startswith("https://") or is_local):
+    if not (url.startswith("https://") or is_local(root)):
         raise SendFailed("never", "not an https address")
-    try:
-        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local)
-    except NetworkFailed as problem:
-        raise SendFailed("later", str(problem)) from None
+    with sending():
+        answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local(root))
     if answer.status != 200:
         raise SendFailed("never", f"status {answer.status}")
     return answer.body
@@ -1907,16 +2047,20 @@ _SEARCHED_SHARE = 0.6
 #: The longest first line of a fence that is repeated in the next part.
 _MAX_OPENER_CHARS = 30
 _MAX_LISTED_COLUMNS = 4
-_FENCE = re.compile(r"(?m)^(`{3,}|~{3,})([^`\n]*)$")
+#: How many marks in a row stay with their letter.
+_MAX_MARKS = 16
+_FENCE = re.compile(r"(?m)^(`{3,20}|~{3,20})([^`\n]*)$")
 _TABLE_RULE = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*$")
 _ITEM = re.compile(r"(\s*)[-*+]\s+(.*)$")
+#: Elements within a line. Each is bounded, so that a long line without ends takes no long time.
 _INLINE = re.compile(
-    r"(?P<ticks>`+)(?P<code>[^`](?:.*?[^`])?)(?P=ticks)(?!`)"
-    r"|(?P<picture>!?)\[(?P<label>[^\]\n]*)\]\((?P<url>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)[^)\n]*\)"
-    r"|(?P<bold>\*\*|__)(?=\S)(?P<strong>[^\n]+?)(?<=\S)(?P=bold)"
-    r"|~~(?=\S)(?P<strike>[^\n]+?)(?<=\S)~~"
-    r"|(?<![\w*])(?P<slant>[*_])(?=[^\s*_])(?P<italic>[^\n]*?[^\s*_])(?P=slant)(?![\w*])"
+    r"(?<!`)(?P<ticks>`{1,20})(?P<code>[^`](?:.{0,2000}?[^`])?)(?P=ticks)(?!`)"
+    r"|(?P<picture>!?)\[(?P<label>[^\]\n]{0,500})\]"
+    r"\((?P<url>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)[^)\n]{0,300}\)"
+    r"|(?P<bold>\*\*|__)(?=\S)(?P<strong>[^\n]{1,2000}?)(?<=\S)(?P=bold)"
+    r"|~~(?=\S)(?P<strike>[^\n]{1,2000}?)(?<=\S)~~"
+    r"|(?<![\w*])(?P<slant>[*_])(?=[^\s*_])(?P<italic>[^\n]{0,2000}?[^\s*_])(?P=slant)(?![\w*])"
     r"|(?P<address>https?://[^\s<>]+)",
     re.DOTALL,
 )
@@ -2076,7 +2220,23 @@ def split_markdown(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
-    """Return the first part of a text that is too long, and what is left."""
+    """Return the first part of a text that is too long, and what is left, which is shorter."""
+    longest = _longest_start(text, fits)
+    end = _best_cut(text, longest)
+    while end > 1 and not fits(_closed(text[:end])):
+        end = _best_cut(text, end // 2)
+    end = _before_marks(text, end)
+    if len(_opener(text[:end])) >= end:
+        # A part with nothing but the line that the next one begins with anew would never end.
+        end = longest
+    head, tail, opener = text[:end], text[end:], _opener(text[:end])
+    if not opener:
+        return head.rstrip("\n"), tail.lstrip("\n")
+    return _closed(head), (opener if len(opener) < end else "") + tail
+
+
+def _longest_start(text: str, fits: Callable[[str], bool]) -> int:
+    """Return how many characters fit at most, and at least one."""
     low, high = 1, 256
     while high < len(text) and fits(_closed(text[:high])):
         low, high = high, 2 * high
@@ -2084,18 +2244,16 @@ def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(_closed(text[:middle])) else (low, middle)
-    end = _best_cut(text, low)
-    while end > 1 and not fits(_closed(text[:end])):
-        end = _best_cut(text, end // 2)
-    # Never between the halves of a character, nor before a mark that belongs to the one before.
-    while 1 < end < len(text) and (unicodedata.combining(text[end]) or text[end] in "\u200d\ufe0f"):
-        end -= 1
-    head, tail = text[:end], text[end:]
-    opener = _open_fence(head)
-    if opener is None:
-        return head.rstrip("\n"), tail.lstrip("\n")
-    fence, line = opener
-    return _closed(head), f"{line if len(line) <= _MAX_OPENER_CHARS else fence}\n{tail}"
+    return low
+
+
+def _before_marks(text: str, end: int) -> int:
+    """Return a place for a cut that parts no mark from its letter, unless it has too many."""
+    for place in range(end, max(0, end - _MAX_MARKS), -1):
+        follows = text[place:place + 1]
+        if not follows or not (unicodedata.combining(follows) or follows in "\u200d\ufe0f"):
+            return place
+    return end
 
 
 def _best_cut(text: str, end: int) -> int:
@@ -2103,9 +2261,9 @@ def _best_cut(text: str, end: int) -> int:
     start = int(end * _SEARCHED_SHARE)
     for pattern in _CUT_AFTER:
         places = [found.end() for found in pattern.finditer(text, start, end)]
-        places = [each for each in places if _before_link(text, each) == each]
-        if places:
-            return places[-1]
+        best = next((each for each in reversed(places) if _before_link(text, each) == each), 0)
+        if best:
+            return best
     return _before_link(text, end) or end
 
 
@@ -2126,6 +2284,16 @@ def _open_fence(text: str) -> Optional[tuple[str, str]]:
         elif found.group(1).startswith(opener[0]) and not found.group(2).strip():
             opener = None
     return opener
+
+
+def _opener(text: str) -> str:
+    """Return the line that opens the fence again that is open at the end of a text; empty without
+    one."""
+    opener = _open_fence(text)
+    if opener is None:
+        return ""
+    fence, line = opener
+    return f"{line if len(line) <= _MAX_OPENER_CHARS else fence}\n"
 
 
 def _closed(text: str) -> str:
@@ -2236,8 +2404,7 @@ class OpcodeChannel(Channel):
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        return linked_bytes(self.http, str(attachment.ref["url"]), max_bytes, is_local=is_local)
+        return linked_bytes(self.http, str(attachment.ref["url"]), max_bytes, self._root)
 
     # -- receiving --------------------------------------------------------------------------------
 
@@ -2336,17 +2503,12 @@ class OpcodeChannel(Channel):
         event, seq = str(frame.get("t")), frame.get("s")
         data = frame["d"] if isinstance(frame.get("d"), dict) else {}
         session = {**self._session, "seq": seq} if isinstance(seq, int) else self._session
-        message = None
-        try:
-            if event == "READY":
-                session = {"session_id": str(data["session_id"]), "seq": seq,
-                           "url": str(data.get("resume_gateway_url") or ""),
-                           "bot_id": str(data["user"]["id"])}
-            else:
-                message = self.message(event, data)
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
-            # An event in a form that nobody knows must not come again for ever.
-            self.tools.log("warning", "an event was not understood", why=repr(problem))
+        user = data.get("user")
+        if event == "READY":
+            session = {"session_id": str(data.get("session_id") or ""), "seq": seq,
+                       "url": str(data.get("resume_gateway_url") or ""),
+                       "bot_id": str(user.get("id") if isinstance(user, dict) else "")}
+        message = self.understood(self.message, event, data)
         if message is not None or event == "READY":
             self.tools.accept(message, session)
         # Not before it is safe: an event that failed is asked for again.
@@ -2354,18 +2516,24 @@ class OpcodeChannel(Channel):
 
 
 def code_of(answer: HttpAnswer) -> int:
-    """Return the platform's code of a refusal, else its status."""
+    """Return the platform's code of a refusal, else its status; 0 if it is not the platform's but
+    comes from something before it."""
     content = answer.json()
     code = content.get("err_code") or content.get("code")
-    return code if code and isinstance(code, int) else answer.status
+    return code if code and isinstance(code, int) else answer.status if content else 0
+
+
+def size_of(value: object) -> int:
+    """Return the size of a file as a platform tells it, 0 if it tells none."""
+    return value if isinstance(value, int) else 0
 
 
 def linked_file(found: Json) -> Attachment:
     """Return a file that a message names, with its address, which may lack its first word."""
-    mime, url = str(found.get("content_type") or "").partition(";")[0], str(found["url"])
+    mime, url = str(found.get("content_type") or "").partition(";")[0], str(found.get("url") or "")
     url = url if "://" in url else f"https://{url.lstrip('/')}"
     return Attachment("image" if mime.startswith("image/") else "file",
-                      clean(found.get("filename") or "file"), mime, int(found.get("size") or 0),
+                      clean(found.get("filename") or "file"), mime, size_of(found.get("size")),
                       {"url": url})
 
 
@@ -2388,6 +2556,8 @@ _TELEGRAM_REFUSALS = (
     ("can't parse entities", "plain"), ("bot was blocked", "never"), ("chat not found", "never"),
     ("user is deactivated", "never"), ("bot was kicked", "never"), ("not enough rights", "never"),
 )
+#: What a person can send besides texts and files: it is named.
+_TELEGRAM_NAMED = ("sticker", "video_note", "location", "contact", "poll", "dice", "story")
 _TELEGRAM_MISSING = ("message to be replied not found", "message thread not found")
 
 
@@ -2398,7 +2568,7 @@ def _telegram_fence(language: str, text: str) -> str:
 
 
 def _telegram_link(label: str, url: str) -> str:
-    is_link = urllib.parse.urlsplit(html.unescape(url)).scheme in ("http", "https", "tg", "mailto")
+    is_link = re.match("(?i)(https?|tg|mailto):", url)
     address = url.replace('"', "%22")
     return f'<a href="{address}">{label or url}</a>' if is_link else f"{label} ({url})"
 
@@ -2425,7 +2595,7 @@ class TelegramRefused(Exception):
         found = content.get("parameters")
         self.parameters: Json = found if isinstance(found, dict) else {}
         #: The pause that the platform asks for.
-        self.wait_s = float(self.parameters.get("retry_after") or 1) + 0.5
+        self.wait_s = max(1.0, seconds_of(self.parameters.get("retry_after"))) + 0.5
 
 
 class Telegram(Channel):
@@ -2443,7 +2613,10 @@ class Telegram(Channel):
         answer = self.http.call("POST", f"{self._root}/{self._token}/{method}", body, {}, timeout_s,
                                 on_open=on_open)
         content = answer.json()
-        if not content.get("ok"):
+        if "ok" not in content:
+            # It comes from something before the platform.
+            raise NetworkFailed(f"status {answer.status}")
+        if not content["ok"]:
             raise TelegramRefused(answer)
         return content.get("result")
 
@@ -2478,7 +2651,7 @@ class Telegram(Channel):
         """Receive messages until the account has to stop. Raises Fatal, Retry."""
         self.probe()
         self.tools.note_frame()
-        state, bot_id = self.tools.state(), self._bot.get("id")
+        hint, state, bot_id = "", self.tools.state(), self._bot.get("id")
         # An offset belongs to one bot: the numbers of another one may be smaller.
         if state.get("bot_id") != bot_id:
             state = {"bot_id": bot_id, "offset": 0}
@@ -2487,11 +2660,19 @@ class Telegram(Channel):
             self._call("setMyCommands", {"commands": commands})
         if not (self.tools.settings["requireMention"]
                 or self._bot.get("can_read_all_group_messages")):
-            self.tools.note("in groups Telegram shows it only mentions and commands: switch "
-                            "privacy mode off at @BotFather, or leave requireMention on")
+            hint = ("in groups Telegram shows it only mentions and commands: switch privacy mode "
+                    "off at @BotFather, or leave requireMention on")
+        self.tools.note(hint)
         while not self.tools.stop.is_set():
             with self._failures():
-                state = self._take(self._poll(state["offset"], _TELEGRAM_HOLD_S), state)
+                began_s = time.monotonic()
+                updates = self._poll(state["offset"], _TELEGRAM_HOLD_S)
+                # Nobody else polls the bot any more.
+                self.tools.note(hint)
+                if updates:
+                    state = self._take(updates, state)
+                else:
+                    rest_if_hurried(self.tools.stop, began_s)
 
     def _poll(self, offset: int, hold_s: int) -> list[Json]:
         """Return the updates from `offset` on; empty if none came in time, or at the end."""
@@ -2519,13 +2700,7 @@ class Telegram(Channel):
                 updates, key=lambda each: _album_of(each) or each["update_id"]):
             album = list(group)
             state = {**state, "offset": int(album[-1]["update_id"]) + 1}
-            try:
-                message = self._message(album)
-            except (AttributeError, KeyError, TypeError, ValueError) as problem:
-                # One message in a form that nobody knows must not come again for ever.
-                self.tools.log("warning", "a message was not understood", why=repr(problem))
-                message = None
-            self.tools.accept(message, state)
+            self.tools.accept(self.understood(self._message, album), state)
         return state
 
     def _message(self, album: list[Json]) -> Optional[Message]:
@@ -2536,7 +2711,9 @@ class Telegram(Channel):
         sender, chat = message.get("from") or {}, message.get("chat") or {}
         attachments = tuple(found for one in each for found in _telegram_attachments(one))
         text, is_mentioned = self._without_mention(message)
-        if sender.get("is_bot", True) or chat.get("type") == "channel" or not (text or attachments):
+        text = text or _telegram_name(message) * (not attachments)
+        is_of_channel = chat.get("type") == "channel" or message.get("is_automatic_forward")
+        if sender.get("is_bot", True) or is_of_channel or not (text or attachments):
             return None
         thread = message.get("message_thread_id") if message.get("is_topic_message") else None
         quoted = message.get("reply_to_message") or {}
@@ -2611,9 +2788,8 @@ class Telegram(Channel):
         """Return the result of a method that a chat sees, called in another form if that helps.
         Raises SendFailed."""
         try:
-            return self._call(method, body)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
+            with sending():
+                return self._call(method, body)
         except TelegramRefused as problem:
             refused, told = problem, str(problem).lower()
         if "message is not modified" in told:
@@ -2643,11 +2819,9 @@ class Telegram(Channel):
         """Return the bytes of a file. Raises SendFailed, ValueError."""
         found = self._deliver("getFile", {"file_id": attachment.ref["file_id"]}) or {}
         path = urllib.parse.quote(str(found.get("file_path", "")))
-        try:
+        with sending():
             answer = self.http.call("GET", f"{self._root}/file/{self._token}/{path}",
                                     max_bytes=max_bytes)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
         if answer.status != 200:
             raise SendFailed("never", f"status {answer.status}")
         return answer.body
@@ -2656,6 +2830,14 @@ class Telegram(Channel):
 def _album_of(update: Json) -> str:
     message = update.get("message")
     return str(message.get("media_group_id") or "") if isinstance(message, dict) else ""
+
+
+def _telegram_name(message: Json) -> str:
+    """Return what a message is that has neither a text nor a file; empty for what is no message of
+    a person, such as that somebody has joined."""
+    kind = next((each for each in _TELEGRAM_NAMED if message.get(each)), "")
+    emoji = message[kind].get("emoji", "") if kind == "sticker" else ""
+    return f"[{kind.replace('_', ' ')} {emoji}".strip() + "]" if kind else ""
 
 
 def _telegram_attachments(message: Json) -> Iterator[Attachment]:
@@ -2668,13 +2850,13 @@ def _telegram_attachments(message: Json) -> Iterator[Attachment]:
             mime = str(found.get("mime_type") or "")
             kind = "image" if mime.startswith("image/") else "file"
             yield Attachment(kind, clean(found.get("file_name") or name), mime,
-                             int(found.get("file_size") or 0), {"file_id": found.get("file_id")})
+                             size_of(found.get("file_size")), {"file_id": found.get("file_id")})
 
 
 Telegram.row = Row(
     "telegram", (), "Telegram", Telegram, limit=4096,
     credentials={"botToken": "TELEGRAM_BOT_TOKEN"},
-    settings={"apiRoot": platform_url_value, "groups": mapping_value, "linkPreview": flag_value,
+    settings={"apiRoot": platform_url_value, "groups": places_value, "linkPreview": flag_value,
               "tokenFile": text_value},
     can_edit=True, edit_every_s=1.5, edit_every_in_groups_s=4.0, typing_every_s=4.0,
     help="Talk to @BotFather in Telegram, send /newbot, and copy the token that it gives.",
@@ -2692,6 +2874,8 @@ _DISCORD_TOKEN = Ending("the token is refused", "take a new one at discord.com/d
 _DISCORD_CLIENT = Ending("the gateway refuses this program", "use a newer version of it")
 #: Types of messages that people write: a plain one, and a reply.
 _DISCORD_TYPES = (0, 19)
+#: Types of channels that are threads, and of how many channels is known what they are in.
+_DISCORD_THREADS, _DISCORD_MAX_PARENTS = (10, 11, 12), 1000
 _DISCORD_MENTION = re.compile(r"<@!?(\d+)>")
 #: Suppresses the previews of links.
 _DISCORD_NO_EMBEDS = 4
@@ -2732,11 +2916,8 @@ class DiscordLimits:
         if not is_over and answer.headers.get("x-ratelimit-remaining") != "0":
             return
         content = answer.json()
-        try:
-            wait_s = float(content["retry_after"] if is_over
-                           else answer.headers["x-ratelimit-reset-after"])
-        except (KeyError, TypeError, ValueError):
-            wait_s = 1.0
+        wait_s = seconds_of(content.get("retry_after") if is_over else answer.headers.get(
+            "x-ratelimit-reset-after")) or 1.0
         is_of_all = is_over and bool(content.get("global"))
         if is_over and ("via" not in answer.headers or not content):
             is_of_all, wait_s = True, _DISCORD_BANNED_S
@@ -2765,6 +2946,8 @@ class Discord(OpcodeChannel):
     ) -> None:
         super().__init__(tools, http, tools.settings.get("apiRoot") or _DISCORD_API, clock)
         self._limits = DiscordLimits(clock)
+        #: The channel that each thread is in, or itself for a channel.
+        self._parents: dict[str, str] = {}
 
     # -- receiving ------------------------------------------------------------------------------
 
@@ -2798,7 +2981,13 @@ class Discord(OpcodeChannel):
         if event != "MESSAGE_CREATE" or is_other:
             return None
         text, is_mentioned = self._without_mention(data)
-        attachments = tuple(map(linked_file, data.get("attachments") or []))
+        # What is forwarded stands in the message as it was.
+        bodies = [data, *(each["message"] for each in data.get("message_snapshots") or [])]
+        attachments = tuple(map(linked_file, (
+            file for body in bodies for file in body.get("attachments") or [])))
+        texts = [text, *(str(body.get("content") or "") for body in bodies[1:]),
+                 *(f"[sticker {each['name']}]" for each in data.get("sticker_items") or [])]
+        text = "\n\n".join(filter(None, texts))
         if not (text or attachments):
             return None
         guild, place = str(data.get("guild_id") or ""), str(data["channel_id"])
@@ -2810,8 +2999,28 @@ class Discord(OpcodeChannel):
             quoted=str((data.get("referenced_message") or {}).get("content") or ""),
             attachments=attachments, at_s=time.time(),
             route={"channel_id": place, "message_id": str(data["id"])},
-            group=guild, place=place if guild else "",
+            group=guild, place=self._channel_of(guild, place) if guild else "",
         )
+
+    def _channel_of(self, guild: str, place: str) -> str:
+        """Return the channel that the settings know: a thread belongs to the one that it is in.
+        Raises Fatal, Retry."""
+        guilds = self.tools.settings.get("guilds") or {}
+        listed = guilds.get(guild, guilds.get("*"))
+        listed = listed.get("channels") if isinstance(listed, dict) else None
+        if not isinstance(listed, dict) or place in listed:
+            return place
+        if place not in self._parents:
+            answer = self.call("GET", f"/channels/{place}")
+            if answer.status == 429 or answer.status >= 500:
+                # The event is not safe yet, so it comes again.
+                raise Retry(f"status {answer.status}", answer.retry_after_s)
+            found = answer.json()
+            is_thread = found.get("type") in _DISCORD_THREADS and found.get("parent_id")
+            if len(self._parents) >= _DISCORD_MAX_PARENTS:
+                self._parents.clear()
+            self._parents[place] = str(found["parent_id"]) if is_thread else place
+        return self._parents[place]
 
     def _without_mention(self, data: Json) -> tuple[str, bool]:
         """Return the text without the bot's own name, and whether the message is for the bot."""
@@ -2859,10 +3068,8 @@ class Discord(OpcodeChannel):
         path = f"/channels/{route['channel_id']}/{what}"
         limit = f"{method} {route['channel_id']} {what.partition('/')[0]}"
         self._limits.check(limit)
-        try:
+        with sending():
             answer = self.call(method, path, body)
-        except Retry as problem:
-            raise SendFailed("later", str(problem)) from None
         self._limits.note(limit, answer)
         if answer.status < 300:
             return answer.json()
@@ -2881,7 +3088,7 @@ class Discord(OpcodeChannel):
 Discord.row = Row(
     "discord", (), "Discord", Discord, limit=2000,
     credentials={"token": "DISCORD_BOT_TOKEN"},
-    settings={"apiRoot": platform_url_value, "guilds": mapping_value, "suppressEmbeds": flag_value,
+    settings={"apiRoot": platform_url_value, "guilds": places_value, "suppressEmbeds": flag_value,
               "tokenFile": text_value},
     # Five messages in five seconds are allowed in each channel.
     can_edit=True, edit_every_s=1.5, edit_every_in_groups_s=1.5, typing_every_s=8.0, pace_s=1.0,
@@ -2959,22 +3166,15 @@ class QQ(OpcodeChannel):
         super().__init__(tools, http, tools.settings.get("apiRoot") or _QQ_API, clock)
         self._token_url = tools.settings.get("tokenUrl") or _QQ_TOKENS
         self._is_markdown = tools.settings.get("markdownSupport") is not False
-        # Guards the fields below. Held while a token is fetched, so that one thread does.
-        self._token_lock = threading.Lock()
-        self._token, self._token_until_s = "", -math.inf
+        self._token = Token(self._new_token, clock)
 
     # -- the token --------------------------------------------------------------------------------
 
     def token(self) -> str:
         """Return the bot's token of these hours. Raises Fatal, Retry."""
-        with self._token_lock:
-            if self._clock() >= self._token_until_s:
-                self._token, life_s = self._new_token()
-                # Not in the last minutes of its life.
-                self._token_until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
-            return f"QQBot {self._token}"
+        return f"QQBot {self._token.get()}"
 
-    def _new_token(self) -> tuple[str, float]:
+    def _new_token(self) -> tuple[object, object]:
         """Return a token, and its seconds. Raises Fatal, Retry."""
         settings = self.tools.settings
         body = {"appId": settings["appId"], "clientSecret": settings["clientSecret"]}
@@ -2982,17 +3182,16 @@ class QQ(OpcodeChannel):
             content = self.http.call("POST", self._token_url, body).json()
             if content.get("code") == _QQ_TOKEN_WRONG:
                 raise Fatal("appId and clientSecret do not fit", "copy both at q.qq.com")
-            return str(content["access_token"]), float(content["expires_in"])
+            return content["access_token"], content["expires_in"]
         except NetworkFailed as problem:
             raise Retry(str(problem)) from None
-        except (KeyError, TypeError, ValueError):
+        except KeyError:
             is_early = content.get("code") == _QQ_TOKEN_LATER
             raise Retry("no token", _QQ_WAIT_S if is_early else 0.0) from None
 
     def disconnected(self) -> None:
         """Forget the token: that it is not valid is a frequent reason."""
-        with self._token_lock:
-            self._token_until_s = -math.inf
+        self._token.forget()
 
     # -- receiving ------------------------------------------------------------------------------
 
@@ -3080,13 +3279,11 @@ class QQ(OpcodeChannel):
     def _deliver(self, route: Json, body: Json) -> Json:
         """Return the answer to a reply. Raises SendFailed."""
         sent = {**body, "msg_id": route["msg_id"]}
-        try:
+        with sending():
             answer = self.call("POST", route["path"], sent)
             if answer.status == 401:
                 self.disconnected()
                 answer = self.call("POST", route["path"], sent)
-        except (Fatal, Retry) as problem:
-            raise SendFailed("later", str(problem)) from None
         if answer.status >= 300 and _QQ_REFUSALS.get(code_of(answer)) != "done":
             self._refuse(answer)
         return answer.json()
@@ -3124,14 +3321,14 @@ def _qq_face(found: re.Match[str]) -> str:
 
 def _qq_guilds_value(value: object) -> Json:
     """Return the guilds that are listened to; true is all of them."""
-    return {"*": {}} if value is True else {} if value is False else mapping_value(value)
+    return {"*": {}} if value is True else {} if value is False else places_value(value)
 
 
 QQ.row = Row(
     "qqbot", ("qq",), "QQ", QQ, limit=4000,
     credentials={"appId": "QQBOT_APP_ID", "clientSecret": "QQBOT_CLIENT_SECRET"},
     settings={"apiRoot": platform_url_value, "tokenUrl": platform_url_value,
-              "markdownSupport": flag_value, "groups": mapping_value, "guilds": _qq_guilds_value},
+              "markdownSupport": flag_value, "groups": places_value, "guilds": _qq_guilds_value},
     # "Typing" counts as one of the answers, so it is shown once.
     typing_every_s=3600.0, budget=5,
     help="At q.qq.com: create a bot, and copy AppID and AppSecret under Development.",
@@ -3157,6 +3354,8 @@ _DINGTALK_REFUSED = {
           "Client ID and Client Secret"),
     401: ("clientId and clientSecret do not fit", "copy both at open-dev.dingtalk.com"),
 }
+#: Kinds of messages that are read; others are named.
+_DINGTALK_READ = ("text", "richText", "picture", "audio", "video", "file")
 #: Texts in the code of a refused message, the kind of failure that each is, and its pause.
 _DINGTALK_FAILURES = (
     ("QpsLimit", "wait", 2.0), ("130101", "later", 60.0), ("460101", "never", 0.0),
@@ -3180,9 +3379,7 @@ class DingTalk(Channel):
         super().__init__(tools, http)
         self._clock = clock
         self._root = tools.settings.get("endpoint") or _DINGTALK_API
-        self._is_local = is_loopback(urllib.parse.urlsplit(self._root).hostname or "")
-        #: The token of these hours, and until when it is used.
-        self._token = "", -math.inf
+        self._token = Token(self._new_token, clock)
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -3199,7 +3396,7 @@ class DingTalk(Channel):
     def _opened(self, path: str, body: Json) -> Json:
         """Return the answer to a call with the credentials. Raises Fatal, Retry."""
         answer = self._post(self._root + path, body)
-        if answer.status in _DINGTALK_REFUSED:
+        if answer.status in _DINGTALK_REFUSED and answer.json():
             why, fix = _DINGTALK_REFUSED[answer.status]
             raise Fatal(f"{why} ({clean(answer.json().get('message') or answer.status)})", fix)
         if answer.status != 200:
@@ -3209,30 +3406,23 @@ class DingTalk(Channel):
     def _ask(self, path: str, body: Json) -> HttpAnswer:
         """Return the answer to a call of the API. Raises Fatal, Retry."""
         for _ in range(2):
-            headers = {"x-acs-dingtalk-access-token": self._access_token()}
+            headers = {"x-acs-dingtalk-access-token": self._token.get()}
             answer = self._post(f"{self._root}/v1.0/robot/{path}", body, **headers)
             if answer.status != 401:
                 break
-            self._token = "", -math.inf
+            self._token.forget()
         return answer
 
-    def _access_token(self) -> str:
-        """Return the token of these hours. Raises Fatal, Retry."""
-        token, until_s = self._token
-        if self._clock() >= until_s:
-            settings = self.tools.settings
-            content = self._opened("/v1.0/oauth2/accessToken", {
-                "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
-            try:
-                token, life_s = str(content["accessToken"]), float(content["expireIn"])
-            except (KeyError, TypeError, ValueError):
-                raise Retry("no token") from None
-            self._token = token, self._clock() + max(life_s - 300, life_s * 2 / 3)
-        return token
+    def _new_token(self) -> tuple[object, object]:
+        """Return a token, and its seconds. Raises Fatal, Retry."""
+        settings = self.tools.settings
+        content = self._opened("/v1.0/oauth2/accessToken", {
+            "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
+        return content.get("accessToken"), content.get("expireIn")
 
     def probe(self) -> str:
         """Return the id of the app. Raises Fatal, Retry."""
-        self._access_token()
+        self._token.get()
         return f"app {self.tools.settings['clientId']}"
 
     # -- receiving --------------------------------------------------------------------------------
@@ -3299,12 +3489,7 @@ class DingTalk(Channel):
         headers = frame["headers"] if isinstance(frame.get("headers"), dict) else {}
         kind, code, data = (frame.get("type"), headers.get("topic")), 404, "{}"
         if kind == ("CALLBACK", _DINGTALK_TOPIC):
-            message = None
-            try:
-                message = self._message(json_object(str(frame.get("data"))))
-            except (AttributeError, KeyError, TypeError, ValueError) as problem:
-                # A message in a form that nobody knows must not come again for ever.
-                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            message = self.understood(self._message, json_object(str(frame.get("data"))))
             if message is not None:
                 self.tools.accept(message)
             code, data = 200, compact({"response": "OK"})
@@ -3327,7 +3512,7 @@ class DingTalk(Channel):
         sender = staff or str(data["senderId"])
         group = "" if str(data["conversationType"]) == "1" else str(data["conversationId"])
         until_s = float(data.get("sessionWebhookExpiredTime") or 0) / 1000
-        is_theirs = leads_to(webhook, (".dingtalk.com",), is_local=self._is_local)
+        is_theirs = leads_to(webhook, (".dingtalk.com",), self._root)
         return Message(
             # It is the same one when the frame comes again, which has another id then.
             id=str(data["msgId"]), chat=group or sender, kind="group" if group else "direct",
@@ -3351,7 +3536,7 @@ class DingTalk(Channel):
             text = f"@{route['staff']}  \n{text}"
             called = {"at": {"atUserIds": [route["staff"]]}}
         content = {"title": title, "text": text}
-        try:
+        with sending():
             if route["webhook"] and time.time() < route["until_s"]:
                 answer = self._post(route["webhook"], {
                     "msgtype": "markdown", "markdown": content, **called})
@@ -3360,8 +3545,6 @@ class DingTalk(Channel):
                     return ""
                 check_refusal(answer, str(code))
             self._send_by_api(route, content)
-        except (Fatal, Retry) as problem:
-            raise SendFailed("later", str(problem)) from None
         return ""
 
     def _send_by_api(self, route: Json, content: Json) -> None:
@@ -3386,12 +3569,10 @@ class DingTalk(Channel):
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of a file. Raises SendFailed, ValueError if it is larger."""
-        try:
+        with sending():
             url = self._ask("messageFiles/download", attachment.ref).json().get("downloadUrl")
-        except (Fatal, Retry) as problem:
-            raise SendFailed("later", str(problem)) from None
-        url = str(url) if self._is_local else re.sub("^http:", "https:", str(url))
-        return linked_bytes(self.http, url, max_bytes, is_local=self._is_local)
+        url = str(url) if is_local(self._root) else re.sub("^http:", "https:", str(url))
+        return linked_bytes(self.http, url, max_bytes, self._root)
 
     # -- login ------------------------------------------------------------------------------------
 
@@ -3457,6 +3638,9 @@ def dingtalk_content(data: Json, robot: str) -> tuple[str, str, tuple[Attachment
             kind, mime = ("image", "image/jpeg") if name == "picture" else ("file", "")
             files.append(Attachment(kind, name, mime, 0, {"downloadCode": code,
                                                           "robotCode": robot}))
+        elif kind not in _DINGTALK_READ:
+            # Cards and the like have neither.
+            texts.append(f"[{clean(kind)}]" if kind else "")
     return "".join(texts).strip(), quoted, tuple(files)
 
 
@@ -3464,7 +3648,7 @@ DingTalk.row = Row(
     "dingtalk-connector", ("dingtalk",), "DingTalk", DingTalk, limit=3500,
     credentials={"clientId": "DINGTALK_CLIENT_ID", "clientSecret": "DINGTALK_CLIENT_SECRET"},
     settings={"endpoint": platform_url_value, "oapiEndpoint": platform_url_value,
-              "loginSource": text_value, "groups": mapping_value,
+              "loginSource": text_value, "groups": places_value,
               "groupSessionScope": one_of("group", "group_sender")},
     # A group takes twenty messages in a minute.
     pace_s=3.0, has_login=True,
@@ -3576,7 +3760,6 @@ class WeChat(Channel):
         super().__init__(tools, http)
         self._clock = clock
         self._login_root = str(tools.settings.get("loginBaseUrl") or _WECHAT_API)
-        self._is_local = is_loopback(urllib.parse.urlsplit(self._login_root).hostname or "")
         self._hold_s = _WECHAT_HOLD_S
         #: How many polls have failed in a row, and whether the login was refused last.
         self._failures, self._is_refused = 0, False
@@ -3628,7 +3811,9 @@ class WeChat(Channel):
         """Receive messages until the account has to stop. Raises Fatal, Retry."""
         state = self._begin()
         while not self.tools.stop.is_set():
-            answer = self._poll(state)
+            began_s, answer = time.monotonic(), self._poll(state)
+            if not answer.get("msgs"):
+                rest_if_hurried(self.tools.stop, began_s)
             if self.tools.state().get("bot_token") != state["bot_token"]:
                 raise Retry("logged in anew")
             state = self._take(answer, state)
@@ -3663,16 +3848,12 @@ class WeChat(Channel):
         """Hand over the messages of a poll, and return the state after them. Raises OSError."""
         found = answer.get("msgs")
         for each in found if isinstance(found, list) else []:
-            message = None
-            try:
-                message = self._message(each)
-                if message is not None and each.get("context_token"):
-                    tokens = [*state.get("tokens", {}).items(),
-                              (message.chat, str(each["context_token"]))]
-                    state = {**state, "tokens": dict(tokens[-_WECHAT_PEOPLE:])}
-            except (AttributeError, KeyError, TypeError, ValueError) as problem:
-                # One message in a form that nobody knows must not come again for ever.
-                self.tools.log("warning", "a message was not understood", why=repr(problem))
+            message = self.understood(self._message, each)
+            if message is not None and each.get("context_token"):
+                tokens = [pair for pair in state.get("tokens", {}).items()
+                          if pair[0] != message.chat]
+                tokens.append((message.chat, str(each["context_token"])))
+                state = {**state, "tokens": dict(tokens[-_WECHAT_PEOPLE:])}
             self.tools.accept(message, state)
         buffer = str(answer.get("get_updates_buf") or state.get("buffer", ""))
         if buffer != state.get("buffer", ""):
@@ -3741,10 +3922,8 @@ class WeChat(Channel):
 
     def _deliver(self, name: str, body: Json) -> Json:
         """Return the answer to a call that a person sees. Raises SendFailed."""
-        try:
+        with sending():
             answer = self._call(name, body)
-        except NetworkFailed as problem:
-            raise SendFailed("later", str(problem)) from None
         code = code_of_wechat(answer)
         if code:
             raise SendFailed("held" if code == _WECHAT_NOT_NOW else "later",
@@ -3774,13 +3953,14 @@ class WeChat(Channel):
         encrypted as it says."""
         url, key = str(attachment.ref["url"]), bytes.fromhex(attachment.ref["key"])
         # There are up to 16 bytes more before it is decrypted.
-        data = linked_bytes(self.http, url, max_bytes + 16, is_local=self._is_local)
+        data = linked_bytes(self.http, url, max_bytes + 16, self._login_root)
         return aes_decrypted(data, key) if key else data
 
     # -- login ------------------------------------------------------------------------------------
 
     def login(self, console: Console) -> Json:
-        """Log in by QR code, and return the state of the account and its owner. Raises Fatal."""
+        """Log in by QR code, and return what is new in the state of the account, and its owner.
+        Raises Fatal."""
         state, until_s = self.tools.state(), self._clock() + _LOGIN_S
         for _ in range(_WECHAT_CODES):
             found = self._scanned(console, until_s)
@@ -3793,7 +3973,7 @@ class WeChat(Channel):
                         "user_id": owner, "owner": owner}
             if found["status"] == "binded_redirect" and state.get("bot_token"):
                 console.say("It is connected already.")
-                return state
+                return {}
             console.say("The code is not valid any more.")
         raise Fatal("nobody confirmed", f"{_WECHAT_LOGIN} again")
 
@@ -3831,7 +4011,7 @@ class WeChat(Channel):
 
     def _checked(self, url: str) -> str:
         """Return an address that a login leads to. Raises Fatal if it is not WeChat's."""
-        if not leads_to(url, _WECHAT_DOMAINS, is_local=self._is_local):
+        if not leads_to(url, _WECHAT_DOMAINS, self._login_root):
             raise Fatal(f"the login leads to {clean(url)}, which is not WeChat",
                         "do not go on; ask whoever runs your network")
         return url.rstrip("/")
@@ -3893,9 +4073,9 @@ def bare_id(text: str) -> str:
     return _ID_PREFIX.sub("", text.strip())
 
 
-def is_listed(sender: str, listed: Iterable[str]) -> bool:
+def is_listed(sender: str, listed: Iterable[object]) -> bool:
     """Return whether a list of ids has this one, or everybody."""
-    return any(each.strip() == "*" or bare_id(each) == bare_id(sender) for each in listed)
+    return any(bare_id(str(each)) in ("*", bare_id(sender)) for each in listed)
 
 
 class Access:
@@ -3912,9 +4092,11 @@ class Access:
         most = account.settings["perSenderHour"]
         if verdict.reason or not most or self.is_owner(account.id, message.sender):
             return verdict
-        count = self._store.rows("SELECT COUNT(*) FROM inbox WHERE account=? AND sender=? AND"
-                                 " at_s>?", account.id, message.sender,
-                                 self._clock() - _HOUR_S)[0][0]
+        now_s = self._clock()
+        # What is of the future came while the clock was wrong.
+        count = self._store.rows(
+            "SELECT COUNT(*) FROM inbox WHERE account=? AND sender=? AND at_s>? AND at_s<=?",
+            account.id, message.sender, now_s - _HOUR_S, now_s)[0][0]
         # The first one too many is counted, so that the next one is refused in silence.
         told = f"That is enough for now: {most} messages an hour. Later again, please."
         return verdict if count < most else Verdict(
@@ -4002,12 +4184,14 @@ def judge_group(account: Account, message: Message) -> Verdict:
         levels.append(channels.get(message.place, channels.get("*", False)))
     if any(map(is_shut, levels)):
         return Verdict("the channel is not listed")
-    if not is_listed(message.sender, settings["groupAllowFrom"]):
-        return Verdict("not in groupAllowFrom")
-    has_to_be_mentioned = settings["requireMention"]
+    people, has_to_be_mentioned = settings["groupAllowFrom"], settings["requireMention"]
     for level in levels:
         if isinstance(level, dict):
+            # The list of a place, or of a channel in it, is instead of the wider one.
+            people = level.get("allowFrom", level.get("users", people))
             has_to_be_mentioned = level.get("requireMention", has_to_be_mentioned)
+    if not is_listed(message.sender, people if isinstance(people, (list, tuple)) else ()):
+        return Verdict("not in groupAllowFrom")
     is_answered = message.is_mentioned or not has_to_be_mentioned
     return Verdict("" if is_answered else "not mentioned")
 
@@ -4019,7 +4203,8 @@ def judge_group(account: Account, message: Message) -> Verdict:
 _RETRY_WAITS_S = (1.0, 4.0, 15.0)
 _MAX_RETRY_AFTER_S = 60.0
 _RETRIED_STATUSES = (502, 503, 504, 529)
-_MAX_WHOLE_BYTES = 1024 * 1024
+_MAX_WHOLE_BYTES, _MAX_ANSWER_CHARS = 1024 * 1024, 1024 * 1024
+_MAX_REASON_CHARS = 500
 #: For an agent without a time limit: a day of silence is the end.
 _SILENCE_S = 86_400.0
 #: Answers that mean: say nothing.
@@ -4058,7 +4243,7 @@ class Failing(NamedTuple):
 
 #: The first row that fits a failure's code or status.
 FAILURES = (
-    Failing((), ("insufficient_quota",), "The limit is used up until {until}."),
+    Failing((), ("insufficient_quota",), "The limit is used up{until}."),
     Failing((), ("model_not_found", "model_needs_newer_claude"),
             'There is no model "{model}"; /model lists them.'),
     Failing((), ("context_length_exceeded",),
@@ -4076,7 +4261,10 @@ def failure_text(failed: AgentFailed, model: str, reference: str, *, is_owner: b
     """Return what the person is told of a failure."""
     row = next(each for each in FAILURES if failed.code in each.codes
                or failed.status in each.statuses or not (each.codes or each.statuses))
-    until = time.strftime("%H:%M", time.localtime(time.time() + failed.retry_after_s))
+    # The hour alone would be taken for one of today.
+    form = " until %H:%M" if failed.retry_after_s < _DAY_S else " until %d %B, %H:%M"
+    until = time.strftime(form, time.localtime(time.time() + failed.retry_after_s)) if (
+        failed.retry_after_s) else ""
     text = f"{row.text} {row.owner}".strip() if is_owner else row.text
     return text.format(reference=reference, model=model, until=until, message=failed)
 
@@ -4118,6 +4306,8 @@ class Answering:
         """End it at once; the agent sees its connection close."""
         self._is_cut.set()
         self._wake()
+        # Who waits in `next` need not wait for a connection that is still being made.
+        self._events.put(AgentFailed("cut_off", "It was stopped."))
 
     def _run(self) -> None:
         for wait_s in (*_RETRY_WAITS_S, None):
@@ -4128,7 +4318,9 @@ class Answering:
                     self._events.put(text)
                 self._events.put(None)
                 return
-            except AgentFailed as failed:
+            except Exception as problem:  # Whoever waits for the answer has to be told.
+                failed = problem if isinstance(problem, AgentFailed) else AgentFailed(
+                    "not_understood", f"The answer was not understood: {problem!r}.")
                 can_retry = failed.can_retry and wait_s is not None and not has_text
                 pause_s = max(wait_s or 0.0, min(failed.retry_after_s, _MAX_RETRY_AFTER_S))
                 if not can_retry or self._is_cut.wait(pause_s):
@@ -4181,7 +4373,7 @@ def refusal_of(answer: HttpAnswer) -> AgentFailed:
     content = answer.json()
     error = content.get("error", content)
     error = error if isinstance(error, dict) else {"message": error}
-    message = str(error.get("message") or f"status {answer.status}")
+    message = clean(error.get("message") or f"status {answer.status}")[:_MAX_REASON_CHARS]
     code = str(error.get("code") or error.get("type") or "")
     if answer.status == 404 and "model" in message.lower():
         code = "model_not_found"
@@ -4194,20 +4386,26 @@ def refusal_of(answer: HttpAnswer) -> AgentFailed:
 def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
     """Yield the texts of server-sent events. Raises AgentFailed."""
     data: list[str] = []
-    is_over = False
+    is_over, size, left = False, 0, _MAX_ANSWER_CHARS
     for line in lines:
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         if text.startswith("data:"):
             data.append(text[5:])
+            size += len(text)
+            if size > _MAX_ANSWER_BYTES:
+                raise AgentFailed("too_large", "An event of the answer has no end.")
         elif not text and data:
-            event, data = "\n".join(data), []
+            event, data, size = "\n".join(data), [], 0
             if event.strip() == "[DONE]":
                 return
             choice = _choice_of(event)
             is_over = is_over or bool(choice.get("finish_reason"))
             found = text_of((choice.get("delta") or choice.get("message") or {}).get("content"))
             if found:
-                yield found
+                yield found[:left]
+                left -= len(found)
+            if left <= 0:
+                raise AgentFailed("too_large", "The answer has no end.")
     if not is_over:
         raise AgentFailed("cut_off", "The answer broke off.", can_retry=True)
 
@@ -4334,6 +4532,8 @@ class Callbacks:
             raise OSError("callbacks do not listen: restart the gateway")
         token, top = secrets.token_hex(32), self._top
         digest = _digest_of(token)
+        # The question may have been asked before: nobody waits for that answer any more.
+        self._store.run("DELETE FROM tokens WHERE inbox=?", inbox)
         self._store.run("INSERT INTO tokens VALUES (?,?,?,?,?,?)", digest, account, inbox, session,
                         message_json(message), time.time() + top["callbackTokenTTL"])
         bound = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(top["callbackHost"], top["callbackHost"])
@@ -4390,8 +4590,10 @@ class Callbacks:
                                 live.out_rows(message, live.split(reply)))
             if live.settings["memory"] == "gateway":
                 self._store.remember(found[0]["session"], "assistant", reply)
+            # A kill may have come before its question was noted as asked: not once more then.
+            self._store.finish_asked(found[0]["inbox"])
             self.drop(digest)
-        live.sender.nudge()
+        live.nudge()
 
     def expire(self) -> None:
         """Tell those whose answer has not come in time."""
@@ -4403,7 +4605,7 @@ class Callbacks:
                 if live is not None:
                     live.say(message_of(row["message"]), f"No answer came in time. ({reference})",
                              row["inbox"])
-                    live.sender.nudge()
+                    live.nudge()
                 self.drop(row["hash"])
 
 
@@ -4440,6 +4642,9 @@ class _CallbackServer(http.server.ThreadingHTTPServer):
         # Not that of HTTPServer, which asks the network for its name.
         socketserver.TCPServer.server_bind(self)
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Write nothing: somebody hung up, or sent what is not HTTP."""
+
 
 class _CallbackHandler(http.server.BaseHTTPRequestHandler):
     """Reads one call and writes its answer."""
@@ -4450,7 +4655,7 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         length = self.headers.get("Content-Length", "0")
-        size = int(length) if length.isdigit() else 0
+        size = int(length) if length.isdecimal() else 0
         body = self.rfile.read(size) if size <= _MAX_CALLBACK_BYTES else None
         if body is None:
             # Who is still sending would not get the answer. A body without end is cut off.
@@ -4461,6 +4666,8 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         if self.command != "OPTIONS":
             status, data = 200, b'{"ok":true}'
             try:
+                if "Transfer-Encoding" in self.headers:
+                    raise CallRefused(411, "send the body with Content-Length")
                 self.server.callbacks.take(self.command, self.path,
                                            self.headers.get("X-OCG-Signature", ""), body)
             except CallRefused as refused:
@@ -4495,8 +4702,12 @@ _COUNTED_TYPING_S = 3.0
 #: How long it is shown for an answer that comes later.
 _AWAITED_TYPING_S = 60.0
 _LATER_S = (1.0, 5.0, 30.0, 120.0, 600.0)
+#: The least pause that a platform asks for, and how long one part waits at most for its next try.
+_LEAST_HOLD_S, _MOST_LATER_S = 0.2, 3600.0
 _GIVE_UP_S = 6 * 3600.0
 _MORE = "(more: write anything)"
+#: Half of a character, as JSON can have it.
+_HALF = re.compile("[\ud800-\udfff]")
 _MAX_QUOTED_CHARS = 500
 #: Photos and PDFs that stay in a conversation.
 _KEPT_FILES = 2
@@ -4616,20 +4827,26 @@ class LiveAccount(Tools):
         self.stop.set()
         self._wake()
 
+    def nudge(self) -> None:
+        """Let go what is in the outbox: by the sender of now, if this account was started anew."""
+        self._lanes.accounts.get(self.id, self).sender.nudge()
+
     def say(self, message: Message, text: str, answer: int = 0) -> None:
         """Put a short text for the chat of a message into the outbox."""
         self.shared.store.put_out(self.id, message.chat, answer, self.out_rows(message, [text]))
 
     def hold(self, seconds: float) -> None:
-        """Send nothing for some time."""
-        self.hold_until_s = max(self.hold_until_s, time.monotonic() + seconds)
+        """Send nothing for some time; without a pause the platform would be asked without end."""
+        self.hold_until_s = max(self.hold_until_s, time.monotonic() + max(_LEAST_HOLD_S, seconds))
 
     def split(self, text: str) -> list[str]:
         """Return Markdown in parts of the platform's size, or that of the settings."""
         row, channel = self.account.row, self.channel
         limit = min(self.settings["replyChunkSize"] or row.limit, row.limit)
         limit -= len(_MORE) + 2 if row.budget else 0
-        return split_markdown(text, lambda part: channel.length(channel.render(part)) <= limit)
+        # Markup takes less than three quarters: what is longer need not be rendered to be measured.
+        return split_markdown(text, lambda part: len(part) <= 4 * limit and channel.length(
+            channel.render(part)) <= limit)
 
     def route(self, message: Message, is_first: bool) -> Json:
         """Return the route of a part that answers a message; it says whether to quote it."""
@@ -4709,7 +4926,10 @@ class Sender(Loop):
         wait_s = 60.0
         for row in self._store.next_out(self._live.id):
             now_s = time.monotonic()
-            due_s = max(row["due_s"] - time.time(), self._live.hold_until_s - now_s,
+            pause_s = row["due_s"] - time.time()
+            # A longer one was set while the clock was wrong.
+            due_s = max(pause_s if pause_s <= _MOST_LATER_S else 0.0,
+                        self._live.hold_until_s - now_s,
                         self._pace_s.get(row["chat"], 0.0) - now_s)
             if due_s <= 0 and not self._is_over.is_set():
                 self._send(row)
@@ -4751,7 +4971,8 @@ class Sender(Loop):
             # The preview is gone: the text becomes a message of its own.
             store.run("UPDATE outbox SET edit_id='' WHERE id=?", row["id"])
         elif kind == "later" and time.time() - row["at_s"] < _GIVE_UP_S:
-            pause_s = failed.after_s or _LATER_S[min(row["attempts"], len(_LATER_S) - 1)]
+            usual_s = _LATER_S[min(row["attempts"], len(_LATER_S) - 1)]
+            pause_s = min(failed.after_s or usual_s, _MOST_LATER_S)
             store.set_out(row["id"], "pending", time.time() + pause_s, str(failed))
         else:
             store.set_out(row["id"], "dead", 0.0, str(failed))
@@ -4994,15 +5215,17 @@ class Turn:
         self._answering: Optional[Answering] = None
         #: "stopped" by the person, "abandoned" because the program ends.
         self._ended = ""
-        self._text = ""
+        #: What comes before the answer, and the answer.
+        self._lead = self._text = ""
         #: Parts of an older answer that this message lets go.
         self.released = 0
         #: The hash of the token for a later answer, and whether that is waited for.
         self._token, self._is_awaited = "", False
 
     def is_owner(self) -> bool:
-        """Return whether the owner of the account asks."""
-        return self.live.shared.access.is_owner(self.live.id, self.message.sender)
+        """Return whether the owner of the account asks, and nobody else reads the answer."""
+        return self.message.kind == "direct" and self.live.shared.access.is_owner(
+            self.live.id, self.message.sender)
 
     def end(self, how: str) -> None:
         """End it from another thread: "stopped" or "abandoned"."""
@@ -5025,7 +5248,7 @@ class Turn:
                 self._answer()
             finally:
                 self._type(is_over=True)
-        self.live.sender.nudge()
+        self.live.nudge()
 
     def release(self, spared: int) -> tuple[int, int]:
         """Let held parts go to this message's route; `spared` of its budget stay. Returns how many
@@ -5034,16 +5257,17 @@ class Turn:
         most = max(1, budget - spared) if budget else 1000
         with self.store.transaction():
             found = self.store.release_held(self.live.id, self.message.chat,
-                                            self.live.route(self.message, False), most)
-        self.live.sender.nudge()
+                                            self.live.route(self.message, False), most,
+                                            f"\n\n{_MORE}")
+        self.live.nudge()
         return found
 
     def _answer(self) -> None:
         """Ask the agent, and put what it says into the outbox."""
-        content, lead = self._content(), ""
+        content = self._content()
         growth = self._growth()
         try:
-            lead, content = self._ask(content, growth)
+            content = self._ask(content, growth)
             told = self._text.rstrip() or "I have nothing to say to that."
         except AgentFailed as failed:
             told = "" if self._ended else self._failure(failed)
@@ -5055,7 +5279,7 @@ class Turn:
         has_failed = content is None
         self._is_awaited = bool(self._token) and not (self._ended or has_failed or self._text)
         is_silent = self._ended or self._is_awaited or self._text.strip() in SILENT_ANSWERS
-        self._finish([] if is_silent else growth.rest(lead + told), content)
+        self._finish([] if is_silent else growth.rest(self._lead + told), content)
 
     def _failure(self, failed: AgentFailed) -> str:
         """Log a failure, and return what the person is told of it."""
@@ -5073,15 +5297,15 @@ class Turn:
             return Growth(self)
         return Edits(self) if mode == "edit" and can_edit else Blocks(self)
 
-    def _ask(self, content: object, growth: Growth) -> tuple[str, object]:
-        """Ask, once more in another form where that helps. Returns what precedes the answer, and
-        the content that was asked. Raises AgentFailed."""
-        lead = ""
+    def _ask(self, content: object, growth: Growth) -> object:
+        """Ask, once more in another form where that helps. Returns the content that was asked.
+        Raises AgentFailed."""
         tried = {""}
         while True:
             try:
-                self._listen(self._question(content), growth)
-                return lead, content
+                if not self._ended:
+                    self._listen(self._question(content), growth)
+                return content
             except AgentFailed as failed:
                 is_long = failed.code == "context_length_exceeded"
                 has_files = failed.status in (400, 413, 422) and isinstance(content, list)
@@ -5092,7 +5316,7 @@ class Turn:
                 if form == "shorter":
                     self._forget_half()
                 else:
-                    lead = "(I could not read the attachment.)\n\n"
+                    self._lead = "(I could not read the attachment.)\n\n"
                     content = text_of(content)
 
     def _listen(self, question: Question, growth: Growth) -> None:
@@ -5113,17 +5337,21 @@ class Turn:
                 typing_s = now_s + row.typing_every_s
             if now_s >= notice_s:
                 self.live.say(self.message, "I am still working on it.")
-                self.live.sender.nudge()
+                self.live.nudge()
                 notice_s = math.inf
-            if self._text and now_s >= growth.due_s(self._text):
-                growth.show(encodable(self._text))
-            growth_s = growth.due_s(self._text) if self._text else math.inf
+            shown = self._lead + self._text
+            if self._text and now_s >= growth.due_s(shown):
+                growth.show(encodable(shown))
+            growth_s = growth.due_s(shown) if self._text else math.inf
             due_s = min(typing_s, notice_s, end_s, growth_s, now_s + 3600.0)
             text = answering.next(due_s - time.monotonic())
             if text is None:
                 self._text = encodable(self._text)
                 return
             self._text += text
+            if _HALF.search(text):
+                # The other half may be in the next event, so it is kept.
+                self._text = encodable(self._text, "surrogatepass")
         answering.cut()
 
     def _type(self, *, is_over: bool = False) -> None:
@@ -5234,7 +5462,7 @@ class Turn:
             rows = [OutRow(text, self.live.route(self.message, not count)) for text in parts]
             self.store.put_out(self.live.id, self.message.chat, self.ids[0], rows)
             self.keep_progress(blocks=count + len(parts))
-        self.live.sender.nudge()
+        self.live.nudge()
 
     def has_parts_waiting(self) -> bool:
         """Return whether something else has to be sent to this chat first."""
@@ -5254,7 +5482,9 @@ class Turn:
         with self.store.transaction():
             self.store.put_out(self.live.id, self.message.chat, self.ids[0], rows)
             if content is not None and self.live.settings["memory"] == "gateway":
-                self.store.remember(self.session, "user", content)
+                # An agent may call before it has said that it has taken the question.
+                is_called = self._is_awaited and not self.live.shared.callbacks.is_open(self._token)
+                self.store.remember_question(self.session, content, is_answered=is_called)
                 if answer:
                     self.store.remember(self.session, "assistant", answer)
             if self._token and not self._is_awaited:
@@ -5372,6 +5602,8 @@ _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 #: A connection that held so long begins the pauses anew.
 _HEALTHY_S = 60.0
 _DRAIN_S = 20.0
+#: How long the threads of an account that ends are waited for, and those of all at the end.
+_JOIN_S, _LAST_JOIN_S = 5.0, 10.0
 _TEND_S, _SWEEP_S = 10.0, 3600.0
 _SOCKET_TIMEOUT_S = 60.0
 #: Files of a gateway, in its folder.
@@ -5398,7 +5630,7 @@ class App:
         self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"], running)
         self._callbacks = Callbacks(self._store, log, self.settings.top, running)
         self._shared = Shared(self._store, Access(self._store), log, environ, self._callbacks)
-        #: Every account, also one that does not run; by id.
+        #: Every account, also one that does not run, and its threads: receiver, sender; by id.
         self._accounts: dict[str, LiveAccount] = {}
         # Guards starting and stopping of accounts.
         self._change = threading.Lock()
@@ -5446,8 +5678,12 @@ class App:
             time.sleep(0.05)
         for live in live_accounts:
             live.sender.end()
-        for thread in itertools.chain(*self._threads.values()):
-            thread.join(2.0)
+        # A part that is being sent has to be marked so, or it is sent again at the next start.
+        until_s = time.monotonic() + _LAST_JOIN_S
+        for threads in self._threads.values():
+            threads[1].join(max(0.0, until_s - time.monotonic()))
+        for threads in self._threads.values():
+            threads[0].join(2.0)
         self._callbacks.close()
         for live in live_accounts:
             live.http.close()
@@ -5492,7 +5728,15 @@ class App:
             return False
         live.started_s = time.time()
         self.lanes.accounts[account.id] = live
-        self._threads[account.id] = [spawn(lambda: supervise(live)), spawn(live.sender.run)]
+        before = self._threads.get(account.id, [])[1:]
+
+        def send() -> None:
+            # Two senders would send the same part.
+            for thread in before:
+                thread.join()
+            live.sender.run()
+
+        self._threads[account.id] = [spawn(lambda: supervise(live)), spawn(send)]
         self.lanes.nudge()
         return True
 
@@ -5507,8 +5751,8 @@ class App:
                 live.status, live.why = "stopped", ""
                 self.lanes.accounts.pop(live.id, None)
             for live in chosen:
-                for thread in self._threads.pop(live.id, []):
-                    thread.join(5.0)
+                for thread in self._threads[live.id]:
+                    thread.join(_JOIN_S)
                 live.http.close()
             return [live.id for live in chosen]
 
@@ -5524,12 +5768,15 @@ class App:
             return {"pid": os.getpid()}
         if wish == "nudge":
             for live in list(self._accounts.values()):
-                live.sender.nudge()
+                live.nudge()
             return {}
         if wish not in ("start", "stop", "restart"):
             return {"error": "The gateway does not know that command; restart it."}
-        stopped = self.stop_accounts(channel, account) if wish != "start" else []
         try:
+            if wish == "restart":
+                # Settings that cannot be used must not end what runs.
+                self._load()
+            stopped = self.stop_accounts(channel, account) if wish != "start" else []
             started = self.start_accounts(channel, account) if wish != "stop" else []
         except (SettingsError, Problem) as problem:
             return {"error": str(problem)}
@@ -5587,7 +5834,7 @@ def supervise(live: LiveAccount) -> None:
         if live.stop.is_set():
             return
         failures = 0 if time.monotonic() - began_s > _HEALTHY_S else failures
-        pause_s = after_s or _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
+        pause_s = min(after_s or _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)], _DAY_S)
         failures += 1
         live.status, live.why = "retrying", clean(why)
         live.log("warning", "connection lost", why=why, again_in_s=round(pause_s, 1))
@@ -5693,7 +5940,7 @@ PLUGIN_TOOLS = types.SimpleNamespace(
     Retry=Retry, SendFailed=SendFailed, NetworkFailed=NetworkFailed, Http=Http, WebSocket=WebSocket,
     WebSocketClosed=WebSocketClosed, render=render, Markup=Markup, PLAIN=PLAIN,
     text_value=text_value, flag_value=flag_value, mapping_value=mapping_value,
-    platform_url_value=platform_url_value,
+    places_value=places_value, platform_url_value=platform_url_value,
 )
 
 
@@ -5781,6 +6028,18 @@ class Here(NamedTuple):
     def load(self) -> Settings:
         """Return the settings. Raises SettingsError."""
         return self.parse(read_file(self.settings_path))
+
+    def content(self) -> Json:
+        """Return the content of the file, to change it. Raises SettingsError, also for an object
+        that has another form."""
+        content = read_file(self.settings_path)
+        channels = content.get("channels", {})
+        places = {"channels": channels, **({} if not isinstance(channels, dict) else channels)}
+        faults = [f"{name}: use an object" for name, value in without_comments(places).items()
+                  if not isinstance(value, dict)]
+        if faults:
+            raise SettingsError(faults)
+        return content
 
     def parse(self, content: Json) -> Settings:
         """Return the settings as they would be with this content of the file. Raises
@@ -5976,7 +6235,7 @@ def do_list(here: Here, arguments: Arguments) -> None:
 
 def do_add(here: Here, arguments: Arguments) -> None:
     """Save an account after asking its platform who it is; any setting is a flag: --KEY VALUE."""
-    row, content = here.row(arguments.channel), read_file(here.settings_path)
+    row, content = here.row(arguments.channel), here.content()
     merge_account(content, row, arguments.account, flag_values(row, arguments.rest))
     account = here.account(content, row, arguments.account)
     if account.missing:
@@ -6018,7 +6277,7 @@ def flag_values(row: Row, rest: list[str]) -> Json:
             continue
         values[key] = {"true": True, "false": False}.get(text, text)
         with contextlib.suppress(ValueError):
-            if kinds.get(key) in (texts_value, mapping_value):
+            if kinds.get(key) in (texts_value, mapping_value, places_value):
                 values[key] = [each.strip() for each in text.split(",")]
             if text[:1] in ("{", "["):
                 values[key] = json.loads(text)
@@ -6054,7 +6313,7 @@ def save_settings(path: str, content: Json) -> None:
 
 def do_remove(here: Here, arguments: Arguments) -> None:
     """Take a channel or an account out of the settings."""
-    row, content = here.row(arguments.channel), read_file(here.settings_path)
+    row, content = here.row(arguments.channel), here.content()
     account: str = arguments.account
     channels = content.get("channels", {})
     name = next((each for each in channels if each in (row.id, *row.aliases)), None)
@@ -6074,12 +6333,13 @@ def do_remove(here: Here, arguments: Arguments) -> None:
     # It finds no settings any more, so it only stops.
     ask_gateway(here.home, {"do": "restart", "channel": row.id, "account": account})
     if arguments.purge:
-        pattern = f"{row.id}:{account or '%'}"
+        # Not LIKE: it takes "_" for any letter, and "A" for "a".
+        pattern = f"{row.id}:{account or '*'}"
         with here.store() as store, store.transaction():
             for table in ACCOUNT_TABLES:
-                store.run(f"DELETE FROM {table} WHERE account LIKE ?", pattern)
+                store.run(f"DELETE FROM {table} WHERE account GLOB ?", pattern)
             for table, column in LANE_TABLES:
-                store.run(f"DELETE FROM {table} WHERE {column} LIKE ?", f"{pattern}:%")
+                store.run(f"DELETE FROM {table} WHERE {column} GLOB ?", f"{pattern}:*")
     print(f"Removed {target}.")
 
 
@@ -6095,7 +6355,7 @@ def confirm(question: str, is_yes: bool) -> None:
 
 def do_login(here: Here, arguments: Arguments) -> None:
     """Log an account in by a QR code."""
-    row, content = here.row(arguments.channel), read_file(here.settings_path)
+    row, content = here.row(arguments.channel), here.content()
     if not row.has_login:
         raise Problem(Exit.USAGE, f"{row.label} has no login. {row.help}")
     merge_account(content, row, arguments.account, {})
@@ -6111,7 +6371,9 @@ def do_login(here: Here, arguments: Arguments) -> None:
         merge_account(content, row, account.name,
                       {key: found.pop(key) for key in row.credentials if key in found})
         with store.transaction():
-            store.put_state(account.id, {**state, **found})
+            # The gateway may have gone on meanwhile.
+            kept = {} if arguments.force else store.state(account.id)
+            store.put_state(account.id, {**kept, **found})
             if owner:
                 store.run("INSERT OR REPLACE INTO people VALUES (?,?,'','{}','','',1,?)",
                           account.id, owner, time.time())
@@ -6407,7 +6669,9 @@ def command_parser() -> argparse.ArgumentParser:
 def read_arguments(argv: list[str]) -> Arguments:
     """Return the arguments of a command; the word "channels" in front of it may be left out."""
     first = next((place for place, word in enumerate(argv) if word == "channels"), -1)
-    is_in_front = first >= 0 and all(word.startswith("-") for word in argv[:first])
+    is_in_front = first >= 0 and all(
+        word.startswith("-") or before == "--config"
+        for before, word in zip(["", *argv], argv[:first]))
     words = (argv[:first] + argv[first + 1:] if is_in_front else argv) or ["--help"]
     if words in (["outbox"], ["outbox", "--json"]):
         words.insert(1, "list")

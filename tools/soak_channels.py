@@ -7,6 +7,10 @@ The platforms and the agent are the stand-ins of the tests, on loopback; the gat
 of its own, which is removed. Every message has a name, and its answer begins and ends with it, so
 that the screens tell what was answered, how often, and whether to its end. SIGTERM ends it early.
 
+People write directly and in groups, where half of them do not mention the bot and one is not on its
+list: those must get no answer. Some send a text file, which the agent has to read. A further bot of
+Telegram asks an agent that answers later, by calls that it repeats until they are taken.
+
 A message that is not answered may have been refused because too many waited, or killed twice with
 the gateway (the person is told so each time), or its end waits for the next message on a platform
 with a budget. A part may come twice where it was being sent when the gateway was killed, on a
@@ -19,20 +23,26 @@ Index: 1 platforms   2 the agent   3 the gateway   4 what happens   5 counting  
 from __future__ import annotations
 
 import argparse
+import base64
 import collections
 import contextlib
 import functools
+import http.client
 import importlib
 import json
 import os
 import random
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -40,7 +50,9 @@ from typing import Any, NamedTuple, Optional
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "tests" / "kit"))
 
-from fake_agent import FakeAgent, Reply, Request, refused, streamed  # noqa: E402
+from fake_agent import FakeAgent, Reply, Request, refused, streamed, whole  # noqa: E402
+from fake_discord import BOT_ID as DISCORD_BOT  # noqa: E402
+from fake_telegram import BOT_NAME as TELEGRAM_BOT  # noqa: E402
 from project import clean_env  # noqa: E402
 
 Json = Any
@@ -55,6 +67,10 @@ PERSON_S, FAULT_S, KILL_S = 14.0, 8.0, 45.0
 MOST_GROWTH_BYTES = 4_000_000
 MOST_MORE_FILES = 6
 FLOOD = 26
+#: Shares of what is said: in a group, with a file; and in a group without a mention, by a stranger.
+GROUP_SHARE, FILE_SHARE, ASIDE_SHARE, STRANGER_SHARE = 0.25, 0.12, 0.4, 0.1
+#: How long an agent that answers later takes at most, and how long it tries to call.
+LATER_S, CALLING_S = 4.0, 90.0
 
 
 # ---------------------------------------------------------------------------
@@ -80,6 +96,16 @@ class Platform(NamedTuple):
     state: Callable[[Any], Optional[Json]] = lambda fake: None
     #: What the platform does by itself again and again.
     tend: Fault = lambda fake: None
+    #: The group as the screen knows it, somebody in it who is not on the list, and how somebody
+    #: writes there, with a mention or without; none if the platform has no groups.
+    group: str = ""
+    stranger: str = ""
+    say_in_group: Callable[[Any, str, str, bool], object] = lambda *_: None
+    #: How somebody sends a text and a file with this name and content; None if that is not tried.
+    send_file: Optional[Callable[[Any, str, str, str, bytes], object]] = None
+    #: Whether its agent answers later, and the token of its bot if it is not the usual one.
+    is_async: bool = False
+    token: str = ""
 
 
 def failing(*words: Json, **more: Json) -> Fault:
@@ -96,6 +122,36 @@ TELEGRAM_FAULTS = (
     failing("editMessageText", 500, "Internal Server Error"),
     failing("sendChatAction", 500, "Internal Server Error"),
 )
+def say_in_telegram(fake: Any, person: str, text: str, is_mention: bool) -> None:
+    """Write in the group."""
+    name = f"@{TELEGRAM_BOT}" * is_mention
+    entities = [{"type": "mention", "offset": 0, "length": len(name)}] if name else []
+    fake.say(f"{name} {text}".strip(), sender=int(person), chat=-100777, entities=entities)
+
+
+def send_to_telegram(fake: Any, person: str, text: str, name: str, data: bytes) -> None:
+    """Send a document with a text below it."""
+    fake.files[name] = data
+    fake.say("", sender=int(person), caption=text, document={
+        "file_id": name, "file_name": name, "mime_type": "text/plain", "file_size": len(data)})
+
+
+def send_to_dingtalk(fake: Any, person: str, text: str, name: str, data: bytes) -> None:
+    """Send a file, which comes without a text."""
+    fake.files[name] = data
+    fake.downloads[name] = f"{fake.url}/files/{name}"
+    fake.emit(fake.message(person, msgtype="file", content={
+        "fileName": name, "downloadCode": name}))
+
+
+def send_to_wechat(fake: Any, person: str, text: str, name: str, data: bytes) -> None:
+    """Send a text and a file that is encrypted."""
+    media = fake.photo(data, b"0123456789abcdef")["image_item"]["media"]
+    key = base64.b64encode(b"0123456789abcdef").decode()
+    fake.emit([{"type": 1, "text_item": {"text": text}}, {"type": 4, "file_item": {
+        "file_name": name, "len": len(data), "media": {**media, "aes_key": key}}}], person)
+
+
 OPCODE_FAULTS: tuple[Fault, ...] = (
     lambda fake: fake.drop(), lambda fake: fake.ask_to_reconnect(),
     lambda fake: fake.invalidate(True), lambda fake: fake.ask_for_heartbeat(),
@@ -107,20 +163,34 @@ PLATFORMS = (
         "telegram", "fake_telegram", "FakeTelegram", ("1001", "1002", "1003", "1004"),
         lambda fake: {"botToken": fake.token, "apiRoot": fake.url},
         lambda fake, person, text: fake.say(text, sender=int(person)),
-        lambda fake, person: list(fake.screen(int(person))), TELEGRAM_FAULTS, may_repeat=True),
+        lambda fake, person: list(fake.screen(int(person))), TELEGRAM_FAULTS, may_repeat=True,
+        group="-100777", stranger="1999", say_in_group=say_in_telegram,
+        send_file=send_to_telegram),
     Platform(
         "discord", "fake_discord", "FakeDiscord", ("2001", "2002", "2003", "2004"),
         lambda fake: {"token": fake.token, "apiRoot": fake.url},
         lambda fake, person, text: fake.say(text, sender=person),
-        lambda fake, person: list(fake.screen(fake.dm(person))),
-        (*OPCODE_FAULTS, lambda fake: fake.close(4000), failing("PATCH", "", 500)),
-        may_repeat=False),
+        lambda fake, person: list(fake.screen(person if person == "701" else fake.dm(person))),
+        (*OPCODE_FAULTS, lambda fake: fake.close(4000), failing("PATCH", "", 500),
+         failing("GET", "/channels/701", 502)),
+        may_repeat=False,
+        # A thread, which belongs to the channel that is listed.
+        tend=lambda fake: fake.threads.update({"701": "70"}),
+        group="701", stranger="2999", say_in_group=lambda fake, person, text, is_mention: fake.say(
+            f"<@{DISCORD_BOT}> {text}" if is_mention else text, sender=person, guild="7",
+            channel="701"),
+        send_file=lambda fake, person, text, name, data: fake.say(
+            text, sender=person, attachments=[fake.attachment(name, data, "text/plain")])),
     Platform(
         "qqbot", "fake_qq", "FakeQQ", ("QA", "QB", "QC", "QD"), lambda fake: fake.settings(),
         lambda fake, person, text: fake.say(text, sender=person),
         lambda fake, person: list(fake.screen(person)),
         (*OPCODE_FAULTS, lambda fake: fake.close(4009), lambda fake: fake.expire()),
-        may_repeat=False),
+        may_repeat=False, group="QGROUP", stranger="QX",
+        say_in_group=lambda fake, person, text, is_mention: fake.say(
+            text, sender=person, group="QGROUP", is_at=is_mention),
+        send_file=lambda fake, person, text, name, data: fake.say(
+            text, sender=person, attachments=[fake.attachment(name, data, "text/plain")])),
     Platform(
         "dingtalk-connector", "fake_dingtalk", "FakeDingTalk", ("da", "db", "dc", "dd"),
         lambda fake: fake.settings(),
@@ -128,14 +198,23 @@ PLATFORMS = (
         lambda fake, person: list(fake.screen(person)),
         (lambda fake: fake.expire(), lambda fake: fake.garbage("{not JSON"),
          lambda fake: fake.system("disconnect")),
-        may_repeat=True, tend=lambda fake: fake.send_again()),
+        may_repeat=True, tend=lambda fake: fake.send_again(), group="cidgroup", stranger="dx",
+        say_in_group=lambda fake, person, text, is_mention: fake.say(
+            text, sender=person, group="cidgroup", isInAtList=is_mention),
+        send_file=send_to_dingtalk),
     Platform(
         "openclaw-weixin", "fake_wechat", "FakeWeChat",
         ("wa@im.wechat", "wb@im.wechat", "wc@im.wechat"), lambda fake: fake.settings(),
         lambda fake, person, text: fake.say(text, sender=person),
         lambda fake, person: list(fake.screen(person)),
         (failing("POST", "getupdates", 502), failing("POST", "sendmessage", 500)),
-        may_repeat=True, state=lambda fake: fake.login()),
+        may_repeat=True, state=lambda fake: fake.login(), send_file=send_to_wechat),
+    Platform(
+        "telegram:later", "fake_telegram", "FakeTelegram", ("1501", "1502"),
+        lambda fake: {"botToken": fake.token, "apiRoot": fake.url},
+        lambda fake, person, text: fake.say(text, sender=int(person)),
+        lambda fake, person: list(fake.screen(int(person))), TELEGRAM_FAULTS, may_repeat=True,
+        is_async=True, token="4343:TEST-token-of-the-later-one"),
 )
 
 
@@ -151,10 +230,60 @@ def is_there(platform: Platform) -> bool:
 SENTENCE = "This is one more sentence of a **long** answer, with `code` in it. "
 
 
-def reply_to(dice: random.Random, request: Request) -> Reply:
+def names_in(request: Request) -> list[str]:
+    """The names of the messages that are asked, once each."""
+    return list(dict.fromkeys(re.findall(r"\bm\d+\b", request.text)))
+
+
+class LateAgent:
+    """An agent that says only that it has taken the question, and calls when it has the answer."""
+
+    def __init__(self, agent: FakeAgent, dice: random.Random) -> None:
+        self._agent, self._dice = agent, dice
+        #: Statuses of calls, and how many were never taken.
+        self.statuses: collections.Counter[int] = collections.Counter()
+        agent.default = self._take
+
+    def _take(self, request: Request) -> Reply:
+        names, kind = names_in(request), self._dice.random()
+        text = " ".join([*(f"begin-{name}" for name in names), SENTENCE,
+                         *(f"end-{name}" for name in names)])
+        if kind < 0.05:
+            return refused(503, "overloaded", "later", Retry_After="1")
+        if kind < 0.15:
+            return whole({"choices": [{"message": {"content": text}}]})
+        wait_s = 0.0 if kind < 0.25 else self._dice.uniform(0.0, LATER_S)
+        threading.Thread(target=self._call, daemon=True, args=(
+            request.headers["x-ocg-callback"], text, wait_s, kind > 0.9)).start()
+        if not wait_s:
+            # The call may be there before this answer.
+            time.sleep(0.2)
+        return whole({"status": "accepted"}, 202)
+
+    def _call(self, url: str, text: str, wait_s: float, is_twice: bool) -> None:
+        time.sleep(wait_s)
+        until_s = time.monotonic() + CALLING_S
+        while time.monotonic() < until_s:
+            request = urllib.request.Request(url, json.dumps({"reply": text}).encode())
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    status = int(answer.status)
+            except urllib.error.HTTPError as refusal:
+                status = refusal.code
+            except (OSError, http.client.HTTPException):
+                status = 0
+            self.statuses[status] += 1
+            if status in (200, 404) and not is_twice:
+                return
+            is_twice = is_twice and status not in (200, 404)
+            time.sleep(0.5)
+
+
+def reply_to(dice: random.Random, request: Request, seen: set[str]) -> Reply:
     """An answer that begins and ends with the names of the messages it answers: at once, slowly,
-    long, or in paragraphs; or, now and then, a refusal that passes."""
-    names = re.findall(r"\bm\d+\b", request.text)
+    long, or in paragraphs; or, now and then, a refusal that passes. `seen` gets the files."""
+    seen.update(re.findall(r"inside-(m\d+)", request.text))
+    names = names_in(request)
     begin = " ".join(f"begin-{name}" for name in names) + ". "
     end = " ".join(f"end-{name}" for name in names)
     kind = dice.random()
@@ -201,8 +330,8 @@ class Gateway:
 
     def start(self) -> None:
         """Start it and wait until it listens. Raises RuntimeError."""
-        socket = self.home / "channels.sock"
-        socket.unlink(missing_ok=True)
+        control = self.home / "channels.sock"
+        control.unlink(missing_ok=True)
         environ = {**clean_env(), "HOME": str(self.home), "OCP_HOME": str(self.home)}
         with open(self.home / "stderr", "ab") as stderr:
             self._process = subprocess.Popen(
@@ -210,7 +339,7 @@ class Gateway:
                 env=environ, cwd=self.home, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr)
         self.lives += 1
         self._started_s = time.monotonic()
-        while not socket.exists():
+        while not control.exists():
             if self._process.poll() is not None or time.monotonic() > self._started_s + START_S:
                 raise RuntimeError(f"it does not start: {(self.home / 'stderr').read_text()}")
             time.sleep(0.05)
@@ -271,6 +400,10 @@ class Said(NamedTuple):
     name: str
     platform: Platform
     person: str
+    #: The person, or the group, as the screen knows it.
+    chat: str
+    is_for_bot: bool = True
+    has_file: bool = False
 
 
 class Soak:
@@ -282,6 +415,8 @@ class Soak:
         self.gateway, self.fakes, self._platforms = gateway, fakes, platforms
         self._agent, self._dice = agent, dice
         self.said: list[Said] = []
+        #: The names of messages whose files the agent has read.
+        self.files_seen: set[str] = set()
         self.faults: collections.Counter[str] = collections.Counter()
         #: Names at the edge of parts that were being sent at a kill, by their word.
         self.uncertain: collections.Counter[str] = collections.Counter()
@@ -334,15 +469,35 @@ class Soak:
         """Write once, several times in a hurry, or far too often."""
         kind = self._dice.random()
         count = FLOOD if kind < 0.004 else self._dice.randrange(2, 5) if kind < 0.15 else 1
+        if platform.group and self._dice.random() < GROUP_SHARE:
+            self._speak_in_group(platform, person)
+            count = 0
         for _ in range(count):
-            name = f"m{len(self.said) + 1}"
-            self.said.append(Said(name, platform, person))
-            platform.say(self.fakes[platform.channel], person, f"Tell me of {name}, please.")
+            name, fake = f"m{len(self.said) + 1}", self.fakes[platform.channel]
+            has_file = platform.send_file is not None and self._dice.random() < FILE_SHARE
+            self.said.append(Said(name, platform, person, person, True, has_file))
+            if has_file:
+                assert platform.send_file is not None
+                platform.send_file(fake, person, f"Read {name}, please.", f"{name}.txt",
+                                   f"inside-{name}".encode())
+            else:
+                platform.say(fake, person, f"Tell me of {name}, please.")
         if kind > 0.99:
             # Between two connections nobody can be told anything.
             self._fault(platform)
         # Each request has the whole conversation in it.
         del self._agent.requests[:-2]
+
+    def _speak_in_group(self, platform: Platform, person: str) -> None:
+        """Write in the group: with a mention or without, or as somebody who may not."""
+        name, kind = f"m{len(self.said) + 1}", self._dice.random()
+        is_stranger = kind < STRANGER_SHARE
+        is_mention = is_stranger or kind > STRANGER_SHARE + ASIDE_SHARE
+        author = platform.stranger if is_stranger else person
+        self.said.append(Said(name, platform, author, platform.group,
+                              is_mention and not is_stranger))
+        platform.say_in_group(self.fakes[platform.channel], author, f"Tell me of {name}, please.",
+                              is_mention)
 
     def _fault(self, platform: Optional[Platform] = None) -> None:
         platform = platform or self._dice.choice(self._platforms)
@@ -376,19 +531,22 @@ class Soak:
 # 5 Counting
 # ---------------------------------------------------------------------------
 
-#: What can have become of a message, with what each one means. The last three are flaws.
+#: What can have become of a message, with what each one means. The last five are flaws.
 FATES = (
     ("answered", "once, to its end"),
+    ("unheard", "in a group without a mention or by a stranger, and not answered"),
     ("repeated", "as answered, with a part twice that was being sent at a kill"),
     ("left over", "as answered, under a beginning of it that was being sent at a kill"),
     ("held", "its end waits for the next message, or a newer answer took its place"),
     ("refused", "too many were waiting, and the person was told"),
     ("interrupted", "the gateway was killed twice under it, and the person was told"),
+    ("uninvited", "answered in a group, although nobody asked the bot, or a stranger did"),
+    ("unread", "answered, and the agent did not get its file"),
     ("swept along", "told the same, although it had not been asked twice"),
     ("twice", "a part came twice for no such reason"),
     ("lost", "not answered, or not to its end"),
 )
-FLAWS = ("swept along", "twice", "lost")
+FLAWS = ("uninvited", "unread", "swept along", "twice", "lost")
 
 
 class Row(NamedTuple):
@@ -408,7 +566,8 @@ class Judge:
         self._rows: dict[str, Row] = {}
         for number, lane, message, attempts in gateway.rows(
                 "SELECT id, lane, message, attempts FROM inbox"):
-            found = re.search(r"\bm\d+\b", json.loads(message)["text"])
+            # What is sent as a file alone has its name in that of the file.
+            found = re.search(r"\bm\d+\b", message)
             if found:
                 self._rows[found[0]] = Row(number, lane, attempts, False)
         self._notices = [answer for (answer,) in gateway.rows(
@@ -417,7 +576,7 @@ class Judge:
             "SELECT text FROM outbox WHERE status='held' OR status='dead' AND"
             " why='a newer answer'"))
         self._lanes = {row.id: row.lane for row in self._rows.values()}
-        screens = {(said.platform.channel, said.person) for said in soak.said}
+        screens = {(said.platform.channel, said.chat) for said in soak.said}
         self._words: dict[tuple[str, str], collections.Counter[str]] = {}
         self._screens: dict[tuple[str, str], list[str]] = {}
         kinds = {platform.channel: platform for platform in PLATFORMS}
@@ -429,12 +588,16 @@ class Judge:
 
     def fate(self, said: Said) -> str:
         """What became of a message."""
-        place = said.platform.channel, said.person
-        words, name = self._words[place], said.name
+        words, name = self._words[said.platform.channel, said.chat], said.name
         begins, ends = words[f"begin-{name}"], words[f"end-{name}"]
+        if not said.is_for_bot:
+            return "uninvited" if begins or ends or name in self._rows else "unheard"
+        if said.has_file and begins and name not in self._soak.files_seen:
+            return "unread"
         uncertain = self._soak.uncertain if said.platform.may_repeat else collections.Counter()
         if begins > 1 + uncertain[f"begin-{name}"] or ends > 1 + uncertain[f"end-{name}"]:
-            is_preview = ends == 1 and said.platform.channel in ("telegram", "discord")
+            is_preview = ends == 1 and not said.platform.is_async and (
+                said.platform.channel in ("telegram", "discord"))
             return "left over" if is_preview and begins == 2 else "twice"
         if begins and ends:
             return "answered" if begins == ends == 1 else "repeated"
@@ -445,7 +608,7 @@ class Judge:
     def _why_not(self, said: Said) -> str:
         row = self._rows.get(said.name)
         if row is None:
-            shown = self._screens[said.platform.channel, said.person]
+            shown = self._screens[said.platform.channel, said.chat]
             is_told = any("Too many messages are waiting" in text for text in shown)
             return "refused" if is_told else "lost"
         notices = [each for each in self._notices
@@ -481,7 +644,8 @@ def report(soak: Soak, is_settled: bool, seconds: float) -> bool:
         fate = judge.fate(said)
         counts[said.platform.channel][fate] += 1
         if fate in FLAWS:
-            print(f"{fate}: {said.name} of {said.person} on {said.platform.channel}")
+            print(f"{fate}: {said.name} of {said.person} in {said.chat} on "
+                  f"{said.platform.channel}")
     total = sum(counts.values(), collections.Counter())
     print("\n| platform | said | faults | " + " | ".join(name for name, _ in FATES) + " |")
     print("| --- |" + " --: |" * (len(FATES) + 2))
@@ -520,21 +684,22 @@ def run(minutes: float, dice: random.Random, platforms: Sequence[Platform], kept
         kill_s: float) -> bool:
     """Everything from the start of the stand-ins to their end."""
     with contextlib.ExitStack() as stack:
-        agent = stack.enter_context(FakeAgent())
-        agent.default = functools.partial(reply_to, random.Random(dice.random()))
+        agent, late = (stack.enter_context(FakeAgent()) for _ in range(2))
+        calls = LateAgent(late, random.Random(dice.random()))
         fakes: dict[str, Any] = {}
         for platform in platforms:
-            made = getattr(importlib.import_module(platform.module), platform.kind)()
+            kind = getattr(importlib.import_module(platform.module), platform.kind)
+            made = kind(platform.token) if platform.token else kind()
             fakes[platform.channel] = stack.enter_context(made)
         folder = kept or stack.enter_context(tempfile.TemporaryDirectory(
             prefix="ocp-soak-", dir="/tmp"))
-        channels = {platform.channel: {
-            **platform.settings(fakes[platform.channel]), "allowFrom": list(platform.people)}
-            for platform in platforms}
         gateway = Gateway(Path(folder), {
             "agentUrl": agent.url, "perSenderHour": 0, "historyMessages": 20,
-            "channels": channels})
+            # The calls of before a kill come to the same port.
+            "callbackPort": free_port(), "channels": settings_of(platforms, fakes, late.url)})
         soak = Soak(gateway, fakes, platforms, agent, dice, kill_s)
+        agent.default = functools.partial(
+            reply_to, random.Random(dice.random()), seen=soak.files_seen)
         gateway.start()
         log_in(gateway, fakes, platforms)
         try:
@@ -543,11 +708,36 @@ def run(minutes: float, dice: random.Random, platforms: Sequence[Platform], kept
             signal.signal(signal.SIGTERM, lambda *_: setattr(soak, "is_over", True))
             seconds = soak.run(minutes * 60)
             is_settled = gateway.is_alive() and soak.rest()
-            print(f"SIGTERM at the end: {gateway.end(signal.SIGTERM)}")
+            print(f"SIGTERM at the end: {gateway.end(signal.SIGTERM)}; "
+                  f"calls by status: {dict(calls.statuses)}")
         finally:
             if gateway.is_alive():
                 gateway.end(signal.SIGKILL)
         return report(soak, is_settled, seconds)
+
+
+def settings_of(platforms: Sequence[Platform], fakes: dict[str, Any], late_url: str) -> Json:
+    """The accounts of all platforms; one whose name follows a colon has its channel's other."""
+    channels: Json = {}
+    for platform in platforms:
+        channel, _, name = platform.channel.partition(":")
+        places: Json = {"guilds": {"7": {"channels": {"70": {}}}}} if channel == "discord" else {
+            "groups": {platform.group: {}} if platform.group else {}}
+        values = {**platform.settings(fakes[platform.channel]), **places,
+                  "allowFrom": list(platform.people)}
+        if platform.is_async:
+            values.update({"async": True, "agentUrl": late_url})
+        if name:
+            channels.setdefault(channel, {}).setdefault("accounts", {})[name] = values
+        else:
+            channels.setdefault(channel, {}).update(values)
+    return channels
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def log_in(gateway: Gateway, fakes: dict[str, Any], platforms: Sequence[Platform]) -> None:

@@ -129,6 +129,30 @@ def test_channels_of_a_guild_are_a_list_of_what_is_allowed(access: Any) -> None:
         "", "not mentioned", "the channel is not listed", "the channel is not listed"]
 
 
+@pytest.mark.parametrize(("place", "reason"), [
+    ({"allowFrom": ["1000"]}, ""), ({"users": [1000]}, ""),
+    ({"users": ["7"]}, "not in groupAllowFrom"), ({"users": []}, "not in groupAllowFrom"),
+    ({"users": ["7"], "channels": {"1": {"users": ["1000"]}}}, ""),
+    ({"allowFrom": None}, "not in groupAllowFrom"), ({}, ""),
+])
+def test_a_place_with_a_list_of_its_own_lets_in_nobody_else(
+    access: Any, place: Any, reason: str
+) -> None:
+    one = account(guilds={"9": place}, groupAllowFrom=["*"])
+    written = message(chat="1", kind="group", group="9", place="1", is_mentioned=True)
+    assert access.judge(one, written).reason == reason
+
+
+def test_what_was_counted_while_the_clock_was_wrong_refuses_nobody(
+    access: Any, store: Any, now: Now
+) -> None:
+    one = account(allowFrom=["*"], dmPolicy="open", perSenderHour=1)
+    now.s += 1e8
+    store.put_in(one.id, "lane", message(), is_done=True)
+    now.s -= 1e8
+    assert not access.judge(one, message()).reason
+
+
 def test_beyond_the_limit_of_an_hour_one_sentence_and_then_silence(
     access: Any, store: Any, now: Now
 ) -> None:

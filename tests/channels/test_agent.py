@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import threading
 from typing import Any, Iterable, Iterator
 
 import pytest
@@ -63,6 +66,62 @@ def test_a_stream_that_breaks_off_is_a_failure_after_its_text(data: bytes, code:
         for text in channels.stream_texts(lines_of(data)):
             texts.append(text)
     assert (texts, failed.value.code) == (["Hi"], code)
+
+
+@pytest.mark.parametrize("event", [
+    {"choices": [{"delta": "Hi"}]}, {"choices": [{"delta": [1], "message": 3}]},
+    {"choices": [{"message": "Hi"}]},
+])
+def test_an_answer_in_no_known_form_is_a_failure_and_not_waited_for(
+    agent: FakeAgent, event: Any
+) -> None:
+    agent.enqueue(raw_stream([(0.0, b"data: " + json.dumps(event).encode() + b"\n\n")]))
+    with pytest.raises(channels.AgentFailed, match="not understood"):
+        answer_of(agent)
+
+
+def test_an_answer_without_end_is_given_up() -> None:
+    texts = []
+    with pytest.raises(channels.AgentFailed, match="no end"):
+        for text in channels.stream_texts(
+                line for _ in itertools.count() for line in lines_of(chunk("x" * 60_000))):
+            texts.append(text)
+    assert len("".join(texts)) == 1024 * 1024
+    with pytest.raises(channels.AgentFailed, match="no end"):
+        list(channels.stream_texts(itertools.repeat(b"data: " + b"x" * 60_000 + b"\n")))
+
+
+def test_a_question_is_stopped_at_once_while_its_connection_is_being_made() -> None:
+    class Slow:
+        is_asked, is_over = threading.Event(), threading.Event()
+
+        def open(self, *_: Any, **__: Any) -> Any:
+            self.is_asked.set()
+            self.is_over.wait(30)
+            raise channels.NetworkFailed("late")
+
+    asking = channels.Answering(Slow(), channels.Question("http://x", "", {}, 20.0))
+    assert Slow.is_asked.wait(10)
+    asking.cut()
+    with pytest.raises(channels.AgentFailed):
+        asking.next(20.0)
+    assert not Slow.is_over.is_set()
+    Slow.is_over.set()
+
+
+def test_a_reason_is_short_whatever_the_server_says() -> None:
+    failed = channels.refusal_of(channels.HttpAnswer(
+        500, {}, json.dumps({"error": {"message": "a\x1b" * 9000}}).encode()))
+    assert len(str(failed)) == 500 and "\x1b" not in str(failed)
+
+
+@pytest.mark.parametrize(("after_s", "told"), [
+    (0.0, "The limit is used up."), (60.0, r"The limit is used up until \d\d:\d\d\."),
+    (3 * 86_400.0, r"The limit is used up until \d\d [A-Z][a-z]+, \d\d:\d\d\."),
+])
+def test_until_when_a_limit_is_used_up_is_told_with_its_day(after_s: float, told: str) -> None:
+    failed = channels.AgentFailed("insufficient_quota", "", 429, after_s)
+    assert re.fullmatch(told, channels.failure_text(failed, "", "ref1", is_owner=False))
 
 
 @pytest.mark.parametrize("content", [

@@ -11,6 +11,7 @@ from typing import Any, Iterator, Optional
 import pytest
 
 from channel_rows import ROW, Chat, channels
+from channel_rows import message as chat_message
 from fake_agent import FakeAgent, raw_stream, refused, whole
 from fake_telegram import FakeTelegram
 from gateway import Gateway
@@ -209,6 +210,54 @@ def is_taken(url: str) -> bool:
         return False
     assert status in (200, 500)
     return status == 200
+
+
+def test_a_question_that_is_asked_again_has_no_other_address(chat: Chat, agent: FakeAgent) -> None:
+    message = channels.message_of(channels.message_json(chat_message()))
+    first, second = (chat.app._callbacks.new(chat.live.id, 7, "s", message)[1] for _ in range(2))
+    assert not chat.app._callbacks.is_open(first) and chat.app._callbacks.is_open(second)
+
+
+def test_a_call_that_comes_between_a_kill_and_the_question_asked_anew_is_the_only_answer(
+    chat: Chat, agent: FakeAgent
+) -> None:
+    lane, asked = "made-up:default:1000", len(agent.requests)
+    chat.app.lanes.nudge(lane, 60.0)
+    with chat.store.transaction():
+        for number in (1, 2, 3):
+            chat.store.put_in(chat.live.id, lane, chat_message(f"m{number}", id=str(number)))
+        chat.store.run("UPDATE inbox SET attempts=1 WHERE id<3")
+    url, _ = chat.app._callbacks.new(chat.live.id, 1, lane, chat_message())
+    assert call(url, {"reply": "later"})[0] == 200
+    chat.app.lanes.nudge(lane)
+    eventually(lambda: chat.channel.sent == ["later"] and not chat.store.open_lanes())
+    assert agent.asked()[asked:] == ["m3"]
+
+
+def test_an_answer_that_comes_before_the_word_that_it_will_is_remembered_after_its_question(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call_early(request: Any) -> Any:
+        assert call(request.headers["x-ocg-callback"], {"reply": f"to {request.text}"})[0] == 200
+        return ACCEPTED
+
+    monkeypatch.setattr(agent, "default", call_early)
+    with Chat(agent.url, memory="gateway", **{"async": True}) as chat:
+        for number, text in enumerate(("one", "two"), 1):
+            chat.say(text)
+            eventually(lambda number=number: len(chat.channel.sent) == number
+                       and not chat.app.lanes.count())
+        history = [(each["role"], each["content"]) for _, each in chat.store.history(
+            "made-up:default:1000")]
+        assert history == [("user", "one"), ("assistant", "to one"), ("user", "two"),
+                           ("assistant", "to two")]
+
+
+def test_a_body_without_a_length_is_told(chat: Chat, agent: FakeAgent) -> None:
+    url = ask(chat, agent)
+    status, answer = call(url, b"0\r\n\r\n", headers={"Transfer-Encoding": "chunked"})
+    assert status == 411 and "Content-Length" in answer["error"]
+    assert call(url, {"reply": "right"})[0] == 200
 
 
 def test_a_port_that_is_taken_is_named(agent: FakeAgent) -> None:

@@ -7,15 +7,17 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 
+from channel_rows import channels
 from fake_agent import FakeAgent, refused
 from fake_telegram import BOT_NAME, FakeTelegram
 from gateway import Gateway
 from waiting import eventually
 
+Json = Any
 PLUGIN = '''API = 1
 def channel(api):
     class Echo(api.Channel):
@@ -175,6 +177,38 @@ def test_list_remove_version_and_outbox(gateway: Gateway) -> None:
     assert gateway.run("remove", "--channel", "telegram").code == 2
     assert gateway.run("remove", "--channel", "telegram", "--yes", "--purge").code == 0
     assert json.loads((gateway.home / "channels.json").read_text())["channels"] == {}
+
+
+def test_a_purge_takes_nothing_of_an_account_with_nearly_the_same_name(tmp_path: Path) -> None:
+    environ = {"OCP_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    accounts = {name: {"botToken": f"1:{name}"} for name in ("a_b", "axb", "A_B")}
+    (tmp_path / "channels.json").write_text(json.dumps({
+        "channels": {"telegram": {"accounts": accounts}}}))
+    store = channels.Store(str(tmp_path / "channels.db"))
+    for name in accounts:
+        store.put_state(f"telegram:{name}", {"offset": 1})
+        store.remember(f"telegram:{name}:5", "user", "hi")
+    words = ["remove", "--channel", "telegram", "--account", "a_b", "--yes", "--purge"]
+    assert channels.main(["--config", str(tmp_path / "channels.json"), "channels", *words],
+                         environ) == 0
+    assert {name: bool(store.state(f"telegram:{name}")) for name in accounts} == {
+        "a_b": False, "axb": True, "A_B": True}
+    assert [len(store.history(f"telegram:{name}:5")) for name in accounts] == [0, 1, 1]
+    store.close()
+
+
+@pytest.mark.parametrize("content", [{"channels": []}, {"channels": {"telegram": "x"}}])
+@pytest.mark.parametrize("words", [
+    ["add", "--botToken", "1:a", "--no-probe"], ["remove", "--yes"], ["login"]])
+def test_a_file_of_another_form_is_named_and_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Json, words: list[str]
+) -> None:
+    path = tmp_path / "channels.json"
+    path.write_text(json.dumps(content))
+    environ = {"OCP_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    assert channels.main([words[0], "--channel", "telegram", *words[1:]], environ) == 2
+    assert "use an object" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
 
 
 def test_a_refused_token_is_shown_and_does_not_end_the_gateway(gateway: Gateway) -> None:

@@ -113,7 +113,7 @@ def test_no_token_is_a_reason_to_try_again(dingtalk: FakeDingTalk, channel: Any)
             channel.probe()
     assert channel.probe()
     channel._root = "http://127.0.0.1:9"
-    channel._token = "", 0.0
+    channel._token.forget()
     with pytest.raises(channels.Retry):
         channel.probe()
 
@@ -272,11 +272,16 @@ def test_a_quoted_message_comes_along(
 
 @pytest.mark.parametrize("fields", [
     {"senderId": "$:bot", "msgtype": "text", "text": {"content": "x"}},
-    {"msgtype": "text", "text": {"content": " "}}, {"msgtype": "unknownMsgType"}])
+    {"msgtype": "text", "text": {"content": " "}}])
 def test_what_no_person_says_is_no_message(
     dingtalk: FakeDingTalk, channel: Any, fields: Json
 ) -> None:
     assert understood(channel, dingtalk.message(**fields)) is None
+
+
+def test_a_card_is_named() -> None:
+    found = channels.dingtalk_content({"msgtype": "interactiveCard", "content": {}}, "r")
+    assert found == ("[interactiveCard]", "", ())
 
 
 def test_no_message_of_any_form_stops_the_next_one(
@@ -413,13 +418,13 @@ def test_lines_end_where_they_should(channel: Any, markdown: str, shown: str) ->
 
 @pytest.mark.parametrize("is_theirs", [True, False])
 def test_a_file_comes_byte_for_byte_from_the_platform_alone(
-    dingtalk: FakeDingTalk, channel: Any, is_theirs: bool
+    dingtalk: FakeDingTalk, channel: Any, is_theirs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dingtalk.files["a.pdf"] = b"data"
     dingtalk.downloads["d"] = f"{dingtalk.url}/files/a.pdf"
     found = understood(channel, dingtalk.message(
         msgtype="file", content={"downloadCode": "d", "fileName": "a.pdf"})).attachments[0]
-    channel._is_local = is_theirs
+    monkeypatch.setattr(channels, "is_local", lambda url: is_theirs)
     if is_theirs:
         assert channel.fetch(found, 100) == b"data"
         with pytest.raises(ValueError):
@@ -428,7 +433,7 @@ def test_a_file_comes_byte_for_byte_from_the_platform_alone(
         assert kind_of_failure(lambda: channel.fetch(found, 100)) == "never"
     assert kind_of_failure(lambda: channel.fetch(found, 100)) == ("never" if is_theirs else "later")
     dingtalk.downloads["d"] = "ftp://x"
-    channel._is_local = False
+    monkeypatch.setattr(channels, "is_local", lambda url: False)
     assert kind_of_failure(lambda: channel.fetch(found, 100)) == "never"
 
 

@@ -116,6 +116,36 @@ def test_what_no_person_says_is_no_message(
     assert tools.texts() == ["end"]
 
 
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"content": "", "sticker_items": [{"id": "1", "name": "Wave", "format_type": 1}]},
+     "[sticker Wave]"),
+    ({"content": "look:", "message_snapshots": [{"message": {"content": "said elsewhere"}}]},
+     "look:\n\nsaid elsewhere"),
+])
+def test_a_sticker_and_what_is_forwarded_are_told(
+    discord: FakeDiscord, channel: Any, tools: FakeTools, fields: Json, text: str
+) -> None:
+    with receiving(channel, tools):
+        discord.say("x", **fields)
+        eventually(lambda: tools.texts() == [text])
+
+
+def test_a_thread_belongs_to_its_channel_and_is_a_conversation_of_its_own(
+    discord: FakeDiscord, channel: Any, tools: FakeTools
+) -> None:
+    tools.settings["guilds"] = {"7": {"channels": {"70": {}}}}
+    discord.threads["701"] = "70"
+    with receiving(channel, tools):
+        discord.fail("GET", "/channels/701", 503)
+        for place in ("701", "701", "71", "70"):
+            discord.say("hi", guild="7", channel=place)
+        eventually(lambda: len(tools.messages) == 4)
+    assert [(each.chat, each.place) for each in tools.messages] == [
+        ("701", "70"), ("701", "70"), ("71", "71"), ("70", "70")]
+    # Asked until it is known, and then not again.
+    assert len(discord.called("GET", "/channels")) == 3
+
+
 def test_a_file_comes_byte_for_byte(
     discord: FakeDiscord, channel: Any, tools: FakeTools
 ) -> None:
@@ -210,6 +240,14 @@ def test_a_close_that_no_retry_mends_says_what_to_do(
     with receiving(channel, tools):
         eventually(lambda: tools.ends)
     assert isinstance(tools.ends[0], channels.Fatal) and words in tools.ends[0].fix
+
+
+def test_a_refusal_of_something_before_the_platform_passes(
+    discord: FakeDiscord, channel: Any
+) -> None:
+    discord.fail("GET", "/users/@me", 401, "<html>Unauthorized</html>")
+    with pytest.raises(channels.Retry):
+        channel.probe()
 
 
 def test_the_last_sessions_of_a_day_are_left_to_others(

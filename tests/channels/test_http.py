@@ -35,11 +35,12 @@ class Site:
             def do_GET(self) -> None:  # noqa: N802
                 site.heads.append((self.path, dict(self.headers.items())))
                 body = b"x" * int(self.path.rpartition("/")[2])
+                is_cut = self.path.startswith("/cut/")
                 self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(len(body) + is_cut))
                 self.end_headers()
                 self.wfile.write(body)
-                self.close_connection = self.path.startswith("/last/")
+                self.close_connection = is_cut or self.path.startswith("/last/")
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -100,6 +101,33 @@ def test_an_answer_that_is_too_large_is_an_error(site: Site, http: Any) -> None:
     with pytest.raises(ValueError, match="larger than 10 bytes"):
         http.call("GET", f"{site.url}/11", max_bytes=10)
     assert http.call("GET", f"{site.url}/10", max_bytes=10).body == b"x" * 10
+
+
+def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(site: Site, http: Any) -> None:
+    with pytest.raises(channels.NetworkFailed, match="broke off"):
+        http.call("GET", f"{site.url}/cut/100")
+
+
+@pytest.mark.parametrize(("path", "headers"), [
+    ("/bothidden-1 /getMe", {}), ("/1", {"Authorization": "Bearer hidden-1\nX: y"}),
+    ("/1", {"Authorization": "Bearer hidden-1\u4f60"}),
+])
+def test_what_cannot_be_sent_is_not_shown(
+    site: Site, http: Any, path: str, headers: dict[str, str]
+) -> None:
+    with pytest.raises(channels.NetworkFailed, match="cannot be sent") as failed:
+        http.call("GET", site.url + path, headers=headers)
+    assert "hidden-1" not in str(failed.value)
+
+
+@pytest.mark.parametrize(("value", "seconds"), [
+    ("2.5", 2.5), ("-1", 0.0), ("nan", 0.0), ("inf", 31 * 86_400.0), ("1e99", 31 * 86_400.0),
+    ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), (None, 0.0), ([1], 0.0),
+])
+def test_a_pause_that_is_asked_for_is_a_number_that_can_be_waited(
+    value: Any, seconds: float
+) -> None:
+    assert channels.seconds_of(value) == seconds
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

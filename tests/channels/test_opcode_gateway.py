@@ -251,6 +251,8 @@ def test_connections_that_are_cut_at_once_are_made_more_slowly(
 def test_a_session_whose_connections_are_all_cut_at_once_is_given_up(
     channel: Made, tools: FakeTools, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # No heartbeat comes before the cut.
+    monkeypatch.setattr(channels.secrets, "randbelow", lambda below: below - 1)
     run(channel, monkeypatch, Script(clock, (0, HELLO), (0, READY), (9, GONE)))
     for count in range(1, 5):
         assert tools.state()

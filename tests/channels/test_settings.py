@@ -81,6 +81,48 @@ def test_every_fault_is_told_at_once_with_its_place(tmp_path: Path) -> None:
         assert expected in told, told
 
 
+@pytest.mark.parametrize(("top", "channel"), [
+    ({"apiKey": ["hidden-1"]}, {}), ({"callbackSecret": {"a": "hidden-1"}}, {}),
+    ({"proxy": "socks5://me:hidden-1@proxy"}, {}), ({}, {"token": ["hidden-1"]}),
+    ({"agentUrl": "http://me:hidden-1@agent"}, {}),
+])
+def test_an_error_does_not_show_what_is_secret(tmp_path: Path, top: Any, channel: Any) -> None:
+    told = "\n".join(errors_of(tmp_path, {**top, "channels": {"made-up": channel}}))
+    assert told and "hidden-1" not in told
+
+
+def test_what_stands_at_the_wrong_level_is_told(tmp_path: Path) -> None:
+    assert errors_of(tmp_path, {"allowFrom": ["1"], "channels": {
+        "made-up": {"token": "t", "callbackSecret": "x"}}}) == [
+        "allowFrom: not used here; it belongs in a channel",
+        "channels.made-up.callbackSecret: not used here; it belongs at the top level"]
+    settings = load(tmp_path, {"replyToMode": "off", "channels": {"made-up": {"token": "t"}}})
+    assert settings.warnings == ("replyToMode: not used here; it belongs in a channel",)
+
+
+def test_an_account_is_off_however_that_is_written(tmp_path: Path) -> None:
+    for value in (False, "false", 0):
+        content = {"channels": {"made-up": {"token": "t", "enabled": value}}}
+        assert not load(tmp_path, content).accounts[0].is_enabled
+
+
+def test_the_default_account_has_one_place(tmp_path: Path) -> None:
+    content = {"channels": {"made-up": {"token": "a", "accounts": {"default": {"token": "b"}}}}}
+    assert "keep one of the two" in errors_of(tmp_path, content)[0]
+
+
+@pytest.mark.parametrize(("place", "told"), [
+    ({"allowfrom": ["1"]}, "7.allowfrom: did you mean allowFrom?"),
+    ({"channels": {"70": {"user": ["1"]}}}, "70.user: did you mean users?"),
+    ("open", "7: use an object, true or false"),
+])
+def test_a_word_that_would_close_a_group_is_not_overlooked(
+    tmp_path: Path, place: Any, told: str
+) -> None:
+    content = {"channels": {"telegram": {"botToken": "t", "groups": {"_x": "comment", "7": place}}}}
+    assert told in "\n".join(errors_of(tmp_path, content))
+
+
 @pytest.mark.parametrize(("values", "expected"), [
     ({"dmPolicy": "allowlist"}, "allowFrom: name somebody"),
     ({"dmPolcy": "open"}, "did you mean dmPolicy?"),

@@ -90,6 +90,7 @@ def test_no_message_of_any_form_stops_the_next_one() -> None:
     with FakeTelegram(hold_s=0.2) as telegram, FakeAgent() as agent:
         for _ in range(by_depth(50, 100, 500)):
             telegram.say_raw(mutated(copy.deepcopy(GOOD), chance))
+        telegram.say_raw({**GOOD, "date": 10 ** 400})
         with Gateway(telegram, agent) as gateway:
             telegram.say("still there?")
             eventually(lambda: telegram.screen(1000) == ["You said: still there?"])
@@ -103,6 +104,45 @@ def test_an_answer_of_any_form_is_a_reason_to_try_again(
     channel.http.call = lambda *_, **__: channels.HttpAnswer(200, {}, content)
     with pytest.raises(channels.Retry):
         channel.probe()
+
+
+def test_a_refusal_of_something_before_the_platform_passes(
+    telegram: FakeTelegram, channel: Any
+) -> None:
+    for status in (401, 404):
+        channel.http.call = lambda *_, s=status, **__: channels.HttpAnswer(s, {}, b"<html></html>")
+        with pytest.raises(channels.Retry):
+            channel.probe()
+        with pytest.raises(channels.SendFailed) as failed:
+            channel.send({"chat_id": 1}, channels.Part("a", True, "n"))
+        assert failed.value.kind == "later"
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"sticker": {"emoji": "\U0001f600"}}, "[sticker \U0001f600]"),
+    ({"location": {"latitude": 1.0}}, "[location]"),
+    ({"video_note": {"length": 1}}, "[video note]"), ({"new_chat_members": [{"id": 3}]}, None),
+    ({"text": "post", "is_automatic_forward": True}, None),
+    ({"text": "hi", "from": {"id": 8, "is_bot": True}}, None),
+])
+def test_what_is_no_text_is_named_and_what_no_person_says_is_no_message(
+    channel: Any, fields: Any, text: Optional[str]
+) -> None:
+    base = {**GOOD, "text": None, "photo": None, "document": None, "media_group_id": None}
+    found = channel._message([{"update_id": 1, "message": {**base, **fields}}])
+    assert (found.text if found else None) == text
+
+
+def test_a_platform_that_answers_at_once_with_nothing_is_not_asked_without_end(
+    telegram: FakeTelegram, channel: Any
+) -> None:
+    telegram.hold_s = 0
+    thread = threading.Thread(target=channel.run)
+    thread.start()
+    channel.tools.stop.wait(0.3)
+    channel.tools.stop.set()
+    thread.join()
+    assert len(telegram.called("getUpdates")) <= 2
 
 
 def test_markup_of_2000_texts_is_what_telegram_takes() -> None:

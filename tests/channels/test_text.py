@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ each_row = pytest.mark.parametrize("row", channels.ROWS, ids=lambda row: row.id)
 PIECES = (
     "word ", "a sentence that ends. ", "\u4f60\u597d\u3002", "\U0001f600", "e\u0301", "\n", "\n\n",
     "**bold** ", "_it_ ", "`code` ", "[label](https://example.com/a_b(c)) ", "https://a.b/c?d=e&f ",
+    "[key](http://[host]:80/x) ",
     "# heading\n", "- item\n", "> quoted\n", "<&>", "snake_case_name ", "* ", "~~x~~ ",
     "\n```python\nif a < b:\n    pass\n```\n", "\n~~~\nraw\n~~~\n",
     "\n| a | b |\n|---|---|\n| 1 | 2 |\n",
@@ -92,6 +94,25 @@ def test_a_letter_that_is_two_units_is_not_torn() -> None:
 def test_a_mark_stays_with_its_letter(mark: str) -> None:
     parts = channels.split_markdown("x" * 99 + f"e{mark}" + "y" * 50, lambda part: len(part) <= 100)
     assert not any(part.startswith(mark[0]) for part in parts)
+
+
+@pytest.mark.parametrize("text", [
+    "```\nhttps://example.com/" + "a" * 900 + "\n```\nend", "e" + "\u0301" * 900, "`" * 900,
+    "~" * 900 + "\ntext", "```python\n[label](https://a.b/" + "c" * 900 + ")",
+    "> " * 450, "| " * 450 + "\n|-|\n",
+])
+@each_row
+def test_a_text_comes_to_its_end_in_few_parts_whatever_it_is(row: Any, text: str) -> None:
+    parts, fits = channels.split_markdown(text, measured(row, 300)), measured(row, 300)
+    assert all(map(fits, parts)) and len(parts) < 20
+    assert bare("".join(parts)) == bare(text)
+
+
+@pytest.mark.parametrize("piece", ["[", "[a]("])
+def test_a_line_whose_elements_never_end_takes_no_long_time(piece: str) -> None:
+    began_s = time.process_time()
+    channels.render(piece * 50_000, channels.TELEGRAM_HTML)
+    assert time.process_time() - began_s < 8
 
 
 def test_a_link_is_not_torn() -> None:

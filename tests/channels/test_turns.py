@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 import time
 from typing import Any, Iterator
@@ -44,6 +46,7 @@ def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> Non
 def test_what_was_asked_before_a_kill_is_asked_again_without_what_came_later(
     chat: Chat
 ) -> None:
+    chat.app.lanes.nudge("lane", 60.0)
     for number, attempts in enumerate((1, 1, 0, 0), 1):
         chat.store.put_in(chat.live.id, "lane", message(f"m{number}", id=str(number)))
         chat.store.run("UPDATE inbox SET attempts=? WHERE id=?", attempts, number)
@@ -80,6 +83,32 @@ def test_state_and_message_are_kept_together_or_not_at_all(chat: Chat) -> None:
     assert chat.live.state() == {"offset": 1}
     chat.live.accept(message("lost?", id="9"), {"offset": 2})
     eventually(lambda: chat.channel.sent == ["You said: lost?"])
+
+
+def test_a_database_that_somebody_else_has_locked_takes_the_message_later(chat: Chat) -> None:
+    chat.store.run("PRAGMA busy_timeout=20")
+    with contextlib.closing(sqlite3.connect(chat.folder / "channels.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match="locked"):
+            chat.live.accept(message("still there?", id="9"), {"offset": 2})
+        assert chat.live.state() == {}
+        other.rollback()
+    chat.live.accept(message("still there?", id="9"), {"offset": 2})
+    assert eventually(lambda: chat.channel.sent == ["You said: still there?"])
+
+
+def test_two_accounts_have_conversations_of_their_own_in_a_chat_with_the_same_id(
+    agent: FakeAgent,
+) -> None:
+    other = {"accounts": {"b": {"token": "another-token", "allowFrom": ["1000"]}}}
+    with Chat(agent.url, **other) as chat:
+        eventually(lambda: len(chat.app.lanes.accounts) == 2)
+        for number, name in enumerate(("b", "default", "b")):
+            live = chat.app.lanes.accounts[f"made-up:{name}"]
+            live.accept(message(f"hello of {name}", id=str(number)))
+            eventually(lambda: not chat.store.open_lanes())
+        assert [each["content"] for each in agent.requests[-1].body["messages"]] == [
+            "hello of b", "You said: hello of b", "hello of b"]
 
 
 def test_twenty_may_wait_and_the_next_one_is_refused_once(agent: FakeAgent) -> None:
@@ -289,6 +318,114 @@ def test_halves_of_a_character_in_two_pieces_of_a_stream_are_joined(
     chat.say("hello \ud83d")
     eventually(lambda: chat.channel.sent == ["a\U0001f600 b\ufffd"])
     assert agent.asked()[-1] == "hello \ufffd"
+
+
+def test_an_answer_in_paragraphs_is_whole_with_halves_of_characters_in_it(
+    agent: FakeAgent,
+) -> None:
+    pairs = ["\ud83d", "\ude00"] * 130
+    with Chat(agent.url) as chat:
+        agent.enqueue(streamed(*pairs, "\n\nsecond", "\n\n" + "third " * 50, "\n\nlast",
+                               pause_s=0.002))
+        chat.say("hello")
+        eventually(lambda: not chat.store.open_lanes() and chat.channel.sent[-1:] == ["last"])
+        assert "\n\n".join(chat.channel.sent) == "\n\n".join([
+            "\U0001f600" * 130, "second", ("third " * 50), "last"])
+
+
+def test_what_precedes_an_answer_in_paragraphs_is_there_once(agent: FakeAgent) -> None:
+    paragraphs = [f"{letter}" * 250 for letter in "abc"]
+    photo = channels.Attachment("image", "a.png", "image/png", 9, {})
+    with Chat(agent.url) as chat:
+        chat.channel.fetch = lambda *_: b"\x89PNG\r\n\x1a\n"
+        agent.enqueue(refused(400, "x"), streamed(*[f"{each}\n\n" for each in paragraphs],
+                                                  pause_s=0.05))
+        chat.say("look", attachments=(photo,))
+        eventually(lambda: not chat.store.open_lanes() and "c" * 250 in chat.channel.sent)
+        assert "\n\n".join(chat.channel.sent) == "\n\n".join([
+            "(I could not read the attachment.)", *paragraphs])
+
+
+def test_more_says_that_there_is_still_more(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=BUDGET_ROW, streaming="off") as chat:
+        agent.enqueue(streamed("\n\n".join(f"{n}" * 3900 for n in range(9))))
+        chat.say("much")
+        eventually(lambda: len(chat.channel.sent) == 4)
+        chat.say("/more")
+        eventually(lambda: len(chat.channel.sent) == 8)
+        assert chat.channel.sent[-1] == "7" * 3900 + "\n\n(more: write anything)"
+        chat.say("/more")
+        eventually(lambda: chat.channel.sent[8:] == ["8" * 3900])
+
+
+def test_the_owner_reads_the_reason_of_a_failure_only_where_nobody_else_does(
+    agent: FakeAgent,
+) -> None:
+    with Chat(agent.url, groups=["-5"]) as chat:
+        chat.store.run("INSERT INTO people VALUES (?,'1000','','{}','','',1,0)", chat.live.id)
+        agent.enqueue(*[refused(401, "invalid_api_key", "key 7 is wrong")] * 2)
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent)
+        chat.say("hello", kind="group", chat="-5", group="-5", is_mentioned=True)
+        eventually(lambda: len(chat.channel.sent) == 2)
+        assert ["key 7" in text for text in chat.channel.sent] == [True, False]
+
+
+def test_a_pause_that_was_set_while_the_clock_was_wrong_is_not_waited_for(chat: Chat) -> None:
+    chat.channel.failures.put(SendFailed("later", "network", 3000.0))
+    chat.say("hello")
+    eventually(lambda: chat.store.rows("SELECT 1 FROM outbox WHERE due_s>0"))
+    chat.store.run("UPDATE outbox SET due_s=due_s+1e8")
+    chat.live.nudge()
+    assert eventually(lambda: chat.channel.sent == ["You said: hello"])
+
+
+def test_a_platform_that_asks_for_no_pause_is_not_asked_without_end(chat: Chat) -> None:
+    for seconds in (0.0, -1.0, float("nan")):
+        began_s = time.monotonic()
+        chat.live.hold(seconds)
+        assert chat.live.hold_until_s > began_s
+
+
+def test_a_part_that_is_being_sent_at_a_restart_is_sent_once(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channels, "_JOIN_S", 0.05)
+    is_sending, may_end, send = threading.Event(), threading.Event(), chat.channel.send
+
+    def send_slowly(route: Any, part: Any) -> str:
+        is_sending.set()
+        may_end.wait(30)
+        return str(send(route, part))
+
+    chat.channel.send = send_slowly  # type: ignore[method-assign]
+    chat.say("hello")
+    assert is_sending.wait(10)
+    told = chat.app.perform({"do": "restart", "channel": "made-up"})
+    assert told["started"] == ["made-up:default"]
+    new = eventually(lambda: chat.app.lanes.accounts.get("made-up:default"))
+    eventually(lambda: new.status == "running")
+    may_end.set()
+    eventually(lambda: chat.outbox() == [("sent", "You said: hello")])
+    assert (chat.channel.sent, new.channel.sent) == (["You said: hello"], [])
+
+
+def test_an_answer_to_a_question_of_before_a_restart_comes_at_once(
+    chat: Chat, agent: FakeAgent
+) -> None:
+    agent.enqueue(streamed("a", "b", pause_s=1.0))
+    chat.say("hello")
+    eventually(lambda: agent.running)
+    chat.app.perform({"do": "restart"})
+    new = chat.app.lanes.accounts["made-up:default"]
+    assert new is not chat.live
+    assert eventually(lambda: new.channel.sent == ["ab"], timeout_s=20)
+
+
+def test_settings_that_cannot_be_used_do_not_end_what_runs(chat: Chat) -> None:
+    chat.path.write_text("{not JSON")
+    assert "not JSON" in chat.app.perform({"do": "restart"})["error"]
+    assert chat.app.status()["running"] == 1
 
 
 def test_what_a_stranger_writes_is_not_kept(chat: Chat) -> None:

@@ -87,7 +87,7 @@ class Chat:
     def __init__(self, agent_url: str, top: Optional[Json] = None, row: Any = ROW,
                  **values: Json) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ocp-ch-", dir="/tmp"))
-        path = self.folder / "channels.json"
+        path = self.path = self.folder / "channels.json"
         path.write_text(json.dumps({
             "agentUrl": agent_url, "callbackPort": 0, **(top or {}),
             "channels": {row.id: {"token": "secret-token", "allowFrom": ["1000"], **values}}}))

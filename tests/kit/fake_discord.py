@@ -41,6 +41,8 @@ class FakeDiscord(FakeOpcodes):
         self.user: Json = {"id": BOT_ID, "username": BOT_NAME, "discriminator": "0", "bot": True,
                            "global_name": None, "avatar": None}
         self.has_content_intent = True
+        #: By thread: the channel that it is in.
+        self.threads: dict[str, str] = {}
         self.sessions_left = 1000
         #: What would have rung for somebody.
         self.pings: list[str] = []
@@ -150,6 +152,10 @@ class FakeDiscord(FakeOpcodes):
             return {"url": self.gateway.url, "shards": 1, "session_start_limit": {
                 "total": 1000, "remaining": self.sessions_left, "reset_after": 3_600_000,
                 "max_concurrency": 1}}
+        place = re.fullmatch(r"/channels/(\d+)", path)
+        if method == "GET" and place is not None:
+            parent = self.threads.get(place[1])
+            return {"id": place[1], "type": 11 if parent else 0, "parent_id": parent}
         found = re.fullmatch(r"/channels/(\d+)/(messages|typing)(?:/(\d+))?", path)
         if found is None:
             raise Refusal(404, {"message": "404: Not Found", "code": 0})

@@ -268,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:  # noqa: N802
         path = urllib.parse.unquote(self.path)
-        found = re.fullmatch(r"/file/bot([^/]+)/files/(\w+)", path)
+        found = re.fullmatch(r"/file/bot([^/]+)/files/([\w.]+)", path)
         data = self.fake.files.get(found[2]) if found and found[1] == self.fake.token else None
         self._send(404 if data is None else 200, data or b"")
 

@@ -85,7 +85,7 @@ class Peer:
             f"Sec-WebSocket-Accept: {accept or digest}\r\n\r\n").encode() + extra)
 
     def _read_head(self) -> list[str]:
-        lines = []
+        lines: list[str] = []
         while True:
             line = self._file.readline().decode().rstrip("\r\n")
             if not line:

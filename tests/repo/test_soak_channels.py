@@ -44,7 +44,7 @@ def soak_that_saw(folder: Path, *texts: str, platform: Any = TELEGRAM) -> Soak:
            " ('a', 'lane', '1', ?, 1, 0)", json.dumps({"text": "Tell me of m1, please."}))
     soak = Soak(gateway, {platform.channel: Screens(*texts)}, [platform], None,  # type: ignore
                 random.Random(1), 10.0)
-    soak.said.append(soak_channels.Said("m1", platform, platform.people[0]))
+    soak.said.append(soak_channels.Said("m1", platform, *platform.people[:1] * 2))
     return soak
 
 
@@ -70,6 +70,23 @@ def test_the_screen_tells_what_became_of_a_message(
     tmp_path: Path, texts: list[str], wanted: str
 ) -> None:
     assert fate(soak_that_saw(tmp_path, *texts)) == wanted
+
+
+def test_what_is_not_for_the_bot_may_not_be_answered_and_a_file_has_to_be_read(
+    tmp_path: Path
+) -> None:
+    soak = soak_that_saw(tmp_path, "begin-m1. a end-m1")
+    soak.said[0] = soak.said[0]._replace(has_file=True)
+    assert fate(soak) == "unread"
+    soak.files_seen.add("m1")
+    assert fate(soak) == "answered"
+    soak.said[0] = soak.said[0]._replace(is_for_bot=False)
+    assert fate(soak) == "uninvited"
+    soak.fakes[TELEGRAM.channel].texts.clear()
+    assert fate(soak) == "uninvited"
+    change(tmp_path, "DELETE FROM inbox")
+    soak.files_seen.clear()
+    assert fate(soak) == "unheard"
 
 
 def test_a_part_may_come_twice_only_where_a_kill_hit_it_and_the_platform_has_no_numbers(
@@ -120,7 +137,7 @@ def test_every_answer_begins_and_ends_with_what_it_answers() -> None:
     statuses = set()
     for _ in range(300):
         request = Request({}, {"messages": [{"role": "user", "content": "of m7, and of m12."}]})
-        reply = soak_channels.reply_to(dice, request)
+        reply = soak_channels.reply_to(dice, request, set())
         statuses.add(reply.status)
         if reply.status == 200:
             texts = b"".join(piece for _, piece in reply.pieces).decode()
