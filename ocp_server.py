@@ -52,40 +52,41 @@ Sections (search for "==== 8" to jump to the eighth):
     28. Plan and failures       reports of claude about the plan; its failures as errors
     29. Claude answers          output of claude to lines; lines of a turn to events of an answer
     30. Claude program          the program on disk, how it is started, and its folders
-    30a. Skills                 the skills of tenants, told and read
-    30b. Own tools              commands of tenants' OpenClaw, beside a turn
-    31. Claude process          one child process and its pipes
-    32. Gate                    admission of requests
-    33. Conversations           the identity of conversations; what an idle process can do with them
-    34. Process pool            spare, parked and stopping processes
-    35. Sessions and responses  what is remembered of conversations: messages, and thinking
-    36. Cache                   stored answers, and answers shared while they are generated
-    37. Account                 the state of login and plan, learned from answers
-    38. Logins                  the login and the account of each key's processes
-    39. Sign-in                 the login that the operator makes in a browser
-    40. Alerts                  what the operator's webhook is told
-    41. Metrics                 counters and histograms since the start
-    42. Connections             client sockets, and limits on their number and memory
-    43. The original OCP        keys and usage taken over from the database of the original
-    44. State folder            the database, the modes of files, the admin key
-    45. Capture                 requests that are written to files for the operator
-    46. Jobs                    one request while it is answered, and its row of usage
-    47. Running turns           one turn on a claude process, and further attempts
-    48. Answering               all requests: quota, cache, shared answers
-    49. App                     owns every long-lived object; the housekeeper
-    50. Routes                  the choice of a route for a path and a method
-    51. HTTP server             sockets, bodies, one thread for each connection
-    52. Dashboard               the operator's page, and its content security policy
-    53. API endpoints           answers, stored responses, sessions, models
-    54. Health and logs         the state of the server, its events and its log
-    55. Key endpoints           keys and their quotas
-    56. Tenant endpoints        logins of keys, and tenants
-    57. Usage endpoints         running requests, usage, a key's own numbers, failures
-    58. Management endpoints    settings, alerts, cache, metrics, login, capture
-    59. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
-    60. Table of routes         path, access, dialect and endpoint of each route
-    61. Demo claude             the stand-in for claude behind --demo
-    62. Command line            arguments, signals, main
+    31. Skills                  skills in the folders of tenants: the catalogue, and their files
+    32. Own tools               the tools that this server runs for tenants, and what they may do
+    33. Agents of tenants       what a confined claude of a tenant gets at its start
+    34. Claude process          one child process and its pipes
+    35. Gate                    admission of requests
+    36. Conversations           the identity of conversations; what an idle process can do with them
+    37. Process pool            spare, parked and stopping processes
+    38. Sessions and responses  what is remembered of conversations: messages, and thinking
+    39. Cache                   stored answers, and answers shared while they are generated
+    40. Account                 the state of login and plan, learned from answers
+    41. Logins                  the login and the account of each key's processes
+    42. Sign-in                 the login that the operator makes in a browser
+    43. Alerts                  what the operator's webhook is told
+    44. Metrics                 counters and histograms since the start
+    45. Connections             client sockets, and limits on their number and memory
+    46. The original OCP        keys and usage taken over from the database of the original
+    47. State folder            the database, the modes of files, the admin key
+    48. Capture                 requests that are written to files for the operator
+    49. Jobs                    one request while it is answered, and its row of usage
+    50. Running turns           one turn on a claude process, and further attempts
+    51. Answering               all requests: quota, cache, shared answers
+    52. App                     owns every long-lived object; the housekeeper
+    53. Routes                  the choice of a route for a path and a method
+    54. HTTP server             sockets, bodies, one thread for each connection
+    55. Dashboard               the operator's page, and its content security policy
+    56. API endpoints           answers, stored responses, sessions, models
+    57. Health and logs         the state of the server, its events and its log
+    58. Key endpoints           keys and their quotas
+    59. Tenant endpoints        logins of keys, and tenants
+    60. Usage endpoints         running requests, usage, a key's own numbers, failures
+    61. Management endpoints    settings, alerts, cache, metrics, login, capture
+    62. Pages and OpenAPI       pages, the script for devices, the OpenAPI document
+    63. Table of routes         path, access, dialect and endpoint of each route
+    64. Demo claude             the stand-in for claude behind --demo
+    65. Command line            arguments, signals, main
 """
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -13832,7 +13833,7 @@ class Watchdog:
             self._end()
 
 
-# ==== 30a. Skills ============================================================
+# ==== 31. Skills =============================================================
 # The skills in the folders of tenants: which there are, told to the model, and their files. They
 # come out of workspaces in which strangers may write. So no link in them is followed, and nothing
 # of them is run, or loaded by claude: their texts are text.
@@ -14028,7 +14029,7 @@ def _files_below(path: str, parts: list[str], above: str = "") -> list[str]:
     return sorted(files)[:_MAX_SKILL_FILES]
 
 
-# ==== 30b. Own tools =========================================================
+# ==== 32. Own tools ==========================================================
 # The tools that this server runs itself for tenants of level `tools` and above: `skill_file` reads
 # the tenant's skills, `openclaw_cli` runs one command of its OpenClaw. The model writes what they
 # are called with, so commands and options are allowed one by one, and nothing goes through a shell.
@@ -14505,7 +14506,7 @@ class OwnTools:
             # What tools find is not the same a moment later.
             bypass_cache=True,
         )
-# ==== 30c. Agents of tenants =================================================
+# ==== 33. Agents of tenants ==================================================
 # What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
 # tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
 # switched that off, claude confines itself: commands run under bubblewrap, where they find the
@@ -14766,7 +14767,7 @@ def _sandbox_failure(path: str, environ: Mapping[str, str]) -> str:
     return (told or f"exit code {done.returncode}") if done.returncode else ""
 
 
-# ==== 31. Claude process =====================================================
+# ==== 34. Claude process =====================================================
 # One child process and its pipes. A ClaudeProcess belongs to the thread that uses it. That thread
 # waits for the pipes and for the client's socket in one selector, so that it notices output,
 # silence and a hang-up at once. Children have process groups of their own and end with the server,
@@ -15553,7 +15554,7 @@ class ClaudeStarter:
         self._watchdog.close()
 
 
-# ==== 32. Gate ===============================================================
+# ==== 35. Gate ===============================================================
 # Which requests may run. The gate knows the callers and nothing of the content of their requests.
 
 #: How often a waiting request checks its client.
@@ -15740,7 +15741,7 @@ class Slot:
             raise self.refusal
 
 
-# ==== 33. Conversations ======================================================
+# ==== 36. Conversations ======================================================
 # The identity of a conversation, and what an idle process can do with the next request of one.
 # Digests identify it: one for everything but the messages, and one for each message, in a form that
 # does not depend on how a client writes it.
@@ -15906,7 +15907,7 @@ class Conversation(NamedTuple):
 NO_CONVERSATION = Conversation(History("", ()))
 
 
-# ==== 34. Process pool =======================================================
+# ==== 37. Process pool =======================================================
 # All processes that no request is using. Each is in one of three states:
 #
 # - spare: it was started for a kind (model and login) that was used lately, and holds no
@@ -16405,7 +16406,7 @@ class ProcessPool:
             self.reap()
 
 
-# ==== 35. Sessions and responses =============================================
+# ==== 38. Sessions and responses =============================================
 # Conversations that the server remembers for clients that send only new messages: sessions on disk,
 # and responses by their ids. And the thinking of answers, for conversations that are rebuilt.
 
@@ -16712,7 +16713,7 @@ class ThinkingMemory:
             )
 
 
-# ==== 36. Cache ==============================================================
+# ==== 39. Cache ==============================================================
 # Stored answers to repeated requests of one caller, and answers in progress that several such
 # requests share. Off unless the operator sets a time to live. In memory only: no answer is written
 # to disk for this.
@@ -16963,7 +16964,7 @@ class Cache:
             }
 
 
-# ==== 37. Account ============================================================
+# ==== 40. Account ============================================================
 # The state of claude's login and of the plan's limits, learned from the reports that claude sends
 # with its answers. OCP never reads a token and never spends a message to find out.
 
@@ -17332,7 +17333,7 @@ class PlanRecord:
             self._written = state
 
 
-# ==== 38. Logins =============================================================
+# ==== 41. Logins =============================================================
 # The server's login and those of keys. A request is answered with the login of its key and with no
 # other one, whatever happens to that: there is no pool of logins and no failover between them.
 
@@ -17415,7 +17416,7 @@ class Logins:
         }
 
 
-# ==== 39. Sign-in ============================================================
+# ==== 42. Sign-in ============================================================
 # The login of claude's account without a terminal on the server. claude makes the address that the
 # operator opens, and exchanges the code that the page shows (its control requests
 # `claude_authenticate` and `claude_oauth_callback`, seen on 2.1.197 and 2.1.332). OCP passes the
@@ -17644,7 +17645,7 @@ class SignIn:
             self.cancel()
 
 
-# ==== 40. Alerts =============================================================
+# ==== 43. Alerts =============================================================
 # What the operator's webhook is told: each thing once, until its window resets or its state ends.
 # An alert is a row that survives a restart. The housekeeper raises alerts and starts a thread that
 # delivers what is due, so a webhook that is slow or down delays neither it nor a request. Nothing
@@ -18185,7 +18186,7 @@ class Alerts:
         ]
 
 
-# ==== 41. Metrics ============================================================
+# ==== 44. Metrics ============================================================
 # Counters and histograms since the start, for /health and /metrics. Each metric is a row of
 # METRICS. Labels take their values from small fixed sets, so that no client can make memory grow.
 
@@ -18336,7 +18337,7 @@ class Metrics:
         yield f"{name}_count{_label_text(labels)} {histogram.count}"
 
 
-# ==== 42. Connections ========================================================
+# ==== 45. Connections ========================================================
 # The server's address; client sockets and their shared limits: how many connections stay open, and
 # how much memory request bodies and unread answers use together. Nothing here knows HTTP.
 
@@ -18778,7 +18779,7 @@ class Connections:
         )
 
 
-# ==== 43. The original OCP ===================================================
+# ==== 46. The original OCP ===================================================
 # The database of the original OCP, a Node program of version 3, is ~/.ocp/ocp.db too. The first
 # start on it takes over the keys, hashed, and the usage: once, in one transaction, after a copy of
 # the whole file. The original's own tables stay as they are, with every key in plain text: they
@@ -19100,7 +19101,7 @@ def forget_original(home: str) -> list[str]:
     return gone
 
 
-# ==== 44. State folder =======================================================
+# ==== 47. State folder =======================================================
 # OCP_HOME: which server has it, the database in it, the modes of its files, and the admin key.
 # Without a folder that can be written everything is kept in memory, and the server says so.
 
@@ -19297,7 +19298,7 @@ def _entries(folder: str) -> list[str]:
         return []
 
 
-# ==== 45. Capture ============================================================
+# ==== 48. Capture ============================================================
 # The next requests, written to files for an operator who looks for a fault: as the client sent
 # them, and what was written to claude and read from it. Off unless the operator has started it. It
 # ends by itself, and a restart ends it too.
@@ -19556,7 +19557,7 @@ class Capture:
         return {**(state or {"active": False}), **more, "captures": self.kept()}
 
 
-# ==== 46. Jobs ===============================================================
+# ==== 49. Jobs ===============================================================
 # A request while it is answered: what its client has got so far, and its row of usage.
 
 
@@ -19867,7 +19868,7 @@ class CallWatch:
         return usage if self._dropped is None else sum_usage([self._dropped, usage])
 
 
-# ==== 47. Running turns ======================================================
+# ==== 50. Running turns ======================================================
 # One turn on a process: a kept one that has the conversation, else a fresh one; and another attempt
 # where the first one failed before its client got anything.
 
@@ -20366,7 +20367,7 @@ class TurnRunner:
         return is_answering and not record.readers[-1].finished
 
 
-# ==== 48. Answering ==========================================================
+# ==== 51. Answering ==========================================================
 # One request from its quota to its row of usage. `Requests` has all that are being answered and
 # decides where an answer comes from; a `TurnRunner` gets one answer from a claude process; a `Job`
 # is one request, and its `AnswerRecord`s hold what is known of its answers meanwhile.
@@ -20716,7 +20717,7 @@ class Requests:
             metrics.add("ocp_answers_total", path=row.path)
 
 
-# ==== 49. App ================================================================
+# ==== 52. App ================================================================
 # Owns every long-lived object. The main thread is the housekeeper: it sleeps until a wakeup, then
 # does what is due.
 
@@ -21239,7 +21240,7 @@ class App:
         self.state_folder.close()
 
 
-# ==== 50. Routes =============================================================
+# ==== 53. Routes =============================================================
 # The type of a route, and the choice of a route for a method and a path. Paths match exactly, after
 # repeated slashes are merged. The /v1 of a path may be missing or doubled, because users write base
 # addresses with and without it.
@@ -21328,7 +21329,7 @@ def _percent_decode(text: str) -> str:
         raise BadRequest("The path has percent escapes that are not UTF-8.") from None
 
 
-# ==== 51. HTTP server ========================================================
+# ==== 54. HTTP server ========================================================
 # A Server accepts connections and gives each a thread, in which a ConnectionHandler serves one
 # request after the other. An Exchange is one request: it reads its body with the connection's
 # BodyReader and has a Response. A request that is too large or too slow is refused. Every error,
@@ -22240,7 +22241,7 @@ class Server(ThreadingHTTPServer):
         self.app.log.event(level, "connection_broke", error=format_failure(error))
 
 
-# ==== 52. Dashboard ==========================================================
+# ==== 55. Dashboard ==========================================================
 # Static pages beside this file: dashboard.html for the operator, me.html for the holder of a key.
 # The server writes no values into them: a page fetches JSON and sets text. Its content security
 # policy allows only its own style and script, by their hashes.
@@ -22308,7 +22309,7 @@ def page_of(name: str) -> Page:
         return _page_with_headers(_PAGE_WITHOUT_FILE.replace("FILE", name))
 
 
-# ==== 53. API endpoints ======================================================
+# ==== 56. API endpoints ======================================================
 # What clients of the APIs call: answers, stored responses, sessions, models. An endpoint is a
 # function (app, exchange, **names in the path). It reads the request from the exchange, sends the
 # response through it, and raises errors. The first sentence of its docstring is its summary in
@@ -22748,7 +22749,7 @@ def get_model(app: App, exchange: Exchange, model: str) -> None:
     exchange.response.send_json(_model_entry(models, found, app.config.default_model))
 
 
-# ==== 54. Health and logs ====================================================
+# ==== 57. Health and logs ====================================================
 # The state of the server and its log. Reports pick their numbers from one `snapshot`.
 
 
@@ -23010,7 +23011,7 @@ def get_logs(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"count": len(entries), "level": level, "entries": entries})
 
 
-# ==== 55. Key endpoints ======================================================
+# ==== 58. Key endpoints ======================================================
 # What the operator calls to manage keys and their quotas.
 
 _QUOTA_NAMES = tuple(quota.name for quota in QUOTAS)
@@ -23447,7 +23448,7 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
     exchange.response.send_json(_with_storage_warning(app, body))
 
 
-# ==== 56. Tenant endpoints ===================================================
+# ==== 59. Tenant endpoints ===================================================
 # What the operator adds to keys: logins of their own, and the profiles of tenants.
 
 _LOGIN_FIELDS = ("token", "folder")
@@ -23809,7 +23810,7 @@ def remove_tenant_login(app: App, exchange: Exchange, key: str) -> None:
     remove_key_login(app, exchange, str(_tenant_key(app, key).id))
 
 
-# ==== 57. Usage endpoints ====================================================
+# ==== 60. Usage endpoints ====================================================
 # Running requests, usage, the own numbers of a key's holder, and failures.
 
 
@@ -24133,7 +24134,7 @@ def get_status(app: App, exchange: Exchange) -> None:
     })
 
 
-# ==== 58. Management endpoints ===============================================
+# ==== 61. Management endpoints ===============================================
 # What the operator calls to change settings, test alerts, clear the cache, log claude in, and have
 # requests captured; and metrics.
 
@@ -24377,7 +24378,7 @@ def stop_capture(app: App, exchange: Exchange) -> None:
     exchange.response.send_json({"stopped": stopped, **app.capture.report()})
 
 
-# ==== 59. Pages and OpenAPI ==================================================
+# ==== 62. Pages and OpenAPI ==================================================
 # The pages for browsers, the script for devices, and the OpenAPI document.
 
 
@@ -24668,7 +24669,7 @@ def get_openapi(app: App, exchange: Exchange) -> None:
     exchange.response.send_json(openapi(exchange.routes))
 
 
-# ==== 60. Table of routes ====================================================
+# ==== 63. Table of routes ====================================================
 # The paths of the server, who may call each, and the endpoint that answers.
 
 ROUTES = (
@@ -24744,7 +24745,7 @@ ROUTES = (
 )
 
 
-# ==== 61. Demo claude ========================================================
+# ==== 64. Demo claude ========================================================
 # The stand-in for --demo: a process that speaks claude's protocol with canned answers, so that
 # everything around the model can be tried without an account. Every answer says that it is a demo.
 # The history of some made-up devices gives the dashboard something to show.
@@ -24947,7 +24948,7 @@ def demo_claude(arguments: list[str]) -> int:
     return 0
 
 
-# ==== 62. Command line =======================================================
+# ==== 65. Command line =======================================================
 # Arguments, signals, the banner, and the order of start and shutdown.
 
 _DEMO_FLAG = "--demo-claude"

@@ -3430,8 +3430,8 @@ def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
 
 def cmd_edit(run: Run) -> Exit:
     """Change a tenant."""
-    args, name = run.args, _known(run)
-    body = profile_of(place_of(run.world, name), args.level or "", args.commands or "")
+    args, name, job = run.args, _known(run), run.job()
+    body = profile_of(job.folder(name).place(), args.level or "", args.commands or "")
     if args.prompt is not None:
         try:
             with open(args.prompt, encoding="utf-8") as file:
@@ -3444,7 +3444,7 @@ def cmd_edit(run: Run) -> Exit:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp tenants edit --help`.")
     if args.dry_run:
         return run.would(name, *body)
-    answer = run.job().server.tenant(name, "PATCH", body)
+    answer = job.server.tenant(name, "PATCH", body)
     run.say(f"{name}: {', '.join(body)} changed")
     run.print_json(answer)
     return Exit.OK

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
 from depth import by_depth
 from dialects import CHAT
 from http_client import Reply
