@@ -25326,6 +25326,13 @@ def forget(config: Config) -> int:
     return 0
 
 
+def log_unused_settings(log: Log, environ: Mapping[str, str]) -> None:
+    for name, why in removed_settings(environ):
+        log.event("warn", "setting_removed", setting=name, why=why)
+    for name, meant in unknown_settings(environ):
+        log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
+
+
 def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     """Run the program; return the exit code: 0 = success, 1 = the port or the state folder is in
     use, 2 = wrong settings."""
@@ -25354,10 +25361,7 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
         return check(config, environment, demo_command) if options.check else forget(config)
     restart_as_module(arguments)
     log = Log(sys.stderr, config.log_level)
-    for name, why in removed_settings(environ):
-        log.event("warn", "setting_removed", setting=name, why=why)
-    for name, meant in unknown_settings(environ):
-        log.event("warn", "setting_unknown", setting=name, did_you_mean=meant or None)
+    log_unused_settings(log, environ)
     try:
         app = App(config, environment, log=log, models=models, demo_command=demo_command)
     except HomeInUse as problem:
