@@ -20902,9 +20902,8 @@ class App:
     ) -> None:
         """Create the state folder. `demo_command` starts the stand-in instead of claude. Raises
         HomeInUse."""
-        self.log = log
+        self.log, self.demo = log, bool(demo_command)
         self.catalog = ModelCatalog(models)
-        self.demo = bool(demo_command)
         self.started_s, self.started_at_s = clock(), time.time()
         self.clock = clock
         environ = environment.variables

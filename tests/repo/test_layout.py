@@ -49,7 +49,7 @@ SECTION_LINES = {
     "Dashboard": 70, "API endpoints": 360, "Health and logs": 220, "Key endpoints": 390,
     "Tenant endpoints": 310, "Usage endpoints": 330,
     "Management endpoints": 210, "Pages and OpenAPI": 280,
-    "Table of routes": 62, "Demo claude": 190, "Command line": 340,
+    "Table of routes": 62, "Demo claude": 190, "Command line": 345,
 }
 #: The same of ocp_channels.py.
 CHANNELS_SECTION_LINES = {
