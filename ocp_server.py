@@ -25223,9 +25223,10 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-#: Runs a file as a module: its path and the arguments follow.
+#: Runs a file as a module, and leaves nothing beside it: its path and the arguments follow.
 _RUN_AS_MODULE = """
 import sys
+sys.dont_write_bytecode = True
 del sys.argv[0]
 sys.path[0] = sys.argv[0].rpartition("/")[0]
 import importlib.util, os
@@ -25239,8 +25240,8 @@ sys.exit(module.main(sys.argv[1:], os.environ))
 def restart_as_module(arguments: list[str]) -> None:
     """Start again as a module, in this process, if this file runs as a script.
 
-    Python holds what it needed to compile a script until the end: more than 40 MB. A module is
-    read from its bytecode, or compiled and then freed. Returns if this is no script, or the
+    Python holds what it needed to compile a script until the end, more than 40 MB; of a module,
+    until it is compiled. Returns if this is no script, or the
     interpreter cannot be started."""
     is_script = __name__ == "__main__" and __spec__ is None and __file__.endswith(".py")
     if not is_script or not sys.executable:
