@@ -109,7 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def _answer(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", "0"))) or b"{}")
+        wanted_bytes = int(self.headers.get("Content-Length", "0"))
+        data = self.rfile.read(wanted_bytes)
+        if len(data) < wanted_bytes:
+            # The program ended the connection before its call was whole, so there was no call.
+            self.close_connection = True
+            return
+        body = json.loads(data or b"{}")
         name = self.path.rpartition("/")[2]
         if self.path.startswith("/files/") and name in self.fake.files:
             self._send(200, {}, self.fake.files[name])
