@@ -16,6 +16,7 @@ import pytest
 
 import browser
 from chat import HANG
+from depth import rest
 from http_client import Reply
 from keys import (
     ADMIN_KEY,
@@ -388,9 +389,8 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
         assert page.evaluate("[window.broken, document.images.length]") == [None, 0]
 
 
-@pytest.mark.few_cases
 @needs_browser
-@pytest.mark.parametrize("width", [320, 360, 768, 1440])
+@pytest.mark.parametrize("width", [320, *rest(360, 768, 1440)])
 def test_the_page_is_not_wider_than_its_window(
     chrome: browser.Browser, house: Server, width: int
 ) -> None:

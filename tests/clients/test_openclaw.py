@@ -198,6 +198,7 @@ def registered(
         return Registered(openclaw, server.url, openclaw.connect(server, "--primary"))
 
 
+@pytest.mark.exhaustive
 def test_openclaw_takes_the_registration_without_a_warning(registered: Registered) -> None:
     openclaw = registered.openclaw
 
@@ -730,6 +731,7 @@ def usage_by_key(server: Server) -> dict[str, int]:
     return {row["key_name"]: row["requests"] for row in used.json()["byKey"]}
 
 
+@pytest.mark.exhaustive
 def test_two_profiles_are_two_tenants_that_see_nothing_of_each_other(
     bystander: Bystander, tmp_path: Path
 ) -> None:

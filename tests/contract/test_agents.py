@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import socket
+import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -62,9 +63,22 @@ def newest(request: pytest.FixtureRequest) -> Claude:
     return found
 
 
+@contextmanager
+def visible_folder() -> Iterator[Path]:
+    """A folder that a sandbox can show: it has a /dev of its own, where other tests' files are."""
+    with tempfile.TemporaryDirectory(prefix="ocp-agents-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with visible_folder() as folder:
+        yield folder
+
+
 @pytest.fixture(scope="module")
-def shared(newest: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with house_of(tmp_path_factory.mktemp("house"), newest) as made:
+def shared(newest: Claude) -> Iterator[House]:
+    with visible_folder() as folder, house_of(folder, newest) as made:
         yield made
 
 
