@@ -3416,7 +3416,7 @@ def tenant_rows(
         ("variables", ", ".join(map(str, env)) if isinstance(env, list) and env else "none"),
         ("skills", f"{state}{skipped}"),
         ("prompt", counted(len(str(told["prompt"])), "character") if told.get("prompt") else ""),
-        ("its OpenClaw", f"commands: {told.get('commands')}" if told.get("relay") else ""),
+        ("openclaw commands", str(told.get("commands")) if told.get("relay") else ""),
         ("claude's tools", f"{', '.join(map(str, own_tools or ()))}; {confined}" * is_agent),
         ("obstacle", str(told.get("obstacle") or "")),
         ("client's tools", "dropped" if told.get("clientTools") == "drop" else ""),
