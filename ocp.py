@@ -4232,7 +4232,7 @@ def _check_failures(facts: Facts) -> Finding:
     # Of some failures the action is this very command, whose other rows say more.
     actions = ((kind.get("kind"), str(kind.get("action"))) for kind in kinds)
     return Finding("WARN", message, Fix("recent_failures", tuple(clean(
-        f"{kind}: " + ("nothing, if no row above says so" if "`ocp doctor`" in action else action))
+        f"{kind}: " + ("see the rows above" if "`ocp doctor`" in action else action))
         for kind, action in actions)))
 
 

@@ -66,7 +66,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple, TextIO
 
@@ -1003,8 +1003,10 @@ def choose(instances: Sequence[Instance], names: Sequence[str]) -> list[Instance
     known = {each.name for each in instances}
     for name in names:
         if name not in known:
-            raise failed(f"There is no instance {clean(name)[:80]!r} here: see `ocp tenants "
-                         "discover`, or name it with --container or --local.")
+            shown = clean(name)[:80]
+            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`. If it "
+                         f"has another name: ocp tenants add {shown} --apply --container NAME, or "
+                         "--local DIR.")
     return [each for each in instances if not names or each.name in names]
 
 
@@ -2333,6 +2335,12 @@ def grouped(
         else:
             is_whole = not any(path.startswith(f"{home}/") for path in left_out)
             skills[name] = Skill(name, root, home, inside, is_whole)
+    if not root.max_above:
+        # Whatever lies in a tenant's folder of skills is meant to be one.
+        firsts = {path.partition("/")[0] for path in (*contents, *left_out)}
+        others = (path.partition("/")[0] for path in files if "/" in path)
+        left_out.update({each: "no SKILL.md" for each in others
+                         if each not in firsts and not each.startswith(".")})
     return skills
 
 
@@ -2946,8 +2954,8 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
     secret = str(row.get("api_key") or "")
     if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
         secret = ""
-        notes.append("its key has not 32 to 128 letters, digits, - and _: `ocp tenants apply "
-                     f"{name}` gives its instance the new one")
+        notes.append("its key is not 32 to 128 letters, digits, - and _: `ocp tenants apply "
+                     f"{name}` gives its instance a new one")
     env, values = as_dict(row.get("env")), dict[str, str]()
     for each, value in [*env.items(), *as_dict(env.get("vars")).items()]:
         text = text_of(value)
@@ -3127,6 +3135,27 @@ def cmd_discover(run: Run) -> Exit:
     return Exit.OK
 
 
+def known_tenant(job: Job, name: str) -> Mapping[str, Json]:
+    """Return what the server says of a tenant. Raises Problem."""
+    if name not in job.tenants:
+        raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
+    return job.tenants[name]
+
+
+def level_of(row: Mapping[str, Json]) -> str:
+    """Return the level at which a tenant works, and the one that was set if that is higher."""
+    level = str(row.get("level"))
+    in_force = str(row.get("levelInForce") or level)
+    return in_force if in_force == level else f"{in_force} (set: {level})"
+
+
+def level_notes(rows: Iterable[Mapping[str, Json]]) -> list[str]:
+    """Return what to do for tenants whose level is above the server's, in lines."""
+    return [f"{row['name']} works at level {level_of(row)}: set OCP_TENANT_LEVEL={row['level']} "
+            "for the server and restart it"
+            for row in rows if row.get("levelInForce") not in (None, row.get("level"))]
+
+
 def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
     """Return the instances that the arguments name. Raises Problem."""
     found = discover(run.world, {
@@ -3138,8 +3167,7 @@ def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
     instances = [each._replace(name=names.get(each.name, each.name)) for each in found.instances]
     if only_tenants:
         for name in run.args.names:
-            if name not in job.tenants:
-                raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
+            known_tenant(job, name)
         instances = [each for each in instances if each.name in job.tenants]
     return choose(instances, run.args.names)
 
@@ -3207,13 +3235,18 @@ def without_models(lines: Sequence[str]) -> list[str]:
     return shown
 
 
+def shortened(line: str) -> str:
+    """Return the beginning of a line, such as that of a file with all in one line."""
+    return line if len(line) <= 200 else f"{line[:160]}... ({len(line)} characters)"
+
+
 def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
     """Print one line for each instance."""
     width = max((len(each.instance.name) for each in results), default=0)
     for each in results:
         first, *more = (f"FAILED: {each.problem}" if each.problem else words(each)).split("\n")
         run.say("\n".join([f"  {each.instance.name:{width}}  {clean(first)}",
-                           *(f"      {clean(line)}" for line in without_models(more))]))
+                           *(f"      {shortened(clean(line))}" for line in without_models(more))]))
 
 
 def cmd_setup(run: Run) -> Exit:
@@ -3245,6 +3278,10 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
         results = [carried_out(job, each) for each in results]
         run.say("Done:")
         show_results(run, results, lambda each: ", ".join(each.done))
+        if run.args.level:
+            names = [each.instance.name for each in results]
+            run.say("\n".join(level_notes(
+                row for name, row in job.server.tenants().items() if name in names)))
     failures = [each for each in results if each.problem or each.skills and each.skills.problem]
     if not run.args.dry_run and results:
         run.say(_total(results))
@@ -3259,7 +3296,9 @@ def _total(results: Sequence[Result]) -> str:
     made = [each for each in good if each.plan and not each.plan.is_empty]
     parts = [f"{counted(len(made), 'tenant')} set up"] if made else []
     was, failures = len(good) - len(made), len(results) - len(good)
-    parts += [f"{was} {'was' if was == 1 else 'were'} before"] if was else []
+    if was:
+        who = str(was) if made else counted(was, "tenant")
+        parts.append(f"{who} {'was' if was == 1 else 'were'} set up before")
     parts += [f"{failures} failed"] if failures else []
     return ", ".join(parts) + "." + (" Undo: ocp tenants undo" if made else "")
 
@@ -3332,7 +3371,7 @@ def cmd_list(run: Run) -> Exit:
         env, skills = row.get("env"), as_dict(row.get("skills")).get("count")
         waiting = f" (+{row['waiting']})" if row.get("waiting") else ""
         rows.append([
-            name, str(row.get("levelInForce") or row.get("level")), world.shown_path(where),
+            name, level_of(row), world.shown_path(where),
             "own" if row.get("login") else "server",
             str(len(env) if isinstance(env, list) else 0), str(skills or 0),
             f"{row['running']}{waiting}" if row.get("running") or waiting else "-",
@@ -3349,16 +3388,43 @@ def cmd_list(run: Run) -> Exit:
 def cmd_show(run: Run) -> Exit:
     """Show one tenant."""
     job, name = run.job(), _known(run)
+    known_tenant(job, name)
     told = as_dict(job.server.tenant(name))
     place = job.folder(name).place()
-    rows = [(key, value) for key, value in told.items() if value not in (None, "", [], {})]
-    for key, value in rows:
-        shown = value if isinstance(value, (str, int)) else json.dumps(value)
-        run.say(f"  {key}: {clean(shown)}")
-    if place:
-        run.say(f"  where: {run.world.shown_path(str(place.get('where')))}")
+    rows = [(label, clean(value)) for label, value in tenant_rows(run.world, told, place) if value]
+    width = max(len(label) for label, _ in rows)
+    run.say("\n".join([clean(name), *(f"  {label:{width}}  {value}" for label, value in rows)]))
     run.print_json({**told, "place": place or None})
     return Exit.OK
+
+
+def tenant_rows(
+    world: World, told: Mapping[str, Json], place: Mapping[str, Json]
+) -> list[tuple[str, str]]:
+    """Return what `show` says of a tenant: labels, and their texts, which may be empty."""
+    skills, env, own_tools = as_dict(told.get("skills")), told.get("env"), told.get("tools")
+    login = as_dict(told.get("login"))
+    skipped = f", {skills['skipped']} left out" if skills.get("skipped") else ""
+    state = skills.get("count", 0) if skills.get("enabled", True) else "off"
+    is_agent = told.get("level") == "agent" and isinstance(own_tools, list)
+    confined = "in a sandbox" if told.get("sandbox", True) else "NOT confined"
+    return [
+        ("level", level_of(told)),
+        ("instance", world.shown_path(str(place.get("where") or "none here"))),
+        ("asks at", str(place.get("url") or as_dict(told.get("instance")).get("url") or "")),
+        ("claude login", f"its own: {login.get('state')}" if login else "the server's"),
+        ("variables", ", ".join(map(str, env)) if isinstance(env, list) and env else "none"),
+        ("skills", f"{state}{skipped}"),
+        ("prompt", counted(len(str(told["prompt"])), "character") if told.get("prompt") else ""),
+        ("openclaw commands", str(told.get("commands")) if told.get("relay") else ""),
+        ("claude's tools", f"{', '.join(map(str, own_tools or ()))}; {confined}" * is_agent),
+        ("obstacle", str(told.get("obstacle") or "")),
+        ("client's tools", "dropped" if told.get("clientTools") == "drop" else ""),
+        ("at the same time", str(told.get("maxConcurrent") or "")),
+        ("now", f"{told.get('running', 0)} running, {told.get('waiting', 0)} waiting"),
+        ("last used", age(told.get("lastUsed"), world.clock())),
+        ("folder", world.shown_path(str(told.get("folder") or ""))),
+    ]
 
 
 def _known(run: Run) -> str:
@@ -3374,9 +3440,9 @@ def cmd_add(run: Run) -> Exit:
     world, args, name = run.world, run.args, checked_name(run.args.name)
     args.secret = _given_secret(run) if args.secret_stdin else ""
     job = run.job()
-    if name in job.tenants:
+    if name in job.tenants and not (args.apply and (args.container or args.local)):
         raise failed(f"There is a tenant {name} already: see `ocp tenants show {name}`.")
-    if name in job.keys and not args.existing:
+    if name in job.keys and name not in job.tenants and not args.existing:
         raise failed(f"There is a key {name} already: `ocp tenants add {name} --existing` makes it "
                      "a tenant.")
     instance = named_instance(world, name, args.container or "", args.local or "")
@@ -3442,10 +3508,13 @@ def cmd_edit(run: Run) -> Exit:
         body["prompt"] = ""
     if not body:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp tenants edit --help`.")
+    known_tenant(job, name)
     if args.dry_run:
         return run.would(name, *body)
     answer = job.server.tenant(name, "PATCH", body)
-    run.say(f"{name}: {', '.join(body)} changed")
+    # The way to the instance is no field that anybody has named.
+    run.say(f"{name}: {', '.join(each for each in body if each != 'relay')} changed")
+    run.say("\n".join(level_notes([as_dict(answer)])))
     run.print_json(answer)
     return Exit.OK
 
@@ -3454,8 +3523,7 @@ def cmd_remove(run: Run) -> Exit:
     """Undo, revoke the key, and put the tenant's folder away."""
     world, args, name = run.world, run.args, _known(run)
     job = run.job()
-    if name not in job.tenants:
-        raise failed(f"There is no tenant {name}: see `ocp tenants`.")
+    known_tenant(job, name)
     folder = job.folder(name)
     away = "deletes its folder" if args.purge else "puts its folder away"
     key = "keeps its key" if args.keep_key else "revokes its key"
@@ -3515,6 +3583,7 @@ def cmd_env(run: Run) -> Exit:
     """Show the names of a tenant's variables, or change them."""
     args, name = run.args, _known(run)
     job, changes, left_out = run.job(), _env_changes(run), dict[str, str]()
+    known_tenant(job, name)
     if args.take_over:
         found = _found_env(run, job, name)
         changes, left_out = {**found.values, **changes}, found.left_out
@@ -3522,9 +3591,16 @@ def cmd_env(run: Run) -> Exit:
         run.say(f"  {each} is left out: {reason}")
     if args.dry_run:
         return run.would(name, *sorted(changes))
-    told = as_dict(job.server.tenant(name, "PATCH", changes, "/env") if changes
-                   else job.server.tenant(name))
-    names = told.get("names") if changes else told.get("env")
+    names = as_dict(job.tenants[name]).get("env")
+    if changes:
+        told = as_dict(job.server.tenant(name, "PATCH", changes, "/env"))
+        names = told.get("names")
+        done = (("set", told.get("changed")), ("removed", told.get("removed")))
+        run.say("; ".join(f"{word}: {', '.join(each)}" for word, each in done
+                          if isinstance(each, list) and each) or "Nothing was changed.")
+        run.say(f"{name} has:" if names else "")
+    elif args.take_over:
+        run.say("There is nothing to import.")
     names = names if isinstance(names, list) else []
     run.say("\n".join(f"  {clean(each)}" for each in names) or f"{name} has no variables.")
     run.print_json({"name": name, "names": names, "leftOut": left_out})
@@ -3536,7 +3612,12 @@ def _env_changes(run: Run) -> dict[str, str | None]:
     value as a whole, several one in a line. Raises Problem."""
     args = run.args
     changes: dict[str, str | None] = dict.fromkeys(args.unset)
+    if args.set and run.world.stdin.isatty():
+        run.world.note(f"Type {' and '.join(args.set)}, one in a line, then press Ctrl-D.")
     text = run.world.stdin.read(10_000_000) if args.set else ""
+    if args.set and not text:
+        raise Problem(Exit.USAGE, f"Nothing came on standard input: the value of {args.set[0]} is "
+                                  "read there, an empty line for an empty one.")
     values = [text[:-1] if text.endswith("\n") else text]
     values = text.splitlines() if len(args.set) > 1 else values
     if len(values) < len(args.set):
@@ -3669,8 +3750,7 @@ def cmd_clean(run: Run) -> Exit:
     """Move skills that came by a sync to backup/."""
     job, args, rows = run.job(), run.args, []
     for name in args.names or sorted(job.tenants):
-        if name not in job.tenants:
-            raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
+        known_tenant(job, name)
         gone, left, kept = clean_skills(job.folder(name), args.overwrite, args.dry_run)
         rows.append({"name": name, "cleaned": gone, "left": left, "backup": kept if gone else ""})
         to = f"{'to move' if args.dry_run else 'moved'} to {run.world.shown_path(kept)}"
@@ -3758,7 +3838,7 @@ class Command(NamedTuple):
 
 _SYNC = ("names", "skills", "dry-run", "overwrite")
 COMMANDS = (
-    Command("list", "list the tenants", cmd_list),
+    Command("list", "list the tenants, also without a command", cmd_list),
     Command("discover", "find OpenClaw containers and folders on this machine", cmd_discover),
     Command("setup", "make a tenant of each instance, or of those named", cmd_setup,
             ("names", "changes", "setup", "setup-skills")),
@@ -3804,7 +3884,8 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         _DRY_RUN, (("--yes", "-y"), {"action": "store_true", "help": "do not ask"})],
     "setup": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
-        (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which of its OpenClaw's"}),
+        (("--commands",), {"choices": COMMANDS_TO_RUN,
+                           "help": "which commands of its OpenClaw may run"}),
         (("--primary",), {"dest": "role", "action": "store_const", "const": "primary",
                           "help": "make this server the default model"}),
         (("--backup",), {"dest": "role", "action": "store_const", "const": "backup",
@@ -3843,7 +3924,8 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--secret-stdin",), {"action": "store_true", "help": "the key is in standard input"})],
     "edit": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
-        (("--commands",), {"choices": COMMANDS_TO_RUN, "help": "which of its OpenClaw's"}),
+        (("--commands",), {"choices": COMMANDS_TO_RUN,
+                           "help": "which commands of its OpenClaw may run"}),
         (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
         (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
     "login": [

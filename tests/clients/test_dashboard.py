@@ -208,6 +208,10 @@ def test_a_key_shows_the_state_of_its_own_login(chrome: browser.Browser, busy: B
             page.evaluate("load('keys')")
             page.sees("own login: logged in", "#keys")
             assert page.text("#keys").count("own login") == 1
+            busy.admin("PUT", "/api/keys/anna/tenant", {})
+            page.evaluate("load('health')")
+            page.sees("tenant, level api", "#keys")
+            assert page.text("#keys").count("tenant, level") == 1
     finally:
         busy.admin("DELETE", "/api/keys/anna")
 

@@ -25,6 +25,7 @@ PROFILE: Json = {
     "level": "api", "prompt": "", "clientTools": "keep", "skills": True, "relay": None,
     "commands": "read", "tools": ["Read", "Grep", "Bash"], "sandbox": True, "text": "all",
     "instance": None}
+LEVELS = ("api", "tools", "agent")
 BLOCKED = re.compile(
     r"PATH|HOME|SHELL|USER|LOGNAME|TMPDIR|IFS|ENV|BASH_ENV|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|"
     r"OPENAI|OPENCLAW|OCP|PROXY|DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL)_.*|"
@@ -56,6 +57,8 @@ class FakeServer:
         self.folder = folder
         self.mode = "multi"
         self.has_tenants = True
+        #: The highest level that works.
+        self.bound = "agent"
         #: By name: {"id", "name", "secret", "maxConcurrent"}.
         self.keys: dict[str, dict[str, Json]] = {}
         self.used_secrets: set[str] = set()
@@ -163,7 +166,7 @@ class FakeServer:
         told = self.tenants[name]
         return {
             "keyId": self.keys[name]["id"], "name": name, **told["profile"],
-            "levelInForce": told["profile"]["level"],
+            "levelInForce": min(told["profile"]["level"], self.bound, key=LEVELS.index),
             "folder": str(self.folder / "tenants" / told["folder"]),
             "login": None, "env": sorted(told["env"]),
             "skills": {"count": 0, "skipped": 0}, "maxConcurrent": 1, "running": 0, "waiting": 0,
@@ -191,7 +194,7 @@ class FakeServer:
         for field, value in body.items():
             if field not in PROFILE:
                 raise Refused(400, "unknown_field", f"{field} is no field")
-            if field == "level" and value not in ("api", "tools", "agent"):
+            if field == "level" and value not in LEVELS:
                 raise Refused(400, "invalid_value", "level: one of api, tools, agent")
         return dict(body)
 

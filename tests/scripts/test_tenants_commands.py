@@ -157,6 +157,19 @@ def test_add_with_apply_writes_the_instance_and_prints_no_key(lab: Lab) -> None:
     assert lab.server.keys["carol"]["secret"] not in ran.stdout + ran.stderr
 
 
+def test_a_tenant_gets_an_instance_of_another_name(lab: Lab) -> None:
+    local = lab.local(".openclaw-x")
+    lab.run("add", "carol")
+
+    said = lab.run("apply", "carol", "--yes").stderr
+
+    assert "ocp tenants add carol --apply --container NAME, or --local DIR" in said
+    ran = lab.run("add", "carol", "--apply", "--local", "~/.openclaw-x", "--yes")
+    assert ran.code == 0 and "claude-local" in local.read_text()
+    assert lab.run("check").stdout == "  carol  as it should be\n"
+    assert len(lab.server.keys) == 1
+
+
 def test_add_refuses_what_is_there(lab: Lab) -> None:
     lab.server.keys["bob"] = {"id": 1, "name": "bob", "secret": "s" * 40}
     lab.run("add", "alice")
@@ -190,8 +203,29 @@ def test_edit_changes_fields_and_takes_the_prompt_from_a_file(lab: Lab, tmp_path
     lab.run("edit", "alice", "--no-prompt")
     assert lab.server.tenants["alice"]["profile"]["prompt"] == ""
     assert lab.run("edit", "alice").code == 2
-    assert lab.run("edit", "nobody", "--level", "api").code == 1
     assert lab.run("edit", "alice", "--level", "admin").code == 2
+
+
+def test_a_level_above_the_servers_is_named_with_what_to_do(lab: Lab) -> None:
+    lab.server.bound = "api"
+    container(lab)
+
+    said = [lab.run("setup", "--yes", "--level", "tools"),
+            lab.run("edit", "alice", "--level", "agent"), lab.run("show", "alice"), lab.run("list")]
+
+    assert "OCP_TENANT_LEVEL=tools" in said[0].stdout
+    assert "alice: level changed\n" in said[1].stdout
+    assert "OCP_TENANT_LEVEL=agent" in said[1].stdout
+    assert all("api (set: agent)" in ran.stdout for ran in said[2:])
+
+
+def test_commands_for_a_tenant_that_is_none_say_so(lab: Lab) -> None:
+    lab.server.keys["laptop"] = {"id": 1, "name": "laptop", "secret": "s" * 40}
+
+    for words in (["edit", "laptop", "--level", "api"], ["env", "laptop"], ["show", "laptop"],
+                  ["remove", "laptop", "--yes"], ["skills", "diff", "laptop"]):
+        ran = lab.run(*words)
+        assert ran.code == 1 and "There is no tenant 'laptop': see `ocp tenants`" in ran.stderr
 
 
 def test_show_tells_everything_but_secrets(lab: Lab) -> None:
@@ -201,8 +235,9 @@ def test_show_tells_everything_but_secrets(lab: Lab) -> None:
 
     ran = lab.run("show", "alice")
 
-    assert "level: api" in ran.stdout and "where: alice-openclaw-gateway-1" in ran.stdout
-    assert '"A"' in ran.stdout and "value-of-a" not in ran.stdout
+    shown = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines()[1:])
+    assert (shown["level"], shown["instance"]) == ("api", "alice-openclaw-gateway-1")
+    assert shown["variables"] == "A" and "value-of-a" not in ran.stdout
     assert lab.json("show", "alice")["place"]["kind"] == "container"
 
 
@@ -311,10 +346,13 @@ def test_values_of_variables_come_from_standard_input_and_are_never_shown(lab: L
     assert env_of(lab) == {"A": "first\nsecond", "B": "bbb", "C": "ccc"}
     assert said[2].stdout == "  A\n  B\n  C\n"
     assert not [ran for ran in said if "bbb" in ran.stdout or "second" in ran.stdout]
-    lab.run("env", "alice", "--unset", "A")
+    assert said[1].stdout.startswith("set: B, C\n")
+    assert "removed: A\n" in lab.run("env", "alice", "--unset", "A").stdout
     assert env_of(lab).keys() == {"B", "C"}
     assert lab.run("env", "alice", "--set", "D", "--set", "E", stdin="one").code == 2
     assert lab.run("env", "alice", "--set", "PATH", stdin="x").code == 1
+    ran = lab.run("env", "alice", "--set", "B")
+    assert ran.code == 2 and "the value of B" in ran.stderr and env_of(lab)["B"] == "bbb"
 
 
 CONFIG = """{

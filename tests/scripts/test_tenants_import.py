@@ -82,7 +82,7 @@ def test_tenants_keep_their_keys_which_work_at_once(lab: Lab) -> None:
     assert lab.server.tenants["dc"]["profile"]["instance"]["where"] == (
         "openclaw-openclaw-gateway-1")
     assert len(lab.server.keys["amanda-s-bot"]["secret"]) == 36
-    for line in ("the variable PATH is left out", "its key has not 32 to 128 letters",
+    for line in ("the variable PATH is left out", "its key is not 32 to 128 letters",
                  "colour is not known",
                  "ocp settings maxConcurrent 3", "ocp settings timeout 3600000",
                  "ocp settings sessionTTL 7200000", "A model that is not known is an error"):

@@ -243,6 +243,15 @@ def test_a_dry_run_shows_of_a_list_of_models_their_names_only(lab: Lab) -> None:
     assert shown.count("models") == 2
 
 
+def test_a_dry_run_shows_the_beginning_of_a_long_line(lab: Lab) -> None:
+    lab.local(text='{"agents": {}}\n')
+
+    shown = lab.run("setup", "--dry-run").stdout
+
+    assert '+{"agents": ' in shown and "characters)" in shown
+    assert max(map(len, shown.splitlines())) < 200
+
+
 def test_a_dry_run_after_a_change_in_the_container_changes_nothing_either(lab: Lab) -> None:
     root = container(lab)
     lab.run("setup", "--yes")
@@ -287,7 +296,7 @@ def test_of_three_instances_a_broken_one_stops_no_other(lab: Lab) -> None:
     assert (broken / CONFIG_FILE).read_text() == "{ broken"
     (broken / CONFIG_FILE).write_text("{}")
     ran = lab.run("setup", "--yes")
-    assert ran.code == 0 and "1 tenant set up, 2 were before." in ran.stdout
+    assert ran.code == 0 and "1 tenant set up, 2 were set up before." in ran.stdout
 
 
 def test_instances_in_doubt_are_left_alone(lab: Lab) -> None:

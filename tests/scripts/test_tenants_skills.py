@@ -337,6 +337,17 @@ def test_a_dry_run_tells_the_same_and_changes_nothing(lab: Lab) -> None:
     assert lab.everything() == before
 
 
+def test_a_folder_without_a_skill_md_is_named_and_not_replaced(lab: Lab) -> None:
+    root = alice(lab)
+    skill(root / SKILLS / "loose")
+    (own(lab) / "loose").mkdir(parents=True)
+    (own(lab) / "loose/README.md").write_text("mine")
+
+    for action in ("list", "pull"):
+        assert "left out here: loose (no SKILL.md)" in lab.run("skills", action).stdout
+    assert [each.name for each in (own(lab) / "loose").iterdir()] == ["README.md"]
+
+
 def test_a_skill_that_could_not_be_kept_whole_is_not_replaced(lab: Lab) -> None:
     root = alice(lab)
     skill(root / SKILLS / "one")
