@@ -25223,33 +25223,46 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-#: Runs a file as a module: its path and the arguments follow.
-_RUN_AS_MODULE = """
-import sys
-del sys.argv[0]
-sys.path[0] = sys.argv[0].rpartition("/")[0]
-import importlib.util, os
-spec = importlib.util.spec_from_file_location("ocp_server", sys.argv[0])
-sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-sys.exit(module.main(sys.argv[1:], os.environ))
-"""
+#: Runs a file as a module: the first entry of sys.path, the path of the file and the arguments
+#: follow. Until that entry stands there, Python would look for modules in the current folder. In
+#: one line, because lists of processes show it.
+_RUN_AS_MODULE = (
+    "import sys; sys.path[0] = sys.argv[1]; del sys.argv[:2]; import importlib.util, os; "
+    "spec = importlib.util.spec_from_file_location('ocp_server', sys.argv[0]); "
+    "sys.modules[spec.name] = module = importlib.util.module_from_spec(spec); "
+    "spec.loader.exec_module(module); sys.exit(module.main(sys.argv[1:], os.environ))"
+)
+#: Options of Python that may stand before a script, with a zero byte behind each word.
+_PYTHON_OPTIONS = re.compile(r"(-[bBdEiIOPqRsSuv]+\0|-[bBdEiIOPqRsSuv]*[WX]\0?[^\0]+\0)*")
+
+
+def python_options(command: list[str], arguments: list[str]) -> list[str] | None:
+    """Return the options in a command that starts a script with Python, of which `arguments` are
+    sys.argv; None if another program lies between, such as a debugger."""
+    count = len(command) - len(arguments)
+    options = command[1:count]
+    is_plain = _PYTHON_OPTIONS.fullmatch("".join(f"{each}\0" for each in options)) is not None
+    return options if is_plain and command[count:] == arguments else None
 
 
 def restart_as_module(arguments: list[str]) -> None:
-    """Start again as a module, in this process, if this file runs as a script.
+    """Start again as a module, in this process, if Python runs this file as a script.
 
     Python holds what it needed to compile a script until the end: more than 40 MB. A module is
     read from its bytecode, or compiled and then freed. Returns if this is no script, or the
     interpreter cannot be started."""
     is_script = __name__ == "__main__" and __spec__ is None and __file__.endswith(".py")
-    if not is_script or not sys.executable:
+    if hasattr(sys, "orig_argv"):
+        options = python_options(sys.orig_argv, sys.argv)
+    else:
+        # Python 3.9 does not keep its command line.
+        options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if not is_script or options is None or not sys.executable:
         return
-    given = getattr(sys, "orig_argv", sys.argv)  # Python 3.9 has no orig_argv.
-    options = given[1:given.index(sys.argv[0])] if sys.argv[0] in given[1:] else []
-    command = [sys.executable, *options, "-c", _RUN_AS_MODULE, os.path.abspath(__file__)]
+    paths = (sys.path[0], os.path.abspath(__file__))
     with contextlib.suppress(OSError):
-        os.execv(command[0], [*command, *arguments])
+        os.execv(sys.executable, [sys.executable, *options, "-c", _RUN_AS_MODULE, *paths,
+                                  *arguments])
 
 
 def raise_descriptor_limit(config: Config) -> None:
