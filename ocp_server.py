@@ -17813,7 +17813,7 @@ def deliver(url: str, form: str, alert: Json) -> Delivery:
 # -- what is told -----------------------------------------------------------------------------
 
 
-class News(NamedTuple):
+class AlertContent(NamedTuple):
     """What an alert tells."""
 
     event: str
@@ -17826,40 +17826,42 @@ class News(NamedTuple):
     until_s: float = 0.0
 
 
-LOGIN_GONE = News(
+LOGIN_GONE = AlertContent(
     "login_lost", "login", "claude is not logged in",
     f"The API has refused claude's login, and requests fail. {LOGIN_ADVICE}",
     until_s=math.inf,
 )
-LOGIN_BACK = News(
+LOGIN_BACK = AlertContent(
     "login_back", "login back", "claude is logged in again", "Requests are answered again."
 )
-CLAUDE_GONE = News(
+CLAUDE_GONE = AlertContent(
     "claude_missing", "claude", "claude cannot be started",
     "The claude program is missing, too old or broken on the server, and requests fail. `ocp "
     "doctor` there says what to do.", until_s=math.inf,
 )
-CLAUDE_BACK = News(
+CLAUDE_BACK = AlertContent(
     "claude_back", "claude back", "claude can be started again", "Requests are answered again."
 )
 
 
-def key_login_news(login_id: str, names: Sequence[str]) -> tuple[News, News]:
+def key_login_alerts(login_id: str, names: Sequence[str]) -> tuple[AlertContent, AlertContent]:
     """Return what there is to tell when the API refuses the login of these keys, and when it takes
     it again."""
     keys, details = f"the keys {', '.join(names)}", {"login": login_id, "keys": list(names)}
     keys = keys if len(names) > 1 else f"the key {names[0]}"
-    return News(
+    return AlertContent(
         "key_login_lost", f"login {login_id}", f"the Claude login of {keys} was refused",
         f"The API has refused the Claude login of {keys}, and their requests fail. Renew it on the "
         f"server: `ocp keys login {shlex.quote(names[0])}`.", details, until_s=math.inf,
-    ), News(
+    ), AlertContent(
         "key_login_back", f"login back {login_id}", f"the Claude login of {keys} works again",
         "Requests are answered again.", details,
     )
 
 
-_TEST = News("test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do.")
+_TEST = AlertContent(
+    "test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do."
+)
 
 #: The used percentages of a plan's window that are told, the highest first. One that is used less
 #: than the last number was reset, whatever was reported before.
@@ -17880,7 +17882,7 @@ def _reset_words(resets_at_s: float | None, now_s: float) -> str:
     return f"That resets in {format_span(resets_at_s - now_s)} ({at})."
 
 
-def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
+def plan_window_alert(name: str, window: PlanWindow, now_s: float) -> AlertContent | None:
     """Return what there is to tell of a window of the plan."""
     percent = int(round((window.utilization or 0) * 100, 2))
     level = next((each for each in _WINDOW_LEVELS if percent >= each), None)
@@ -17889,7 +17891,7 @@ def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
     resets_s, words = window.resets_at_s, _window_words(name)
     more = "Once it is used up, requests are refused or billed as extra usage. " if (
         level == _WINDOW_LEVELS[0]) else ""
-    return News(
+    return AlertContent(
         "plan_window", f"plan {name}", f"{percent} % of the plan's {words} is used",
         f"{percent} % of the plan's {words} is used. {more}{_reset_words(resets_s, now_s)} `ocp "
         "usage` shows the plan.",
@@ -17900,12 +17902,14 @@ def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
     )
 
 
-def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float) -> News:
+def extra_usage_alert(
+    name: str, window: BilledWindow, is_stopped: bool, now_s: float
+) -> AlertContent:
     """Return what there is to tell of a used-up window while answers are billed."""
     words, reset = _window_words(name), _reset_words(window.resets_at_s, now_s)
     does = "new requests are refused until it resets" if is_stopped else "they go on"
     do = ALLOW_EXTRA_USAGE if is_stopped else "To refuse them: `ocp settings extraUsage stop`."
-    return News(
+    return AlertContent(
         "extra_usage", f"extra {name}", "answers are billed as extra usage",
         f"The plan's {words} is used up, and answers are billed as extra usage: {does}. {reset} "
         f"{do}",
@@ -17914,7 +17918,7 @@ def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float)
     )
 
 
-def level_news(found: QuotaLevel, now_s: float) -> News:
+def quota_level_alert(found: QuotaLevel, now_s: float) -> AlertContent:
     """Return what there is to tell of a key's usage that has passed a level."""
     quota = next(each for each in QUOTAS if each.name == found.quota)
     unit, name = _UNITS[quota.unit].words, found.key_name or f"number {found.key_id}"
@@ -17925,7 +17929,7 @@ def level_news(found: QuotaLevel, now_s: float) -> News:
         "limit", "Its requests are refused until then. ")
     if more and found.used < found.limit:
         reached, more = "limit for a request", "A request that may use more was refused. "
-    return News(
+    return AlertContent(
         "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
         f"the key {name} has reached its {reached} ({quota.period} {unit}{model})",
         f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
@@ -17998,28 +18002,28 @@ class Alerts:
         """Tell what has happened to the plan, the login and the program; None = not known."""
         now_s = self._clock()
         for name, window in account.windows().items():
-            news = window_news(name, window, now_s)
-            if news is not None:
-                self.tell(news)
+            content = plan_window_alert(name, window, now_s)
+            if content is not None:
+                self.tell(content)
             elif window.utilization is not None and window.utilization < _WINDOW_LEFT:
                 self._forget(f"plan {name}")
         is_stopped = self._settings.config.extra_usage == "stop"
         for name, billed in account.billed_windows().items():
-            self.tell(billed_news(name, billed, is_stopped, now_s))
+            self.tell(extra_usage_alert(name, billed, is_stopped, now_s))
         while self._levels:
-            self.tell(level_news(self._levels.popleft(), now_s))
+            self.tell(quota_level_alert(self._levels.popleft(), now_s))
         self._follow_login(account, LOGIN_GONE, LOGIN_BACK)
         self._follow(is_claude_gone, CLAUDE_GONE, CLAUDE_BACK)
 
     def watch_login(self, login_id: str, names: Sequence[str], account: Account) -> None:
         """Tell what has happened to the login of these keys."""
-        self._follow_login(account, *key_login_news(login_id, names))
+        self._follow_login(account, *key_login_alerts(login_id, names))
 
-    def tell(self, news: News) -> None:
+    def tell(self, content: AlertContent) -> None:
         """Raise an alert, unless this was told already or no webhook is set."""
-        if not self._settings.config.alert_url or self._told(news.subject, news.level):
+        if not self._settings.config.alert_url or self._told(content.subject, content.level):
             return
-        alert = self._draft(news)
+        alert = self._draft(content)
         with self._lock:
             is_full = sum(each.state == "waiting" for each in self._alerts) >= _MAX_WAITING_ALERTS
         if is_full:
@@ -18027,11 +18031,11 @@ class Alerts:
         self._write(self._add(alert))
         self._log.event("info", "alert_raised", kind=alert.event, title=alert.title)
 
-    def _follow_login(self, account: Account, lost: News, back: News) -> None:
+    def _follow_login(self, account: Account, lost: AlertContent, back: AlertContent) -> None:
         accepted = account.login_report()["ok"]
         self._follow(None if accepted is None else not accepted, lost, back)
 
-    def _follow(self, is_bad: bool | None, bad: News, good: News) -> None:
+    def _follow(self, is_bad: bool | None, bad: AlertContent, good: AlertContent) -> None:
         """Tell that a state has begun, or that it is over if its begin was told."""
         if is_bad:
             self.tell(bad)
@@ -18054,10 +18058,10 @@ class Alerts:
             self._change(alert.id, until_s=self._clock())
         return bool(told)
 
-    def _draft(self, news: News) -> Alert:
+    def _draft(self, content: AlertContent) -> Alert:
         return Alert(
-            0, self._clock(), news.event, news.subject, news.level, news.until_s, news.title,
-            news.text, json.dumps(dict(news.details)), due_s=self._clock(),
+            0, self._clock(), content.event, content.subject, content.level, content.until_s,
+            content.title, content.text, json.dumps(dict(content.details)), due_s=self._clock(),
         )
 
     def _add(self, alert: Alert) -> Alert:
@@ -18830,7 +18834,7 @@ def original_tables(connection: sqlite3.Connection) -> list[str]:
     return [name for name in _ORIGINAL_TABLES if name in names]
 
 
-def _is_to_be_taken_over(connection: sqlite3.Connection) -> bool:
+def _needs_import(connection: sqlite3.Connection) -> bool:
     """Return whether there are tables of the original that were not taken over."""
     if not {"api_keys", "usage_log"} & set(original_tables(connection)):
         return False
@@ -18848,7 +18852,7 @@ def copy_original(path: str) -> None:
     with contextlib.closing(sqlite3.connect(address, uri=True)) as source:
         version = source.execute("PRAGMA user_version").fetchone()[0]
         # An interrupted start has made the copy, and then begun to change the database.
-        if not _is_to_be_taken_over(source) or (version and os.path.exists(copy)):
+        if not _needs_import(source) or (version and os.path.exists(copy)):
             return
         _remove_draft(draft)
         try:
@@ -18879,8 +18883,8 @@ def _is_key_name(name: str) -> bool:
         return False
 
 
-class Takeover:
-    """Takes over the rows of the original, within a transaction."""
+class OriginalImport:
+    """The import of the rows of the original, within a transaction."""
 
     def __init__(self, connection: sqlite3.Connection, now_s: int) -> None:
         self._connection = connection
@@ -19026,32 +19030,32 @@ class Takeover:
         )
 
 
-def take_over(store: Store, now_s: float) -> Json:
+def import_original(store: Store, now_s: float) -> Json:
     """Take over keys and usage from the tables of the original, in one transaction. Return what was
     taken; {} if there is nothing to take or it was taken already. Raises sqlite3.Error."""
     try:
-        return _taken_over(store, int(now_s), Takeover.take_usage)
+        return _import_once(store, int(now_s), OriginalImport.take_usage)
     except sqlite3.DatabaseError as problem:
         # It itself, and none of its subclasses, says that the file is damaged. Keys come first.
         if type(problem) is not sqlite3.DatabaseError:
             raise
-    return _taken_over(store, int(now_s), Takeover.leave_usage)
+    return _import_once(store, int(now_s), OriginalImport.leave_usage)
 
 
-def _taken_over(store: Store, now_s: int, usage: Callable[[Takeover], None]) -> Json:
+def _import_once(store: Store, now_s: int, usage: Callable[[OriginalImport], None]) -> Json:
     with store.transaction() as connection:
-        if not _is_to_be_taken_over(connection):
+        if not _needs_import(connection):
             return {}
-        takeover = Takeover(connection, now_s)
-        takeover.take_keys()
-        usage(takeover)
-        report = takeover.report()
+        rows = OriginalImport(connection, now_s)
+        rows.take_keys()
+        usage(rows)
+        report = rows.report()
         values = (1, now_s, json.dumps(report))
         connection.execute("INSERT INTO original VALUES (?, ?, ?)", values)
     return report
 
 
-def takeover_words(report: Json) -> str:
+def import_words(report: Json) -> str:
     """Return what was taken over in words, for people."""
     renamed = ", ".join(f"{there!r} to {here!r}" for there, here in report["renamed"])
     left_out = ", ".join(f"{count} {what}" for what, count in report["leftOut"].items())
@@ -19063,12 +19067,12 @@ def takeover_words(report: Json) -> str:
 
 
 def open_with_original(path: str) -> tuple[Store, Json]:
-    """Open the database; return what was taken over too, see `take_over`. Raises OSError,
+    """Open the database; return what was taken over too, see `import_original`. Raises OSError,
     sqlite3.Error."""
     copy_original(path)
     store = Store(path)
     try:
-        return store, take_over(store, time.time())
+        return store, import_original(store, time.time())
     except BaseException:
         store.close()
         raise
@@ -19084,7 +19088,7 @@ def forget_original(home: str) -> list[str]:
         address = f"file:{urllib.parse.quote(path)}?mode=rw"
         connection = sqlite3.connect(address, uri=True, isolation_level=None)
         with contextlib.closing(connection):
-            if _is_to_be_taken_over(connection):
+            if _needs_import(connection):
                 raise ValueError("the original's keys were not taken over: start the server once")
             gone = original_tables(connection)
             for table in gone:
@@ -19251,7 +19255,7 @@ class StateFolder:
                 # none of its subclasses says that the file is damaged.
                 if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
-                    self.taken_over = take_over(store, time.time())
+                    self.taken_over = import_original(store, time.time())
             self._log_unusable(problem)
             return store
 
@@ -19263,7 +19267,7 @@ class StateFolder:
     def _log_original(self) -> None:
         """Log what was taken over from the original, and that its keys are still there."""
         if self.taken_over:
-            self._log.audit("original_taken_over", what=takeover_words(self.taken_over))
+            self._log.audit("original_taken_over", what=import_words(self.taken_over))
         if self.has_original:
             self._log.event("warn", "original_keys_in_plain_text", help=FORGET_ORIGINAL)
 
@@ -25193,7 +25197,7 @@ def _banner(server: Server) -> str:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
     if app.state_folder.taken_over:
-        lines.append(f"TAKEN OVER: {takeover_words(app.state_folder.taken_over)}")
+        lines.append(f"TAKEN OVER: {import_words(app.state_folder.taken_over)}")
     if app.state_folder.has_original:
         lines.append(f"ATTENTION: {FORGET_ORIGINAL}")
     advice = app.state_folder.status[1]
