@@ -4491,7 +4491,7 @@ BLOCKED_ENV = re.compile(
     r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
     r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
     r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
-    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
+    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|(OPEN)?SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
     re.IGNORECASE,
 )
 
@@ -4517,6 +4517,11 @@ class Tenant(NamedTuple):
             return ""
         shaping = {name: each for name, each in self.profile.items() if name != "instance"}
         return digest([canonical_json(shaping), canonical_json(dict(self.env))])[:12]
+
+    @property
+    def allowed_env(self) -> dict[str, str]:
+        """Return its variables without those that no tenant may have: an earlier OCP took more."""
+        return {n: value for n, value in self.env.items() if not BLOCKED_ENV.fullmatch(n)}
 
     def level_in_force(self, config: Config) -> str:
         """Return its level, or the server's if that is lower: no admin key raises that one."""
@@ -13850,6 +13855,7 @@ _MAX_DESCRIPTION = 300
 _MAX_FRONT_MATTER_BYTES = 65_536
 _MAX_SKILL_FILE_CHARS = 100_000
 _MAX_SKILL_FILES = 200
+_MAX_SKILL_FOLDERS = 100
 _MAX_SKILL_DEPTH = 6
 _CATALOGUE_HEAD = (
     f"There are these skills: instructions for some kinds of tasks. Where one fits a task, read it "
@@ -14002,7 +14008,7 @@ def skill_file(path: str, skill: str, name: str) -> str | None:
         # A character has four bytes at most.
         data = _read_regular(path, [_SKILLS, skill, *parts], 4 * _MAX_SKILL_FILE_CHARS + 1)
         text = data.decode("utf-8")
-        files = _files_below(path, [_SKILLS, skill]) if name == SKILL_MAIN else []
+        files = _files_below(path, skill) if name == SKILL_MAIN else []
     except (OSError, ValueError):
         return None
     if len(text) > _MAX_SKILL_FILE_CHARS or "\0" in text:
@@ -14011,21 +14017,26 @@ def skill_file(path: str, skill: str, name: str) -> str | None:
     return f"{text}\n\nFiles of this skill:\n{listed}" if listed else text
 
 
-def _files_below(path: str, parts: list[str], above: str = "") -> list[str]:
-    """Return the paths of the files of a skill, up to a limit. Raise OSError, ValueError."""
+def _files_below(path: str, skill: str) -> list[str]:
+    """Return the paths of the files of a skill, up to a limit. Folders that cannot be read, or have
+    become links, are left out. Raise ValueError."""
     files: list[str] = []
-    folders: list[str] = []
-    with _opened(path, parts, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as entries:
-        for entry in itertools.islice(entries, _MAX_SKILL_FILES):
-            if not entry.name.isprintable():
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            elif entry.is_file(follow_symlinks=False):
-                files.append(above + entry.name)
-    for name in sorted(folders) if above.count("/") < _MAX_SKILL_DEPTH - 1 else ():
-        if len(files) < _MAX_SKILL_FILES:
-            files += _files_below(path, [*parts, name], f"{above}{name}/")
+    folders: collections.deque[list[str]] = collections.deque([[]])
+    for _ in range(_MAX_SKILL_FOLDERS):
+        if not folders or len(files) >= _MAX_SKILL_FILES:
+            break
+        names = folders.popleft()
+        parts = [_SKILLS, skill, *names]
+        with contextlib.suppress(OSError):
+            with _opened(path, parts, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as found:
+                for entry in itertools.islice(found, _MAX_SKILL_FILES):
+                    below = [*names, entry.name]
+                    if not entry.name.isprintable() or len(below) > _MAX_SKILL_DEPTH:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(below)
+                    elif entry.is_file(follow_symlinks=False):
+                        files.append("/".join(below))
     return sorted(files)[:_MAX_SKILL_FILES]
 
 
@@ -14228,7 +14239,7 @@ def relay_plan(
     if not folder or any(names_outside(word, folder) for word in words):
         raise OwnToolFailed("There is no such OpenClaw, or a word names a file outside its folder.")
     return RelayPlan(
-        [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
+        [["openclaw", *words]], {**tenant.allowed_env, **env, "OPENCLAW_STATE_DIR": folder}
     )
 
 
@@ -14349,7 +14360,7 @@ class OwnRun(Beside):
         self._running: RunningCommand | None = None
         #: The reader of the attempt that is under way.
         self.reader = TurnReader()
-        #: Whether a command has run, which must not happen twice.
+        #: Whether a command has run. The request is not repeated then: it would run twice.
         self.has_acted = False
 
     def advance(
@@ -14436,7 +14447,8 @@ class OwnRun(Beside):
             return None
         self._log(OPENCLAW_CLI, " ".join(row.words[:2]), code, began_s)
         if code is None:
-            return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s and was ended.]"
+            # What docker has started in a container outlives docker.
+            return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s. It may still be running.]"
         return f"{text}\n[exit code {code}]" if code else text
 
     def _log(self, tool: str, words: str | None, code: int | None, began_s: float) -> None:
@@ -14506,6 +14518,8 @@ class OwnTools:
             # What tools find is not the same a moment later.
             bypass_cache=True,
         )
+
+
 # ==== 33. Agents of tenants ==================================================
 # What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
 # tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
@@ -14679,10 +14693,9 @@ class Agents:
         """Return the agent of a tenant; None below level `agent`."""
         if tenant.level_in_force(config) != "agent":
             return None
-        kept = {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
         return Agent(
             os.path.join(self._home, "tenants", tenant.folder), tuple(tenant.profile["tools"]),
-            bool(tenant.profile["sandbox"]), tuple(sorted(kept.items())),
+            bool(tenant.profile["sandbox"]), tuple(sorted(tenant.allowed_env.items())),
         )
 
     def obstacle(self, tenant: Tenant, login: Login, config: Config) -> str:
@@ -15657,16 +15670,18 @@ class Gate:
 
     def _has_room(self, slot: Slot) -> bool:
         """Return whether the slot's caller may have one more answer at a time. One key never gets
-        the last place, so that another key's request need not wait for the end of a long answer."""
-        running = self._running[slot.scope] - self._lent[slot.scope]
-        if slot.has_key and running and running >= self._config.max_concurrent - 1:
+        the last place, so that another key's request need not wait for the end of a long answer.
+        Of its lent slots one is not counted: with more it could have far more than its limit."""
+        running = self._running[slot.scope]
+        counted = running - min(1, self._lent[slot.scope])
+        if slot.has_key and counted and running >= self._config.max_concurrent - 1:
             return False
-        return not slot.maximum or running < slot.maximum
+        return not slot.maximum or counted < slot.maximum
 
     def lend(self, slot: Slot, count: int) -> None:
         """Count a running slot out of its caller's limit while an own tool works for it, so that
         the tool can ask this server with the same key; count it in again with -1. It stays one of
-        the server's running requests."""
+        the server's running requests. See `_has_room` for several of one caller."""
         with self._lock:
             self._lent[slot.scope] += count
             if not self._lent[slot.scope]:
@@ -19836,8 +19851,9 @@ class CallWatch:
         self._held = []
         self._is_released = False
 
-    def events(self, event: Event) -> list[Event]:
-        """Return the events for the client; none if `event` ends an answer that is dropped."""
+    def events(self, event: Event, *, may_repeat: bool = True) -> list[Event]:
+        """Return the events for the client; none if `event` ends an answer that is dropped, which
+        happens only if the request may be repeated."""
         if isinstance(event, Restarted):
             was_released = self._is_released
             self.begin()
@@ -19847,7 +19863,8 @@ class CallWatch:
         self._held.append(event)
         if isinstance(event, Finished):
             # A limit or a refusal would be met again.
-            if self._dropped is None and event.stop_reason in ("end_turn", "tool_use"):
+            is_first = self._dropped is None and may_repeat
+            if is_first and event.stop_reason in ("end_turn", "tool_use"):
                 self._dropped = event.usage
                 return []
             self.is_missing = self._had_room(event)
@@ -20187,6 +20204,8 @@ class TurnRunner:
                 if not (attempts and may_retry) or own.has_acted:
                     raise
             except BadRequest as error:
+                if own.has_acted:
+                    raise
                 self._adapt(error)
                 attempts = [source.rebuilt, source.rebuilt]
             except NotPinned as problem:
@@ -20250,7 +20269,7 @@ class TurnRunner:
                 continue
             if told is not None:
                 told.add(heard)
-            for event in self._released(bounds.events(heard)):
+            for event in self._released(bounds.events(heard), may_repeat=not own.has_acted):
                 if isinstance(event, Finished):
                     usage = record.usage if bounds.ended else event.usage
                     if self._watch is not None:
@@ -20265,12 +20284,14 @@ class TurnRunner:
             if bounds.ended:
                 return
 
-    def _released(self, events: list[Event]) -> list[Event]:
+    def _released(self, events: list[Event], *, may_repeat: bool) -> list[Event]:
         """Return the events that need not wait for a call, and tell the client if it is missing."""
         watch = self._watch
         if watch is None:
             return events
-        released = [each for event in events for each in watch.events(event)]
+        released = [
+            each for event in events for each in watch.events(event, may_repeat=may_repeat)
+        ]
         if watch.is_missing:
             self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
         return released

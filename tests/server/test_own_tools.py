@@ -466,6 +466,6 @@ def test_a_command_that_takes_too_long_is_ended(relay: RelayProgram) -> None:
     assert run._running is None and gate._lent == {}
     assert not is_running(relay.calls[0]["pid"])
     assert server._results["call"]["content"][0]["text"] == (
-        "begun\n[It took more than 120 s and was ended.]")
+        "begun\n[It took more than 120 s. It may still be running.]")
     assert [each.get("exit") for each in events] == [None]
     watchdog.close()
