@@ -13230,16 +13230,19 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     }
 
 
+#: What allows the client's tools, and those of this server.
+_ALLOWED_SERVERS = (f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}")
+
+
 def _tool_arguments(config: Config) -> list[str]:
     """Return the arguments that select claude's tools: none of its own, or in agent mode those that
     the operator allows."""
-    servers = [f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}"]
     if not config.is_agent:
-        return ["--tools", "", "--strict-mcp-config", "--allowedTools", *servers]
+        return ["--tools", "", "--strict-mcp-config", "--allowedTools", *_ALLOWED_SERVERS]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
     if config.allowed_tools != "default":
         allowed = split_list(config.allowed_tools)
-    arguments = ["--strict-mcp-config", "--allowedTools", *servers, *allowed]
+    arguments = ["--strict-mcp-config", "--allowedTools", *_ALLOWED_SERVERS, *allowed]
     if config.skip_permissions:
         arguments.append("--dangerously-skip-permissions")
     else:
@@ -14582,7 +14585,7 @@ class Agent(NamedTuple):
     @property
     def skills(self) -> str:
         """Return the path of the folder of its skills."""
-        return os.path.join(self.path, "skills")
+        return os.path.join(self.path, _SKILLS)
 
     @property
     def prompt(self) -> str:
@@ -14630,8 +14633,7 @@ def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
         rules = tuple(dict.fromkeys(filter(None, found)))
         settings = to_json(sandbox_settings(agent, private)).decode()
         arguments += ["--add-dir", agent.skills, "--settings", settings]
-    servers = (f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}")
-    return [*arguments, "--allowedTools", *servers, *rules]
+    return [*arguments, "--allowedTools", *_ALLOWED_SERVERS, *rules]
 
 
 class Launch(NamedTuple):
@@ -14749,7 +14751,7 @@ class Agents:
         """Make the folders of an agent, and one for this process alone, which is the only other
         place where its commands can write. Raise StorageFailed."""
         folders = os.path.dirname(agent.path), os.path.basename(agent.path)
-        make_folders(*folders, "skills")
+        make_folders(*folders, _SKILLS)
         make_folders(*folders, "work")
         env = {**dict(agent.env), "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1", **_RESTRICTED}
         if not agent.is_confined:
@@ -15221,8 +15223,6 @@ class ClaudeProcess:
         self._turn_is_over = True
         #: Whether the last turn was sent to its end: with the question, not the history alone.
         self.has_asked = False
-        #: What goes on beside the turn that runs.
-        self._beside = NOTHING_BESIDE
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -15258,8 +15258,7 @@ class ClaudeProcess:
         self._last_event_s = self._clock()
         events: list[Event] = []
         # A kept exception also keeps alive what its traceback refers to.
-        self._beside = beside
-        with contextlib.closing(beside), contextlib.closing(self._lines(limits)) as lines:
+        with contextlib.closing(beside), contextlib.closing(self._lines(limits, beside)) as lines:
             yield from self._send_turn(turn_input, lines)
             for line in lines:
                 if not isinstance(line, dict):
@@ -15375,7 +15374,9 @@ class ClaudeProcess:
         self._pipes.send(data)
         self._liveness.record_sent(data)
 
-    def _lines(self, limits: WaitLimits) -> Generator[Json | Tick | Pause, None, None]:
+    def _lines(
+        self, limits: WaitLimits, beside: Beside = NOTHING_BESIDE
+    ) -> Generator[Json | Tick | Pause, None, None]:
         """Yield each line of claude, a Pause before each wait, and a Tick whenever the client has
         had no event for `tick_s`. Raise UpstreamFailed when claude hangs or exits."""
         if limits.client.gone():
@@ -15396,22 +15397,24 @@ class ClaudeProcess:
                 paused_s = self._clock()
                 yield Pause()
                 self._liveness.exclude_since(paused_s)
-                if self._wait(selector, limits):
+                if self._wait(selector, limits, beside):
                     paused_s = self._last_event_s = self._clock()
                     # A process that claude started can hold the pipes open after claude's end.
                     self._pipes.ended = self._pipes.ended or not self.alive()
                     yield Tick()
                     self._liveness.exclude_since(paused_s)
 
-    def _wait(self, selector: selectors.BaseSelector, limits: WaitLimits) -> bool:
+    def _wait(
+        self, selector: selectors.BaseSelector, limits: WaitLimits, beside: Beside
+    ) -> bool:
         """Write, read, or wait until one of these is possible. Return whether a Tick is due. Raise
         ClientGone, UpstreamTimeout, and UpstreamFailed when claude hangs."""
         if self._liveness.needs_probe():
             self._pipes.send(presence_request())
-        self._beside.advance(self.tools, selector, self._pipes.send)
+        beside.advance(self.tools, selector, self._pipes.send)
         self._pipes.flush(selector)
         tick_at_s = self._last_event_s + (limits.tick_s or math.inf)
-        checks_s = self._liveness.next_check_s(), self._beside.next_check_s()
+        checks_s = self._liveness.next_check_s(), beside.next_check_s()
         until_s = min(limits.deadline_s, tick_at_s, *checks_s)
         for key, _ in selector.select(max(0.0, until_s - self._clock())):
             key.data(selector)
