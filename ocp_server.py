@@ -4485,15 +4485,6 @@ TENANT_PROFILE: Mapping[str, Any] = MappingProxyType({
     "instance": None,
 })
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
-#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
-#: relay, or a shell or a git that claude starts outside of its sandbox.
-BLOCKED_ENV = re.compile(
-    r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
-    r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
-    r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
-    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|(OPEN)?SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
-    re.IGNORECASE,
-)
 
 
 class Tenant(NamedTuple):
@@ -4517,11 +4508,6 @@ class Tenant(NamedTuple):
             return ""
         shaping = {name: each for name, each in self.profile.items() if name != "instance"}
         return digest([canonical_json(shaping), canonical_json(dict(self.env))])[:12]
-
-    @property
-    def allowed_env(self) -> dict[str, str]:
-        """Return its variables without those that no tenant may have: an earlier OCP took more."""
-        return {n: value for n, value in self.env.items() if not BLOCKED_ENV.fullmatch(n)}
 
     def level_in_force(self, config: Config) -> str:
         """Return its level, or the server's if that is lower: no admin key raises that one."""
@@ -11577,6 +11563,11 @@ class ToolServer:
         }
         self.own_calls = [call for call in self.own_calls if call.id in self._calls]
 
+    def forget_calls(self) -> None:
+        """Forget all calls, because their message is not part of the conversation any more."""
+        self._calls.clear()
+        self.own_calls.clear()
+
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store results of tools. Return the replies to calls that have their results."""
         for block in results:
@@ -14210,6 +14201,22 @@ def names_outside(word: str, folder: str) -> bool:
     return os.path.exists(path) and os.path.commonpath([path, inside]) != inside
 
 
+#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
+#: relay, or a shell or a git that claude starts outside of its sandbox.
+BLOCKED_ENV = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
+    r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
+    r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
+    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|(OPEN)?SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
+    re.IGNORECASE,
+)
+
+
+def allowed_env(tenant: Tenant) -> dict[str, str]:
+    """Return a tenant's variables without those that none may have: an earlier OCP took more."""
+    return {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
+
+
 #: Variables of the server that a command gets.
 _RELAY_ENVIRONMENT = (
     "PATH", "HOME", "LANG", "TZ", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG",
@@ -14242,7 +14249,7 @@ def relay_plan(
     if not folder or any(names_outside(word, folder) for word in words):
         raise OwnToolFailed("There is no such OpenClaw, or a word names a file outside its folder.")
     return RelayPlan(
-        [["openclaw", *words]], {**tenant.allowed_env, **env, "OPENCLAW_STATE_DIR": folder}
+        [["openclaw", *words]], {**allowed_env(tenant), **env, "OPENCLAW_STATE_DIR": folder}
     )
 
 
@@ -14697,7 +14704,7 @@ class Agents:
             return None
         return Agent(
             os.path.join(self._home, "tenants", tenant.folder), tuple(tenant.profile["tools"]),
-            bool(tenant.profile["sandbox"]), tuple(sorted(tenant.allowed_env.items())),
+            bool(tenant.profile["sandbox"]), tuple(sorted(allowed_env(tenant).items())),
         )
 
     def obstacle(self, tenant: Tenant, login: Login, config: Config) -> str:
@@ -15347,6 +15354,7 @@ class ClaudeProcess:
             self._send(rewind_line(rewind_point, request_id))
             replies = (control_reply(line, request_id) for line in lines if isinstance(line, dict))
             self.rewinds += 1
+            self.tools.forget_calls()
             return is_without(next(filter(None, replies), {}))
 
     def _interrupt(self, lines: Iterator[Json | Tick | Pause]) -> bool:

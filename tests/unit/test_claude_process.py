@@ -421,12 +421,16 @@ def test_no_tool_of_the_server_runs_once_its_turn_has_ended(
                 ocp.TurnInput([b"question\n"]), limits, ocp.TurnReader(), tools)) as events:
             next(events)
             next(events)
+        # claude does not say that it has cancelled this one.
+        process.tools.own_calls.append(ocp.OwnCall("toolu_1", "openclaw_cli", {}))
         child.prints(STOPPED, RESULT, REWOUND)
         assert process.take_back(ocp.RewindPoint("q", 0), limits)
     finally:
         child.close()
 
     assert tools.told == ["advance", "close"]
+    # Nor does the next turn answer what the last one asked for.
+    assert process.tools.own_calls == []
 
 
 # -- what is left -------------------------------------------------------------
