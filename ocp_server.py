@@ -4485,15 +4485,6 @@ TENANT_PROFILE: Mapping[str, Any] = MappingProxyType({
     "instance": None,
 })
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
-#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
-#: relay, or a shell or a git that claude starts outside of its sandbox.
-BLOCKED_ENV = re.compile(
-    r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
-    r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
-    r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
-    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
-    re.IGNORECASE,
-)
 
 
 class Tenant(NamedTuple):
@@ -11572,6 +11563,11 @@ class ToolServer:
         }
         self.own_calls = [call for call in self.own_calls if call.id in self._calls]
 
+    def forget_calls(self) -> None:
+        """Forget all calls, because their message is not part of the conversation any more."""
+        self._calls.clear()
+        self.own_calls.clear()
+
     def deliver(self, results: Iterable[Block]) -> bytes:
         """Store results of tools. Return the replies to calls that have their results."""
         for block in results:
@@ -13225,16 +13221,19 @@ def child_environment(environ: Mapping[str, str], config: Config) -> dict[str, s
     }
 
 
+#: What allows the client's tools, and those of this server.
+_ALLOWED_SERVERS = (f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}")
+
+
 def _tool_arguments(config: Config) -> list[str]:
     """Return the arguments that select claude's tools: none of its own, or in agent mode those that
     the operator allows."""
-    servers = [f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}"]
     if not config.is_agent:
-        return ["--tools", "", "--strict-mcp-config", "--allowedTools", *servers]
+        return ["--tools", "", "--strict-mcp-config", "--allowedTools", *_ALLOWED_SERVERS]
     allowed: tuple[str, ...] = DEFAULT_AGENT_TOOLS
     if config.allowed_tools != "default":
         allowed = split_list(config.allowed_tools)
-    arguments = ["--strict-mcp-config", "--allowedTools", *servers, *allowed]
+    arguments = ["--strict-mcp-config", "--allowedTools", *_ALLOWED_SERVERS, *allowed]
     if config.skip_permissions:
         arguments.append("--dangerously-skip-permissions")
     else:
@@ -13850,6 +13849,7 @@ _MAX_DESCRIPTION = 300
 _MAX_FRONT_MATTER_BYTES = 65_536
 _MAX_SKILL_FILE_CHARS = 100_000
 _MAX_SKILL_FILES = 200
+_MAX_SKILL_FOLDERS = 100
 _MAX_SKILL_DEPTH = 6
 _CATALOGUE_HEAD = (
     f"There are these skills: instructions for some kinds of tasks. Where one fits a task, read it "
@@ -14002,7 +14002,7 @@ def skill_file(path: str, skill: str, name: str) -> str | None:
         # A character has four bytes at most.
         data = _read_regular(path, [_SKILLS, skill, *parts], 4 * _MAX_SKILL_FILE_CHARS + 1)
         text = data.decode("utf-8")
-        files = _files_below(path, [_SKILLS, skill]) if name == SKILL_MAIN else []
+        files = _files_below(path, skill) if name == SKILL_MAIN else []
     except (OSError, ValueError):
         return None
     if len(text) > _MAX_SKILL_FILE_CHARS or "\0" in text:
@@ -14011,21 +14011,26 @@ def skill_file(path: str, skill: str, name: str) -> str | None:
     return f"{text}\n\nFiles of this skill:\n{listed}" if listed else text
 
 
-def _files_below(path: str, parts: list[str], above: str = "") -> list[str]:
-    """Return the paths of the files of a skill, up to a limit. Raise OSError, ValueError."""
+def _files_below(path: str, skill: str) -> list[str]:
+    """Return the paths of the files of a skill, up to a limit. Folders that cannot be read, or have
+    become links, are left out. Raise ValueError."""
     files: list[str] = []
-    folders: list[str] = []
-    with _opened(path, parts, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as entries:
-        for entry in itertools.islice(entries, _MAX_SKILL_FILES):
-            if not entry.name.isprintable():
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            elif entry.is_file(follow_symlinks=False):
-                files.append(above + entry.name)
-    for name in sorted(folders) if above.count("/") < _MAX_SKILL_DEPTH - 1 else ():
-        if len(files) < _MAX_SKILL_FILES:
-            files += _files_below(path, [*parts, name], f"{above}{name}/")
+    folders: collections.deque[list[str]] = collections.deque([[]])
+    for _ in range(_MAX_SKILL_FOLDERS):
+        if not folders or len(files) >= _MAX_SKILL_FILES:
+            break
+        names = folders.popleft()
+        parts = [_SKILLS, skill, *names]
+        with contextlib.suppress(OSError):
+            with _opened(path, parts, _FOLDER_FLAGS) as descriptor, os.scandir(descriptor) as found:
+                for entry in itertools.islice(found, _MAX_SKILL_FILES):
+                    below = [*names, entry.name]
+                    if not entry.name.isprintable() or len(below) > _MAX_SKILL_DEPTH:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(below)
+                    elif entry.is_file(follow_symlinks=False):
+                        files.append("/".join(below))
     return sorted(files)[:_MAX_SKILL_FILES]
 
 
@@ -14196,6 +14201,22 @@ def names_outside(word: str, folder: str) -> bool:
     return os.path.exists(path) and os.path.commonpath([path, inside]) != inside
 
 
+#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
+#: relay, or a shell or a git that claude starts outside of its sandbox.
+BLOCKED_ENV = re.compile(
+    r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
+    r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
+    r"(PYTHON|PERL|RUBY|CLAUDE).*|(LD|DYLD|NODE|BUN|GIT|SSH|ANTHROPIC|OPENAI|OPENCLAW|OCP|PROXY|"
+    r"DOCKER|DISABLE|ENABLE|MAX|MCP|XDG|DBUS|(OPEN)?SSL|BASH|MALLOC|RES|RIPGREP|SANDBOX|SOCAT)_.*",
+    re.IGNORECASE,
+)
+
+
+def allowed_env(tenant: Tenant) -> dict[str, str]:
+    """Return a tenant's variables without those that none may have: an earlier OCP took more."""
+    return {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
+
+
 #: Variables of the server that a command gets.
 _RELAY_ENVIRONMENT = (
     "PATH", "HOME", "LANG", "TZ", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG",
@@ -14228,7 +14249,7 @@ def relay_plan(
     if not folder or any(names_outside(word, folder) for word in words):
         raise OwnToolFailed("There is no such OpenClaw, or a word names a file outside its folder.")
     return RelayPlan(
-        [["openclaw", *words]], {**tenant.env, **env, "OPENCLAW_STATE_DIR": folder}
+        [["openclaw", *words]], {**allowed_env(tenant), **env, "OPENCLAW_STATE_DIR": folder}
     )
 
 
@@ -14349,7 +14370,7 @@ class OwnRun(Beside):
         self._running: RunningCommand | None = None
         #: The reader of the attempt that is under way.
         self.reader = TurnReader()
-        #: Whether a command has run, which must not happen twice.
+        #: Whether a command has run. The request is not repeated then: it would run twice.
         self.has_acted = False
 
     def advance(
@@ -14436,7 +14457,8 @@ class OwnRun(Beside):
             return None
         self._log(OPENCLAW_CLI, " ".join(row.words[:2]), code, began_s)
         if code is None:
-            return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s and was ended.]"
+            # What docker has started in a container outlives docker.
+            return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s. It may still be running.]"
         return f"{text}\n[exit code {code}]" if code else text
 
     def _log(self, tool: str, words: str | None, code: int | None, began_s: float) -> None:
@@ -14506,6 +14528,8 @@ class OwnTools:
             # What tools find is not the same a moment later.
             bypass_cache=True,
         )
+
+
 # ==== 33. Agents of tenants ==================================================
 # What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
 # tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
@@ -14568,7 +14592,7 @@ class Agent(NamedTuple):
     @property
     def skills(self) -> str:
         """Return the path of the folder of its skills."""
-        return os.path.join(self.path, "skills")
+        return os.path.join(self.path, _SKILLS)
 
     @property
     def prompt(self) -> str:
@@ -14616,8 +14640,7 @@ def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
         rules = tuple(dict.fromkeys(filter(None, found)))
         settings = to_json(sandbox_settings(agent, private)).decode()
         arguments += ["--add-dir", agent.skills, "--settings", settings]
-    servers = (f"mcp__{TOOL_SERVER}", f"mcp__{OWN_SERVER}")
-    return [*arguments, "--allowedTools", *servers, *rules]
+    return [*arguments, "--allowedTools", *_ALLOWED_SERVERS, *rules]
 
 
 class Launch(NamedTuple):
@@ -14679,10 +14702,9 @@ class Agents:
         """Return the agent of a tenant; None below level `agent`."""
         if tenant.level_in_force(config) != "agent":
             return None
-        kept = {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
         return Agent(
             os.path.join(self._home, "tenants", tenant.folder), tuple(tenant.profile["tools"]),
-            bool(tenant.profile["sandbox"]), tuple(sorted(kept.items())),
+            bool(tenant.profile["sandbox"]), tuple(sorted(allowed_env(tenant).items())),
         )
 
     def obstacle(self, tenant: Tenant, login: Login, config: Config) -> str:
@@ -14736,7 +14758,7 @@ class Agents:
         """Make the folders of an agent, and one for this process alone, which is the only other
         place where its commands can write. Raise StorageFailed."""
         folders = os.path.dirname(agent.path), os.path.basename(agent.path)
-        make_folders(*folders, "skills")
+        make_folders(*folders, _SKILLS)
         make_folders(*folders, "work")
         env = {**dict(agent.env), "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1", **_RESTRICTED}
         if not agent.is_confined:
@@ -15208,8 +15230,6 @@ class ClaudeProcess:
         self._turn_is_over = True
         #: Whether the last turn was sent to its end: with the question, not the history alone.
         self.has_asked = False
-        #: What goes on beside the turn that runs.
-        self._beside = NOTHING_BESIDE
 
     def __repr__(self) -> str:
         ended = "ended" if self._pipes.ended else "alive"
@@ -15245,8 +15265,7 @@ class ClaudeProcess:
         self._last_event_s = self._clock()
         events: list[Event] = []
         # A kept exception also keeps alive what its traceback refers to.
-        self._beside = beside
-        with contextlib.closing(beside), contextlib.closing(self._lines(limits)) as lines:
+        with contextlib.closing(beside), contextlib.closing(self._lines(limits, beside)) as lines:
             yield from self._send_turn(turn_input, lines)
             for line in lines:
                 if not isinstance(line, dict):
@@ -15335,6 +15354,7 @@ class ClaudeProcess:
             self._send(rewind_line(rewind_point, request_id))
             replies = (control_reply(line, request_id) for line in lines if isinstance(line, dict))
             self.rewinds += 1
+            self.tools.forget_calls()
             return is_without(next(filter(None, replies), {}))
 
     def _interrupt(self, lines: Iterator[Json | Tick | Pause]) -> bool:
@@ -15362,7 +15382,9 @@ class ClaudeProcess:
         self._pipes.send(data)
         self._liveness.record_sent(data)
 
-    def _lines(self, limits: WaitLimits) -> Generator[Json | Tick | Pause, None, None]:
+    def _lines(
+        self, limits: WaitLimits, beside: Beside = NOTHING_BESIDE
+    ) -> Generator[Json | Tick | Pause, None, None]:
         """Yield each line of claude, a Pause before each wait, and a Tick whenever the client has
         had no event for `tick_s`. Raise UpstreamFailed when claude hangs or exits."""
         if limits.client.gone():
@@ -15383,22 +15405,24 @@ class ClaudeProcess:
                 paused_s = self._clock()
                 yield Pause()
                 self._liveness.exclude_since(paused_s)
-                if self._wait(selector, limits):
+                if self._wait(selector, limits, beside):
                     paused_s = self._last_event_s = self._clock()
                     # A process that claude started can hold the pipes open after claude's end.
                     self._pipes.ended = self._pipes.ended or not self.alive()
                     yield Tick()
                     self._liveness.exclude_since(paused_s)
 
-    def _wait(self, selector: selectors.BaseSelector, limits: WaitLimits) -> bool:
+    def _wait(
+        self, selector: selectors.BaseSelector, limits: WaitLimits, beside: Beside
+    ) -> bool:
         """Write, read, or wait until one of these is possible. Return whether a Tick is due. Raise
         ClientGone, UpstreamTimeout, and UpstreamFailed when claude hangs."""
         if self._liveness.needs_probe():
             self._pipes.send(presence_request())
-        self._beside.advance(self.tools, selector, self._pipes.send)
+        beside.advance(self.tools, selector, self._pipes.send)
         self._pipes.flush(selector)
         tick_at_s = self._last_event_s + (limits.tick_s or math.inf)
-        checks_s = self._liveness.next_check_s(), self._beside.next_check_s()
+        checks_s = self._liveness.next_check_s(), beside.next_check_s()
         until_s = min(limits.deadline_s, tick_at_s, *checks_s)
         for key, _ in selector.select(max(0.0, until_s - self._clock())):
             key.data(selector)
@@ -15657,16 +15681,18 @@ class Gate:
 
     def _has_room(self, slot: Slot) -> bool:
         """Return whether the slot's caller may have one more answer at a time. One key never gets
-        the last place, so that another key's request need not wait for the end of a long answer."""
-        running = self._running[slot.scope] - self._lent[slot.scope]
-        if slot.has_key and running and running >= self._config.max_concurrent - 1:
+        the last place, so that another key's request need not wait for the end of a long answer.
+        Of its lent slots one is not counted: with more it could have far more than its limit."""
+        running = self._running[slot.scope]
+        counted = running - min(1, self._lent[slot.scope])
+        if slot.has_key and counted and running >= self._config.max_concurrent - 1:
             return False
-        return not slot.maximum or running < slot.maximum
+        return not slot.maximum or counted < slot.maximum
 
     def lend(self, slot: Slot, count: int) -> None:
         """Count a running slot out of its caller's limit while an own tool works for it, so that
         the tool can ask this server with the same key; count it in again with -1. It stays one of
-        the server's running requests."""
+        the server's running requests. See `_has_room` for several of one caller."""
         with self._lock:
             self._lent[slot.scope] += count
             if not self._lent[slot.scope]:
@@ -17813,7 +17839,7 @@ def deliver(url: str, form: str, alert: Json) -> Delivery:
 # -- what is told -----------------------------------------------------------------------------
 
 
-class News(NamedTuple):
+class AlertContent(NamedTuple):
     """What an alert tells."""
 
     event: str
@@ -17826,40 +17852,42 @@ class News(NamedTuple):
     until_s: float = 0.0
 
 
-LOGIN_GONE = News(
+LOGIN_GONE = AlertContent(
     "login_lost", "login", "claude is not logged in",
     f"The API has refused claude's login, and requests fail. {LOGIN_ADVICE}",
     until_s=math.inf,
 )
-LOGIN_BACK = News(
+LOGIN_BACK = AlertContent(
     "login_back", "login back", "claude is logged in again", "Requests are answered again."
 )
-CLAUDE_GONE = News(
+CLAUDE_GONE = AlertContent(
     "claude_missing", "claude", "claude cannot be started",
     "The claude program is missing, too old or broken on the server, and requests fail. `ocp "
     "doctor` there says what to do.", until_s=math.inf,
 )
-CLAUDE_BACK = News(
+CLAUDE_BACK = AlertContent(
     "claude_back", "claude back", "claude can be started again", "Requests are answered again."
 )
 
 
-def key_login_news(login_id: str, names: Sequence[str]) -> tuple[News, News]:
+def key_login_alerts(login_id: str, names: Sequence[str]) -> tuple[AlertContent, AlertContent]:
     """Return what there is to tell when the API refuses the login of these keys, and when it takes
     it again."""
     keys, details = f"the keys {', '.join(names)}", {"login": login_id, "keys": list(names)}
     keys = keys if len(names) > 1 else f"the key {names[0]}"
-    return News(
+    return AlertContent(
         "key_login_lost", f"login {login_id}", f"the Claude login of {keys} was refused",
         f"The API has refused the Claude login of {keys}, and their requests fail. Renew it on the "
         f"server: `ocp keys login {shlex.quote(names[0])}`.", details, until_s=math.inf,
-    ), News(
+    ), AlertContent(
         "key_login_back", f"login back {login_id}", f"the Claude login of {keys} works again",
         "Requests are answered again.", details,
     )
 
 
-_TEST = News("test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do.")
+_TEST = AlertContent(
+    "test", "test", "a test of the alerts", "Alerts arrive here. There is nothing to do."
+)
 
 #: The used percentages of a plan's window that are told, the highest first. One that is used less
 #: than the last number was reset, whatever was reported before.
@@ -17880,7 +17908,7 @@ def _reset_words(resets_at_s: float | None, now_s: float) -> str:
     return f"That resets in {format_span(resets_at_s - now_s)} ({at})."
 
 
-def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
+def plan_window_alert(name: str, window: PlanWindow, now_s: float) -> AlertContent | None:
     """Return what there is to tell of a window of the plan."""
     percent = int(round((window.utilization or 0) * 100, 2))
     level = next((each for each in _WINDOW_LEVELS if percent >= each), None)
@@ -17889,7 +17917,7 @@ def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
     resets_s, words = window.resets_at_s, _window_words(name)
     more = "Once it is used up, requests are refused or billed as extra usage. " if (
         level == _WINDOW_LEVELS[0]) else ""
-    return News(
+    return AlertContent(
         "plan_window", f"plan {name}", f"{percent} % of the plan's {words} is used",
         f"{percent} % of the plan's {words} is used. {more}{_reset_words(resets_s, now_s)} `ocp "
         "usage` shows the plan.",
@@ -17900,12 +17928,14 @@ def window_news(name: str, window: PlanWindow, now_s: float) -> News | None:
     )
 
 
-def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float) -> News:
+def extra_usage_alert(
+    name: str, window: BilledWindow, is_stopped: bool, now_s: float
+) -> AlertContent:
     """Return what there is to tell of a used-up window while answers are billed."""
     words, reset = _window_words(name), _reset_words(window.resets_at_s, now_s)
     does = "new requests are refused until it resets" if is_stopped else "they go on"
     do = ALLOW_EXTRA_USAGE if is_stopped else "To refuse them: `ocp settings extraUsage stop`."
-    return News(
+    return AlertContent(
         "extra_usage", f"extra {name}", "answers are billed as extra usage",
         f"The plan's {words} is used up, and answers are billed as extra usage: {does}. {reset} "
         f"{do}",
@@ -17914,7 +17944,7 @@ def billed_news(name: str, window: BilledWindow, is_stopped: bool, now_s: float)
     )
 
 
-def level_news(found: QuotaLevel, now_s: float) -> News:
+def quota_level_alert(found: QuotaLevel, now_s: float) -> AlertContent:
     """Return what there is to tell of a key's usage that has passed a level."""
     quota = next(each for each in QUOTAS if each.name == found.quota)
     unit, name = _UNITS[quota.unit].words, found.key_name or f"number {found.key_id}"
@@ -17925,7 +17955,7 @@ def level_news(found: QuotaLevel, now_s: float) -> News:
         "limit", "Its requests are refused until then. ")
     if more and found.used < found.limit:
         reached, more = "limit for a request", "A request that may use more was refused. "
-    return News(
+    return AlertContent(
         "key_quota", f"key {found.key_id} {found.quota} {found.model} {found.limit}",
         f"the key {name} has reached its {reached} ({quota.period} {unit}{model})",
         f"The key {name} has used {used} of its {limit} {unit} ({quota.period}){model}. "
@@ -17998,28 +18028,28 @@ class Alerts:
         """Tell what has happened to the plan, the login and the program; None = not known."""
         now_s = self._clock()
         for name, window in account.windows().items():
-            news = window_news(name, window, now_s)
-            if news is not None:
-                self.tell(news)
+            content = plan_window_alert(name, window, now_s)
+            if content is not None:
+                self.tell(content)
             elif window.utilization is not None and window.utilization < _WINDOW_LEFT:
                 self._forget(f"plan {name}")
         is_stopped = self._settings.config.extra_usage == "stop"
         for name, billed in account.billed_windows().items():
-            self.tell(billed_news(name, billed, is_stopped, now_s))
+            self.tell(extra_usage_alert(name, billed, is_stopped, now_s))
         while self._levels:
-            self.tell(level_news(self._levels.popleft(), now_s))
+            self.tell(quota_level_alert(self._levels.popleft(), now_s))
         self._follow_login(account, LOGIN_GONE, LOGIN_BACK)
         self._follow(is_claude_gone, CLAUDE_GONE, CLAUDE_BACK)
 
     def watch_login(self, login_id: str, names: Sequence[str], account: Account) -> None:
         """Tell what has happened to the login of these keys."""
-        self._follow_login(account, *key_login_news(login_id, names))
+        self._follow_login(account, *key_login_alerts(login_id, names))
 
-    def tell(self, news: News) -> None:
+    def tell(self, content: AlertContent) -> None:
         """Raise an alert, unless this was told already or no webhook is set."""
-        if not self._settings.config.alert_url or self._told(news.subject, news.level):
+        if not self._settings.config.alert_url or self._told(content.subject, content.level):
             return
-        alert = self._draft(news)
+        alert = self._draft(content)
         with self._lock:
             is_full = sum(each.state == "waiting" for each in self._alerts) >= _MAX_WAITING_ALERTS
         if is_full:
@@ -18027,11 +18057,11 @@ class Alerts:
         self._write(self._add(alert))
         self._log.event("info", "alert_raised", kind=alert.event, title=alert.title)
 
-    def _follow_login(self, account: Account, lost: News, back: News) -> None:
+    def _follow_login(self, account: Account, lost: AlertContent, back: AlertContent) -> None:
         accepted = account.login_report()["ok"]
         self._follow(None if accepted is None else not accepted, lost, back)
 
-    def _follow(self, is_bad: bool | None, bad: News, good: News) -> None:
+    def _follow(self, is_bad: bool | None, bad: AlertContent, good: AlertContent) -> None:
         """Tell that a state has begun, or that it is over if its begin was told."""
         if is_bad:
             self.tell(bad)
@@ -18054,10 +18084,10 @@ class Alerts:
             self._change(alert.id, until_s=self._clock())
         return bool(told)
 
-    def _draft(self, news: News) -> Alert:
+    def _draft(self, content: AlertContent) -> Alert:
         return Alert(
-            0, self._clock(), news.event, news.subject, news.level, news.until_s, news.title,
-            news.text, json.dumps(dict(news.details)), due_s=self._clock(),
+            0, self._clock(), content.event, content.subject, content.level, content.until_s,
+            content.title, content.text, json.dumps(dict(content.details)), due_s=self._clock(),
         )
 
     def _add(self, alert: Alert) -> Alert:
@@ -18830,7 +18860,7 @@ def original_tables(connection: sqlite3.Connection) -> list[str]:
     return [name for name in _ORIGINAL_TABLES if name in names]
 
 
-def _is_to_be_taken_over(connection: sqlite3.Connection) -> bool:
+def _needs_import(connection: sqlite3.Connection) -> bool:
     """Return whether there are tables of the original that were not taken over."""
     if not {"api_keys", "usage_log"} & set(original_tables(connection)):
         return False
@@ -18848,7 +18878,7 @@ def copy_original(path: str) -> None:
     with contextlib.closing(sqlite3.connect(address, uri=True)) as source:
         version = source.execute("PRAGMA user_version").fetchone()[0]
         # An interrupted start has made the copy, and then begun to change the database.
-        if not _is_to_be_taken_over(source) or (version and os.path.exists(copy)):
+        if not _needs_import(source) or (version and os.path.exists(copy)):
             return
         _remove_draft(draft)
         try:
@@ -18879,8 +18909,8 @@ def _is_key_name(name: str) -> bool:
         return False
 
 
-class Takeover:
-    """Takes over the rows of the original, within a transaction."""
+class OriginalImport:
+    """The import of the rows of the original, within a transaction."""
 
     def __init__(self, connection: sqlite3.Connection, now_s: int) -> None:
         self._connection = connection
@@ -19026,32 +19056,32 @@ class Takeover:
         )
 
 
-def take_over(store: Store, now_s: float) -> Json:
+def import_original(store: Store, now_s: float) -> Json:
     """Take over keys and usage from the tables of the original, in one transaction. Return what was
     taken; {} if there is nothing to take or it was taken already. Raises sqlite3.Error."""
     try:
-        return _taken_over(store, int(now_s), Takeover.take_usage)
+        return _import_once(store, int(now_s), OriginalImport.take_usage)
     except sqlite3.DatabaseError as problem:
         # It itself, and none of its subclasses, says that the file is damaged. Keys come first.
         if type(problem) is not sqlite3.DatabaseError:
             raise
-    return _taken_over(store, int(now_s), Takeover.leave_usage)
+    return _import_once(store, int(now_s), OriginalImport.leave_usage)
 
 
-def _taken_over(store: Store, now_s: int, usage: Callable[[Takeover], None]) -> Json:
+def _import_once(store: Store, now_s: int, usage: Callable[[OriginalImport], None]) -> Json:
     with store.transaction() as connection:
-        if not _is_to_be_taken_over(connection):
+        if not _needs_import(connection):
             return {}
-        takeover = Takeover(connection, now_s)
-        takeover.take_keys()
-        usage(takeover)
-        report = takeover.report()
+        rows = OriginalImport(connection, now_s)
+        rows.take_keys()
+        usage(rows)
+        report = rows.report()
         values = (1, now_s, json.dumps(report))
         connection.execute("INSERT INTO original VALUES (?, ?, ?)", values)
     return report
 
 
-def takeover_words(report: Json) -> str:
+def import_words(report: Json) -> str:
     """Return what was taken over in words, for people."""
     renamed = ", ".join(f"{there!r} to {here!r}" for there, here in report["renamed"])
     left_out = ", ".join(f"{count} {what}" for what, count in report["leftOut"].items())
@@ -19063,12 +19093,12 @@ def takeover_words(report: Json) -> str:
 
 
 def open_with_original(path: str) -> tuple[Store, Json]:
-    """Open the database; return what was taken over too, see `take_over`. Raises OSError,
+    """Open the database; return what was taken over too, see `import_original`. Raises OSError,
     sqlite3.Error."""
     copy_original(path)
     store = Store(path)
     try:
-        return store, take_over(store, time.time())
+        return store, import_original(store, time.time())
     except BaseException:
         store.close()
         raise
@@ -19084,7 +19114,7 @@ def forget_original(home: str) -> list[str]:
         address = f"file:{urllib.parse.quote(path)}?mode=rw"
         connection = sqlite3.connect(address, uri=True, isolation_level=None)
         with contextlib.closing(connection):
-            if _is_to_be_taken_over(connection):
+            if _needs_import(connection):
                 raise ValueError("the original's keys were not taken over: start the server once")
             gone = original_tables(connection)
             for table in gone:
@@ -19251,7 +19281,7 @@ class StateFolder:
                 # none of its subclasses says that the file is damaged.
                 if os.path.exists(path) and type(problem) is not sqlite3.DatabaseError:
                     store.load(path)
-                    self.taken_over = take_over(store, time.time())
+                    self.taken_over = import_original(store, time.time())
             self._log_unusable(problem)
             return store
 
@@ -19263,7 +19293,7 @@ class StateFolder:
     def _log_original(self) -> None:
         """Log what was taken over from the original, and that its keys are still there."""
         if self.taken_over:
-            self._log.audit("original_taken_over", what=takeover_words(self.taken_over))
+            self._log.audit("original_taken_over", what=import_words(self.taken_over))
         if self.has_original:
             self._log.event("warn", "original_keys_in_plain_text", help=FORGET_ORIGINAL)
 
@@ -19832,8 +19862,9 @@ class CallWatch:
         self._held = []
         self._is_released = False
 
-    def events(self, event: Event) -> list[Event]:
-        """Return the events for the client; none if `event` ends an answer that is dropped."""
+    def events(self, event: Event, *, may_repeat: bool = True) -> list[Event]:
+        """Return the events for the client; none if `event` ends an answer that is dropped, which
+        happens only if the request may be repeated."""
         if isinstance(event, Restarted):
             was_released = self._is_released
             self.begin()
@@ -19843,7 +19874,8 @@ class CallWatch:
         self._held.append(event)
         if isinstance(event, Finished):
             # A limit or a refusal would be met again.
-            if self._dropped is None and event.stop_reason in ("end_turn", "tool_use"):
+            is_first = self._dropped is None and may_repeat
+            if is_first and event.stop_reason in ("end_turn", "tool_use"):
                 self._dropped = event.usage
                 return []
             self.is_missing = self._had_room(event)
@@ -20183,6 +20215,8 @@ class TurnRunner:
                 if not (attempts and may_retry) or own.has_acted:
                     raise
             except BadRequest as error:
+                if own.has_acted:
+                    raise
                 self._adapt(error)
                 attempts = [source.rebuilt, source.rebuilt]
             except NotPinned as problem:
@@ -20246,7 +20280,7 @@ class TurnRunner:
                 continue
             if told is not None:
                 told.add(heard)
-            for event in self._released(bounds.events(heard)):
+            for event in self._released(bounds.events(heard), may_repeat=not own.has_acted):
                 if isinstance(event, Finished):
                     usage = record.usage if bounds.ended else event.usage
                     if self._watch is not None:
@@ -20261,12 +20295,14 @@ class TurnRunner:
             if bounds.ended:
                 return
 
-    def _released(self, events: list[Event]) -> list[Event]:
+    def _released(self, events: list[Event], *, may_repeat: bool) -> list[Event]:
         """Return the events that need not wait for a call, and tell the client if it is missing."""
         watch = self._watch
         if watch is None:
             return events
-        released = [each for event in events for each in watch.events(event)]
+        released = [
+            each for event in events for each in watch.events(event, may_repeat=may_repeat)
+        ]
         if watch.is_missing:
             self._job.headers["X-OCP-Tool-Choice"] = "not-honoured"
         return released
@@ -25193,7 +25229,7 @@ def _banner(server: Server) -> str:
         remedy = "PROXY_API_KEY" if app.config.mode == "none" else "PROXY_ADVERTISE_ANON_KEY=0"
         lines.append(f"ATTENTION: anyone who can connect can use your plan; set {remedy}")
     if app.state_folder.taken_over:
-        lines.append(f"TAKEN OVER: {takeover_words(app.state_folder.taken_over)}")
+        lines.append(f"TAKEN OVER: {import_words(app.state_folder.taken_over)}")
     if app.state_folder.has_original:
         lines.append(f"ATTENTION: {FORGET_ORIGINAL}")
     advice = app.state_folder.status[1]
@@ -25223,34 +25259,46 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-#: Runs a file as a module, and leaves nothing beside it: its path and the arguments follow.
-_RUN_AS_MODULE = """
-import sys
-sys.dont_write_bytecode = True
-del sys.argv[0]
-sys.path[0] = sys.argv[0].rpartition("/")[0]
-import importlib.util, os
-spec = importlib.util.spec_from_file_location("ocp_server", sys.argv[0])
-sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-sys.exit(module.main(sys.argv[1:], os.environ))
-"""
+#: Runs a file as a module, and leaves no bytecode beside it: the first entry of sys.path, the path
+#: of the file and the arguments follow. Until that entry stands there, Python would look for modules in the current folder. In
+#: one line, because lists of processes show it.
+_RUN_AS_MODULE = (
+    "import sys; sys.dont_write_bytecode = True; sys.path[0] = sys.argv[1]; del sys.argv[:2]; "
+    "import importlib.util, os; "
+    "spec = importlib.util.spec_from_file_location('ocp_server', sys.argv[0]); "
+    "sys.modules[spec.name] = module = importlib.util.module_from_spec(spec); "
+    "spec.loader.exec_module(module); sys.exit(module.main(sys.argv[1:], os.environ))"
+)
+#: Options of Python that may stand before a script, with a zero byte behind each word.
+_PYTHON_OPTIONS = re.compile(r"(-[bBdEiIOPqRsSuv]+\0|-[bBdEiIOPqRsSuv]*[WX]\0?[^\0]+\0)*")
+
+
+def python_options(command: list[str], arguments: list[str]) -> list[str] | None:
+    """Return the options in a command that starts a script with Python, of which `arguments` are
+    sys.argv; None if another program lies between, such as a debugger."""
+    count = len(command) - len(arguments)
+    options = command[1:count]
+    is_plain = _PYTHON_OPTIONS.fullmatch("".join(f"{each}\0" for each in options)) is not None
+    return options if is_plain and command[count:] == arguments else None
 
 
 def restart_as_module(arguments: list[str]) -> None:
-    """Start again as a module, in this process, if this file runs as a script.
+    """Start again as a module, in this process, if Python runs this file as a script.
 
     Python holds what it needed to compile a script until the end, more than 40 MB; of a module,
-    until it is compiled. Returns if this is no script, or the
-    interpreter cannot be started."""
+    until it is compiled. Returns if this is no script, or the interpreter cannot be started."""
     is_script = __name__ == "__main__" and __spec__ is None and __file__.endswith(".py")
-    if not is_script or not sys.executable:
+    if hasattr(sys, "orig_argv"):
+        options = python_options(sys.orig_argv, sys.argv)
+    else:
+        # Python 3.9 does not keep its command line.
+        options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if not is_script or options is None or not sys.executable:
         return
-    given = getattr(sys, "orig_argv", sys.argv)  # Python 3.9 has no orig_argv.
-    options = given[1:given.index(sys.argv[0])] if sys.argv[0] in given[1:] else []
-    command = [sys.executable, *options, "-c", _RUN_AS_MODULE, os.path.abspath(__file__)]
+    paths = (sys.path[0], os.path.abspath(__file__))
     with contextlib.suppress(OSError):
-        os.execv(command[0], [*command, *arguments])
+        os.execv(sys.executable, [sys.executable, *options, "-c", _RUN_AS_MODULE, *paths,
+                                  *arguments])
 
 
 def raise_descriptor_limit(config: Config) -> None:

@@ -40,7 +40,7 @@ SECTION_LINES = {
     "Responses": 460, "Claude protocol": 220, "Claude input": 410, "Plan and failures": 320,
     "Claude answers": 640, "Claude program": 630, "Skills": 195, "Own tools": 480,
     "Agents of tenants": 255,
-    "Claude process": 630, "Gate": 160,
+    "Claude process": 640, "Gate": 160,
     "Conversations": 160, "Process pool": 400, "Sessions and responses": 250, "Cache": 250,
     "Account": 300, "Logins": 90, "Sign-in": 220, "Alerts": 440, "Metrics": 140,
     "Connections": 390,
@@ -49,7 +49,7 @@ SECTION_LINES = {
     "Dashboard": 70, "API endpoints": 360, "Health and logs": 220, "Key endpoints": 390,
     "Tenant endpoints": 310, "Usage endpoints": 330,
     "Management endpoints": 210, "Pages and OpenAPI": 280,
-    "Table of routes": 62, "Demo claude": 190, "Command line": 345,
+    "Table of routes": 62, "Demo claude": 190, "Command line": 355,
 }
 #: The same of ocp_channels.py.
 CHANNELS_SECTION_LINES = {

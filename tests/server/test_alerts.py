@@ -498,7 +498,7 @@ def test_only_so_many_alerts_wait_and_are_kept(desk: Desk, webhook: Webhook) -> 
     assert len(desk.alerts.report()) == 50
 
 
-def test_news_that_nobody_takes_are_bounded(desk: Desk) -> None:
+def test_alerts_that_nobody_takes_are_bounded(desk: Desk) -> None:
     for number in range(1000):
         desk.alerts.take_level(level("soft", key_id=number))
     desk.alerts.watch(desk.account, None)

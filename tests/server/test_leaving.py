@@ -33,6 +33,7 @@ from chat import (
 )
 from http_client import Reply
 from processes import cpu_s, is_dead, is_gone, of_process, processes_with
+from project import REPO
 from raw_http import RawConnection, head, post
 from server import (
     Place,
@@ -583,14 +584,20 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
 def test_a_server_started_as_a_program_needs_little_memory_and_is_the_same_process(
     tmp_path: Path
 ) -> None:
-    with running_server(tmp_path, as_program=True) as server:
+    # By a link in a folder whose modules have names of Python's own, which are not wanted.
+    link = tmp_path / "programs" / "ocp_server.py"
+    link.parent.mkdir()
+    link.symlink_to(REPO / "ocp_server.py")
+    (link.parent / "random.py").write_text("raise SystemExit(3)")
+
+    with running_server(tmp_path / "server", as_program=True, script=link) as server:
         words = of_process(server.pid, "cmdline").decode().split("\0")
 
         assert content_of(ask(server)) == "You said: hi"
         # The syntax tree of the script alone would be more than 40 MB.
         assert memory_kb(server.pid) < 60_000
         assert words[1:3] == ["-W", "error::ResourceWarning"]
-        assert words[5].endswith("/ocp_server.py")
+        assert words[6].endswith("/ocp_server.py")
 
 
 def test_a_server_that_was_started_to_survive_hangups_does(tmp_path: Path) -> None:

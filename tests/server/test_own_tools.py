@@ -249,6 +249,19 @@ def test_an_own_and_a_clients_call_in_one_message_go_on_in_either_order(
     assert len(relay.calls) == 1
 
 
+def test_a_command_does_not_run_again_for_a_call_that_is_missing(
+    house: Server, relay: RelayProgram
+) -> None:
+    # A call cannot be forced with this model: an answer without it is asked for once more.
+    choice = {"type": "function", "function": {"name": "clock"}}
+
+    reply = ask_as(house, tenant(house), model="opus", tools=[CLOCK], tool_choice=choice)
+
+    assert content_of(reply) == "Let me look.\n\nThere are none."
+    assert reply.headers["X-OCP-Tool-Choice"] == "not-honoured"
+    assert len(relay.calls) == 1
+
+
 def test_a_clients_tool_of_an_own_tools_name_is_renamed_and_given_back(house: Server) -> None:
     key = tenant(house)
     tool = {"type": "function", "function": {
@@ -466,6 +479,6 @@ def test_a_command_that_takes_too_long_is_ended(relay: RelayProgram) -> None:
     assert run._running is None and gate._lent == {}
     assert not is_running(relay.calls[0]["pid"])
     assert server._results["call"]["content"][0]["text"] == (
-        "begun\n[It took more than 120 s and was ended.]")
+        "begun\n[It took more than 120 s. It may still be running.]")
     assert [each.get("exit") for each in events] == [None]
     watchdog.close()

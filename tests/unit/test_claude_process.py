@@ -262,14 +262,18 @@ class Piped:
         self.pid = os.getpid()
         self.is_stopping = False
         self.input, self.stdin = os.pipe()
-        self.stdout, output = os.pipe()
+        self.stdout, self._output = os.pipe()
         self.stderr, self._errors = os.pipe()
         self._silent, self._silence = os.pipe()
-        os.write(output, b"".join(ocp.to_json(line) + b"\n" for line in lines))
-        self._ends = [self.input, self.stdin, self.stdout, output, self.stderr, self._errors,
-                      self._silent, self._silence]
+        self._ends = [self.input, self.stdin, self.stdout, self._output, self.stderr,
+                      self._errors, self._silent, self._silence]
         for end in self._ends:
             os.set_blocking(end, False)
+        self.prints(*lines)
+
+    def prints(self, *lines: Json) -> None:
+        """Prints more."""
+        os.write(self._output, b"".join(ocp.to_json(line) + b"\n" for line in lines))
 
     def runs(self) -> bool:
         return True
@@ -392,6 +396,41 @@ def test_only_a_claude_that_says_so_has_forgotten_the_question(
         child.close()
     assert sent[0]["request"] == {"subtype": "interrupt", "cancel_queued": True}
     assert all(each["request"]["target_message_uuid"] == "q" for each in sent[1:])
+
+
+def test_no_tool_of_the_server_runs_once_its_turn_has_ended(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tools(ocp.Beside):
+        def __init__(self) -> None:
+            self.told: list[str] = []
+
+        def advance(self, *_: object) -> None:
+            self.told.append("advance")
+
+        def close(self) -> None:
+            self.told.append("close")
+
+    ids = iter(["stop", "rewind"])
+    monkeypatch.setattr(ocp, "new_id", lambda prefix: next(ids))
+    child, clock, tools = Piped(START), FakeClock(), Tools()
+    process = ocp.ClaudeProcess(child, "claude-x", clock=clock)
+    limits = ocp.WaitLimits(ocp.NoClient(), clock() + 60, 0.0)
+    try:
+        with contextlib.closing(process.converse(
+                ocp.TurnInput([b"question\n"]), limits, ocp.TurnReader(), tools)) as events:
+            next(events)
+            next(events)
+        # claude does not say that it has cancelled this one.
+        process.tools.own_calls.append(ocp.OwnCall("toolu_1", "openclaw_cli", {}))
+        child.prints(STOPPED, RESULT, REWOUND)
+        assert process.take_back(ocp.RewindPoint("q", 0), limits)
+    finally:
+        child.close()
+
+    assert tools.told == ["advance", "close"]
+    # Nor does the next turn answer what the last one asked for.
+    assert process.tools.own_calls == []
 
 
 # -- what is left -------------------------------------------------------------

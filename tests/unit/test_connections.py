@@ -444,3 +444,19 @@ def test_a_c_library_without_that_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     ocp.return_freed_memory()
 
     assert len(libraries) == 1
+
+
+@pytest.mark.parametrize("before, options", [
+    ("", []),
+    ("-u -W error -Xutf8 -uWignore", ["-u", "-W", "error", "-Xutf8", "-uWignore"]),
+    ("-m pdb", None),
+    ("-um pdb", None),
+    ("/usr/bin/coverage run", None),
+    ("--", None),
+])
+def test_only_a_script_that_python_itself_runs_is_started_again(
+    before: str, options: list[str] | None
+) -> None:
+    script = ["/srv/ocp server.py", "--port", "4000"]
+
+    assert ocp.python_options(["/usr/bin/python3", *before.split(), *script], script) == options

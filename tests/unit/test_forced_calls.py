@@ -66,6 +66,14 @@ def test_the_second_answer_without_the_call_is_given_and_both_are_counted() -> N
     assert watch.with_dropped(USAGE) == ocp.Usage(20, 14, 10, 6)
 
 
+def test_an_answer_after_a_command_of_a_tenant_is_given_and_not_asked_for_again() -> None:
+    watch = watch_for()
+    seen(watch, STARTED, *WORDS)
+
+    assert watch.events(ENDED, may_repeat=False) == [STARTED, *WORDS, ENDED]
+    assert watch.is_missing
+
+
 @pytest.mark.parametrize("reason", ["max_tokens", "refusal", "stop_sequence"])
 def test_an_answer_that_would_end_like_that_again_is_given(reason: str) -> None:
     watch, ended = watch_for(), ocp.Finished(reason, None, USAGE)

@@ -382,3 +382,29 @@ def test_a_request_that_waits_for_an_own_tool_leaves_the_place_of_its_caller_onl
         with inner.lent(), outer.lent():
             # The server has no place.
             assert not further.runs
+
+
+def test_a_caller_whose_requests_all_wait_for_own_tools_gets_one_place_more() -> None:
+    door = Door(running=8, waiting=20)
+
+    with contextlib.ExitStack() as stack:
+        slots = [door.line_up(stack, most=2) for _ in range(8)]
+        for slot in slots[:2]:
+            stack.enter_context(slot.lent())
+        assert runs(*slots) == [True] * 3 + [False] * 5
+        stack.enter_context(slots[2].lent())
+        assert runs(*slots) == [True] * 3 + [False] * 5
+
+
+def test_a_key_whose_requests_wait_for_own_tools_leaves_the_last_place_to_others() -> None:
+    door = Door(running=4, waiting=20)
+
+    with contextlib.ExitStack() as stack:
+        caller = ocp.Caller("a", key_id=1)
+        slots = [stack.enter_context(door.gate.slot(caller)) for _ in range(5)]
+        for slot in slots:
+            door.gate.join(slot)
+            if slot.runs:
+                stack.enter_context(slot.lent())
+        assert runs(*slots) == [True] * 3 + [False] * 2
+        assert door.line_up(stack, "b").runs

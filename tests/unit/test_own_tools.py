@@ -117,7 +117,7 @@ def test_a_command_of_a_state_folder_has_the_tenants_variables_and_no_file_outsi
     (tmp_path / "state-2").mkdir()
     tenant = ocp.Tenant(
         "alice", {**ocp.TENANT_PROFILE, "relay": {"stateDir": str(tmp_path / "state")}},
-        {"SECRET": "canary"})
+        {"SECRET": "canary", "node_options": "--require x", "OPENSSL_CONF": "x"})
 
     def plan(word: str) -> Json:
         return ocp.relay_plan(tenant, "docker", {"PATH": "/bin"}, ["memory", "search", word])
@@ -245,6 +245,29 @@ def test_a_file_of_an_own_skill_is_read_and_no_other(tmp_path: Path) -> None:
         ("notes", "/".join("abcdefgh")),
     ):
         assert read(name, path) is None, (name, path)
+
+
+def test_a_skill_of_many_folders_is_listed_in_part_and_without_those_that_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = skill(tmp_path, "notes", "Read.\n")
+    for number in range(300):
+        (place / str(number) / "deeper").mkdir(parents=True)
+    (place / "open.md").write_text("x")
+    opened: list[str] = []
+
+    def open_file(name: str, *words: Json, **more: Json) -> int:
+        opened.append(name)
+        if name.isdecimal():
+            raise PermissionError(13, "Permission denied")
+        return os_open(name, *words, **more)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", open_file)
+
+    assert ocp.skill_file(str(tmp_path), "notes", "SKILL.md") == (
+        "Read.\n\n\nFiles of this skill:\n- open.md")
+    assert sum(map(str.isdecimal, opened)) == 99
 
 
 def test_a_file_that_becomes_a_link_meanwhile_is_never_followed(tmp_path: Path) -> None:
