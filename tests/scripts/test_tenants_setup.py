@@ -14,6 +14,7 @@ from depth import by_depth
 from fake_docker import CONFIG, NODE_UID
 from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, fake_server
+from project import REPO
 from tenants_lab import Lab, tenants, tenants_lab
 from tls_files import CERT, write_tls_files
 
@@ -35,8 +36,7 @@ def container(lab: Lab, name: str = "alice", **more: Any) -> Path:
 
 def config_of(path: Path) -> Any:
     """The values of an openclaw.json."""
-    return tenants.connect_module(str(tenants.__file__).replace("tenants", "connect")).json_load(
-        path.read_text())
+    return tenants.connect_module(str(REPO / "ocp_connect.py")).json_load(path.read_text())
 
 
 # ---------------------------------------------------------------------------
