@@ -47,6 +47,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -980,6 +981,23 @@ def make_folders(folder: str) -> None:
     if os.geteuid() == 0:
         owner = os.stat(above)
         os.chown(folder, owner.st_uid, owner.st_gid)
+
+
+@contextlib.contextmanager
+def alone(world: World) -> Iterator[None]:
+    """Hold the folder of the tenants. Raises Problem if another run has it, OSError."""
+    make_folders(world.tenants_folder)
+    with opened_folder(world.tenants_folder) as at:
+        try:
+            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise failed("Another `ocp tenants` changes something on this machine, or waits for an "
+                         "answer: run this again when it has ended.") from None
+        except OSError as error:
+            # Not every file system has locks.
+            if error.errno not in (errno.ENOLCK, errno.EBADF, errno.ENOTSUP):
+                raise
+        yield
 
 
 #: The server names the folder of a tenant after its key, whatever it is called.
@@ -3869,7 +3887,9 @@ def program(argv: Sequence[str], world: World) -> Exit:
     with contextlib.redirect_stdout(world.stdout), contextlib.redirect_stderr(world.stderr):
         args = build_parser().parse_args(words)
     do: Callable[[Run], Exit] = args.do
-    return do(Run(world, args))
+    # What takes --dry-run changes something.
+    with alone(world) if vars(args).get("dry_run") is False else contextlib.nullcontext():
+        return do(Run(world, args))
 
 
 def main(argv: Sequence[str], world: World) -> int:
