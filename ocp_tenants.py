@@ -23,11 +23,11 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 """
 # Sections (search for "==== 8" to jump to the eighth):
 #
-#      1. Small tools      shared pieces, the world outside, running programs, names and keys
+#      1. Small tools      shared pieces, the world outside, programs, names and keys
 #      2. The server       where it is, which key it gets, what it knows of tenants
-#      3. Docker           its client, by argv only
-#      4. Instances        OpenClaw containers and folders of this machine
-#      5. OpenClaw files   read and replace the files of an instance, in a container or not
+#      3. Files            files of this machine, and the folder of each tenant
+#      4. Docker           its client by argv only, containers
+#      5. Instances        OpenClaw containers and folders: their files, how they are found
 #      6. Tenants          set up, apply, undo
 #      7. Skills           compare, fetch and bring skills
 #      8. Import           the configuration of another gateway
@@ -433,76 +433,8 @@ def run_words(
         return running.finish(output[:limit_bytes])
 
 
-#: Opens a folder, and no link to one.
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-@contextlib.contextmanager
-def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
-    """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
-    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
-    try:
-        for part in parts:
-            if makes:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o700, dir_fd=at)
-                    _own_below(at, part)
-            below = os.open(part, _FOLDER_FLAGS, dir_fd=at)
-            os.close(at)
-            at = below
-        yield at
-    finally:
-        os.close(at)
-
-
-def _own_below(at: int, name: str) -> None:
-    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
-    if os.geteuid() == 0:
-        owner = os.fstat(at)
-        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
-
-
-def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
-    """Write a new private file below an open folder, and make its folders. Raises OSError."""
-    *folders, name = path.split("/")
-    with opened_folder(at, *folders, makes=True) as folder:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o700 if is_executable else 0o600)
-            os.fsync(file.fileno())
-        _own_below(folder, name)
-
-
-def move_below(at: int, source: str, target: str) -> None:
-    """Rename something below an open folder, whose new folders are made. Raises OSError."""
-    (*sources, old), (*targets, new) = source.split("/"), target.split("/")
-    with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
-        os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
-
-
-def remove_below(at: int, name: str) -> None:
-    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
-    try:
-        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return
-    if is_folder:
-        with opened_folder(at, name) as folder:
-            for each in os.listdir(folder):
-                remove_below(folder, each)
-        os.rmdir(name, dir_fd=at)
-    else:
-        os.unlink(name, dir_fd=at)
-
-
 #: The form of a tenant's name, also a part of paths.
 TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
-
-
 #: Names that the server gives to no key.
 _RESERVED = re.compile(r"admin|anonymous|local|public|remote|shared|[0-9]+|")
 
@@ -645,7 +577,247 @@ def find_server(world: World, named: str = "") -> Server:
     return Server(url, key)
 
 
-# ==== 3. Docker ==============================================================
+# ==== 3. Files ===============================================================
+# Files of this machine, read and replaced whole, and the folder of each tenant.
+
+
+#: Opens a folder, and no link to one.
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
+    """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
+    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
+    try:
+        for part in parts:
+            if makes:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=at)
+                    _own_below(at, part)
+            below = os.open(part, _FOLDER_FLAGS, dir_fd=at)
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
+
+
+def _own_below(at: int, name: str) -> None:
+    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
+    if os.geteuid() == 0:
+        owner = os.fstat(at)
+        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
+
+
+def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
+    """Write a new private file below an open folder, and make its folders. Raises OSError."""
+    *folders, name = path.split("/")
+    with opened_folder(at, *folders, makes=True) as folder:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o700 if is_executable else 0o600)
+            os.fsync(file.fileno())
+        _own_below(folder, name)
+
+
+def move_below(at: int, source: str, target: str) -> None:
+    """Rename something below an open folder, whose new folders are made. Raises OSError."""
+    (*sources, old), (*targets, new) = source.split("/"), target.split("/")
+    with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
+        os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
+
+
+def remove_below(at: int, name: str) -> None:
+    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return
+    if is_folder:
+        with opened_folder(at, name) as folder:
+            for each in os.listdir(folder):
+                remove_below(folder, each)
+        os.rmdir(name, dir_fd=at)
+    else:
+        os.unlink(name, dir_fd=at)
+
+
+#: The largest openclaw.json, or key, that is read.
+_MAX_FILE_BYTES = 2_000_000
+
+
+class HeldFile(NamedTuple):
+    """A file of an instance."""
+
+    content: bytes
+    uid: int
+    gid: int
+    mode: int
+
+
+def read_own(path: str, at: int | None = None) -> HeldFile | None:
+    """Return a file of this machine, None if it does not exist. With the descriptor of a folder,
+    it is in that one and no link. Raises Problem."""
+    # Without waiting for the writer of a named pipe, which may never come.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if at is None else os.O_NOFOLLOW)
+    try:
+        with open(os.open(path, flags, dir_fd=at), "rb") as file:
+            told = os.fstat(file.fileno())
+            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise failed(f"{path} cannot be read: {error.strerror}") from None
+    if content is None or len(content) > _MAX_FILE_BYTES:
+        raise failed(f"{path} is no regular file, or too large")
+    return HeldFile(content, told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode))
+
+
+def replace_own(path: str, file: HeldFile) -> None:
+    """Write a file of this machine, whole or not at all. Raises Problem."""
+    try:
+        write_whole(path, file.content, file.mode)
+        if os.geteuid() == 0:
+            os.chown(path, file.uid, file.gid)
+    except OSError as error:
+        raise failed(f"{path} cannot be written: {error.strerror}") from None
+
+
+class Folder(NamedTuple):
+    """The files of one tenant on this machine. Nothing in it is reached through a link."""
+
+    world: World
+    #: Its name below the folder of the tenants.
+    name: str
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.world.tenants_folder, self.name)
+
+    @property
+    def key_path(self) -> str:
+        return self.inside("key")
+
+    @property
+    def connect_home(self) -> str:
+        """Return what is ocp_connect.py's XDG_CONFIG_HOME for this tenant."""
+        return self.inside("connect")
+
+    def inside(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+    @contextlib.contextmanager
+    def opened(self, *parts: str, makes: bool = False) -> Iterator[int]:
+        """Yield the descriptor of a folder in it. Raises Problem for whatever fails meanwhile, but
+        FileNotFoundError."""
+        try:
+            if makes:
+                make_folders(self.world.tenants_folder)
+            with opened_folder(self.world.tenants_folder, self.name, *parts, makes=makes) as at:
+                yield at
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            path, is_link = self.inside(*parts), error.errno in (errno.ELOOP, errno.ENOTDIR)
+            raise failed(f"{path} or a folder above is a link, or no folder" if is_link else
+                         f"{path} cannot be used: {error.strerror}") from None
+
+    def write(self, content: bytes, *parts: str) -> None:
+        """Write a private file, whole or not at all, and make its folders. Raises Problem."""
+        *folders, name = parts
+        with self.opened(*folders, makes=True) as at:
+            remove_below(at, name + DRAFT)
+            write_below(at, name + DRAFT, content, False)
+            move_below(at, name + DRAFT, name)
+
+    def read(self, *parts: str) -> bytes:
+        """Return the content of a file, empty if there is none. Raises Problem."""
+        *folders, name = parts
+        with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
+            held = read_own(name, at)
+            return held.content if held else b""
+        return b""
+
+    def has(self, *parts: str) -> bool:
+        """Return whether there is such a folder in it. Raises Problem."""
+        with contextlib.suppress(FileNotFoundError), self.opened(*parts):
+            return True
+        return False
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file or folder in it, if it is there. Raises Problem."""
+        *folders, name = parts
+        with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
+            remove_below(at, name)
+
+    def secret(self) -> str:
+        """Return the saved key, empty if there is none."""
+        text = self.read("key").decode("utf-8", "replace").strip()
+        return text if SECRET.fullmatch(text) else ""
+
+    def write_secret(self, secret: str) -> None:
+        """Save the key. Raises Problem."""
+        self.write(secret.encode() + b"\n", "key")
+
+    def place(self) -> dict[str, Json]:
+        """Return what was written down about the instance, empty if nothing was."""
+        with contextlib.suppress(Problem, ValueError):
+            return as_dict(json.loads(self.read("instance", "instance.json")))
+        return {}
+
+    def write_place(self, place: Mapping[str, Json]) -> None:
+        """Write down about the instance what is in `place`; the rest stays. Raises Problem."""
+        text = json.dumps({**self.place(), **place}, indent=1)
+        self.write(text.encode(), "instance", "instance.json")
+
+
+def make_folders(folder: str) -> None:
+    """Make a private folder and its parents, owned as the folder above. Raises OSError."""
+    if os.path.isdir(folder):
+        return
+    above = os.path.dirname(folder)
+    make_folders(above)
+    os.mkdir(folder, 0o700)
+    if os.geteuid() == 0:
+        owner = os.stat(above)
+        os.chown(folder, owner.st_uid, owner.st_gid)
+
+
+@contextlib.contextmanager
+def alone(world: World) -> Iterator[None]:
+    """Hold the folder of the tenants. Raises Problem if another run has it, OSError."""
+    make_folders(world.tenants_folder)
+    with opened_folder(world.tenants_folder) as at:
+        try:
+            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise failed("Another `ocp tenants` changes something on this machine, or waits for an "
+                         "answer: run this again when it has ended.") from None
+        except OSError as error:
+            # Not every file system has locks.
+            if error.errno not in (errno.ENOLCK, errno.EBADF, errno.ENOTSUP):
+                raise
+        yield
+
+
+#: The server names the folder of a tenant after its key, whatever it is called.
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def tenant_folders(world: World) -> list[Folder]:
+    """Return the folders of tenants on this machine."""
+    with contextlib.suppress(OSError):
+        names = sorted(filter(_FOLDER_NAME.fullmatch, os.listdir(world.tenants_folder)))
+        return [Folder(world, name) for name in names]
+    return []
+
+
+# ==== 4. Docker ==============================================================
 # The program docker, by argv only: no shell, `--` before names, a time limit, bounded output.
 
 
@@ -657,15 +829,6 @@ _COMPOSE = "com.docker.compose."
 #: Where OpenClaw's image has its state.
 _IMAGE_STATE = "/home/node/.openclaw"
 Value = TypeVar("Value")
-
-
-class HeldFile(NamedTuple):
-    """A file of an instance."""
-
-    content: bytes
-    uid: int
-    gid: int
-    mode: int
 
 
 class Docker(NamedTuple):
@@ -879,137 +1042,8 @@ def add_to_tar(tar: tarfile.TarFile, path: str, file: HeldFile, is_folder: bool 
     tar.addfile(entry, io.BytesIO(file.content))
 
 
-# ==== 4. Instances ===========================================================
-# OpenClaw containers and folders of this machine. Nothing here changes anything.
-
-
-class Folder(NamedTuple):
-    """The files of one tenant on this machine. Nothing in it is reached through a link."""
-
-    world: World
-    #: Its name below the folder of the tenants.
-    name: str
-
-    @property
-    def path(self) -> str:
-        return os.path.join(self.world.tenants_folder, self.name)
-
-    @property
-    def key_path(self) -> str:
-        return self.inside("key")
-
-    @property
-    def connect_home(self) -> str:
-        """Return what is ocp_connect.py's XDG_CONFIG_HOME for this tenant."""
-        return self.inside("connect")
-
-    def inside(self, *parts: str) -> str:
-        return os.path.join(self.path, *parts)
-
-    @contextlib.contextmanager
-    def opened(self, *parts: str, makes: bool = False) -> Iterator[int]:
-        """Yield the descriptor of a folder in it. Raises Problem for whatever fails meanwhile, but
-        FileNotFoundError."""
-        try:
-            if makes:
-                make_folders(self.world.tenants_folder)
-            with opened_folder(self.world.tenants_folder, self.name, *parts, makes=makes) as at:
-                yield at
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            path, is_link = self.inside(*parts), error.errno in (errno.ELOOP, errno.ENOTDIR)
-            raise failed(f"{path} or a folder above is a link, or no folder" if is_link else
-                         f"{path} cannot be used: {error.strerror}") from None
-
-    def write(self, content: bytes, *parts: str) -> None:
-        """Write a private file, whole or not at all, and make its folders. Raises Problem."""
-        *folders, name = parts
-        with self.opened(*folders, makes=True) as at:
-            remove_below(at, name + DRAFT)
-            write_below(at, name + DRAFT, content, False)
-            move_below(at, name + DRAFT, name)
-
-    def read(self, *parts: str) -> bytes:
-        """Return the content of a file, empty if there is none. Raises Problem."""
-        *folders, name = parts
-        with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
-            held = read_own(name, at)
-            return held.content if held else b""
-        return b""
-
-    def has(self, *parts: str) -> bool:
-        """Return whether there is such a folder in it. Raises Problem."""
-        with contextlib.suppress(FileNotFoundError), self.opened(*parts):
-            return True
-        return False
-
-    def remove(self, *parts: str) -> None:
-        """Remove a file or folder in it, if it is there. Raises Problem."""
-        *folders, name = parts
-        with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
-            remove_below(at, name)
-
-    def secret(self) -> str:
-        """Return the saved key, empty if there is none."""
-        text = self.read("key").decode("utf-8", "replace").strip()
-        return text if SECRET.fullmatch(text) else ""
-
-    def write_secret(self, secret: str) -> None:
-        """Save the key. Raises Problem."""
-        self.write(secret.encode() + b"\n", "key")
-
-    def place(self) -> dict[str, Json]:
-        """Return what was written down about the instance, empty if nothing was."""
-        with contextlib.suppress(Problem, ValueError):
-            return as_dict(json.loads(self.read("instance", "instance.json")))
-        return {}
-
-    def write_place(self, place: Mapping[str, Json]) -> None:
-        """Write down about the instance what is in `place`; the rest stays. Raises Problem."""
-        text = json.dumps({**self.place(), **place}, indent=1)
-        self.write(text.encode(), "instance", "instance.json")
-
-
-def make_folders(folder: str) -> None:
-    """Make a private folder and its parents, owned as the folder above. Raises OSError."""
-    if os.path.isdir(folder):
-        return
-    above = os.path.dirname(folder)
-    make_folders(above)
-    os.mkdir(folder, 0o700)
-    if os.geteuid() == 0:
-        owner = os.stat(above)
-        os.chown(folder, owner.st_uid, owner.st_gid)
-
-
-@contextlib.contextmanager
-def alone(world: World) -> Iterator[None]:
-    """Hold the folder of the tenants. Raises Problem if another run has it, OSError."""
-    make_folders(world.tenants_folder)
-    with opened_folder(world.tenants_folder) as at:
-        try:
-            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise failed("Another `ocp tenants` changes something on this machine, or waits for an "
-                         "answer: run this again when it has ended.") from None
-        except OSError as error:
-            # Not every file system has locks.
-            if error.errno not in (errno.ENOLCK, errno.EBADF, errno.ENOTSUP):
-                raise
-        yield
-
-
-#: The server names the folder of a tenant after its key, whatever it is called.
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def tenant_folders(world: World) -> list[Folder]:
-    """Return the folders of tenants on this machine."""
-    with contextlib.suppress(OSError):
-        names = sorted(filter(_FOLDER_NAME.fullmatch, os.listdir(world.tenants_folder)))
-        return [Folder(world, name) for name in names]
-    return []
+# ==== 5. Instances ===========================================================
+# OpenClaw in containers and folders of this machine: their files, and how they are found.
 
 
 class Instance(NamedTuple):
@@ -1104,6 +1138,43 @@ def draft_of(path: str) -> str:
     """Return where a new file of a container lies before it replaces the one at `path`."""
     folder, name = os.path.split(path)
     return f"{folder}/.ocp-{name}"
+
+
+def connect_script(world: World) -> str:
+    """Return the path of ocp_connect.py. Raises Problem if it is not there."""
+    script = os.path.join(world.tree, "ocp_connect.py")
+    if not os.path.exists(script):
+        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
+                     "OCP beside this ocp_tenants.py: it knows how to change openclaw.json.")
+    return script
+
+
+@functools.cache
+def connect_module(script: str) -> Any:
+    """Return ocp_connect.py as a module: its reader understands openclaw.json with comments."""
+    name = "ocp_connect_of_tenants"
+    spec = importlib.util.spec_from_file_location(name, script)
+    assert spec and spec.loader
+    # Dataclasses look their module up there while it is being executed.
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parsed_config(world: World, content: bytes) -> dict[str, Json]:
+    """Return the values of an openclaw.json. Raises Problem, with the reason."""
+    module = connect_module(connect_script(world))
+    try:
+        return as_dict(module.json_load(module.decoded(content)))
+    except module.UnsafeEdit as problem:
+        raise failed(f"openclaw.json {problem}") from None
+
+
+def has_include(value: Json) -> bool:
+    """Return whether a configuration, or a part of it, is taken from other files."""
+    if isinstance(value, dict):
+        return "$include" in value or any(map(has_include, value.values()))
+    return isinstance(value, list) and any(map(has_include, value))
 
 
 # -- finding them -------------------------------------------------------------
@@ -1245,79 +1316,6 @@ def named_instance(
     if row is None:
         raise failed(f"There is no container {container}" + (f": {error}." if error else "."))
     return container_instance(row, name)
-
-
-# ==== 5. OpenClaw files ======================================================
-# openclaw.json, and files of this machine.
-
-
-#: The largest openclaw.json, or key, that is read.
-_MAX_FILE_BYTES = 2_000_000
-
-
-def connect_script(world: World) -> str:
-    """Return the path of ocp_connect.py. Raises Problem if it is not there."""
-    script = os.path.join(world.tree, "ocp_connect.py")
-    if not os.path.exists(script):
-        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
-                     "OCP beside this ocp_tenants.py: it knows how to change openclaw.json.")
-    return script
-
-
-@functools.cache
-def connect_module(script: str) -> Any:
-    """Return ocp_connect.py as a module: its reader understands openclaw.json with comments."""
-    name = "ocp_connect_of_tenants"
-    spec = importlib.util.spec_from_file_location(name, script)
-    assert spec and spec.loader
-    # Dataclasses look their module up there while it is being executed.
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def parsed_config(world: World, content: bytes) -> dict[str, Json]:
-    """Return the values of an openclaw.json. Raises Problem, with the reason."""
-    module = connect_module(connect_script(world))
-    try:
-        return as_dict(module.json_load(module.decoded(content)))
-    except module.UnsafeEdit as problem:
-        raise failed(f"openclaw.json {problem}") from None
-
-
-def has_include(value: Json) -> bool:
-    """Return whether a configuration, or a part of it, is taken from other files."""
-    if isinstance(value, dict):
-        return "$include" in value or any(map(has_include, value.values()))
-    return isinstance(value, list) and any(map(has_include, value))
-
-
-def read_own(path: str, at: int | None = None) -> HeldFile | None:
-    """Return a file of this machine, None if it does not exist. With the descriptor of a folder,
-    it is in that one and no link. Raises Problem."""
-    # Without waiting for the writer of a named pipe, which may never come.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if at is None else os.O_NOFOLLOW)
-    try:
-        with open(os.open(path, flags, dir_fd=at), "rb") as file:
-            told = os.fstat(file.fileno())
-            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise failed(f"{path} cannot be read: {error.strerror}") from None
-    if content is None or len(content) > _MAX_FILE_BYTES:
-        raise failed(f"{path} is no regular file, or too large")
-    return HeldFile(content, told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode))
-
-
-def replace_own(path: str, file: HeldFile) -> None:
-    """Write a file of this machine, whole or not at all. Raises Problem."""
-    try:
-        write_whole(path, file.content, file.mode)
-        if os.geteuid() == 0:
-            os.chown(path, file.uid, file.gid)
-    except OSError as error:
-        raise failed(f"{path} cannot be written: {error.strerror}") from None
 
 
 class Look(NamedTuple):
