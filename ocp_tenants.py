@@ -3533,9 +3533,9 @@ def _env_changes(run: Run) -> dict[str, str | None]:
     args = run.args
     changes: dict[str, str | None] = dict.fromkeys(args.unset)
     text = run.world.stdin.read(10_000_000) if args.set else ""
-    values = [text[:-1] if text.endswith("\n") else text]
-    values = text.splitlines() if len(args.set) > 1 else values
-    if len(values) < len(args.set):
+    text = text[:-1] if text.endswith("\n") else text
+    values = text.split("\n") if len(args.set) > 1 else [text]
+    if args.set and len(values) != len(args.set):
         raise Problem(Exit.USAGE, f"{counted(len(args.set), 'value')} are wanted on standard "
                                   f"input, one in a line, and {len(values)} came.")
     return {**changes, **dict(zip(args.set, values))}

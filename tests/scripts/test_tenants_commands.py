@@ -351,7 +351,8 @@ def test_values_of_variables_come_from_standard_input_and_are_never_shown(lab: L
     assert not [ran for ran in said if "bbb" in ran.stdout or "second" in ran.stdout]
     lab.run("env", "alice", "--unset", "A")
     assert env_of(lab).keys() == {"B", "C"}
-    assert lab.run("env", "alice", "--set", "D", "--set", "E", stdin="one").code == 2
+    for values in ("one", "one\ntwo\nthree\n"):
+        assert lab.run("env", "alice", "--set", "D", "--set", "E", stdin=values).code == 2
     assert lab.run("env", "alice", "--set", "PATH", stdin="x").code == 1
 
 
