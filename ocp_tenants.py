@@ -2978,13 +2978,13 @@ def import_steps(
     if name in job.keys and not is_holder(job.server, secret, name):
         raise failed(f"there is a key {name} already, with another secret")
     refuse_foreign(job, name)
-    if folder.secret() != secret:
-        steps += [("its key" if tenant.secret else "a new key",
-                   lambda: folder.write_secret(secret))]
+    word = "its key" if tenant.secret else "a new key"
+    body = {**key, "name": name, "secret": secret}
     if name not in job.keys:
-        body = {**key, "name": name, "secret": secret}
-        steps = [(steps[0][0] if steps else "its key", lambda: (
+        steps += [(word, lambda: (
             folder.write_secret(secret), job.server.ask("POST", "/api/keys", body)))]
+    elif folder.secret() != secret:
+        steps += [(word, lambda: folder.write_secret(secret))]
     place = tenant.instance and tenant.instance.place
     if name not in job.tenants:
         profile = {"level": job.options.level or LEVELS[0], "instance": place, "adopt": True}
@@ -3687,8 +3687,7 @@ def cmd_import(run: Run) -> Exit:
     for row in config["tenants"]:
         tenant, steps, problem = imported(row, found), None, "two tenants have this name"
         if tenant.name not in [other.tenant.name for other in rows]:
-            steps, problem = attempt(
-                lambda tenant=tenant: import_steps(job, tenant, key, skills))  # type: ignore[misc]
+            steps, problem = attempt(functools.partial(import_steps, job, tenant, key, skills))
         rows.append(Taken(tenant, steps or [], problem))
     show(run, [(each.tenant.name, each.problem, each.words) for each in rows])
     if any(each.steps for each in rows) and not args.dry_run:
