@@ -23,11 +23,11 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 """
 # Sections (search for "==== 8" to jump to the eighth):
 #
-#      1. Small tools      shared pieces, the world outside, running programs, names and keys
+#      1. Small tools      shared pieces, the world outside, programs, names and keys
 #      2. The server       where it is, which key it gets, what it knows of tenants
-#      3. Docker           its client, by argv only
-#      4. Instances        OpenClaw containers and folders of this machine
-#      5. OpenClaw files   read and replace the files of an instance, in a container or not
+#      3. Files            files of this machine, and the folder of each tenant
+#      4. Docker           its client by argv only, containers
+#      5. Instances        OpenClaw containers and folders: their files, how they are found
 #      6. Tenants          set up, apply, undo
 #      7. Skills           compare, fetch and bring skills
 #      8. Import           the configuration of another gateway
@@ -47,6 +47,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -68,7 +69,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple, TextIO, TypeVar
 
 VERSION = "1.0.0"
 
@@ -276,6 +277,16 @@ def as_dict(value: Json) -> dict[str, Json]:
     return value if isinstance(value, dict) else {}
 
 
+def dicts_in(value: Json) -> list[dict[str, Json]]:
+    """Return `value` if it is a JSON list, its members made objects, else an empty one."""
+    return [as_dict(row) for row in value] if isinstance(value, list) else []
+
+
+def reason_of(problem: Exception) -> str:
+    """Return why one of several things failed, to be said behind its name."""
+    return str(problem).rstrip(".")
+
+
 #: Variables that no program started from here is given: the keys of this server.
 _OWN_SECRETS = ("OCP_ADMIN_KEY", "OCP_CONNECT_KEY")
 
@@ -330,6 +341,13 @@ class Ran(NamedTuple):
     @property
     def text(self) -> str:
         return self.output.decode("utf-8", "replace")
+
+    @property
+    def json(self) -> Json:
+        """Return the JSON value that it printed, None for anything else."""
+        with contextlib.suppress(ValueError):
+            return json.loads(self.text)
+        return None
 
     @property
     def complaint(self) -> str:
@@ -415,76 +433,8 @@ def run_words(
         return running.finish(output[:limit_bytes])
 
 
-#: Opens a folder, and no link to one.
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-@contextlib.contextmanager
-def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
-    """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
-    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
-    try:
-        for part in parts:
-            if makes:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, 0o700, dir_fd=at)
-                    _own_below(at, part)
-            below = os.open(part, _FOLDER_FLAGS, dir_fd=at)
-            os.close(at)
-            at = below
-        yield at
-    finally:
-        os.close(at)
-
-
-def _own_below(at: int, name: str) -> None:
-    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
-    if os.geteuid() == 0:
-        owner = os.fstat(at)
-        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
-
-
-def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
-    """Write a new private file below an open folder, and make its folders. Raises OSError."""
-    *folders, name = path.split("/")
-    with opened_folder(at, *folders, makes=True) as folder:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o700 if is_executable else 0o600)
-            os.fsync(file.fileno())
-        _own_below(folder, name)
-
-
-def move_below(at: int, source: str, target: str) -> None:
-    """Rename something below an open folder, whose new folders are made. Raises OSError."""
-    (*sources, old), (*targets, new) = source.split("/"), target.split("/")
-    with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
-        os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
-
-
-def remove_below(at: int, name: str) -> None:
-    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
-    try:
-        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return
-    if is_folder:
-        with opened_folder(at, name) as folder:
-            for each in os.listdir(folder):
-                remove_below(folder, each)
-        os.rmdir(name, dir_fd=at)
-    else:
-        os.unlink(name, dir_fd=at)
-
-
 #: The form of a tenant's name, also a part of paths.
 TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
-
-
 #: Names that the server gives to no key.
 _RESERVED = re.compile(r"admin|anonymous|local|public|remote|shared|[0-9]+|")
 
@@ -501,6 +451,10 @@ def checked_name(text: str) -> str:
         raise Problem(Exit.USAGE, f"{clean(text)[:80]!r} is no name of a tenant: use up to 40 "
                                   "small letters, digits and hyphens.")
     return text
+
+
+#: The form of a key that the server takes.
+SECRET = re.compile(r"[A-Za-z0-9_-]{32,128}")
 
 
 def new_secret() -> str:
@@ -584,19 +538,20 @@ class Server(NamedTuple):
 
     def keys(self) -> dict[str, dict[str, Json]]:
         """Return the active keys by name. Raises Problem."""
-        rows = as_dict(self.ask("GET", "/api/keys")).get("keys")
-        rows = [as_dict(row) for row in rows] if isinstance(rows, list) else []
+        rows = dicts_in(as_dict(self.ask("GET", "/api/keys")).get("keys"))
         return {str(row.get("name")): row for row in rows if not row.get("revokedAt")}
 
     def tenants(self) -> dict[str, dict[str, Json]]:
         """Return the tenants by name. Raises Problem."""
-        rows = as_dict(self.ask("GET", "/api/tenants")).get("tenants")
-        rows = [as_dict(row) for row in rows] if isinstance(rows, list) else []
+        rows = dicts_in(as_dict(self.ask("GET", "/api/tenants")).get("tenants"))
         return {str(row.get("name")): row for row in rows}
+
+    def key_path(self, name: str, more: str = "") -> str:
+        return f"/api/keys/{urllib.parse.quote(name, safe='')}{more}"
 
     def tenant(self, name: str, method: str = "GET", body: object = None, more: str = "") -> Json:
         """Return the answer to a request about one tenant. Raises Problem."""
-        return self.ask(method, f"/api/keys/{urllib.parse.quote(name, safe='')}/tenant{more}", body)
+        return self.ask(method, self.key_path(name, f"/tenant{more}"), body)
 
 
 def find_server(world: World, named: str = "") -> Server:
@@ -622,68 +577,115 @@ def find_server(world: World, named: str = "") -> Server:
     return Server(url, key)
 
 
-# ==== 3. Docker ==============================================================
-# The program docker, by argv only: no shell, `--` before names, a time limit, bounded output.
+# ==== 3. Files ===============================================================
+# Files of this machine, read and replaced whole, and the folder of each tenant.
 
 
-#: The form of a container's name.
-CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-#: For what copies files.
-_COPY_S = 120.0
+#: Opens a folder, and no link to one.
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Docker(NamedTuple):
-    """The client of docker, or of what OCP_DOCKER names."""
-
-    world: World
-
-    @property
-    def program(self) -> str:
-        return self.world.environ.get("OCP_DOCKER", "").strip() or "docker"
-
-    def run(self, *words: str, stdin: bytes = b"", timeout_s: float = 15.0) -> Ran:
-        """Run the client. Never raises."""
-        return run_words([self.program, *words], self.world.child_environ, stdin, timeout_s)
-
-    def containers(self) -> tuple[list[dict[str, Json]], str]:
-        """Return what `docker inspect` says of all containers, and why there is nothing, empty if
-        docker answered. `docker ps` with a format would measure the sizes of all of them."""
-        listed = self.run("ps", "--no-trunc", "--quiet", "--all")
-        if listed.code is None and shutil.which(
-                self.program, path=self.world.environ.get("PATH", os.defpath)) is None:
-            return [], f"there is no program {clean(self.program)}"
-        ids = [word for word in listed.text.split() if re.fullmatch(r"[0-9a-f]{12,64}", word)]
-        if listed.code != 0 or not ids:
-            return [], "" if listed.code == 0 else listed.complaint
-        # One that is gone meanwhile makes it fail, and the others are printed all the same.
-        told = self.run("inspect", "--type", "container", *ids)
-        found: Json = None
-        with contextlib.suppress(ValueError):
-            found = json.loads(told.text)
-        if not isinstance(found, list):
-            return [], told.complaint
-        return [row for row in found if isinstance(row, dict)], ""
-
-    def exec(self, container: str, *words: str, stdin: bytes = b"", timeout_s: float = 15.0) -> Ran:
-        """Run a program in a container, its words unchanged. Never raises."""
-        options = ["--interactive"] if stdin else []
-        return self.run("exec", *options, "--", container, *words, stdin=stdin, timeout_s=timeout_s)
-
-    def open_tar(self, container: str, path: str) -> Running:
-        """Return `docker cp` at work: its output is a tar of `path`. Works on a stopped container.
-
-        Raises OSError where docker cannot be run. The caller reads, then calls finish().
-        """
-        command = [self.program, "cp", "--", f"{container}:{path}", "-"]
-        return Running(command, self.world.child_environ, b"", _COPY_S)
-
-    def put_tar(self, container: str, folder: str, content: bytes) -> Ran:
-        """Unpack a tar into a folder of a container, owners and modes as its entries say."""
-        return self.run("cp", "--", "-", f"{container}:{folder}", stdin=content, timeout_s=_COPY_S)
+@contextlib.contextmanager
+def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
+    """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
+    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
+    try:
+        for part in parts:
+            if makes:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=at)
+                    _own_below(at, part)
+            below = os.open(part, _FOLDER_FLAGS, dir_fd=at)
+            os.close(at)
+            at = below
+        yield at
+    finally:
+        os.close(at)
 
 
-# ==== 4. Instances ===========================================================
-# OpenClaw containers and folders of this machine. Nothing here changes anything.
+def _own_below(at: int, name: str) -> None:
+    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
+    if os.geteuid() == 0:
+        owner = os.fstat(at)
+        os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
+
+
+def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
+    """Write a new private file below an open folder, and make its folders. Raises OSError."""
+    *folders, name = path.split("/")
+    with opened_folder(at, *folders, makes=True) as folder:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o700 if is_executable else 0o600)
+            os.fsync(file.fileno())
+        _own_below(folder, name)
+
+
+def move_below(at: int, source: str, target: str) -> None:
+    """Rename something below an open folder, whose new folders are made. Raises OSError."""
+    (*sources, old), (*targets, new) = source.split("/"), target.split("/")
+    with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
+        os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
+
+
+def remove_below(at: int, name: str) -> None:
+    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return
+    if is_folder:
+        with opened_folder(at, name) as folder:
+            for each in os.listdir(folder):
+                remove_below(folder, each)
+        os.rmdir(name, dir_fd=at)
+    else:
+        os.unlink(name, dir_fd=at)
+
+
+#: The largest openclaw.json, or key, that is read.
+_MAX_FILE_BYTES = 2_000_000
+
+
+class HeldFile(NamedTuple):
+    """A file of an instance."""
+
+    content: bytes
+    uid: int
+    gid: int
+    mode: int
+
+
+def read_own(path: str, at: int | None = None) -> HeldFile | None:
+    """Return a file of this machine, None if it does not exist. With the descriptor of a folder,
+    it is in that one and no link. Raises Problem."""
+    # Without waiting for the writer of a named pipe, which may never come.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if at is None else os.O_NOFOLLOW)
+    try:
+        with open(os.open(path, flags, dir_fd=at), "rb") as file:
+            told = os.fstat(file.fileno())
+            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise failed(f"{path} cannot be read: {error.strerror}") from None
+    if content is None or len(content) > _MAX_FILE_BYTES:
+        raise failed(f"{path} is no regular file, or too large")
+    return HeldFile(content, told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode))
+
+
+def replace_own(path: str, file: HeldFile) -> None:
+    """Write a file of this machine, whole or not at all. Raises Problem."""
+    try:
+        write_whole(path, file.content, file.mode)
+        if os.geteuid() == 0:
+            os.chown(path, file.uid, file.gid)
+    except OSError as error:
+        raise failed(f"{path} cannot be written: {error.strerror}") from None
 
 
 class Folder(NamedTuple):
@@ -737,7 +739,7 @@ class Folder(NamedTuple):
         """Return the content of a file, empty if there is none. Raises Problem."""
         *folders, name = parts
         with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
-            held = _read_own(name, at)
+            held = read_own(name, at)
             return held.content if held else b""
         return b""
 
@@ -756,7 +758,11 @@ class Folder(NamedTuple):
     def secret(self) -> str:
         """Return the saved key, empty if there is none."""
         text = self.read("key").decode("utf-8", "replace").strip()
-        return text if re.fullmatch(r"[A-Za-z0-9_-]{32,128}", text) else ""
+        return text if SECRET.fullmatch(text) else ""
+
+    def write_secret(self, secret: str) -> None:
+        """Save the key. Raises Problem."""
+        self.write(secret.encode() + b"\n", "key")
 
     def place(self) -> dict[str, Json]:
         """Return what was written down about the instance, empty if nothing was."""
@@ -782,6 +788,23 @@ def make_folders(folder: str) -> None:
         os.chown(folder, owner.st_uid, owner.st_gid)
 
 
+@contextlib.contextmanager
+def alone(world: World) -> Iterator[None]:
+    """Hold the folder of the tenants. Raises Problem if another run has it, OSError."""
+    make_folders(world.tenants_folder)
+    with opened_folder(world.tenants_folder) as at:
+        try:
+            fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise failed("Another `ocp tenants` changes something on this machine, or waits for an "
+                         "answer: run this again when it has ended.") from None
+        except OSError as error:
+            # Not every file system has locks.
+            if error.errno not in (errno.ENOLCK, errno.EBADF, errno.ENOTSUP):
+                raise
+        yield
+
+
 #: The server names the folder of a tenant after its key, whatever it is called.
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -794,69 +817,208 @@ def tenant_folders(world: World) -> list[Folder]:
     return []
 
 
-class Instance(NamedTuple):
-    """One OpenClaw of this machine."""
-
-    #: What its tenant is called.
-    name: str
-    #: "container" or "folder".
-    kind: str
-    #: The name of the container, or the state folder.
-    where: str
-    #: The state folder, in the container where there is one.
-    state_dir: str
-    #: The path of openclaw.json.
-    config_path: str
-    #: Of the container; empty for a folder.
-    container_id: str = ""
-    #: Whether programs can be run there: False for a stopped container.
-    is_running: bool = True
-    #: What `docker inspect` says of the container.
-    inspected: Mapping[str, Json] = {}
-    #: Why it is left alone, empty if it is not.
-    doubt: str = ""
-
-    @property
-    def is_container(self) -> bool:
-        return self.kind == "container"
-
-    @property
-    def state(self) -> str:
-        return "-" if not self.is_container else "running" if self.is_running else "stopped"
-
-    @property
-    def place(self) -> dict[str, Json]:
-        """Return what finds it again."""
-        return {"kind": self.kind, "where": self.where, "id": self.container_id,
-                "stateDir": self.state_dir, "configPath": self.config_path}
+# ==== 4. Docker ==============================================================
+# The program docker, by argv only: no shell, `--` before names, a time limit, bounded output.
 
 
+#: The form of a container's name.
+CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+#: For what copies files.
+_COPY_S = 120.0
 _COMPOSE = "com.docker.compose."
-_GATEWAY = re.compile(r"(?:(.+)-)?openclaw-gateway(?:-[0-9]+)?")
-_CELL = re.compile(r"openclaw-cell-(.+)")
-_CLI = re.compile(r"(?:.+-)?openclaw-cli(?:-.*)?")
 #: Where OpenClaw's image has its state.
 _IMAGE_STATE = "/home/node/.openclaw"
+Value = TypeVar("Value")
 
 
-def container_env(inspected: Mapping[str, Json]) -> dict[str, str]:
-    """Return the variables of a container."""
-    rows = as_dict(inspected.get("Config")).get("Env")
+class Docker(NamedTuple):
+    """The client of docker, or of what OCP_DOCKER names."""
+
+    world: World
+
+    @property
+    def program(self) -> str:
+        return self.world.environ.get("OCP_DOCKER", "").strip() or "docker"
+
+    def run(self, *words: str, stdin: bytes = b"", timeout_s: float = 15.0) -> Ran:
+        """Run the client. Never raises."""
+        return run_words([self.program, *words], self.world.child_environ, stdin, timeout_s)
+
+    def containers(self) -> tuple[list[Container], str]:
+        """Return all containers, and why there are none, empty if docker answered.
+
+        `docker ps` with a format would measure the sizes of all of them."""
+        listed = self.run("ps", "--no-trunc", "--quiet", "--all")
+        if listed.code is None and shutil.which(
+                self.program, path=self.world.environ.get("PATH", os.defpath)) is None:
+            return [], f"there is no program {clean(self.program)}"
+        ids = [word for word in listed.text.split() if re.fullmatch(r"[0-9a-f]{12,64}", word)]
+        if listed.code != 0 or not ids:
+            return [], "" if listed.code == 0 else listed.complaint
+        # One that is gone meanwhile makes it fail, and the others are printed all the same.
+        told = self.run("inspect", "--type", "container", *ids)
+        found = told.json
+        if not isinstance(found, list):
+            return [], told.complaint
+        return [Container(self, row) for row in found if isinstance(row, dict)], ""
+
+
+class Container(NamedTuple):
+    """A container: what `docker inspect` says of it, its programs and its files."""
+
+    docker: Docker
+    inspected: Mapping[str, Json]
+
+    @property
+    def name(self) -> str:
+        return str(self.inspected.get("Name") or "").lstrip("/")
+
+    @property
+    def id(self) -> str:
+        return str(self.inspected.get("Id") or "")
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether programs can be run in it."""
+        return as_dict(self.inspected.get("State")).get("Running") is True
+
+    @property
+    def config(self) -> dict[str, Json]:
+        return as_dict(self.inspected.get("Config"))
+
+    @property
+    def env(self) -> dict[str, str]:
+        return env_rows(self.config.get("Env"))
+
+    def label(self, name: str) -> str:
+        """Return what compose says of it, empty if nothing."""
+        return str(as_dict(self.config.get("Labels")).get(_COMPOSE + name) or "")
+
+    @property
+    def mounts(self) -> list[tuple[str, str]]:
+        """Return the places of its mounts with their sources, the deepest first."""
+        return sorted(((str(row.get("Destination")).rstrip("/"),
+                        str(row.get("Source") or row.get("Name")))
+                       for row in dicts_in(self.inspected.get("Mounts"))), reverse=True)
+
+    def source_of(self, path: str) -> str:
+        """Return where a path of it lies on this machine, empty if in no mount."""
+        for place, source in self.mounts:
+            if path == place or path.startswith(place + "/"):
+                return source + path[len(place):] if source[:1] == "/" else ""
+        return ""
+
+    @property
+    def mounted_states(self) -> list[str]:
+        return [path for path, _ in self.mounts if path.endswith("/.openclaw")]
+
+    @property
+    def state_dir(self) -> str:
+        """Return OpenClaw's state folder in it."""
+        env = self.env
+        homes = (env.get("OPENCLAW_HOME", ""), env.get("HOME", ""))
+        found = (env.get("OPENCLAW_STATE_DIR", ""),
+                 *(f"{home}/.openclaw" for home in homes if home),
+                 *self.mounted_states, _IMAGE_STATE)
+        return next(path for path in found if is_usable_path(path))
+
+    @property
+    def gateways(self) -> list[str]:
+        """Return the addresses of this machine in its networks."""
+        networks = as_dict(as_dict(self.inspected.get("NetworkSettings")).get("Networks"))
+        found = [str(as_dict(each).get("Gateway") or "") for each in networks.values()]
+        return [each for each in found if re.fullmatch(r"[0-9.]{7,15}|[0-9a-f:]{2,39}", each)]
+
+    def exec(self, *words: str, timeout_s: float = 15.0) -> Ran:
+        """Run a program in it, its words unchanged. Never raises."""
+        return self.docker.run("exec", "--", self.name, *words, timeout_s=timeout_s)
+
+    def change(self, path: str, *words: str) -> None:
+        """Run a program that changes `path`. Raises Problem if it fails."""
+        ran = self.exec(*words)
+        if ran.code != 0:
+            raise failed(f"{path} was not changed: {ran.complaint}")
+
+    def move(self, source: str, target: str) -> None:
+        """Let a file or folder take the place of another. Raises Problem."""
+        self.change(target, "mv", "-T", "--", source, target)
+
+    def run_openclaw(self, *words: str) -> Ran | None:
+        """Run OpenClaw's own command; None where there is no such program."""
+        for program in (("openclaw",), ("node", "openclaw.mjs")):
+            ran = self.exec(*program, *words, timeout_s=60.0)
+            if ran.code not in (126, 127):
+                return ran
+        return None
+
+    @property
+    def uid(self) -> int:
+        """Return the user that OpenClaw has in it. Raises Problem."""
+        if self.is_running:
+            ran = self.exec("id", "-u")
+            text = ran.text.strip()
+        else:
+            text = str(self.config.get("User") or "").partition(":")[0]
+        if text.isdecimal() and text.isascii() and len(text) < 10:
+            return int(text)
+        if self.is_running:
+            raise failed(f"`id -u` in {self.name}: {ran.complaint}")
+        return 0 if text in ("", "root") else 1000
+
+    def read_tar(self, path: str, use: Callable[[IO[bytes]], Value]) -> Value | None:
+        """Return what `use` makes of the tar of a file or folder, None if there is none. Works on
+        a stopped container. Raises Problem, and what `use` raises but TarError."""
+        command = [self.docker.program, "cp", "--", f"{self.name}:{path}", "-"]
+        try:
+            running = Running(command, self.docker.world.child_environ, b"", _COPY_S)
+        except OSError as error:
+            raise failed(f"docker: {error.strerror}") from None
+        made = None
+        with running:
+            with contextlib.suppress(tarfile.TarError):
+                made = use(running.output)
+            if len(running.output.read(1_000_000)) == 1_000_000:
+                running.kill("sent more than a tar")
+            ran = running.finish()
+        if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
+            return None
+        # What docker says of an error tells more than what is wrong with its tar.
+        if ran.code != 0 or made is None:
+            raise failed("docker sent no whole tar" if ran.code == 0 else ran.complaint)
+        return made
+
+    def put_tar(self, folder: str, content: bytes) -> None:
+        """Unpack a tar into a folder, owners and modes as its entries say. Works on a stopped
+        container. Raises Problem."""
+        ran = self.docker.run("cp", "--", "-", f"{self.name}:{folder}", stdin=content,
+                              timeout_s=_COPY_S)
+        if ran.code != 0:
+            raise failed(f"{folder} was not written: {ran.complaint}")
+
+    def read(self, path: str) -> HeldFile | None:
+        """Return a file, None if it does not exist. Raises Problem."""
+        def first(output: IO[bytes]) -> HeldFile:
+            with tarfile.open(fileobj=output, mode="r|") as tar:
+                entry = tar.next()
+                file = tar.extractfile(entry) if entry and entry.isreg() else None
+                if entry is None or file is None:
+                    raise failed(f"{path} is a link, or no file")
+                if entry.size > _MAX_FILE_BYTES:
+                    raise failed(f"{path} is too large")
+                return HeldFile(file.read(), entry.uid, entry.gid, entry.mode & 0o7777)
+
+        return self.read_tar(path, first)
+
+    def put(self, path: str, file: HeldFile) -> None:
+        """Write a file, which is not whole if this is interrupted. Raises Problem."""
+        folder, name = os.path.split(path)
+        self.put_tar(folder, tar_of(lambda tar: add_to_tar(tar, name, file)))
+
+
+def env_rows(rows: Json) -> dict[str, str]:
+    """Return variables by name, of docker's list of NAME=VALUE."""
     pairs = (str(row).partition("=") for row in (rows if isinstance(rows, list) else ()))
     return {name: value for name, _, value in pairs}
-
-
-def container_labels(inspected: Mapping[str, Json]) -> dict[str, str]:
-    labels = as_dict(as_dict(inspected.get("Config")).get("Labels"))
-    return {name: str(value) for name, value in labels.items()}
-
-
-def container_mounts(inspected: Mapping[str, Json]) -> dict[str, str]:
-    """Return the sources of a container's mounts by their places in it."""
-    rows = inspected.get("Mounts")
-    rows = [as_dict(row) for row in rows] if isinstance(rows, list) else []
-    return {str(row.get("Destination")).rstrip("/"): str(row.get("Source") or row.get("Name"))
-            for row in rows}
 
 
 def is_usable_path(path: str) -> bool:
@@ -864,188 +1026,118 @@ def is_usable_path(path: str) -> bool:
     return path.startswith("/") and clean(path) == path and os.path.normpath(path) == path
 
 
-def container_state(inspected: Mapping[str, Json]) -> str:
-    """Return the state folder in a container."""
-    env = container_env(inspected)
-    homes = (env.get("OPENCLAW_HOME", ""), env.get("HOME", ""))
-    mounted = (path for path in container_mounts(inspected) if path.endswith("/.openclaw"))
-    found = (env.get("OPENCLAW_STATE_DIR", ""), *(f"{home}/.openclaw" for home in homes if home),
-             *mounted, _IMAGE_STATE)
-    return next(path for path in found if is_usable_path(path))
+def tar_of(fill: Callable[[tarfile.TarFile], None]) -> bytes:
+    """Return the tar that `fill` fills."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        fill(tar)
+    return out.getvalue()
 
 
-def host_path(inspected: Mapping[str, Json], path: str) -> str:
-    """Return where a path of a container lies on this machine, empty if in no mount."""
-    for place, source in sorted(container_mounts(inspected).items(), reverse=True):
-        if path == place or path.startswith(place + "/"):
-            return os.path.realpath(source + path[len(place):]) if source[:1] == "/" else ""
-    return ""
+def add_to_tar(tar: tarfile.TarFile, path: str, file: HeldFile, is_folder: bool = False) -> None:
+    entry = tarfile.TarInfo(path)
+    entry.type = tarfile.DIRTYPE if is_folder else tarfile.REGTYPE
+    entry.size, entry.uid, entry.gid = len(file.content), file.uid, file.gid
+    entry.mode, entry.mtime = file.mode, int(time.time())
+    tar.addfile(entry, io.BytesIO(file.content))
 
 
-def tenant_name_of(inspected: Mapping[str, Json]) -> str:
-    """Return what the tenant of a container is called, empty if it is no OpenClaw."""
-    name, labels = container_name(inspected), container_labels(inspected)
-    service = labels.get(f"{_COMPOSE}service", "")
-    if service == "openclaw-cli" or not service and _CLI.fullmatch(name):
-        return ""
-    cell, gateway = _CELL.fullmatch(name), _GATEWAY.fullmatch(name)
-    image = str(as_dict(inspected.get("Config")).get("Image") or "")
-    has_state = "OPENCLAW_STATE_DIR" in container_env(inspected) or any(
-        place.endswith("/.openclaw") for place in container_mounts(inspected))
-    if not (service == "openclaw-gateway" or cell or gateway or has_state and "openclaw" in image):
-        return ""
-    project = labels.get(f"{_COMPOSE}project", "")
-    return fitted_name(cell and cell[1] or project or gateway and gateway[1] or name)
+# ==== 5. Instances ===========================================================
+# OpenClaw in containers and folders of this machine: their files, and how they are found.
 
 
-def container_name(inspected: Mapping[str, Json]) -> str:
-    return str(inspected.get("Name") or "").lstrip("/")
+class Instance(NamedTuple):
+    """One OpenClaw of this machine, in a container or in a folder, and its files."""
+
+    #: What its tenant is called.
+    name: str
+    #: The name of the container, or the state folder.
+    where: str
+    #: The state folder, in the container where there is one.
+    state_dir: str
+    #: The path of openclaw.json.
+    config_path: str
+    container: Container | None = None
+    #: Why it is left alone, empty if it is not.
+    doubt: str = ""
+
+    @property
+    def kind(self) -> str:
+        return "container" if self.container else "folder"
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether its files can be moved and its programs run."""
+        return self.container is None or self.container.is_running
+
+    @property
+    def state(self) -> str:
+        return "-" if not self.container else "running" if self.is_running else "stopped"
+
+    @property
+    def place(self) -> dict[str, Json]:
+        """Return what finds it again; `known_instance` reads it."""
+        return {"kind": self.kind, "where": self.where,
+                "id": self.container.id if self.container else "",
+                "stateDir": self.state_dir, "configPath": self.config_path}
+
+    @property
+    def host_state_dir(self) -> str:
+        """Return its state folder on this machine, empty if it is in no mount."""
+        source = self.container.source_of(self.state_dir) if self.container else self.state_dir
+        return source and os.path.realpath(source)
+
+    @property
+    def key_path(self) -> str:
+        """Return the path of the key in a container."""
+        return f"{self.state_dir}/ocp-key"
+
+    def read(self, path: str) -> HeldFile | None:
+        """Return a file, None if it does not exist. Raises Problem for what cannot be read, is no
+        regular file, or too large."""
+        return self.container.read(path) if self.container else read_own(path)
+
+    def config(self, world: World) -> dict[str, Json]:
+        """Return the values of its openclaw.json, none if there is none. Raises Problem."""
+        held = self.read(self.config_path)
+        return parsed_config(world, held.content) if held else {}
+
+    def write(self, path: str, file: HeldFile) -> None:
+        """Write a file, whole or not at all where it runs. Raises Problem."""
+        if self.container is None:
+            replace_own(path, file)
+        elif self.is_running:
+            self.container.put(draft_of(path), file)
+            self.container.move(draft_of(path), path)
+        else:
+            self.container.put(path, file)
+
+    def remove(self, *paths: str) -> None:
+        """Remove files, if they are there. Raises Problem."""
+        if self.container:
+            self.container.change(paths[0], "rm", "-f", "--", *paths)
+            return
+        for path in paths:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            except OSError as error:
+                raise failed(f"{path} was not removed: {error.strerror}") from None
+
+    def new_file(self, content: bytes) -> HeldFile:
+        """Return a private file of the user that OpenClaw has. Raises Problem, OSError."""
+        if self.container:
+            uid = gid = self.container.uid
+        else:
+            told = os.stat(self.state_dir)
+            uid, gid = told.st_uid, told.st_gid
+        return HeldFile(content, uid, gid, 0o600)
 
 
-def container_row(
-    rows: Sequence[Mapping[str, Json]], *known: str
-) -> Mapping[str, Json] | None:
-    """Return the container with the first of these names or ids that one has."""
-    return next((row for each in known for row in rows
-                 if each and each in (container_name(row), row.get("Id"))), None)
-
-
-def container_instance(row: Mapping[str, Json], name: str) -> Instance:
-    """Return the instance in a container."""
-    state_dir = container_state(row)
-    config = container_env(row).get("OPENCLAW_CONFIG_PATH", "")
-    return Instance(
-        name, "container", container_name(row), state_dir,
-        config if is_usable_path(config) else f"{state_dir}/openclaw.json",
-        str(row.get("Id") or ""), as_dict(row.get("State")).get("Running") is True, row)
-
-
-def container_instances(rows: Sequence[Mapping[str, Json]]) -> list[Instance]:
-    """Return the instances among containers."""
-    named = ((tenant_name_of(row), row) for row in rows
-             if CONTAINER_NAME.fullmatch(container_name(row)))
-    return [container_instance(row, name) for name, row in named if name]
-
-
-def folder_instance(folder: str, name: str) -> Instance:
-    return Instance(name, "folder", folder, folder, os.path.join(folder, "openclaw.json"))
-
-
-def folder_instances(world: World) -> list[Instance]:
-    """Return the instances among the folders of the user's home."""
-    found = []
-    for entry in sorted(os.listdir(world.home)):
-        match = re.fullmatch(r"\.openclaw(?:-([A-Za-z0-9_-]{1,64}))?", entry)
-        folder = os.path.join(world.home, entry)
-        inside = ("openclaw.json", "workspace")
-        if match and any(os.path.exists(os.path.join(folder, each)) for each in inside):
-            found.append(folder_instance(folder, fitted_name(match[1] or "local")))
-    return found
-
-
-class Discovery(NamedTuple):
-    """What was found on this machine."""
-
-    instances: list[Instance]
-    #: Why docker was not asked, empty if it was.
-    docker_error: str
-
-
-def discover(world: World, told: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
-    """Return all instances of this machine; those of one name or one state folder with a doubt.
-    `told` is what the server knows of where tenants' instances are, by their folders."""
-    rows, error = Docker(world).containers()
-    # A tenant's own instance is told apart by what was written down, wherever it is.
-    places = {**told, **{each.name: each.place() for each in tenant_folders(world)
-                         if each.place() or each.name not in told}}
-    known = {each.where: each for name, place in places.items()
-             for each in known_instances(name, as_dict(place), rows)}
-    containers = container_instances(rows)
-    mounted = {host_path(each.inspected, each.state_dir) for each in containers}
-    folders = [each for each in folder_instances(world)
-               if os.path.realpath(each.where) not in mounted]
-    found = {each.where: each for each in (*containers, *folders)}
-    return Discovery(with_doubts(list({**found, **known}.values()), set(known)), error)
-
-
-def known_instances(
-    name: str, place: Mapping[str, Json], rows: Sequence[Mapping[str, Json]]
-) -> list[Instance]:
-    """Return the instance of a tenant at the place that was written down, none if it is not there.
-    `rows` are all containers."""
-    where = str(place.get("where") or "")
-    if place.get("kind") == "folder":
-        return [folder_instance(where, name)] if os.path.isdir(where) else []
-    row = container_row(rows, where, str(place.get("id") or ""))
-    return [container_instance(row, name)] if row else []
-
-
-def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance]:
-    """Return the instances, those that cannot be told apart with the reason. `known` are places of
-    tenants."""
-    def shared(key: Callable[[Instance], str], each: Instance) -> list[str]:
-        return [other.where for other in instances
-                if other is not each and key(other) and key(other) == key(each)]
-
-    found = []
-    for each in instances:
-        names = shared(lambda one: one.name, each)
-        states = shared(lambda one: host_path(one.inspected, one.state_dir), each)
-        doubt = f"{names[0]} has the same name" if names else (
-            f"{states[0]} has the same state folder" if states else "")
-        found.append(each._replace(doubt="" if each.where in known else doubt))
-    return found
-
-
-def choose(instances: Sequence[Instance], names: Sequence[str]) -> list[Instance]:
-    """Return the instances with these names, all without names. Raises Problem for an unknown
-    one."""
-    known = {each.name for each in instances}
-    for name in names:
-        if name not in known:
-            shown = clean(name)[:80]
-            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`. If it "
-                         f"has another name: ocp tenants add {shown} --apply --container NAME, or "
-                         "--local DIR.")
-    return [each for each in instances if not names or each.name in names]
-
-
-def named_instance(
-    world: World, name: str, container: str = "", folder: str = ""
-) -> Instance | None:
-    """Return the instance that --container or --local names, None without them. Raises Problem."""
-    if folder:
-        path = folder[2:] if folder[:2] == "~/" else os.path.abspath(folder)
-        path = os.path.join(world.home, path)
-        if not os.path.isdir(path):
-            raise failed(f"--local: {clean(path)} is no folder.")
-        return folder_instance(path, name)
-    if not container:
-        return None
-    if not CONTAINER_NAME.fullmatch(container):
-        raise Problem(Exit.USAGE, f"--container: {clean(container)[:80]!r} is no container's name.")
-    rows, error = Docker(world).containers()
-    row = container_row(rows, container)
-    if row is None:
-        raise failed(f"There is no container {container}" + (f": {error}." if error else "."))
-    return container_instance(row, name)
-
-
-# ==== 5. OpenClaw files ======================================================
-# The files of one instance, read and replaced alike in a container and in a folder.
-
-
-#: The largest openclaw.json, or key, that is read.
-_MAX_FILE_BYTES = 2_000_000
-
-
-class HeldFile(NamedTuple):
-    """A file of an instance."""
-
-    content: bytes
-    uid: int
-    gid: int
-    mode: int
+def draft_of(path: str) -> str:
+    """Return where a new file of a container lies before it replaces the one at `path`."""
+    folder, name = os.path.split(path)
+    return f"{folder}/.ocp-{name}"
 
 
 def connect_script(world: World) -> str:
@@ -1085,132 +1177,147 @@ def has_include(value: Json) -> bool:
     return isinstance(value, list) and any(map(has_include, value))
 
 
-def read_file(world: World, instance: Instance, path: str) -> HeldFile | None:
-    """Return a file of an instance, None if it does not exist. Raises Problem for what cannot be
-    read, is no regular file, or too large."""
-    return _read_contained(world, instance, path) if instance.is_container else _read_own(path)
+# -- finding them -------------------------------------------------------------
 
 
-def _read_own(path: str, at: int | None = None) -> HeldFile | None:
-    """Return a file of this machine, None if it does not exist. With the descriptor of a folder,
-    it is in that one and no link. Raises Problem."""
-    # Without waiting for the writer of a named pipe, which may never come.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if at is None else os.O_NOFOLLOW)
-    try:
-        with open(os.open(path, flags, dir_fd=at), "rb") as file:
-            told = os.fstat(file.fileno())
-            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise failed(f"{path} cannot be read: {error.strerror}") from None
-    if content is None or len(content) > _MAX_FILE_BYTES:
-        raise failed(f"{path} is no regular file, or too large")
-    return HeldFile(content, told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode))
+_GATEWAY = re.compile(r"(?:(.+)-)?openclaw-gateway(?:-[0-9]+)?")
+_CELL = re.compile(r"openclaw-cell-(.+)")
+_CLI = re.compile(r"(?:.+-)?openclaw-cli(?:-.*)?")
 
 
-def _read_contained(world: World, instance: Instance, path: str) -> HeldFile | None:
-    try:
-        running = Docker(world).open_tar(instance.where, path)
-    except OSError as error:
-        raise failed(f"docker: {error.strerror}") from None
-    found, problem = None, ""
-    with running:
-        # What docker says of an error tells more than what is wrong with its tar.
-        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(
-                fileobj=running.output, mode="r|") as tar:
-            entry = tar.next()
-            file = tar.extractfile(entry) if entry and entry.isreg() else None
-            if entry is None or file is None:
-                problem = f"{path} is a link, or no file"
-            elif entry.size > _MAX_FILE_BYTES:
-                problem = f"{path} is too large"
-            else:
-                found = HeldFile(file.read(), entry.uid, entry.gid, entry.mode & 0o7777)
-        while running.output.read(65_536):
-            pass
-        ran = running.finish()
-    if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
-        return None
-    if ran.code != 0 or found is None:
-        raise failed(problem if ran.code == 0 and problem else ran.complaint)
+def tenant_name_of(container: Container) -> str:
+    """Return what the tenant of a container is called, empty if it is no OpenClaw."""
+    name, service = container.name, container.label("service")
+    if service == "openclaw-cli" or not service and _CLI.fullmatch(name):
+        return ""
+    cell, gateway = _CELL.fullmatch(name), _GATEWAY.fullmatch(name)
+    has_state = "OPENCLAW_STATE_DIR" in container.env or bool(container.mounted_states)
+    is_image = has_state and "openclaw" in str(container.config.get("Image") or "")
+    if not (service == "openclaw-gateway" or cell or gateway or is_image):
+        return ""
+    project = container.label("project")
+    return fitted_name(cell and cell[1] or project or gateway and gateway[1] or name)
+
+
+def container_with(containers: Sequence[Container], *known: str) -> Container | None:
+    """Return the container with the first of these names or ids that one has."""
+    return next((each for word in known for each in containers
+                 if word and word in (each.name, each.id)), None)
+
+
+def container_instance(container: Container, name: str) -> Instance:
+    """Return the instance in a container."""
+    state_dir, config = container.state_dir, container.env.get("OPENCLAW_CONFIG_PATH", "")
+    return Instance(
+        name, container.name, state_dir,
+        config if is_usable_path(config) else f"{state_dir}/openclaw.json", container)
+
+
+def folder_instance(folder: str, name: str) -> Instance:
+    return Instance(name, folder, folder, os.path.join(folder, "openclaw.json"))
+
+
+def is_state_folder(path: str) -> bool:
+    """Return whether a folder is that of an OpenClaw."""
+    return any(os.path.exists(os.path.join(path, each)) for each in ("openclaw.json", "workspace"))
+
+
+def folder_instances(world: World) -> list[Instance]:
+    """Return the instances among the folders of the user's home."""
+    found = []
+    for entry in sorted(os.listdir(world.home)):
+        match = re.fullmatch(r"\.openclaw(?:-([A-Za-z0-9_-]{1,64}))?", entry)
+        folder = os.path.join(world.home, entry)
+        if match and is_state_folder(folder):
+            found.append(folder_instance(folder, fitted_name(match[1] or "local")))
     return found
 
 
-def tar_of(name: str, file: HeldFile, at_s: float) -> bytes:
-    """Return a tar with one file."""
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.uid, entry.gid = len(file.content), file.uid, file.gid
-    entry.mode, entry.mtime = file.mode, int(at_s)
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        tar.addfile(entry, io.BytesIO(file.content))
-    return out.getvalue()
+class Discovery(NamedTuple):
+    """What was found on this machine."""
+
+    instances: list[Instance]
+    #: Why docker was not asked, empty if it was.
+    docker_error: str
 
 
-def put_file(world: World, instance: Instance, path: str, file: HeldFile) -> None:
-    """Write a file of an instance, whole or not at all. Raises Problem."""
-    if not instance.is_container:
-        replace_own(path, file)
-        return
-    put_draft(world, instance, draft_of(path) if instance.is_running else path, file)
-    if instance.is_running:
-        move_draft(world, instance, path)
+def discover(world: World, told: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
+    """Return all instances of this machine; those of one name or one state folder with a doubt.
+    `told` is what the server knows of where tenants' instances are, by their folders."""
+    rows, error = Docker(world).containers()
+    # A tenant's own instance is told apart by what was written down, wherever it is.
+    places = {**told, **{each.name: each.place() for each in tenant_folders(world)
+                         if each.place() or each.name not in told}}
+    tenants = (known_instance(name, as_dict(place), rows) for name, place in places.items())
+    known = {each.where: each for each in tenants if each}
+    containers = [container_instance(row, tenant_name_of(row)) for row in rows
+                  if CONTAINER_NAME.fullmatch(row.name) and tenant_name_of(row)]
+    mounted = {each.host_state_dir for each in containers}
+    folders = [each for each in folder_instances(world) if each.host_state_dir not in mounted]
+    found = {each.where: each for each in (*containers, *folders)}
+    return Discovery(with_doubts(list({**found, **known}.values()), set(known)), error)
 
 
-def replace_own(path: str, file: HeldFile) -> None:
-    """Write a file of this machine, whole or not at all. Raises Problem."""
-    try:
-        write_whole(path, file.content, file.mode)
-        if os.geteuid() == 0:
-            os.chown(path, file.uid, file.gid)
-    except OSError as error:
-        raise failed(f"{path} cannot be written: {error.strerror}") from None
+def known_instance(
+    name: str, place: Mapping[str, Json], containers: Sequence[Container]
+) -> Instance | None:
+    """Return the instance of a tenant at the place that was written down, None if it is gone."""
+    where = str(place.get("where") or "")
+    if place.get("kind") == "folder":
+        return folder_instance(where, name) if os.path.isdir(where) else None
+    row = container_with(containers, where, str(place.get("id") or ""))
+    return container_instance(row, name) if row else None
 
 
-def put_draft(world: World, instance: Instance, path: str, file: HeldFile) -> None:
-    """Write a new file into a container. Raises Problem."""
-    folder, name = os.path.split(path)
-    ran = Docker(world).put_tar(instance.where, folder, tar_of(name, file, world.clock()))
-    if ran.code != 0:
-        raise failed(f"{path} was not written: {ran.complaint}")
+def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance]:
+    """Return the instances, those that cannot be told apart with the reason. `known` are places of
+    tenants."""
+    def shared(key: Callable[[Instance], str], each: Instance) -> list[str]:
+        return [other.where for other in instances
+                if other is not each and key(other) and key(other) == key(each)]
+
+    found = []
+    for each in instances:
+        names = shared(lambda one: one.name, each)
+        states = shared(lambda one: one.host_state_dir, each)
+        doubt = f"{names[0]} has the same name" if names else (
+            f"{states[0]} has the same state folder" if states else "")
+        found.append(each._replace(doubt="" if each.where in known else doubt))
+    return found
 
 
-def move_draft(world: World, instance: Instance, path: str) -> None:
-    """Let the draft replace the file in a container. Raises Problem."""
-    ran = Docker(world).exec(instance.where, "mv", "-T", "--", draft_of(path), path)
-    if ran.code != 0:
-        raise failed(f"{path} was not written: {ran.complaint}")
+def choose(instances: Sequence[Instance], names: Sequence[str]) -> list[Instance]:
+    """Return the instances with these names, all without names. Raises Problem for an unknown
+    one."""
+    known = {each.name for each in instances}
+    for name in names:
+        if name not in known:
+            shown = clean(name)[:80]
+            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`. If it "
+                         f"has another name: ocp tenants add {shown} --apply --container NAME, or "
+                         "--local DIR.")
+    return [each for each in instances if not names or each.name in names]
 
 
-def draft_of(path: str) -> str:
-    """Return where a new file of a container lies before it replaces the one at `path`."""
-    folder, name = os.path.split(path)
-    return f"{folder}/.ocp-{name}"
-
-
-def remove_files(world: World, instance: Instance, *paths: str) -> None:
-    """Remove files of an instance, if they are there. Raises Problem."""
-    if instance.is_container:
-        ran = Docker(world).exec(instance.where, "rm", "-f", "--", *paths)
-        if ran.code != 0:
-            raise failed(f"{paths[0]} was not removed: {ran.complaint}")
-        return
-    try:
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-    except OSError as error:
-        raise failed(f"{paths[0]} was not removed: {error.strerror}") from None
-
-
-def run_openclaw(world: World, instance: Instance, *words: str) -> Ran | None:
-    """Run OpenClaw's own command in a running container; None where there is no such program."""
-    for program in (("openclaw",), ("node", "openclaw.mjs")):
-        ran = Docker(world).exec(instance.where, *program, *words, timeout_s=60.0)
-        if ran.code not in (126, 127):
-            return ran
-    return None
+def named_instance(
+    world: World, name: str, container: str = "", folder: str = ""
+) -> Instance | None:
+    """Return the instance that --container or --local names, None without them. Raises Problem."""
+    if folder:
+        path = folder[2:] if folder[:2] == "~/" else os.path.abspath(folder)
+        path = os.path.join(world.home, path)
+        if not os.path.isdir(path):
+            raise failed(f"--local: {clean(path)} is no folder.")
+        return folder_instance(path, name)
+    if not container:
+        return None
+    if not CONTAINER_NAME.fullmatch(container):
+        raise Problem(Exit.USAGE, f"--container: {clean(container)[:80]!r} is no container's name.")
+    rows, error = Docker(world).containers()
+    row = container_with(rows, container)
+    if row is None:
+        raise failed(f"There is no container {container}" + (f": {error}." if error else "."))
+    return container_instance(row, name)
 
 
 class Look(NamedTuple):
@@ -1224,19 +1331,13 @@ class Look(NamedTuple):
     problem: str
 
 
-_SKILL_ROOTS = ("workspace/skills", "skills")
-
-
 def look_at(world: World, instance: Instance, server_port: int) -> Look:
     """Return what the files of an instance say. Never raises."""
     try:
-        held = read_file(world, instance, instance.config_path)
-        config = parsed_config(world, held.content) if held else {}
-        roots = [f"{instance.state_dir}/{root}" for root in _SKILL_ROOTS]
-        skills = sum(count_skills(world, instance, root) for root in roots)
-    except Problem as problem:
-        return Look("?", 0, str(problem))
-    return Look(leads_to(config, server_port), skills, "")
+        skills = skills_there(skill_roots(world, instance)).skills
+        return Look(leads_to(instance.config(world), server_port), len(skills), "")
+    except (Problem, OSError) as problem:
+        return Look("?", 0, reason_of(problem))
 
 
 def leads_to(config: Mapping[str, Json], server_port: int) -> str:
@@ -1258,27 +1359,6 @@ def leads_to(config: Mapping[str, Json], server_port: int) -> str:
         return "?"
 
 
-def count_skills(world: World, instance: Instance, root: str) -> int:
-    """Return how many skills lie below a folder of an instance. Raises Problem."""
-    if not instance.is_container:
-        return sum("SKILL.md" in names for _, _, names in os.walk(root))
-    try:
-        running = Docker(world).open_tar(instance.where, root)
-    except OSError as error:
-        raise failed(f"docker: {error.strerror}") from None
-    found = 0
-    with running:
-        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(
-                fileobj=running.output, mode="r|") as tar:
-            for number, entry in enumerate(tar):
-                found += entry.isreg() and os.path.basename(entry.name) == "SKILL.md"
-                if number > 20_000 or tar.offset > 200_000_000:
-                    running.kill("has too much to count")
-                    break
-        running.finish()
-    return found
-
-
 # ==== 6. Tenants =============================================================
 # Set up, apply, undo.
 
@@ -1287,8 +1367,6 @@ def count_skills(world: World, instance: Instance, root: str) -> int:
 #: OpenClaw, at `agent` claude's own tools too.
 LEVELS = ("api", "tools", "agent")
 COMMANDS_TO_RUN = ("none", "read", "act")
-#: The file of the key in a container, in its state folder.
-_CONTAINER_KEY = "ocp-key"
 _BRIDGE = "172.17.0.1"
 #: How long the question at the end may take.
 _ANSWER_S = 90.0
@@ -1371,6 +1449,11 @@ class Job(NamedTuple):
             raise failed(f"{clean(name)[:80]!r} is no name of a folder.")
         return Folder(self.world, told)
 
+    def check_tenant(self, name: str) -> None:
+        """Raise Problem if there is no tenant of this name."""
+        if name not in self.tenants:
+            raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
+
 
 class Plan(NamedTuple):
     """What one instance needs."""
@@ -1389,9 +1472,8 @@ class Plan(NamedTuple):
     writes_key: bool
     #: The lines that differ in openclaw.json, none where nothing does.
     diff: tuple[str, ...]
-    #: The change of .env, None for none.
-    dotenv: DotenvEdit | None = None
-    notes: tuple[str, ...] = ()
+    #: The .env to change, empty for none.
+    dotenv: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -1409,7 +1491,7 @@ class Plan(NamedTuple):
         if self.writes_key and not self.key:
             parts.append("the file of its key")
         if self.dotenv:
-            parts.append(self.dotenv.path)
+            parts.append(self.dotenv)
         parts = ["as it should be"] if self.is_empty else parts
         if not self.is_proved:
             parts.append("stopped: the address cannot be proved")
@@ -1453,20 +1535,13 @@ def start_job(world: World, server: Server, options: Options) -> Job:
 # -- addresses ----------------------------------------------------------------
 
 
-def gateways_of(inspected: Mapping[str, Json]) -> list[str]:
-    """Return the addresses of this machine in the networks of a container."""
-    networks = as_dict(as_dict(inspected.get("NetworkSettings")).get("Networks"))
-    found = [str(as_dict(each).get("Gateway") or "") for each in networks.values()]
-    return [each for each in found if re.fullmatch(r"[0-9.]{7,15}|[0-9a-f:]{2,39}", each)]
-
-
-def inside_urls(job: Job, instance: Instance) -> list[str]:
+def inside_urls(job: Job, instance: Instance, container: Container) -> list[str]:
     """Return the addresses to try from a container, the likeliest first."""
     told = urllib.parse.urlsplit(job.server.url)
-    network = str(as_dict(instance.inspected.get("HostConfig")).get("NetworkMode") or "")
+    network = str(as_dict(container.inspected.get("HostConfig")).get("NetworkMode") or "")
     if network == "host" or not is_loopback(job.server.url):
         return [job.server.url]
-    hosts = ["host.docker.internal", *gateways_of(instance.inspected), _BRIDGE]
+    hosts = ["host.docker.internal", *container.gateways, _BRIDGE]
     ends = f":{port_of(job.server.url)}{told.path}"
     known = str(job.folder(instance.name).place().get("url") or "")
     urls = [f"{told.scheme}://{f'[{host}]' if ':' in host else host}{ends}" for host in hosts]
@@ -1487,36 +1562,34 @@ def is_same_server(before: Json, seen: Json, after: Json) -> bool:
     return list(uptimes) == sorted(uptimes) and list(totals) == sorted(totals)
 
 
-def ask_inside(job: Job, instance: Instance, url: str, *key_path: str) -> Ran:
+def ask_inside(job: Job, container: Container, url: str, *key_path: str) -> Ran:
     """Ask the server from a container: for its /health, or one question. Never raises."""
-    return Docker(job.world).exec(
-        instance.where, "node", "-e", _ASK_SCRIPT, url, job.certificate, *key_path,
-        timeout_s=_ANSWER_S if key_path else 6.0)
+    return container.exec("node", "-e", _ASK_SCRIPT, url, job.certificate, *key_path,
+                          timeout_s=_ANSWER_S if key_path else 6.0)
 
 
-def answers_inside(job: Job, instance: Instance, url: str) -> bool:
+def answers_inside(job: Job, container: Container, url: str) -> bool:
     """Return whether this very server answers at an address in a container. Raises Problem."""
     before = job.server.ask("GET", "/health")
-    ran = ask_inside(job, instance, url)
+    ran = ask_inside(job, container, url)
     if ran.code is None:
         raise failed(ran.complaint)
     after = job.server.ask("GET", "/health")
-    with contextlib.suppress(ValueError):
-        return ran.code == 0 and is_same_server(before, json.loads(ran.text), after)
-    return False
+    return ran.code == 0 and is_same_server(before, ran.json, after)
 
 
 def address_for(job: Job, instance: Instance) -> tuple[str, bool]:
     """Return the server's address for an instance, and whether it was tried. Raises Problem."""
+    container = instance.container
     if job.options.url:
         return parse_url(job.options.url, "--url"), True
-    if not instance.is_container:
+    if not container:
         return job.server.url, True
-    urls = inside_urls(job, instance)
-    if not instance.is_running:
+    urls = inside_urls(job, instance, container)
+    if not container.is_running:
         known = job.folder(instance.name).place().get("url") == urls[0]
         return (urls[0] if known or len(urls) == 1 else urls[1]), False
-    found = next((url for url in urls if answers_inside(job, instance, url)), "")
+    found = next((url for url in urls if answers_inside(job, container, url)), "")
     if not found:
         raise failed(
             f"this server answers at none of {', '.join(urls)} in the container. Set CLAUDE_BIND "
@@ -1539,13 +1612,11 @@ def run_connect(world: World, connect_home: str, config_path: str, key: str, *wo
         "OPENCLAW_STATE_DIR": os.path.dirname(config_path)}
     ran = run_words([sys.executable, connect_script(world), *words, "--only", "openclaw", "--json"],
                     environ, timeout_s=60.0)
-    told: Json = None
-    with contextlib.suppress(ValueError):
-        told = json.loads(ran.text)
+    told = ran.json
     if not isinstance(told, dict):
         raise failed(re.sub(r"^ocp_connect: ", "", ran.complaint))
-    problems = [f"openclaw.json {clean(as_dict(row).get('reason'))}; add this by hand:\n"
-                f"{as_dict(row).get('snippet')}" for row in told.get("byHand") or ()]
+    problems = [f"openclaw.json {clean(row.get('reason'))}; add this by hand:\n"
+                f"{row.get('snippet')}" for row in dicts_in(told.get("byHand"))]
     problems += [clean(row) for row in told.get("failures") or ()]
     if problems:
         raise failed("\n".join(problems))
@@ -1555,17 +1626,11 @@ def run_connect(world: World, connect_home: str, config_path: str, key: str, *wo
 def connect_words(job: Job, instance: Instance, folder: Folder, url: str) -> list[str]:
     """Return the arguments of ocp_connect.py for an instance."""
     options = job.options
-    key_path = contained_key(instance) if instance.is_container else folder.key_path
     words = [job.server.url, "--yes", "--skip-answer", "--openclaw-url", url,
-             "--openclaw-key-path", key_path]
+             "--openclaw-key-path", instance.key_path if instance.container else folder.key_path]
     words += ["--fingerprint", job.fingerprint] if job.fingerprint else []
     words += [f"--{options.role}"] if options.role else []
     return words + (["--provider-name", options.provider_name] if options.provider_name else [])
-
-
-def contained_key(instance: Instance) -> str:
-    """Return the path of the key in a container."""
-    return f"{instance.state_dir}/{_CONTAINER_KEY}"
 
 
 @contextlib.contextmanager
@@ -1590,22 +1655,30 @@ def planning_copy(folder: Folder, held: HeldFile | None) -> Iterator[tuple[str, 
 def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: str) -> list[str]:
     """Return the lines that ocp_connect.py would change in openclaw.json. Raises Problem."""
     words = [*connect_words(job, instance, folder, url), "--dry-run"]
-    held = read_file(job.world, instance, instance.config_path)
+    held = instance.read(instance.config_path)
     if held and has_include(parsed_config(job.world, held.content)):
         raise failed("openclaw.json takes parts from other files ($include): change it by hand")
-    if not instance.is_container:
-        check_folder(job.world, instance)
     with planning_copy(folder, held) as (home, staged):
         told = run_connect(job.world, home, staged, key, *words)
-    return [str(line) for edit in told.get("edits") or () for line in as_dict(edit).get("diff", ())]
+    return [str(line) for edit in dicts_in(told.get("edits")) for line in edit.get("diff", ())]
 
 
-def check_folder(world: World, instance: Instance) -> None:
-    """Raise Problem for a local instance that this user may not change, or that could not read its
-    key."""
+# -- plans --------------------------------------------------------------------
+
+
+def refuse_untouchable(job: Job, instance: Instance) -> None:
+    """Raise Problem for an instance that is to be left alone, with the reason."""
+    if instance.doubt:
+        raise failed(f"{instance.doubt}: tell them apart with --container or --local")
+    if instance.name not in job.tenants:
+        checked_name(instance.name)
+    if instance.container:
+        if instance.container.env.get("OPENCLAW_CONFIG_READONLY", "") not in ("", "0", "false"):
+            raise failed("OPENCLAW_CONFIG_READONLY is set in its container")
+        return
     path = instance.config_path
-    if os.stat(instance.state_dir).st_uid != os.stat(world.ocp_home).st_uid:
-        raise failed(f"{instance.state_dir} belongs to another user than {world.ocp_home}, in "
+    if os.stat(instance.state_dir).st_uid != os.stat(job.world.ocp_home).st_uid:
+        raise failed(f"{instance.state_dir} belongs to another user than {job.world.ocp_home}, in "
                      "which its key would be")
     if os.path.islink(path):
         raise failed(f"{path} is a link")
@@ -1614,7 +1687,12 @@ def check_folder(world: World, instance: Instance) -> None:
         raise failed(f"{target} is not yours to write")
 
 
-# -- plans --------------------------------------------------------------------
+def refuse_foreign(job: Job, name: str) -> None:
+    """Raise Problem for a new tenant whose folder is there, and was made by no setup."""
+    folder = job.folder(name)
+    if name not in job.tenants and os.path.isdir(folder.path) and not (
+            folder.secret() or folder.place() or job.options.adopt):
+        raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
 
 
 def key_state(job: Job, instance: Instance, folder: Folder) -> str:
@@ -1630,43 +1708,12 @@ def key_state(job: Job, instance: Instance, folder: Folder) -> str:
     return "new secret"
 
 
-def container_uid(world: World, instance: Instance) -> int:
-    """Return the user that OpenClaw has in a container. Raises Problem."""
-    if instance.is_running:
-        ran = Docker(world).exec(instance.where, "id", "-u")
-        text = ran.text.strip()
-    else:
-        text = str(as_dict(instance.inspected.get("Config")).get("User") or "").partition(":")[0]
-    if text.isdecimal() and text.isascii() and len(text) < 10:
-        return int(text)
-    if instance.is_running:
-        raise failed(f"`id -u` in {instance.where}: {ran.complaint}")
-    return 0 if text in ("", "root") else 1000
-
-
-def new_file(world: World, instance: Instance, content: bytes) -> HeldFile:
-    """Return a private file of the user that OpenClaw has. Raises Problem."""
-    if instance.is_container:
-        uid = gid = container_uid(world, instance)
-    else:
-        told = os.stat(instance.state_dir)
-        uid, gid = told.st_uid, told.st_gid
-    return HeldFile(content, uid, gid, 0o600)
-
-
 def plan_for(job: Job, instance: Instance) -> Plan:
-    """Return what an instance needs; changes nothing. Raises Problem for one to leave alone."""
-    if instance.doubt:
-        raise failed(f"{instance.doubt}: tell them apart with --container or --local")
-    if instance.name not in job.tenants:
-        checked_name(instance.name)
-    read_only = container_env(instance.inspected).get("OPENCLAW_CONFIG_READONLY", "")
-    if read_only not in ("", "0", "false"):
-        raise failed("OPENCLAW_CONFIG_READONLY is set in its container")
+    """Return what an instance needs; changes nothing. Raises Problem for one to leave alone,
+    OSError."""
+    refuse_untouchable(job, instance)
+    refuse_foreign(job, instance.name)
     folder, row = job.folder(instance.name), job.tenants.get(instance.name)
-    if row is None and os.path.isdir(folder.path) and not (
-            folder.secret() or folder.place() or job.options.adopt):
-        raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
     key = key_state(job, instance, folder)
     url, is_proved = address_for(job, instance)
     secret = folder.secret() if not key else ""
@@ -1676,19 +1723,18 @@ def plan_for(job: Job, instance: Instance) -> Plan:
         job.options.commands not in ("", row.get("commands")))
     return Plan(
         instance, folder, key, is_other, level, url, is_proved,
-        instance.is_container and not has_key(job.world, instance, secret), tuple(diff),
-        plan_dotenv(job, instance, url) if job.options.dotenv else None)
+        bool(instance.container) and not has_key(instance, secret), tuple(diff),
+        planned_dotenv(job, instance, url, secret) if job.options.dotenv else "")
 
 
-def has_key(world: World, instance: Instance, secret: str) -> bool:
-    """Return whether the file in a container holds this key, as OpenClaw wants it. Raises
-    Problem."""
+def has_key(instance: Instance, secret: str) -> bool:
+    """Return whether the file in a container holds this key, as OpenClaw wants it."""
     if not secret:
         return False
     with contextlib.suppress(Problem):
-        held = read_file(world, instance, contained_key(instance))
+        held, wanted = instance.read(instance.key_path), instance.new_file(b"")
         return held is not None and held.content.strip() == secret.encode() and (
-            held.mode & 0o077 == 0 and held.uid == container_uid(world, instance))
+            held.mode & 0o077 == 0 and held.uid == wanted.uid)
     return False
 
 
@@ -1696,8 +1742,8 @@ def has_key(world: World, instance: Instance, secret: str) -> bool:
 
 
 def carry_out(job: Job, plan: Plan) -> list[str]:
-    """Do what a plan says, and return what was done. Raises Problem. Each step may be the last
-    one: the next run goes on, and undo takes back what is there."""
+    """Do what a plan says, and return what was done. Raises Problem, OSError. Each step may be the
+    last one: the next run goes on, and undo takes back what is there."""
     instance, folder, done = plan.instance, plan.folder, []
     if plan.is_empty:
         return ["nothing to do"]
@@ -1711,16 +1757,14 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
         job.server.tenant(instance.name, *(("PATCH", body) if is_there else (
             "PUT", {**body, "adopt": True})))
     if plan.writes_key:
-        content = folder.secret().encode() + b"\n"
-        put_file(job.world, instance, contained_key(instance),
-                 new_file(job.world, instance, content))
+        instance.write(instance.key_path, instance.new_file(folder.secret().encode() + b"\n"))
     if plan.diff:
         done += change_config(job, plan)
     if plan.dotenv:
         done.append(write_dotenv(plan))
-    if plan.writes_key and instance.is_running:
-        run_openclaw(job.world, instance, "secrets", "reload")
-    if plan.key == "new secret" and not instance.is_container:
+    if plan.writes_key and instance.container and instance.is_running:
+        instance.container.run_openclaw("secrets", "reload")
+    if plan.key == "new secret" and not instance.container:
         done.append("`openclaw secrets reload` lets a running gateway read it")
     if not instance.is_running:
         return [*done, f"start it and run `ocp tenants check {instance.name}`"]
@@ -1730,12 +1774,11 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
 def make_key(job: Job, plan: Plan) -> str:
     """Give an instance's key a secret, saved here first. Returns what was done. Raises Problem."""
     name, secret = plan.instance.name, job.options.secret or new_secret()
-    plan.folder.write(secret.encode() + b"\n", "key")
+    plan.folder.write_secret(secret)
     if plan.key == "new":
         job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
         return "key made"
-    path = f"/api/keys/{urllib.parse.quote(name, safe='')}/rotate"
-    job.server.ask("POST", path, {"secret": secret})
+    job.server.ask("POST", job.server.key_path(name, "/rotate"), {"secret": secret})
     return "new secret"
 
 
@@ -1745,7 +1788,7 @@ def change_config(job: Job, plan: Plan) -> list[str]:
     words = connect_words(job, instance, folder, plan.url)
     staged = folder.inside("instance", "openclaw.json")
     for _ in range(3):
-        before = read_file(job.world, instance, instance.config_path)
+        before = instance.read(instance.config_path)
         # This is where ocp_connect.py edits it.
         folder.remove("instance", "openclaw.json")
         if before is not None:
@@ -1755,145 +1798,135 @@ def change_config(job: Job, plan: Plan) -> list[str]:
         after = folder.read("instance", "openclaw.json")
         if before is not None and before.content == after:
             return []
-        done = push_config(job, instance, before, after)
+        done = push_config(instance, before, after)
         if done:
             return done
     raise failed("openclaw.json was changed by something else each time it was written: try again")
 
 
-def push_config(
-    job: Job, instance: Instance, before: HeldFile | None, after: bytes
-) -> list[str]:
+def push_config(instance: Instance, before: HeldFile | None, after: bytes) -> list[str]:
     """Replace an openclaw.json that is still as before. Returns what was done, nothing if it has
     changed meanwhile. Raises Problem where OpenClaw does not accept it."""
-    world, path = job.world, instance.config_path
-    file = before._replace(content=after) if before else new_file(world, instance, after)
-    has_draft = instance.is_container and instance.is_running
-    try:
-        if has_draft:
-            put_draft(world, instance, draft_of(path), file)
-        if read_file(world, instance, path) != before:
+    path, container = instance.config_path, instance.container
+    file = before._replace(content=after) if before else instance.new_file(after)
+    if not container or not container.is_running:
+        if instance.read(path) != before:
             return []
-        if not has_draft:
-            put_file(world, instance, path, file)
-            return ["file changed"]
-        move_draft(world, instance, path)
+        instance.write(path, file)
+        return ["file changed"]
+    try:
+        container.put(draft_of(path), file)
+        if container.read(path) != before:
+            return []
+        container.move(draft_of(path), path)
     finally:
-        if has_draft:
-            Docker(world).exec(instance.where, "rm", "-f", "--", draft_of(path))
-    return ["file changed", *validated(world, instance, before, file)]
+        container.exec("rm", "-f", "--", draft_of(path))
+    return ["file changed", *validated(instance, container, before, file)]
 
 
 def validated(
-    world: World, instance: Instance, before: HeldFile | None, file: HeldFile
+    instance: Instance, container: Container, before: HeldFile | None, file: HeldFile
 ) -> list[str]:
     """Let OpenClaw check its new file; put the old one back if it refuses. Raises Problem."""
-    ran = run_openclaw(world, instance, "config", "validate", "--json")
+    ran = container.run_openclaw("config", "validate", "--json")
     if ran is None or ran.code is None:
         return ["not validated"]
     if ran.code == 0:
         return ["validated"]
-    issues: Json = None
-    with contextlib.suppress(ValueError):
-        issues = as_dict(json.loads(ran.text)).get("issues")
-    told = "; ".join(clean(as_dict(row).get("message") or row) for row in issues or ())
-    if read_file(world, instance, instance.config_path) == file:
+    issues = dicts_in(as_dict(ran.json).get("issues"))
+    told = "; ".join(clean(row.get("message") or row) for row in issues)
+    if instance.read(instance.config_path) == file:
         if before is None:
-            remove_files(world, instance, instance.config_path)
+            instance.remove(instance.config_path)
         else:
-            put_file(world, instance, instance.config_path, before)
+            instance.write(instance.config_path, before)
     raise failed(f"OpenClaw does not accept the change, which was undone: {told or ran.complaint}")
 
 
 def proof(job: Job, plan: Plan) -> str:
     """Send one question as the instance does. Returns what came back. Raises Problem."""
-    instance = plan.instance
-    if not instance.is_container:
+    instance, reason = plan.instance, ""
+    if instance.container:
+        ran = ask_inside(job, instance.container, plan.url, instance.key_path)
+        told = ran.json
+        if ran.code != 0:
+            error = as_dict(as_dict(told).get("error")).get("message")
+            reason = clean(error or ran.complaint)
+    else:
         question = {"model": "haiku", "messages": [{"role": "user", "content": "Reply: pong"}]}
         try:
             told = job.server.ask(
                 "POST", "/v1/chat/completions", question, plan.folder.secret(), _ANSWER_S)
         except Problem as problem:
-            raise failed(f"it is set up, and gets no answer: {problem}") from None
-    else:
-        ran = ask_inside(job, instance, plan.url, contained_key(instance))
-        told = None
-        with contextlib.suppress(ValueError):
-            told = json.loads(ran.text)
-        if ran.code != 0:
-            error = as_dict(as_dict(told).get("error")).get("message")
-            raise failed(f"it is set up, and gets no answer: {clean(error or ran.complaint)}")
-    choices = as_dict(told).get("choices")
-    message = as_dict(as_dict(choices[0] if isinstance(choices, list) and choices else None)
-                      .get("message"))
-    return f'answered "{clean(message.get("content"))[:40]}"'
+            told, reason = None, str(problem)
+    if reason:
+        raise failed(f"it is set up, and gets no answer: {reason}")
+    choice = next(iter(dicts_in(as_dict(told).get("choices"))), {})
+    return f'answered "{clean(as_dict(choice.get("message")).get("content"))[:40]}"'
 
 
 # -- taking back --------------------------------------------------------------
 
 
-def instance_at(world: World, folder: Folder, name: str) -> Instance:
+def instance_at(world: World, folder: Folder) -> Instance:
     """Return the instance of a tenant that was written down. Raises Problem if it is gone."""
-    place, rows, error = folder.place(), list[dict[str, Json]](), ""
-    if place.get("kind") == "container":
+    place, rows, error = folder.place(), list[Container](), ""
+    kind = "container" if place.get("kind") == "container" else "folder"
+    if kind == "container":
         rows, error = Docker(world).containers()
-    if error:
-        raise failed(error)
-    found = known_instances(folder.name, place, rows)
-    if not found:
-        what = "container" if place.get("kind") == "container" else "folder"
-        raise failed(f"its {what} {clean(place.get('where'))} is gone, so its file cannot be given "
-                     "back")
-    return found[0]._replace(
-        name=name, state_dir=str(place["stateDir"]), config_path=str(place["configPath"]))
+    found = known_instance(folder.name, place, rows)
+    if error or found is None:
+        raise failed(error or f"its {kind} {clean(place.get('where'))} is gone, so its file cannot "
+                              "be given back")
+    # The files that were changed, whatever its variables say now.
+    return found._replace(
+        state_dir=str(place.get("stateDir") or found.state_dir),
+        config_path=str(place.get("configPath") or found.config_path))
 
 
 def take_back(folder: Folder, instance: Instance) -> list[str]:
-    """Give an instance its files back. Returns what was done. Raises Problem."""
-    world, done = folder.world, take_back_dotenv(folder)
+    """Give an instance its files back. Returns what was done. Raises Problem, OSError."""
+    done = take_back_dotenv(folder)
     if folder.has("connect"):
-        held = read_file(world, instance, instance.config_path)
+        held = instance.read(instance.config_path)
         with planning_copy(folder, held) as (home, staged):
-            run_connect(world, home, staged, "", "undo", "--yes")
-            back = _read_own(staged)
-        done += give_back(world, instance, held, back)
+            run_connect(folder.world, home, staged, "", "undo", "--yes")
+            back = read_own(staged)
+        done += give_back(instance, held, back)
         folder.remove("connect")
-    if instance.is_container:
-        done += drop_key(world, instance)
+    if instance.container:
+        done += drop_key(instance)
     else:
-        remove_files(world, instance, instance.config_path + DRAFT)
+        instance.remove(instance.config_path + DRAFT)
     folder.remove("instance")
     return done or ["nothing of ours was there"]
 
 
-def drop_key(world: World, instance: Instance) -> list[str]:
+def drop_key(instance: Instance) -> list[str]:
     """Remove the key from a container, and drafts that are left. Returns what is left to say.
     Raises Problem."""
-    key_path = contained_key(instance)
+    key_path = instance.key_path
     if instance.is_running:
-        remove_files(
-            world, instance, key_path, draft_of(key_path), draft_of(instance.config_path))
+        instance.remove(key_path, draft_of(key_path), draft_of(instance.config_path))
         return []
-    held = read_file(world, instance, key_path)
+    held = instance.read(key_path)
     if not held:
         return []
     # Nothing can be removed from a stopped container, only replaced.
-    put_file(world, instance, key_path, held._replace(content=b""))
+    instance.write(key_path, held._replace(content=b""))
     return [f"{key_path} is left there, empty"]
 
 
-def give_back(
-    world: World, instance: Instance, held: HeldFile | None, back: HeldFile | None
-) -> list[str]:
+def give_back(instance: Instance, held: HeldFile | None, back: HeldFile | None) -> list[str]:
     """Write what an openclaw.json was before. Raises Problem."""
     if (held and held.content) == (back and back.content):
         return []
-    if read_file(world, instance, instance.config_path) != held:
+    if instance.read(instance.config_path) != held:
         raise failed("openclaw.json was changed just now: run this again")
     if back is None:
-        remove_files(world, instance, instance.config_path)
+        instance.remove(instance.config_path)
     elif held is not None:
-        put_file(world, instance, instance.config_path, held._replace(content=back.content))
+        instance.write(instance.config_path, held._replace(content=back.content))
     return ["file given back"]
 
 
@@ -1903,42 +1936,35 @@ def give_back(
 _DOTENV_NAMES = (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY")
 
 
-def dotenv_line(name: bytes, end: bytes = b"") -> re.Pattern[bytes]:
-    """Return the pattern of a line that sets a variable, up to its end or with it."""
-    return re.compile(rb"(?m)^" + name + rb"=[^\r\n]*" + end)
-
-
-def with_lines(content: bytes, pattern: re.Pattern[bytes], line: bytes) -> tuple[bytes, int]:
-    """Put a line in the place of some others; return the text, and how many there were."""
-    return pattern.subn(lambda _: line, content)
-
-
-class DotenvEdit(NamedTuple):
-    """New content for the .env of a compose project."""
-
-    path: str
-    before: HeldFile
-    url: str
-
-
-def plan_dotenv(job: Job, instance: Instance, url: str) -> DotenvEdit | None:
-    """Return the change of an instance's .env, None where there is nothing to do. Raises
+def planned_dotenv(job: Job, instance: Instance, url: str, secret: str) -> str:
+    """Return the path of an instance's .env, empty where there is nothing to do. Raises
     Problem."""
     path = job.options.dotenv
     if path == "auto":
-        labels = container_labels(instance.inspected)
-        listed = labels.get(f"{_COMPOSE}project.environment_file", "").split(",")[0]
-        folder = labels.get(f"{_COMPOSE}project.working_dir", "")
+        found = instance.container and instance.container.label
+        listed = found("project.environment_file").split(",")[0] if found else ""
+        folder = found("project.working_dir") if found else ""
         guess = os.path.join(job.world.home, "openclaw", ".env")
         named = [listed, folder and os.path.join(folder, ".env"), f"{guess}.{instance.name}", guess]
         path = next((each for each in named if os.path.isabs(each) and os.path.isfile(each)), "")
         if not path:
             raise failed("its .env was not found: name it, --dotenv PATH")
-    held = _read_own(path)
+    path = os.path.abspath(path)
+    content = dotenv_at(path).content
+    return "" if dotenv_text(content, url, secret) == content else path
+
+
+def dotenv_at(path: str) -> HeldFile:
+    """Return a .env to change. Raises Problem."""
+    held = read_own(path)
     if held is None or os.path.islink(path):
         raise failed(f"--dotenv: {clean(path)} is no file of its own")
-    after = dotenv_text(held.content, url, job.folder(instance.name).secret())
-    return None if after == held.content else DotenvEdit(path, held, url)
+    return held
+
+
+def dotenv_line(name: bytes, end: bytes = b"") -> re.Pattern[bytes]:
+    """Return the pattern of a line that sets a variable, up to its end or with it."""
+    return re.compile(rb"(?m)^" + name + rb"=[^\r\n]*" + end)
 
 
 def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
@@ -1946,7 +1972,7 @@ def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
     newline = b"\r\n" if b"\r\n" in content else b"\n"
     for name, value in zip(_DOTENV_NAMES, (url, secret)):
         line = name + b"=" + value.encode()
-        content, count = with_lines(content, dotenv_line(name), line)
+        content, count = dotenv_line(name).subn(line.replace(b"\\", rb"\\"), content)
         if not count:
             content += newline if content and not content.endswith(b"\n") else b""
             content += line + newline
@@ -1955,40 +1981,46 @@ def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
 
 def write_dotenv(plan: Plan) -> str:
     """Change a .env, its copy kept. Returns what was done. Raises Problem."""
-    edit, folder = plan.dotenv, plan.folder
-    assert edit
-    after = dotenv_text(edit.before.content, edit.url, folder.secret())
-    if not folder.read("instance", "dotenv"):
-        folder.write(edit.before.content, "instance", "dotenv")
+    path, folder = plan.dotenv, plan.folder
+    if folder.place().get("dotenv") not in (None, path):
+        # The copy is of another file, which the instance uses no more.
+        take_back_dotenv(folder)
+    # It is read anew, because somebody may have changed it while the question was on the screen.
+    before, place, kept = dotenv_at(path), folder.place(), folder.read("instance", "dotenv")
+    after = dotenv_text(before.content, plan.url, folder.secret())
+    if place.get("dotenv") != path:
+        kept = before.content
+    elif before.content != kept and digest(before.content) != place.get("dotenvDigest"):
+        kept = with_lines_of(before.content, kept)
+    folder.write(kept, "instance", "dotenv")
     # Where it is stands beside the copy before anything is written there.
-    folder.write_place({"dotenv": edit.path, "dotenvDigest": digest(after)})
-    replace_own(edit.path, edit.before._replace(content=after))
-    loose = " Others may read the key in it: chmod 600" * bool(edit.before.mode & 0o044)
-    return f"{edit.path} changed: make the container anew, `docker compose up -d`.{loose}"
+    folder.write_place({"dotenv": path, "dotenvDigest": digest(after)})
+    replace_own(path, before._replace(content=after))
+    loose = " Others may read the key in it: chmod 600" * bool(before.mode & 0o044)
+    return f"{path} changed: make the container anew, `docker compose up -d`.{loose}"
 
 
 def take_back_dotenv(folder: Folder) -> list[str]:
     """Give the .env back as it was; one that was changed since gets its two lines back."""
     place = folder.place()
     path, original = str(place.get("dotenv") or ""), folder.read("instance", "dotenv")
-    held = _read_own(path) if path else None
-    if held is None:
-        return []
-    if digest(held.content) == place.get("dotenvDigest"):
-        back = original
-    else:
-        back = with_lines_of(held.content, original)
-    if back != held.content:
-        replace_own(path, held._replace(content=back))
-    return [f"{path} given back"]
+    held = read_own(path) if path else None
+    if held is not None:
+        is_ours = digest(held.content) == place.get("dotenvDigest")
+        back = original if is_ours else with_lines_of(held.content, original)
+        if back != held.content:
+            replace_own(path, held._replace(content=back))
+            folder.write_place({"dotenv": None})
+            return [f"{path} given back"]
+    return []
 
 
 def with_lines_of(content: bytes, original: bytes) -> bytes:
     """Return a .env with the two lines as the original has them, or without them."""
     for name in _DOTENV_NAMES:
-        pattern = dotenv_line(name, rb"(?:\r?\n)?")
-        was = pattern.search(original)
-        content, _ = with_lines(content, pattern, was[0] if was else b"")
+        was = dotenv_line(name).search(original)
+        pattern = dotenv_line(name) if was else dotenv_line(name, rb"(?:\r?\n)?")
+        content = pattern.sub((was[0] if was else b"").replace(b"\\", rb"\\"), content)
     return content
 
 
@@ -2012,35 +2044,37 @@ _BLOCKED = re.compile(
     r"(?:PYTHON|PERL|RUBY|CLAUDE).*|.*_PROXY", re.I)
 
 
-def env_of(
-    world: World, instance: Instance, config: Mapping[str, Json], primary: Mapping[str, str],
-    with_container: bool = False,
-) -> FoundEnv:
-    """Return the variables that an instance's configuration sets. `primary` maps a skill's key to
-    the variable that its apiKey stands for."""
-    own = container_env(instance.inspected) if instance.is_container else dict(world.environ)
+def unfit_variable(name: str) -> str:
+    """Return why the server takes no variable of this name, empty if it does."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+        return "no name of a variable"
+    return "could change claude or this server" if _BLOCKED.fullmatch(name) else ""
+
+
+def env_of(world: World, instance: Instance, with_container: bool) -> FoundEnv:
+    """Return the variables that an instance's configuration sets. Raises Problem."""
+    config, container, found = instance.config(world), instance.container, FoundEnv({}, {})
+    own = container.env if container else world.child_environ
     rows: list[tuple[str, Json]] = []
+    if with_container and container:
+        image = image_env(container)
+        rows += [pair for pair in own.items() if image.get(pair[0]) != pair[1]]
     env = as_dict(config.get("env"))
     rows += [pair for pair in env.items() if pair[0] not in ("vars", "shellEnv")]
     rows += as_dict(env.get("vars")).items()
     for key, entry in as_dict(as_dict(config.get("skills")).get("entries")).items():
         rows += as_dict(as_dict(entry).get("env")).items()
         if "apiKey" in as_dict(entry):
-            rows.append((primary.get(key, f"apiKey of {clean(key)}"), entry["apiKey"]))
-    found = FoundEnv({}, {})
-    if with_container and instance.is_container:
-        image = image_env(world, instance)
-        rows[:0] = [pair for pair in own.items() if image.get(pair[0]) != pair[1]]
+            found.left_out[f"apiKey of {clean(key)}"] = (
+                "set the variable that the skill names as its primaryEnv")
     for name, value in rows:
         reason, text = env_value(value, own)
-        if not reason and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
-            reason = "no name of a variable"
-        elif not reason and _BLOCKED.fullmatch(name):
-            reason = "could change claude or this server"
+        reason = reason or unfit_variable(name)
         if reason:
             found.left_out[clean(name)] = reason
         else:
-            found.values[name] = with_sources(text, instance)
+            # A value that begins with the place of a mount gets its source.
+            found.values[name] = container and container.source_of(text) or text
     return found
 
 
@@ -2059,25 +2093,14 @@ def env_value(value: Json, own: Mapping[str, str]) -> tuple[str, str]:
     return "", re.sub(r"\$\{([A-Z_][A-Z0-9_]*)\}", lambda match: own[match[1]], value)
 
 
-def image_env(world: World, instance: Instance) -> dict[str, str]:
+def image_env(container: Container) -> dict[str, str]:
     """Return the variables that a container has of its image. Raises Problem."""
-    image = str(instance.inspected.get("Image") or as_dict(
-        instance.inspected.get("Config")).get("Image") or "")
-    ran = Docker(world).run("inspect", "--type", "image", "--", image)
-    rows: Json = None
-    with contextlib.suppress(ValueError):
-        rows = json.loads(ran.text)
-    if ran.code != 0 or not isinstance(rows, list) or not rows:
+    image = str(container.inspected.get("Image") or container.config.get("Image") or "")
+    ran = container.docker.run("inspect", "--type", "image", "--", image)
+    rows = dicts_in(ran.json)
+    if ran.code != 0 or not rows:
         raise failed(f"its image cannot be inspected: {ran.complaint}")
-    return container_env(as_dict(rows[0]))
-
-
-def with_sources(text: str, instance: Instance) -> str:
-    """Return a value with the place in a container that it begins with replaced by its source."""
-    for place, source in sorted(container_mounts(instance.inspected).items(), reverse=True):
-        if place and (text == place or text.startswith(place + "/")) and source.startswith("/"):
-            return source + text[len(place):]
-    return text
+    return env_rows(as_dict(rows[0].get("Config")).get("Env"))
 
 
 # ==== 7. Skills ==============================================================
@@ -2184,12 +2207,11 @@ class File(NamedTuple):
 class Root(NamedTuple):
     """A folder with skills: that of a tenant, or one of an instance."""
 
-    world: World
     #: The folder that is opened as it is; no part below it may be a link.
     base: str
     parts: tuple[str, ...]
     #: The container that it is in, None for this machine.
-    container: Instance | None = None
+    container: Container | None = None
     #: How many folders may be between it and a skill.
     max_above: int = _MAX_ABOVE
     is_bundled: bool = False
@@ -2202,7 +2224,8 @@ class Root(NamedTuple):
         """Return the skills; each file that is not left out is handed to `write` too. Raises
         Problem."""
         if self.container:
-            return _read_contained_skills(self, self.container, write)
+            return self.container.read_tar(self.path, lambda output: collect(
+                self, tar_members(output), write)) or Found({}, {})
         try:
             with opened_folder(self.base, *self.parts) as at:
                 return collect(self, folder_members(at), write)
@@ -2360,25 +2383,6 @@ def unfit(root: Root, home: str, inside: Mapping[str, File], skills: Mapping[str
     return f"more than {_MAX_SKILLS} skills" if len(skills) >= _MAX_SKILLS else ""
 
 
-def _read_contained_skills(root: Root, container: Instance, write: Write | None) -> Found:
-    try:
-        running = Docker(root.world).open_tar(container.where, root.path)
-    except OSError as error:
-        raise failed(f"docker: {error.strerror}") from None
-    found = None
-    with running:
-        with contextlib.suppress(tarfile.TarError):
-            found = collect(root, tar_members(running.output), write)
-        if len(running.output.read(1_000_000)) == 1_000_000:
-            running.kill("sent more than a tar")
-        ran = running.finish()
-    if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
-        return Found({}, {})
-    if ran.code != 0 or found is None:
-        raise failed("docker sent no whole tar" if ran.code == 0 else ran.complaint)
-    return found
-
-
 def copy_skills(skills: Sequence[Skill], write: Write) -> None:
     """Hand every file of skills to `write`, its path begun by the skill's name. Raises Problem if
     they are no longer what they were."""
@@ -2398,22 +2402,26 @@ def copy_skills(skills: Sequence[Skill], write: Write) -> None:
                 raise failed(f"{skill.name} was changed just now: run this again")
 
 
-def _put_skills(at: int, skills: Sequence[Skill], held: Mapping[str, Skill]) -> None:
-    """Root.put for an open folder. Raises Problem, OSError."""
+def exchange(
+    skills: Sequence[Skill], held: Mapping[str, Skill], fill: Callable[[], None],
+    move: Callable[[str, str], None], clear: Callable[[], None],
+) -> None:
+    """Put skills where those of their names are held: `fill` writes them into the drafts, `move`
+    renames below the folder, `clear` removes the drafts and what was set aside."""
     for skill in held.values():
+        # What an interrupted run has set aside goes back first.
         if skill.home != home_for(skill, held):
-            move_below(at, skill.home, home_for(skill, held))
-    remove_below(at, _NEW)
-    remove_below(at, _OLD)
-    with opened_folder(at, _NEW, makes=True) as new:
-        copy_skills(skills, functools.partial(write_below, new))
+            move(skill.home, home_for(skill, held))
+    clear()
+    if not skills:
+        return
+    fill()
     for skill in skills:
         home = home_for(skill, held)
         if skill.name in held:
-            move_below(at, home, f"{_OLD}/{home}")
-        move_below(at, f"{_NEW}/{skill.name}", home)
-    remove_below(at, _NEW)
-    remove_below(at, _OLD)
+            move(home, f"{_OLD}/{home}")
+        move(f"{_NEW}/{skill.name}", home)
+    clear()
 
 
 def home_for(skill: Skill, held: Mapping[str, Skill]) -> str:
@@ -2421,67 +2429,60 @@ def home_for(skill: Skill, held: Mapping[str, Skill]) -> str:
     return held[skill.name].home.removeprefix(f"{_OLD}/") if skill.name in held else skill.name
 
 
-def _put_contained_skills(
-    root: Root, container: Instance, skills: Sequence[Skill], held: Mapping[str, Skill]
-) -> None:
-    """Root.put for a container: one tar of drafts beside, then a rename for each. Into a stopped
-    one new skills go at once, since nothing can be renamed there."""
-    docker, path = Docker(root.world), root.path
+def _put_skills(at: int, skills: Sequence[Skill], held: Mapping[str, Skill]) -> None:
+    """Root.put for an open folder. Raises Problem, OSError."""
+    def fill() -> None:
+        with opened_folder(at, _NEW, makes=True) as new:
+            copy_skills(skills, functools.partial(write_below, new))
 
-    def run(*words: str) -> None:
-        ran = docker.exec(container.where, *words)
-        if ran.code != 0:
-            raise failed(f"{path} was not written: {ran.complaint}")
+    def clear() -> None:
+        remove_below(at, _NEW)
+        remove_below(at, _OLD)
+
+    exchange(skills, held, fill, functools.partial(move_below, at), clear)
+
+
+def _put_contained_skills(
+    root: Root, container: Container, skills: Sequence[Skill], held: Mapping[str, Skill]
+) -> None:
+    """Root.put for a container. Into a stopped one new skills go at once, since nothing can be
+    renamed there. Raises Problem."""
+    path = root.path
+
+    def fill(above: str = f"{_NEW}/") -> None:
+        container.put_tar(path, tar_of_skills(skills, container.uid, above))
 
     def move(source: str, target: str) -> None:
-        run("mv", "-T", "--", f"{path}/{source}", f"{path}/{target}")
+        if target.startswith(_OLD):
+            container.change(path, "mkdir", "-p", "--", os.path.dirname(f"{path}/{target}"))
+        container.move(f"{path}/{source}", f"{path}/{target}")
 
-    drafts = (f"{path}/{_NEW}", f"{path}/{_OLD}")
+    def clear() -> None:
+        container.change(path, "rm", "-rf", "--", f"{path}/{_NEW}", f"{path}/{_OLD}")
+
     if container.is_running:
-        run("mkdir", "-p", "--", path)
-        for skill in held.values():
-            if skill.home != home_for(skill, held):
-                move(skill.home, home_for(skill, held))
-        run("rm", "-rf", "--", *drafts)
-    if skills:
-        uid = container_uid(root.world, container)
-        content = tar_of_skills(skills, uid, f"{_NEW}/" if container.is_running else "")
-        ran = docker.put_tar(container.where, path, content)
-        if ran.code != 0:
-            raise failed(f"{path} was not written: {ran.complaint}")
-    for skill in skills if container.is_running else ():
-        home = home_for(skill, held)
-        if skill.name in held:
-            run("mkdir", "-p", "--", os.path.dirname(f"{path}/{_OLD}/{home}"))
-            move(home, f"{_OLD}/{home}")
-        move(f"{_NEW}/{skill.name}", home)
-    if skills and container.is_running:
-        run("rm", "-rf", "--", *drafts)
+        container.change(path, "mkdir", "-p", "--", path)
+        exchange(skills, held, fill, move, clear)
+    elif skills:
+        fill("")
 
 
 def tar_of_skills(skills: Sequence[Skill], uid: int, above: str) -> bytes:
     """Return a tar of skills, all owned by a user, their paths begun by `above`. Raises Problem."""
-    out, made = io.BytesIO(), set[str]()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-
-        def add(path: str, content: bytes | None, is_executable: bool) -> None:
-            entry = tarfile.TarInfo(path)
-            entry.uid = entry.gid = uid
-            entry.mode = 0o700 if is_executable else 0o600
-            entry.mtime = int(time.time())
-            entry.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
-            entry.size = len(content or b"")
-            tar.addfile(entry, io.BytesIO(content or b""))
+    def fill(tar: tarfile.TarFile) -> None:
+        made = set[str]()
 
         def write(path: str, content: bytes, is_executable: bool) -> None:
             for each in parents(above + path):
                 if each not in made:
                     made.add(each)
-                    add(each, None, True)
-            add(above + path, content, is_executable)
+                    add_to_tar(tar, each, HeldFile(b"", uid, uid, 0o700), is_folder=True)
+            mode = 0o700 if is_executable else 0o600
+            add_to_tar(tar, above + path, HeldFile(content, uid, uid, mode))
 
         copy_skills(skills, write)
-    return out.getvalue()
+
+    return tar_of(fill)
 
 
 # -- both sides ---------------------------------------------------------------
@@ -2491,7 +2492,6 @@ class Sides(NamedTuple):
     """The skills of a tenant, and those of its instance."""
 
     folder: Folder
-    instance: Instance
     own: Root
     #: Where the instance gets skills.
     target: Root
@@ -2501,42 +2501,43 @@ class Sides(NamedTuple):
     record: Mapping[str, Mapping[str, Json]]
 
 
-def skill_roots(world: World, instance: Instance, with_bundled: bool) -> list[Root]:
+def skill_roots(world: World, instance: Instance, with_bundled: bool = False) -> list[Root]:
     """Return the folders in which an instance has skills, those that it prefers first. Raises
     Problem."""
-    held = read_file(world, instance, instance.config_path)
-    config = parsed_config(world, held.content) if held else {}
-    state, container = instance.state_dir, instance if instance.is_container else None
+    state, container = instance.state_dir, instance.container
     home = os.path.dirname(state) if container else world.home
-    named = as_dict(as_dict(config.get("agents")).get("defaults")).get("workspace")
+    named = as_dict(as_dict(instance.config(world).get("agents")).get("defaults")).get("workspace")
     workspace = str(named or f"{state}/workspace").rstrip("/")
     workspace = home + workspace[1:] if workspace.startswith("~/") else workspace
     if not is_usable_path(workspace):
         raise failed(f"its workspace {clean(workspace)[:80]} is no plain path")
-    bases = [workspace, f"{workspace}/.agents"]
     # Those of the user are for the instance with the usual state folder only.
-    bases += [f"{home}/.agents"] if state == f"{home}/.openclaw" else []
-    roots = [Root(world, base, ("skills",), container) for base in (*bases, state)]
+    personal = [f"{home}/.agents"] * (state == f"{home}/.openclaw")
+    roots = [Root(base, ("skills",), container)
+             for base in (workspace, f"{workspace}/.agents", *personal, state)]
     program = shutil.which("openclaw", path=world.environ.get("PATH", os.defpath))
     bundled = _BUNDLED if container else os.path.dirname(os.path.realpath(program or "/openclaw"))
-    bundle = Root(world, bundled, ("skills",), container, is_bundled=True)
-    return [*roots, bundle] if with_bundled else roots
+    return roots + [Root(bundled, ("skills",), container, is_bundled=True)] * with_bundled
+
+
+def skills_there(roots: Sequence[Root]) -> Found:
+    """Return the skills of an instance; of one name the first counts. Raises Problem."""
+    found = roots[0].read()
+    for more in [root.read() for root in roots[1:]]:
+        found.skills.update({**more.skills, **found.skills})
+        found.left_out.update(more.left_out)
+    return found
 
 
 def tenant_root(folder: Folder) -> Root:
     """Return the folder of a tenant's skills, in which the server looks."""
-    return Root(folder.world, folder.world.tenants_folder, (folder.name, "skills"), max_above=0)
+    return Root(folder.world.tenants_folder, (folder.name, "skills"), max_above=0)
 
 
-def both_sides(
-    folder: Folder, instance: Instance, roots: Sequence[Root], record: Mapping[str, Json]
-) -> Sides:
-    """Return the skills of a tenant and those in folders of its instance. Raises Problem."""
-    own, there = tenant_root(folder), roots[0].read()
-    for found in [root.read() for root in roots[1:]]:
-        there.skills.update({**found.skills, **there.skills})
-        there.left_out.update(found.left_out)
-    return Sides(folder, instance, own, roots[0], own.read(), there, record)
+def both_sides(folder: Folder, instance: Instance, with_bundled: bool) -> Sides:
+    """Return the skills of a tenant and those of its instance. Raises Problem."""
+    roots, own = skill_roots(folder.world, instance, with_bundled), tenant_root(folder)
+    return Sides(folder, own, roots[0], own.read(), skills_there(roots), sync_record(folder))
 
 
 def sync_record(folder: Folder) -> dict[str, Json]:
@@ -2634,7 +2635,8 @@ def hindrance(sides: Sides, name: str, action: str) -> str:
             "something else has its name here")
     if held and not held.is_whole:
         return "it would replace one of which something was left out"
-    if action == "push" and held and not sides.instance.is_running:
+    if action == "push" and held and sides.target.container and (
+            not sides.target.container.is_running):
         return "nothing in a stopped container can be replaced: start it"
     return ""
 
@@ -2642,15 +2644,12 @@ def hindrance(sides: Sides, name: str, action: str) -> str:
 def back_up(folder: Folder, skills: Sequence[Skill]) -> str:
     """Copy skills into the tenant's backup/, and return the path of that copy. Raises Problem."""
     stamp = stamp_of(folder.world.clock())
-    try:
-        with opened_folder(folder.world.tenants_folder, folder.name, "backup", makes=True) as at:
-            taken = set(os.listdir(at))
-            names = (f"{stamp}-{number}" if number else stamp for number in range(len(taken) + 1))
-            name = next(each for each in names if each not in taken)
-            with opened_folder(at, name, makes=True) as kept:
-                copy_skills(skills, functools.partial(write_below, kept))
-    except OSError as error:
-        raise failed(f"{folder.inside('backup')} cannot be written: {error.strerror}") from None
+    with folder.opened("backup", makes=True) as at:
+        taken = set(os.listdir(at))
+        names = (f"{stamp}-{number}" if number else stamp for number in range(len(taken) + 1))
+        name = next(each for each in names if each not in taken)
+        with opened_folder(at, name, makes=True) as kept:
+            copy_skills(skills, functools.partial(write_below, kept))
     return folder.inside("backup", name)
 
 
@@ -2695,13 +2694,10 @@ def clean_skills(
     kept = folder.inside("backup")
     if gone and not is_dry:
         kept = back_up(folder, gone)
-        try:
-            with opened_folder(own.base, *own.parts) as at:
-                _put_skills(at, (), skills)
-                for each in gone:
-                    remove_below(at, each.name)
-        except OSError as error:
-            raise failed(f"{own.path} cannot be written: {error.strerror}") from None
+        with folder.opened("skills") as at:
+            _put_skills(at, (), skills)
+            for each in gone:
+                remove_below(at, each.name)
         write_record(folder, {name: row for name, row in record.items()
                               if name not in {each.name for each in gone}})
     return [each.name for each in gone], [each.name for each in known if each not in gone], kept
@@ -2918,7 +2914,7 @@ DIFFERENCES = (
 
 def read_gateway(path: str) -> dict[str, Json]:
     """Return the values of a config.yaml. Raises Problem, with the line and what to do by hand."""
-    held = _read_own(path)
+    held = read_own(path)
     if held is None:
         raise failed(f"There is no file {clean(path)}.")
     try:
@@ -2952,15 +2948,14 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
     if name != origin:
         notes.append(f"it was called {clean(origin)[:80]}")
     secret = str(row.get("api_key") or "")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
+    if not SECRET.fullmatch(secret):
         secret = ""
         notes.append("its key is not 32 to 128 letters, digits, - and _: `ocp tenants apply "
                      f"{name}` gives its instance a new one")
     env, values = as_dict(row.get("env")), dict[str, str]()
     for each, value in [*env.items(), *as_dict(env.get("vars")).items()]:
         text = text_of(value)
-        if text is not None and re.fullmatch(r"[A-Za-z_]\w{0,127}", each, re.A) and not (
-                _BLOCKED.fullmatch(each)):
+        if text is not None and not unfit_variable(each):
             values[each] = text
         elif each not in ("vars", "shellEnv"):
             notes.append(f"the variable {clean(each)[:80]} is left out")
@@ -2968,8 +2963,7 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
     # The compose project `openclaw` was called dc.
     known = ("openclaw", "dc") if origin == "dc" else (name,)
     instance = next((each for each in found if each.name in known and not each.doubt), None)
-    if working and any(os.path.exists(os.path.join(working, each)) for each in (
-            "openclaw.json", "workspace")):
+    if working and is_state_folder(working):
         instance = folder_instance(os.path.realpath(working), name)
     elif working:
         notes.append(f"its working_dir {clean(working)[:200]} is no OpenClaw's")
@@ -2987,28 +2981,24 @@ def import_steps(
 ) -> list[ImportStep]:
     """Return what is missing of a tenant. `key` are fields of a new key, `skills` is the folder
     with the skills of all tenants there. Raises Problem for one to leave alone."""
-    name, folder, instance = tenant.name, job.folder(tenant.name), tenant.instance
+    name, folder, steps = tenant.name, job.folder(tenant.name), list[ImportStep]()
     secret = tenant.secret or folder.secret() or new_secret()
-    is_new, steps = name not in job.tenants, list[ImportStep]()
     if name in job.keys and not is_holder(job.server, secret, name):
         raise failed(f"there is a key {name} already, with another secret")
-    if is_new and os.path.isdir(folder.path) and not (folder.secret() or job.options.adopt):
-        raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
+    refuse_foreign(job, name)
+    word = "its key" if tenant.secret else "a new key"
+    body = {**key, "name": name, "secret": secret}
     if name not in job.keys:
-        body = {**key, "name": name, "secret": secret}
-        steps += [("its key" if tenant.secret else "a new key", lambda: (
-            folder.write(secret.encode() + b"\n", "key"),
-            job.server.ask("POST", "/api/keys", body)))]
-    place = instance and {
-        "kind": instance.kind, "where": instance.where, "id": instance.container_id,
-        "stateDir": instance.state_dir, "configPath": instance.config_path}
-    if is_new:
+        steps += [(word, lambda: (
+            folder.write_secret(secret), job.server.ask("POST", "/api/keys", body)))]
+    elif folder.secret() != secret:
+        steps += [(word, lambda: folder.write_secret(secret))]
+    place = tenant.instance and tenant.instance.place
+    if name not in job.tenants:
         profile = {"level": job.options.level or LEVELS[0], "instance": place, "adopt": True}
         steps += [("tenant", lambda: job.server.tenant(name, "PUT", profile))]
     if place and not folder.place():
-        content = json.dumps(place, indent=1).encode()
-        steps += [(f"its instance is {place['where']}", lambda: folder.write(
-            content, "instance", "instance.json"))]
+        steps += [(f"its instance is {place['where']}", lambda: folder.write_place(place))]
     known = job.tenants.get(name, {}).get("env") or []
     env = {each: value for each, value in tenant.env.items() if each not in known}
     if env:
@@ -3021,7 +3011,7 @@ def missing_skills(folder: Folder, origin: str, skills: str) -> list[ImportStep]
     """Return the copying of those skills that a tenant does not have. Raises Problem."""
     if not skills or not _FOLDER_NAME.fullmatch(origin):
         return []
-    source, own = Root(folder.world, skills, (origin,), max_above=0), tenant_root(folder)
+    source, own = Root(skills, (origin,), max_above=0), tenant_root(folder)
     here, there = own.read().skills, source.read().skills
     names = {name.casefold() for name in here}
     new = [skill for name, skill in there.items() if name.casefold() not in names]
@@ -3135,13 +3125,6 @@ def cmd_discover(run: Run) -> Exit:
     return Exit.OK
 
 
-def known_tenant(job: Job, name: str) -> Mapping[str, Json]:
-    """Return what the server says of a tenant. Raises Problem."""
-    if name not in job.tenants:
-        raise failed(f"There is no tenant {clean(name)[:80]!r}: see `ocp tenants`.")
-    return job.tenants[name]
-
-
 def level_of(row: Mapping[str, Json]) -> str:
     """Return the level at which a tenant works, and the one that was set if that is higher."""
     level = str(row.get("level"))
@@ -3158,24 +3141,34 @@ def level_notes(rows: Iterable[Mapping[str, Json]]) -> list[str]:
 
 def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
     """Return the instances that the arguments name. Raises Problem."""
-    found = discover(run.world, {
-        job.folder(name).name: row.get("instance") for name, row in job.tenants.items()})
-    if found.docker_error:
-        run.say(f"Containers are not touched: {found.docker_error}")
     # A key that was renamed keeps the folder of its first name.
     names = {job.folder(name).name: name for name in job.tenants}
+    found = discover(run.world, {
+        folder: job.tenants[name].get("instance") for folder, name in names.items()})
+    if found.docker_error:
+        run.say(f"Containers are not touched: {found.docker_error}")
     instances = [each._replace(name=names.get(each.name, each.name)) for each in found.instances]
     if only_tenants:
         for name in run.args.names:
-            known_tenant(job, name)
+            job.check_tenant(name)
         instances = [each for each in instances if each.name in job.tenants]
     return choose(instances, run.args.names)
+
+
+def attempt(do: Callable[[], Value]) -> tuple[Value | None, str]:
+    """Return what `do` returns, or None and why it failed: one that fails stops no other."""
+    try:
+        return do(), ""
+    except (Problem, OSError) as problem:
+        return None, reason_of(problem)
 
 
 class Result(NamedTuple):
     """What became of one instance."""
 
-    instance: Instance
+    name: str
+    #: Where it is, as Instance.place.
+    place: Mapping[str, Json]
     plan: Plan | None = None
     done: tuple[str, ...] = ()
     problem: str = ""
@@ -3185,7 +3178,7 @@ class Result(NamedTuple):
     def as_json(self) -> dict[str, Json]:
         plan = self.plan
         return {
-            "name": self.instance.name, "kind": self.instance.kind, "where": self.instance.where,
+            "name": self.name, "kind": self.place.get("kind"), "where": self.place.get("where"),
             "plan": plan.summary if plan else None, "url": plan.url if plan else None,
             "diff": list(plan.diff) if plan else [], "done": list(self.done),
             "problem": self.problem, "skills": self.skills and self.skills.as_json()}
@@ -3196,29 +3189,33 @@ class Result(NamedTuple):
         return (self.plan is None or self.plan.is_empty) and not (
             self.skills and any(each.action for each in self.skills.steps))
 
+    def words(self, with_diff: bool = False) -> str:
+        """Return what is to be done; with the lines of openclaw.json, if that is asked for."""
+        if not self.plan:
+            return ""
+        skills = self.skills.summary("to pull") if self.skills else ()
+        diff = without_models(self.plan.diff) if with_diff else ()
+        return "\n".join(["; ".join([self.plan.summary, *skills]), *diff])
+
 
 def planned(job: Job, instance: Instance) -> Result:
     """Return the plan of an instance, or why there is none."""
-    try:
-        return Result(instance, plan_for(job, instance))
-    except Problem as problem:
-        return Result(instance, problem=str(problem).rstrip("."))
+    plan, problem = attempt(lambda: plan_for(job, instance))
+    return Result(instance.name, instance.place, plan, problem=problem)
 
 
 def carried_out(job: Job, result: Result) -> Result:
     """Carry out a plan, whatever becomes of the others."""
-    if result.plan is None:
+    plan = result.plan
+    if plan is None:
         return result
-    try:
-        result = result._replace(done=tuple(carry_out(job, result.plan)))
-    except Problem as problem:
-        return result._replace(problem=str(problem).rstrip("."))
-    if not result.skills:
-        return result
+    done, problem = attempt(lambda: carry_out(job, plan))
+    if done is None or not result.skills:
+        return result._replace(done=tuple(done or ()), problem=problem)
     skills = carried(result.skills)
     pulled = skills.summary("pulled")
-    done = () if pulled and result.plan and result.plan.is_empty else result.done
-    return result._replace(skills=skills, done=(*done, *pulled))
+    said = [] if pulled and plan.is_empty else done
+    return result._replace(skills=skills, done=(*said, *pulled))
 
 
 def without_models(lines: Sequence[str]) -> list[str]:
@@ -3240,13 +3237,18 @@ def shortened(line: str) -> str:
     return line if len(line) <= 200 else f"{line[:160]}... ({len(line)} characters)"
 
 
-def show_results(run: Run, results: Sequence[Result], words: Callable[[Result], str]) -> None:
-    """Print one line for each instance."""
-    width = max((len(each.instance.name) for each in results), default=0)
-    for each in results:
-        first, *more = (f"FAILED: {each.problem}" if each.problem else words(each)).split("\n")
-        run.say("\n".join([f"  {each.instance.name:{width}}  {clean(first)}",
-                           *(f"      {shortened(clean(line))}" for line in without_models(more))]))
+def show(run: Run, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Print names, each with what went wrong, else with its text, whose further lines are below."""
+    width = max((len(name) for name, *_ in rows), default=0)
+    for name, problem, text in rows:
+        first, *more = (f"FAILED: {problem}" if problem else text).split("\n")
+        run.say("\n".join([f"  {name:{width}}  {clean(first)}",
+                           *(f"      {shortened(clean(line))}" for line in more)]))
+
+
+def show_done(run: Run, results: Sequence[Result]) -> None:
+    """Print what was done for each instance."""
+    show(run, [(each.name, each.problem, ", ".join(each.done)) for each in results])
 
 
 def cmd_setup(run: Run) -> Exit:
@@ -3262,32 +3264,30 @@ def cmd_apply(run: Run) -> Exit:
 
 
 def _set_up(run: Run, only_tenants: bool) -> Exit:
-    job = run.job()
+    job, is_dry = run.job(), run.args.dry_run
     run.say(f"Server {job.server.url}, mode multi")
     results = [planned(job, each) for each in instances_of(run, job, only_tenants)]
     if not only_tenants and not run.args.no_skills:
-        results = [each._replace(skills=each.plan and synced(job, each.instance, "pull"))
+        results = [each._replace(skills=each.plan and synced(job, each.plan.instance, "pull"))
                    for each in results]
     if not results:
         run.say("No OpenClaw was found here: see `ocp tenants discover`.")
-    show_results(run, results, lambda each: "\n".join(
-        ["; ".join([each.plan.summary, *(each.skills.summary("to pull") if each.skills else ())]),
-         *(each.plan.diff if run.args.dry_run else ())] if each.plan else []))
-    if not run.args.dry_run and not all(each.is_empty for each in results):
+    show(run, [(each.name, each.problem, each.words(is_dry)) for each in results])
+    if not is_dry and not all(each.is_empty for each in results):
         run.confirm("Do this?")
         results = [carried_out(job, each) for each in results]
         run.say("Done:")
-        show_results(run, results, lambda each: ", ".join(each.done))
+        show_done(run, results)
         if run.args.level:
-            names = [each.instance.name for each in results]
+            names = [each.name for each in results]
             run.say("\n".join(level_notes(
                 row for name, row in job.server.tenants().items() if name in names)))
-    failures = [each for each in results if each.problem or each.skills and each.skills.problem]
-    if not run.args.dry_run and results:
+    if not is_dry and results:
         run.say(_total(results))
-    run.print_json({"server": job.server.url, "dryRun": run.args.dry_run,
+    run.print_json({"server": job.server.url, "dryRun": is_dry,
                     "instances": [each.as_json() for each in results]})
-    return Exit.FAILED if failures else Exit.OK
+    return Exit.FAILED if any(
+        each.problem or each.skills and each.skills.problem for each in results) else Exit.OK
 
 
 def _total(results: Sequence[Result]) -> str:
@@ -3308,7 +3308,7 @@ def cmd_check(run: Run) -> Exit:
     job = run.job()
     found = instances_of(run, job, only_tenants=True)
     results = [*(planned(job, each) for each in found), *gone(run, job, found)]
-    show_results(run, results, lambda each: each.plan.summary if each.plan else "")
+    show(run, [(each.name, each.problem, each.words()) for each in results])
     are_good = [each.plan is not None and each.plan.is_empty for each in results]
     run.print_json({"server": job.server.url, "instances": [
         {**each.as_json(), "ok": is_good} for each, is_good in zip(results, are_good)]})
@@ -3319,44 +3319,35 @@ def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
     """Return what to say of tenants whose instance was set up and is not found any more."""
     names = set() if run.args.names else set(job.tenants) - {each.name for each in found}
     rows = ((name, job.folder(name).place()) for name in sorted(names))
-    return [Result(written_down(name, place), problem=f"{clean(place.get('where'))} was not found")
+    return [Result(name, place, problem=f"{clean(place.get('where'))} was not found")
             for name, place in rows if place]
 
 
 def cmd_undo(run: Run) -> Exit:
     """Give instances their files back. It needs no server."""
     world, names = run.world, run.args.names
-    places = {each.name: each.place() for each in tenant_folders(world)}
-    known = [name for name, place in places.items() if place and (not names or name in names)]
-    for name in names:
-        if name not in known:
-            raise failed(f"Nothing is to be undone for {clean(name)[:80]!r}.")
+    known = [each for each in tenant_folders(world) if each.place()
+             and (not names or each.name in names)]
+    for name in set(names) - {each.name for each in known}:
+        raise failed(f"Nothing is to be undone for {clean(name)[:80]!r}.")
     if not known:
         run.say("There is nothing to undo.")
-    results = [Result(written_down(name, places[name])) for name in known]
-    show_results(run, results, lambda each: world.shown_path(each.instance.where))
+    results = [Result(each.name, each.place()) for each in known]
+    show(run, [(each.name, "", world.shown_path(str(each.place.get("where")))) for each in results])
     if known and not run.args.dry_run:
         run.confirm("Give these back?")
-        results = [_undone(world, name) for name in known]
-        show_results(run, results, lambda each: ", ".join(each.done))
+        results = [undone(each) for each in known]
+        show_done(run, results)
     run.print_json({"dryRun": run.args.dry_run, "instances": [
         each.as_json() for each in results]})
     return Exit.FAILED if any(each.problem for each in results) else Exit.OK
 
 
-def written_down(name: str, place: Mapping[str, Json]) -> Instance:
-    """Return an instance as it was written down, for what is said of it."""
-    return Instance(name, str(place.get("kind")), str(place.get("where")), "", "")
-
-
-def _undone(world: World, name: str) -> Result:
-    folder = Folder(world, name)
-    instance = written_down(name, folder.place())
-    try:
-        instance = instance_at(world, folder, name)
-        return Result(instance, done=tuple(take_back(folder, instance)))
-    except Problem as problem:
-        return Result(instance, problem=str(problem).rstrip("."))
+def undone(folder: Folder) -> Result:
+    """Give the instance of a tenant its files back, whatever becomes of the others."""
+    place = folder.place()
+    done, problem = attempt(lambda: take_back(folder, instance_at(folder.world, folder)))
+    return Result(folder.name, place, done=tuple(done or ()), problem=problem)
 
 
 # -- tenants ------------------------------------------------------------------
@@ -3388,7 +3379,7 @@ def cmd_list(run: Run) -> Exit:
 def cmd_show(run: Run) -> Exit:
     """Show one tenant."""
     job, name = run.job(), _known(run)
-    known_tenant(job, name)
+    job.check_tenant(name)
     told = as_dict(job.server.tenant(name))
     place = job.folder(name).place()
     rows = [(label, clean(value)) for label, value in tenant_rows(run.world, told, place) if value]
@@ -3451,13 +3442,14 @@ def cmd_add(run: Run) -> Exit:
         result = planned(job, instance)
         if result.problem:
             raise failed(result.problem)
-        show_results(run, [result], lambda each: each.plan.summary if each.plan else "")
+        show(run, [(name, "", result.words())])
         if not args.dry_run:
             run.confirm("Do this?")
             result = carried_out(job, result)
-            show_results(run, [result], lambda each: ", ".join(each.done))
+            show_done(run, [result])
         run.print_json(result.as_json())
         return Exit.FAILED if result.problem else Exit.OK
+    refuse_foreign(job, name)
     if args.dry_run:
         return run.would(name, "its key" if name in job.keys else "new key",
                          f"level {args.level or LEVELS[0]}")
@@ -3467,7 +3459,7 @@ def cmd_add(run: Run) -> Exit:
 def _given_secret(run: Run) -> str:
     """Return the key in standard input. Raises Problem."""
     secret = run.world.stdin.readline().strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]{32,128}", secret):
+    if not SECRET.fullmatch(secret):
         raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
                                   "_ from standard input.")
     return secret
@@ -3481,8 +3473,8 @@ def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
         raise Problem(Exit.USAGE, f"There is a key {name} already, which keeps its secret: leave "
                                   "out --secret-stdin.")
     if name not in job.keys:
+        folder.write_secret(secret)
         job.server.ask("POST", "/api/keys", {"name": name, "secret": secret, "maxConcurrent": 1})
-        folder.write(secret.encode() + b"\n", "key")
     place = instance and instance.place
     job.server.tenant(name, "PUT", {
         **profile_of(place or {}, args.level or LEVELS[0], args.commands or ""), "instance": place,
@@ -3508,7 +3500,7 @@ def cmd_edit(run: Run) -> Exit:
         body["prompt"] = ""
     if not body:
         raise Problem(Exit.USAGE, "Nothing to change: see `ocp tenants edit --help`.")
-    known_tenant(job, name)
+    job.check_tenant(name)
     if args.dry_run:
         return run.would(name, *body)
     answer = job.server.tenant(name, "PATCH", body)
@@ -3521,9 +3513,8 @@ def cmd_edit(run: Run) -> Exit:
 
 def cmd_remove(run: Run) -> Exit:
     """Undo, revoke the key, and put the tenant's folder away."""
-    world, args, name = run.world, run.args, _known(run)
-    job = run.job()
-    known_tenant(job, name)
+    args, name, job = run.args, _known(run), run.job()
+    job.check_tenant(name)
     folder = job.folder(name)
     away = "deletes its folder" if args.purge else "puts its folder away"
     key = "keeps its key" if args.keep_key else "revokes its key"
@@ -3532,13 +3523,12 @@ def cmd_remove(run: Run) -> Exit:
     run.say(f"  {name}  gives its files back, {key}, {away}")
     run.confirm(f"Remove {name}?")
     if folder.place():
-        result = _undone(world, folder.name)
+        result = undone(folder)
         if result.problem and not args.purge:
             raise failed(f"{result.problem}. Nothing was removed; --purge removes it all the same.")
         run.say(result.problem)
-    job.server.tenant(name, "DELETE")
-    if not args.keep_key:
-        job.server.ask("DELETE", f"/api/keys/{urllib.parse.quote(name, safe='')}")
+    # A tenant goes with its key: one request, of which no half can be left.
+    job.server.ask("DELETE", job.server.key_path(name, "/tenant" * args.keep_key))
     if os.path.isdir(folder.path):
         put_away(folder, args.purge)
     run.say(f"{name} removed")
@@ -3568,7 +3558,8 @@ def cmd_login(run: Run) -> Exit:
     words = [sys.executable, script, "keys", "login", name, "--url", run.server().url]
     words += ["--folder", args.folder] if args.folder else []
     words += ["--server"] * args.shared + ["--json"] * args.json
-    return Exit(subprocess.call(words, env=dict(world.environ)) or Exit.OK)
+    code = subprocess.call(words, env=dict(world.environ)) or Exit.OK
+    return Exit(code) if code in set(Exit) else Exit.FAILED
 
 
 def cmd_gen_key(run: Run) -> Exit:
@@ -3583,7 +3574,7 @@ def cmd_env(run: Run) -> Exit:
     """Show the names of a tenant's variables, or change them."""
     args, name = run.args, _known(run)
     job, changes, left_out = run.job(), _env_changes(run), dict[str, str]()
-    known_tenant(job, name)
+    job.check_tenant(name)
     if args.take_over:
         found = _found_env(run, job, name)
         changes, left_out = {**found.values, **changes}, found.left_out
@@ -3618,9 +3609,9 @@ def _env_changes(run: Run) -> dict[str, str | None]:
     if args.set and not text:
         raise Problem(Exit.USAGE, f"Nothing came on standard input: the value of {args.set[0]} is "
                                   "read there, an empty line for an empty one.")
-    values = [text[:-1] if text.endswith("\n") else text]
-    values = text.splitlines() if len(args.set) > 1 else values
-    if len(values) < len(args.set):
+    text = text[:-1] if text.endswith("\n") else text
+    values = text.split("\n") if len(args.set) > 1 else [text]
+    if args.set and len(values) != len(args.set):
         raise Problem(Exit.USAGE, f"{counted(len(args.set), 'value')} are wanted on standard "
                                   f"input, one in a line, and {len(values)} came.")
     return {**changes, **dict(zip(args.set, values))}
@@ -3629,11 +3620,9 @@ def _env_changes(run: Run) -> dict[str, str | None]:
 def _found_env(run: Run, job: Job, name: str) -> FoundEnv:
     """Return the variables of a tenant's instance. Raises Problem."""
     world, folder = run.world, job.folder(name)
-    instance = instance_at(world, folder, name) if folder.place() else choose(
+    instance = instance_at(world, folder) if folder.place() else choose(
         discover(world).instances, [name])[0]
-    held = read_file(world, instance, instance.config_path)
-    return env_of(world, instance, parsed_config(world, held.content) if held else {},
-                  {}, run.args.container_env)
+    return env_of(world, instance, run.args.container_env)
 
 
 # -- skills -------------------------------------------------------------------
@@ -3680,25 +3669,21 @@ def synced(
     overwrites: bool = False,
 ) -> Synced:
     """Return what a sync of an instance has to do, or why it cannot."""
-    try:
-        if instance.doubt:
-            raise failed(instance.doubt)
-        folder = job.folder(instance.name)
-        roots = skill_roots(job.world, instance, with_bundled)
-        sides = both_sides(folder, instance, roots, sync_record(folder))
-        return Synced(instance.name, sides, steps_of(sides, direction, overwrites))
-    except Problem as problem:
-        return Synced(instance.name, problem=str(problem).rstrip("."))
+    if instance.doubt:
+        return Synced(instance.name, problem=instance.doubt)
+    sides, problem = attempt(
+        lambda: both_sides(job.folder(instance.name), instance, with_bundled))
+    steps = steps_of(sides, direction, overwrites) if sides else ()
+    return Synced(instance.name, sides, steps, problem=problem)
 
 
 def carried(done: Synced) -> Synced:
     """Do what a sync has to do, whatever becomes of the others."""
-    if done.sides is None:
+    sides = done.sides
+    if sides is None:
         return done
-    try:
-        return done._replace(kept=carry_skills(done.sides, done.steps))
-    except Problem as problem:
-        return done._replace(problem=str(problem).rstrip("."))
+    kept, problem = attempt(lambda: carry_skills(sides, done.steps))
+    return done._replace(kept=kept or "", problem=problem)
 
 
 def _skills(
@@ -3750,7 +3735,7 @@ def cmd_clean(run: Run) -> Exit:
     """Move skills that came by a sync to backup/."""
     job, args, rows = run.job(), run.args, []
     for name in args.names or sorted(job.tenants):
-        known_tenant(job, name)
+        job.check_tenant(name)
         gone, left, kept = clean_skills(job.folder(name), args.overwrite, args.dry_run)
         rows.append({"name": name, "cleaned": gone, "left": left, "backup": kept if gone else ""})
         to = f"{'to move' if args.dry_run else 'moved'} to {run.world.shown_path(kept)}"
@@ -3774,33 +3759,42 @@ def cmd_import(run: Run) -> Exit:
     skills = os.path.abspath(args.skills) if args.skills else ""
     if skills and not os.path.isdir(skills):
         raise failed(f"--skills: {clean(skills)} is no folder.")
-    found, rows = discover(world).instances, list[tuple[Imported, list[ImportStep], str]]()
+    found, rows = discover(world).instances, list[Taken]()
     for row in config["tenants"]:
-        tenant, steps, problem = imported(row, found), list[ImportStep](), ""
-        try:
-            if tenant.name in [other.name for other, *_ in rows]:
-                raise failed("two tenants have this name")
-            steps = import_steps(job, tenant, key, skills)
-        except Problem as failure:
-            problem = str(failure).rstrip(".")
-        rows.append((tenant, steps, problem))
-    width = max((len(tenant.name) for tenant, *_ in rows), default=0)
-    for tenant, steps, problem in rows:
-        words = ", ".join(word for word, _ in steps) or "nothing to do"
-        run.say(clean(f"  {tenant.name:{width}}  {f'FAILED: {problem}' if problem else words}"))
-        run.say("\n".join(f"    {note}" for note in tenant.notes))
-    if any(steps for _, steps, _ in rows) and not args.dry_run:
+        tenant, steps, problem = imported(row, found), None, "two tenants have this name"
+        if tenant.name not in [other.tenant.name for other in rows]:
+            steps, problem = attempt(functools.partial(import_steps, job, tenant, key, skills))
+        rows.append(Taken(tenant, steps or [], problem))
+    show(run, [(each.tenant.name, each.problem, each.words) for each in rows])
+    if any(each.steps for each in rows) and not args.dry_run:
         run.confirm("Do this?")
-        rows = [(tenant, steps, problem or _import(run, tenant, steps))
-                for tenant, steps, problem in rows]
-        run.say(f"{counted(sum(not problem for *_, problem in rows), 'tenant')} taken over.")
+        rows = [each.taken() for each in rows]
+        show(run, [(each.tenant.name, each.problem, "") for each in rows if each.problem])
+        run.say(f"{counted(sum(not each.problem for each in rows), 'tenant')} taken over.")
     _end_import(run, rows, import_advice(job, config))
-    return Exit.FAILED if any(problem for *_, problem in rows) else Exit.OK
+    return Exit.FAILED if any(each.problem for each in rows) else Exit.OK
 
 
-def _end_import(
-    run: Run, rows: Sequence[tuple[Imported, Sequence[ImportStep], str]], advice: list[str]
-) -> None:
+class Taken(NamedTuple):
+    """A tenant of the other gateway, and what is missing of it here."""
+
+    tenant: Imported
+    steps: Sequence[ImportStep]
+    problem: str
+
+    @property
+    def words(self) -> str:
+        """Return what is to be done, and in lines below what is to be said."""
+        what = ", ".join(word for word, _ in self.steps) or "nothing to do"
+        return "\n".join([what, *self.tenant.notes])
+
+    def taken(self) -> Taken:
+        """Do what is missing, whatever becomes of the others."""
+        problem = attempt(lambda: [do() for _, do in self.steps])[1]
+        return self._replace(problem=self.problem or problem)
+
+
+def _end_import(run: Run, rows: Sequence[Taken], advice: list[str]) -> None:
     """Tell what is left to do, and what is different here."""
     beside = os.path.join(os.path.dirname(run.args.file), "skills")
     advice += [f"`--skills {clean(beside)}` copies the skills in that folder"] * (
@@ -3808,19 +3802,8 @@ def _end_import(
     run.say("\n".join(["Left to do:", *(f"  {line}" for line in advice)] if advice else []))
     run.say("\n".join(["What is different here:", *(f"  {line}" for line in DIFFERENCES)]))
     run.print_json({"advice": advice, "differences": DIFFERENCES, "tenants": [
-        {"name": tenant.name, "origin": tenant.origin, "notes": tenant.notes, "problem": problem,
-         "steps": [word for word, _ in steps]} for tenant, steps, problem in rows]})
-
-
-def _import(run: Run, tenant: Imported, steps: Sequence[ImportStep]) -> str:
-    """Do what is missing of a tenant. Returns what went wrong, empty for nothing."""
-    try:
-        for _, do in steps:
-            do()
-    except Problem as problem:
-        run.say(clean(f"  {tenant.name}  FAILED: {problem}"))
-        return str(problem).rstrip(".")
-    return ""
+        {"name": each.tenant.name, "origin": each.tenant.origin, "notes": each.tenant.notes,
+         "problem": each.problem, "steps": [word for word, _ in each.steps]} for each in rows]})
 
 
 # -- arguments ----------------------------------------------------------------
@@ -3979,7 +3962,9 @@ def program(argv: Sequence[str], world: World) -> Exit:
     with contextlib.redirect_stdout(world.stdout), contextlib.redirect_stderr(world.stderr):
         args = build_parser().parse_args(words)
     do: Callable[[Run], Exit] = args.do
-    return do(Run(world, args))
+    # What takes --dry-run changes something.
+    with alone(world) if vars(args).get("dry_run") is False else contextlib.nullcontext():
+        return do(Run(world, args))
 
 
 def main(argv: Sequence[str], world: World) -> int:

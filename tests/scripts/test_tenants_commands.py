@@ -192,6 +192,44 @@ def test_add_refuses_an_instance_that_is_none(
     assert ran.code == code and reason in ran.stderr and not lab.server.keys
 
 
+def test_add_keeps_the_key_before_the_server_makes_it(lab: Lab) -> None:
+    (lab.ocp_home / "tenants").mkdir()
+    (lab.ocp_home / "tenants/alice").write_text("in the way")
+
+    ran = lab.run("add", "alice")
+
+    assert ran.code == 1 and "no folder" in ran.stderr and not lab.server.keys
+
+
+def test_add_uses_a_folder_that_no_setup_made_only_when_told(lab: Lab) -> None:
+    (lab.ocp_home / "tenants/alice/skills").mkdir(parents=True)
+
+    ran = lab.run("add", "alice")
+
+    assert ran.code == 1 and "--adopt uses it" in ran.stderr and not lab.server.keys
+    assert lab.run("add", "alice", "--adopt").code == 0
+
+
+def test_a_key_that_cannot_be_revoked_keeps_its_tenant_so_that_it_can_be_removed_again(
+    lab: Lab
+) -> None:
+    lab.run("add", "alice")
+    lab.server.fail["DELETE /api/keys/[^/]*"] = 1
+
+    assert lab.run("remove", "alice", "--yes").code == 1
+    assert lab.run("remove", "alice", "--yes").code == 0
+    assert not lab.server.keys and not lab.server.tenants
+
+
+@pytest.mark.parametrize("code", [-9, 77])
+def test_a_login_that_ends_in_an_unknown_way_has_failed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(tenants.subprocess, "call", lambda *_, **__: code)
+
+    assert lab.run("login", "anna").code == 1
+
+
 def test_edit_changes_fields_and_takes_the_prompt_from_a_file(lab: Lab, tmp_path: Path) -> None:
     lab.run("add", "alice")
     (tmp_path / "prompt").write_text("You act for Alice.\n")
@@ -349,7 +387,8 @@ def test_values_of_variables_come_from_standard_input_and_are_never_shown(lab: L
     assert said[1].stdout.startswith("set: B, C\n")
     assert "removed: A\n" in lab.run("env", "alice", "--unset", "A").stdout
     assert env_of(lab).keys() == {"B", "C"}
-    assert lab.run("env", "alice", "--set", "D", "--set", "E", stdin="one").code == 2
+    for values in ("one", "one\ntwo\nthree\n"):
+        assert lab.run("env", "alice", "--set", "D", "--set", "E", stdin=values).code == 2
     assert lab.run("env", "alice", "--set", "PATH", stdin="x").code == 1
     ran = lab.run("env", "alice", "--set", "B")
     assert ran.code == 2 and "the value of B" in ran.stderr and env_of(lab)["B"] == "bbb"
@@ -391,6 +430,26 @@ def test_the_containers_own_variables_are_taken_without_those_of_its_image(lab: 
 
     assert lab.run("env", "alice", "--import", "--container-env").code == 0
     assert env_of(lab) == {"MINE": "1"}
+
+
+def test_the_key_of_a_skill_is_left_out_and_it_says_what_to_set(lab: Lab) -> None:
+    container(lab, config='{skills: {entries: {weather: {apiKey: "s3cret"}}}}')
+    lab.run("add", "alice")
+
+    ran = lab.run("env", "alice", "--import")
+
+    assert ran.code == 0 and "s3cret" not in ran.stdout and not env_of(lab)
+    assert "apiKey of weather is left out: set the variable that the skill names" in ran.stdout
+
+
+def test_no_file_of_an_instance_gets_at_the_admin_key(lab: Lab) -> None:
+    lab.local(text='{env: {vars: {A: "${OCP_ADMIN_KEY}", B: "${OCP_URL}"}}}')
+    lab.run("setup", "--yes")
+
+    ran = lab.run("env", "openclaw-local", "--import")
+
+    assert "A is left out: there is no OCP_ADMIN_KEY" in ran.stdout
+    assert env_of(lab, "openclaw-local") == {"B": lab.server.url}
 
 
 def test_what_the_server_blocks_is_blocked_here(lab: Lab) -> None:
@@ -451,6 +510,49 @@ def test_of_a_dotenv_that_was_changed_since_only_our_lines_go(lab: Lab) -> None:
     lab.run("undo", "--yes")
 
     assert path.read_text() == "ANTHROPIC_API_KEY=old\nOTHER=1\nSINCE=1\n"
+
+
+def test_what_was_added_to_a_dotenv_stays_although_its_key_was_written_again(lab: Lab) -> None:
+    path = dotenv_lab(lab, b"ANTHROPIC_API_KEY=old")
+    lab.run("setup", "--yes", "--dotenv")
+    path.write_text(path.read_text() + "SINCE=1\n")
+    lab.server.keys["alice"]["secret"] = "elsewhere" * 5
+
+    assert lab.run("apply", "--yes", "--dotenv").code == 0
+    assert lab.server.keys["alice"]["secret"] in path.read_text()
+    lab.run("undo", "--yes")
+
+    assert path.read_text() == "ANTHROPIC_API_KEY=old\nSINCE=1\n"
+
+
+def test_a_dotenv_that_changes_before_the_answer_keeps_the_change(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dotenv_lab(lab, b"A=1\n")
+    monkeypatch.setattr(tenants, "confirm", lambda *_: path.write_text("A=1\nMEANWHILE=1\n"))
+
+    assert lab.run("setup", "--dotenv").code == 0
+
+    assert "MEANWHILE=1\n" in path.read_text()
+    lab.run("undo", "--yes")
+    assert path.read_text() == "A=1\nMEANWHILE=1\n"
+
+
+def test_another_dotenv_is_not_given_back_with_the_text_of_the_first(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container(lab)
+    monkeypatch.chdir(lab.home)
+    texts = {"one.env": "", "two.env": "TWO=2\n"}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+        assert lab.run("setup", "--yes", "--dotenv", name).code == 0
+    assert Path("one.env").read_text() == ""
+    monkeypatch.chdir("/")
+
+    lab.run("undo", "--yes")
+
+    assert {name: (lab.home / name).read_text() for name in texts} == texts
 
 
 def test_the_dotenv_of_another_name_is_found_by_its_label(lab: Lab) -> None:

@@ -271,8 +271,10 @@ def test_a_state_folder_that_is_no_plain_path_is_not_used(lab: Lab, path: str) -
     lab.run("discover")
 
     copied = {call[-2] for call in lab.docker.calls() if call[0] == "cp"}
-    assert copied == {f"alice-openclaw-gateway-1:{STATE}/{each}" for each in (
-        "openclaw.json", "skills", "workspace/skills")}
+    home = os.path.dirname(STATE)
+    assert copied == {f"alice-openclaw-gateway-1:{path}" for path in (
+        f"{STATE}/openclaw.json", f"{STATE}/skills", f"{STATE}/workspace/skills",
+        f"{STATE}/workspace/.agents/skills", f"{home}/.agents/skills")}
 
 
 @pytest.mark.parametrize("text", ["admin", "local", "42", "Shared", "", "--"])

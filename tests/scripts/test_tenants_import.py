@@ -130,6 +130,17 @@ def test_a_key_with_another_secret_is_named_and_the_others_are_taken_over(lab: L
     assert lab.server.keys["dc"]["secret"] == "s" * 40 and "amanda-s-bot" in lab.server.tenants
 
 
+def test_a_key_that_the_server_has_already_is_kept_here_so_that_apply_does_not_replace_it(
+    lab: Lab
+) -> None:
+    lab.docker.compose("openclaw", reach=lab.reach())
+    lab.server.keys["dc"] = {"id": 1, "name": "dc", "secret": KEY}
+
+    assert lab.run("import", config(lab), "--yes").code == 0
+    assert lab.run("apply", "dc", "--yes").code == 0
+    assert lab.server.keys["dc"]["secret"] == KEY
+
+
 def test_two_tenants_that_get_one_name_are_not_mixed(lab: Lab) -> None:
     text = f"tenants:\n- name: a b\n  api_key: {KEY}\n- name: a.b\n  api_key: {OTHER_KEY}\n"
 

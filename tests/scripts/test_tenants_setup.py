@@ -14,6 +14,7 @@ from depth import by_depth
 from fake_docker import CONFIG, NODE_UID
 from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, fake_server
+from project import REPO
 from tenants_lab import Lab, tenants, tenants_lab
 from tls_files import CERT, write_tls_files
 
@@ -35,8 +36,7 @@ def container(lab: Lab, name: str = "alice", **more: Any) -> Path:
 
 def config_of(path: Path) -> Any:
     """The values of an openclaw.json."""
-    return tenants.connect_module(str(tenants.__file__).replace("tenants", "connect")).json_load(
-        path.read_text())
+    return tenants.connect_module(str(REPO / "ocp_connect.py")).json_load(path.read_text())
 
 
 # ---------------------------------------------------------------------------
@@ -536,6 +536,52 @@ def test_no_secret_is_shown_or_given_to_a_program_as_a_word(lab: Lab) -> None:
 # ---------------------------------------------------------------------------
 # What goes wrong
 # ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words", [
+    ("setup", "--yes"), ("undo", "--yes"), ("add", "bob"), ("skills", "pull")])
+def test_while_one_run_changes_something_another_is_refused_and_may_look(
+    lab: Lab, words: tuple[str, ...]
+) -> None:
+    container(lab)
+    with tenants.alone(lab.world()):
+        ran = lab.run(*words)
+
+        assert ran.code == 1 and "Another `ocp tenants`" in ran.stderr and not lab.server.keys
+        assert lab.run("list").code == lab.run("setup", "--dry-run").code == 0
+    assert lab.run(*words).code == 0
+
+
+def test_a_full_disk_stops_one_instance_and_no_other(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container(lab)
+    container(lab, "bob")
+    copy = tenants.planning_copy
+
+    def full(folder: Any, *more: Any) -> Any:
+        if folder.name == "alice":
+            raise OSError(28, "No space left on device")
+        return copy(folder, *more)
+
+    monkeypatch.setattr(tenants, "planning_copy", full)
+
+    ran = lab.run("setup", "--yes")
+
+    assert ran.code == 1 and "alice  FAILED: [Errno 28] No space left" in ran.stdout
+    assert list(lab.server.keys) == ["bob"]
+
+
+def test_a_place_that_is_written_down_in_part_is_given_back_as_far_as_it_is_known(
+    lab: Lab
+) -> None:
+    root = container(lab)
+    lab.run("setup", "--yes")
+    path = lab.ocp_home / "tenants/alice/instance/instance.json"
+    path.write_text(json.dumps({"kind": "container", "where": "alice-openclaw-gateway-1"}))
+
+    assert lab.run("undo", "--yes").code == 0
+    assert (root / CONFIG_FILE).read_text() == CONFIG
+
 
 def works_as_before(lab: Lab, root: Path, config: bytes) -> bool:
     """Whether an instance has its old file, and no draft is left."""

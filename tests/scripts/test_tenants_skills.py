@@ -78,7 +78,7 @@ def tar_of(*entries: tuple[tarfile.TarInfo, Any]) -> bytes:
 
 
 def collected(stream: Any, write: Any = None) -> Any:
-    root = tenants.Root(None, "/r", ("skills",))
+    root = tenants.Root("/r", ("skills",))
     return tenants.collect(root, tenants.tar_members(stream), write)
 
 
@@ -199,16 +199,19 @@ def test_half_a_stream_changes_nothing(
     skill(alice(lab) / SKILLS / "one", more="x" * 3000)
     lab.run("skills", "pull")
     before = lab.everything()
-    content = tar_of(entry("skills/one/SKILL.md", b"new" * 600))
+    content = tar_of(entry("skills/one/SKILL.md", b"new" * 600))[:512 + 1800]
 
     class Half:
-        output = io.BytesIO(content[:int(len(content) * part)])
+        def __init__(self) -> None:
+            self.output = io.BytesIO(content[:int(len(content) * part)])
+
         kill = finish = lambda *_: tenants.Ran(code, b"", "connection lost")
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda *_: None  # noqa: E731
 
-    monkeypatch.setattr(tenants.Docker, "open_tar", lambda *_: Half())
-    monkeypatch.setattr(tenants, "read_file", lambda *_: None)
+    running = tenants.Running
+    monkeypatch.setattr(tenants, "Running", lambda command, *more: (
+        Half() if command[3:4] == [f"{CONTAINER}:/{SKILLS}"] else running(command, *more)))
 
     ran = lab.run("skills", "pull", "--overwrite")
 
@@ -220,17 +223,16 @@ def test_half_a_stream_changes_nothing(
 # ---------------------------------------------------------------------------
 
 def fake_skill(text: str, where: str) -> Any:
-    root = tenants.Root(None, where, ("skills",))
+    root = tenants.Root(where, ("skills",))
     return tenants.Skill("s", root, "s", {"SKILL.md": tenants.File(False, 1, text)}, True)
 
 
 def sides(here: str, there: str, known: str) -> Any:
     found = [tenants.Found({"s": fake_skill(text, where)} if text else {}, {})
              for text, where in ((here, "/h"), (there, "/t"))]
-    instance = tenants.folder_instance("/t", "alice")
     record = {"s": {"digest": fake_skill(known, "/h").digest}} if known else {}
-    root = tenants.Root(None, "/t", ("skills",))
-    return tenants.Sides(None, instance, root, root, *found, record)
+    root = tenants.Root("/t", ("skills",))
+    return tenants.Sides(None, root, root, *found, record)
 
 
 #: Here, there, at the last sync; the state; what bisync, pull and push do; what with --overwrite.
