@@ -25260,8 +25260,8 @@ def return_freed_memory() -> None:
 
 
 #: Runs a file as a module, and leaves no bytecode beside it: the first entry of sys.path, the path
-#: of the file and the arguments follow. Until that entry stands there, Python would look for modules in the current folder. In
-#: one line, because lists of processes show it.
+#: of the file and the arguments follow. Until that entry is set, Python would look for modules in
+#: the current folder. In one line, because lists of processes show it.
 _RUN_AS_MODULE = (
     "import sys; sys.dont_write_bytecode = True; sys.path[0] = sys.argv[1]; del sys.argv[:2]; "
     "import importlib.util, os; "
