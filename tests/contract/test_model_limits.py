@@ -44,7 +44,7 @@ def version_of(claude: Claude) -> tuple[int, ...]:
 def new_rig(rig: Rig) -> Rig:
     """A rig whose claude knows the models."""
     if version_of(rig.claude) < FIRST_WITH_5_5:
-        pytest.skip("this claude does not know the models")
+        pytest.skip("not for this claude: it does not know the models")
     return rig
 
 

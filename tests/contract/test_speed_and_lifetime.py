@@ -86,7 +86,7 @@ def test_fast_mode_reaches_the_api_and_ends_with_its_request(
 @pytest.mark.parametrize("model", ["claude-fable-5-2", *rest("claude-opus-5")])
 def test_every_model_with_fast_mode_gets_it(rig: Rig, model: str) -> None:
     if rig.is_old:
-        pytest.skip("this claude does not know the model")
+        pytest.skip("not for this claude: it does not know the model")
     rig.ask("Quick!", model, service_tier="fast")
 
     assert rig.only_body()["speed"] == "fast"

@@ -74,13 +74,14 @@ def test_a_skipped_test_and_a_skipped_file_are_failures_if_all_are_required(
     tmp_path: Path, spread: tuple[str, ...],
 ) -> None:
     (tmp_path / "test_one.py").write_text(
-        "import pytest\ndef test_good(): pass\ndef test_skipped(): pytest.skip('no moon')\n")
+        "import pytest\ndef test_good(): pass\ndef test_skipped(): pytest.skip('no moon')\n"
+        "def test_older(): pytest.skip('not for this claude: it has no stars')\n")
     (tmp_path / "test_two.py").write_text(
         "import pytest\npytest.importorskip('no_such_module')\ndef test_good(): pass\n")
 
     required = run_tests(tmp_path, "--require-all", *spread)
     assert required.returncode == 1 and "FAILED: 2 skipped" in required.stdout, required.stdout
-    assert "no moon" in required.stdout
+    assert "no moon" in required.stdout and "no stars" in required.stdout
     assert run_tests(tmp_path, *spread).returncode == 0
 
 
