@@ -599,6 +599,7 @@ def stop_what_runs(desk: AgentDesk) -> None:
 
 
 # Last, because the server refuses for a while what was stopped, and others ask the same.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("run_agent", [run_claude_code, *rest(run_codex)])
 def test_an_agent_whose_request_is_stopped_gets_nothing_by_asking_again(
     desk: AgentDesk, run_agent: Callable[[AgentDesk], Ran]

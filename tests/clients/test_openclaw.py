@@ -213,6 +213,7 @@ def test_openclaw_takes_the_registration_without_a_warning(registered: Registere
     assert "through: openclaw config patch" in registered.said
 
 
+@pytest.mark.exhaustive
 def test_openclaw_lists_every_model_of_the_provider(registered: Registered) -> None:
     listed = json.loads(registered.openclaw.good("models", "list", "--json"))["models"]
 

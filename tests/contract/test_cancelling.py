@@ -166,6 +166,7 @@ def test_tools_work_after_a_call_that_was_cancelled(rig: Rig) -> None:
     assert "Secret" not in json.dumps(rig.last_body())
 
 
+@pytest.mark.exhaustive
 def test_clients_that_leave_at_any_moment_cost_one_request_at_most_and_mix_nothing(
     rig: Rig
 ) -> None:

@@ -371,6 +371,7 @@ def test_a_session_remembers_for_its_client(rig: Rig, dialect: Dialect) -> None:
 FEW = {"OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "1"}
 
 
+@pytest.mark.exhaustive
 def test_sessions_survive_a_restart_and_can_be_forgotten(claude: Claude, tmp_path: Path) -> None:
     tool = Tool("weather")
     with running_rig(tmp_path, claude, **FEW) as rig:

@@ -137,6 +137,7 @@ def failure_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
         for each, mode in CHECKED_CASES}, at_once=4)
 
 
+@pytest.mark.exhaustive
 @EACH_CASE
 def test_a_failure_has_its_own_status_type_and_code(
     failure_outcomes: dict[str, Outcome], failure: Failure, mode: str
@@ -149,6 +150,7 @@ def test_a_failure_has_its_own_status_type_and_code(
     assert 1 <= len(bodies) <= failure.requests
 
 
+@pytest.mark.exhaustive
 @EACH_CASE
 def test_a_failure_is_told_in_words_for_people(
     failure_outcomes: dict[str, Outcome], failure: Failure, mode: str
@@ -161,6 +163,7 @@ def test_a_failure_is_told_in_words_for_people(
     assert "sk-ant" not in message and "/tmp" not in message
 
 
+@pytest.mark.exhaustive
 def test_a_lost_login_names_the_command_that_helps(failure_outcomes: dict[str, Outcome]) -> None:
     error = failure_outcomes["a refused login, whole"].answer.error
     assert error is not None

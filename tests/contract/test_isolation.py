@@ -124,6 +124,7 @@ def house(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield rig
 
 
+@pytest.mark.exhaustive
 def test_nothing_of_a_caller_reaches_another(house: Rig) -> None:
     house.begin()
     house.stub.default = answer

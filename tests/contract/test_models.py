@@ -89,6 +89,7 @@ def test_claude_lists_whatever_model_it_was_started_for(claude: Claude) -> None:
 # Aliases and lists
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 def test_an_alias_is_the_model_that_claude_resolves_it_to(claude: Claude) -> None:
     with tempfile.TemporaryDirectory(prefix="ocp") as folder, running_rig(
             Path(folder), claude, OCP_DEFAULT_MODEL=None, OCP_WARM_PROCESSES="0") as rig:

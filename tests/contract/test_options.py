@@ -181,6 +181,7 @@ ACCOUNT = {
 }
 
 
+@pytest.mark.exhaustive
 def test_a_failure_of_the_account_is_final_and_no_fault_of_the_request(rig: Rig) -> None:
     rig.begin()
     found = rig.run({

@@ -98,6 +98,7 @@ def body_of(claude: Claude, folder: Path, arguments: Sequence[str]) -> Json:
         return {**request.body, "metadata": None}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.differs_by_version
 def test_the_name_of_a_server_that_never_comes_changes_no_byte_upstream(
     claude: Claude, tmp_path: Path

@@ -116,6 +116,7 @@ def extra_usage(rig: Rig) -> Json:
     return rig.server.call("GET", "/health").json()["extraUsage"]
 
 
+@pytest.mark.exhaustive
 def test_extra_usage_is_told_stopped_and_allowed(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop") as rig:
         rig.script(then=stub.billed("Hello."))
@@ -135,6 +136,7 @@ def test_extra_usage_is_told_stopped_and_allowed(claude: Claude, tmp_path: Path)
     assert (told["extraUsage"]["inUse"], told["extraUsage"]["status"]) == (True, "allowed")
 
 
+@pytest.mark.exhaustive
 def test_a_used_up_week_of_one_model_stops_that_model_only(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop") as rig:
         rig.script(then=stub.billed("Hello.", claim="seven_day_opus"))

@@ -83,6 +83,7 @@ def test_a_primed_process_sends_what_another_would(rig: Rig, name: str) -> None:
     assert len(rig.bodies()) == 5
 
 
+@pytest.mark.exhaustive
 def test_a_primed_process_takes_a_history_with_calls_and_tells_what_the_api_says(rig: Rig) -> None:
     set_spares(rig, 0)
     rig.script(stub.thinking("Hm.", "Yes."), stub.tool_calls([("weather", {"city": "Bern"})]),

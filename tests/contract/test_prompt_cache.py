@@ -307,6 +307,7 @@ sed -u s/CLAUDE_CODE_BLOCKING_LIMIT_OVERRIDE/UNKNOWN/g | {claude} "$@"
 """
 
 
+@pytest.mark.exhaustive
 def test_a_claude_that_ignores_the_limit_answers_all_the_same(
     claude: Claude, tmp_path: Path
 ) -> None:

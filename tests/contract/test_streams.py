@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import stub_api as stub
 from claude_driver import ClaudeDriver
 from programs import real_claude_env
@@ -113,6 +115,7 @@ def in_order(lines: Sequence[Json]) -> list[Json]:
     return sorted(lines, key=lambda line: line["type"] != "stream_event")
 
 
+@pytest.mark.exhaustive
 def test_the_lines_are_the_same_on_the_short_way(claude: Claude, tmp_path: Path) -> None:
     for play in (conversation, structured):
         found = []

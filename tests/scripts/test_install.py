@@ -382,6 +382,7 @@ def test_the_agent_of_the_chats_for_launchd_starts_again_only_after_a_failure(
     assert agent.unit_path.endswith("dev.ocp.channels.plist")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine) -> None:
     linux.services.set("run")
@@ -611,6 +612,7 @@ def test_what_the_user_put_into_the_file_stays_and_options_change_only_theirs(
     assert "PROXY_API_KEY of this shell is not the service's" in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_changed_setting_restarts_the_service(linux: InstallMachine) -> None:
     linux.services.set("run")
@@ -1191,6 +1193,7 @@ def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
     assert mac.files() == mac.before and not mac.services.get("active")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_an_agent_of_the_original_gives_way_and_comes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

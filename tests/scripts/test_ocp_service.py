@@ -109,6 +109,7 @@ PLATFORMS = {
 # With a record
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 def test_an_agent_is_looked_for_where_the_installer_loaded_it(manager: Manager) -> None:
     manager.record(platform="launchd", domain="user/501")
     manager.up.touch()
@@ -380,6 +381,7 @@ def test_what_was_installed_is_installed_again_in_the_same_way(
     assert command == f"{sudo}python3 {REPO}/setup.py_install.py {more}--yes"
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_is_down_is_started_by_the_platforms_own_command(healthy: Manager) -> None:
     healthy.up.unlink()
     healthy.programs.add("claude", "echo '2.1.329 (Claude Code)'")
@@ -684,6 +686,7 @@ def test_answers_get_the_time_to_end_that_the_setting_promises(
     assert level != "WARN" or answer["next_action"]["kind"] == "fix_install"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("content, level", [
     (plistlib.dumps({"ExitTimeOut": 45}), "PASS"), (plistlib.dumps({}), "WARN"),
     (b"nonsense", "INFO")])
@@ -730,6 +733,7 @@ def test_fix_without_anything_to_fix_says_so(healthy: Manager) -> None:
     assert told.code == 0 and "nothing that can be fixed safely" in told.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> None:
     key = healthy.home / ".ocp" / "admin-key"
@@ -746,6 +750,7 @@ def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> 
     assert stat.S_IMODE(other.stat().st_mode) == 0o644
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_fix_restarts_no_server_that_answers_or_whose_port_is_taken(healthy: Manager) -> None:
     healthy.version = "0.0.9"
@@ -769,6 +774,7 @@ def test_a_server_of_another_machine_is_not_mended_here(healthy: Manager) -> Non
     assert not [call for call in healthy.programs.calls() if "restart" in call]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_fix_runs_nothing_with_sudo(healthy: Manager) -> None:
     healthy.record(platform="systemd-system")

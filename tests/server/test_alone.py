@@ -184,6 +184,7 @@ def test_the_demo_answers_word_by_word_on_every_python(tmp_path: Path, python: s
         assert "Traceback" not in demo.output and "Warning" not in demo.output
 
 
+@pytest.mark.exhaustive
 def test_the_demo_answers_one_question_after_the_other_in_the_same_processes(demo: Serving) -> None:
     # More than may be parked on any machine.
     answers = [content_of(demo.ask(f"Number {number}")) for number in range(12)]
@@ -406,6 +407,7 @@ def test_a_setting_that_cannot_be_used_stops_the_start(
     assert "long-secret" not in checked.stderr + checked.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.few_cases
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_a_claude_that_would_ask_this_server_stops_the_start(alone: Alone, host: str) -> None:

@@ -39,6 +39,7 @@ def attack(name: str, port: int, key: str) -> Iterator[None]:
             process.kill()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.few_cases
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)

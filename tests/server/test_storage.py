@@ -202,6 +202,7 @@ def test_a_database_that_is_taken_away_is_noticed_and_told_everywhere(
         assert ask_as(server, key).status == 200
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_database_that_comes_back_is_well_again(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
