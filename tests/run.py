@@ -171,13 +171,13 @@ def parallel(arguments: list[str]) -> list[str]:
     """Return the arguments that make pytest use all cores, [] where it cannot or should not.
 
     A file stays on one worker, because its tests share servers; tests/conftest.py orders them.
-    Four more workers than cores, because many tests wait for a moment."""
+    Two more workers than cores, because many tests wait for a moment."""
     given = [*arguments, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
     # As in -n2 and in --capture=no.
     options = {name for each in given for name in (each[:2], each.partition("=")[0])}
     if options & NOT_PARALLEL or not has("xdist"):
         return []
-    workers = (os.cpu_count() or 1) + 4
+    workers = (os.cpu_count() or 1) + 2
     return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 

@@ -38,7 +38,7 @@ def with_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_tests_run_on_one_worker_more_than_cores(
     with_xdist: None, arguments: list[str],
 ) -> None:
-    assert run.parallel(arguments)[:2] == ["-n", str((os.cpu_count() or 1) + 4)]
+    assert run.parallel(arguments)[:2] == ["-n", str((os.cpu_count() or 1) + 2)]
 
 
 @pytest.mark.parametrize("arguments", [

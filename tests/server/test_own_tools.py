@@ -408,6 +408,14 @@ def test_a_command_that_asks_with_the_same_key_does_not_wait_for_its_own_turn(
         assert results(server) == ["Inner."]
 
 
+def members(group: int) -> list[str]:
+    """The processes of a group."""
+    # After the command in brackets: state, parent, group.
+    return [pid for pid in filter(str.isdecimal, os.listdir("/proc"))
+            if of_process(int(pid), "stat").rpartition(b")")[2].split()[2:3]
+            == [str(group).encode()]]
+
+
 def is_running(pid: int) -> bool:
     stat = of_process(pid, "stat")
     return bool(stat) and b") Z" not in stat
@@ -438,10 +446,7 @@ def test_a_command_ends_with_its_request_and_nothing_more_is_asked(
             else:
                 list(stream)
             eventually(lambda: not is_running(call["pid"]))
-            group = f" {call['pid']} ".encode()
-            eventually(lambda: not [
-                pid for pid in filter(str.isdecimal, os.listdir("/proc"))
-                if group in of_process(int(pid), "stat")])
+            eventually(lambda: not members(call["pid"]))
         assert len(server.queries()) == 1
         assert len(relay.calls) == 1
 
