@@ -13966,7 +13966,7 @@ def catalogue_of(path: str, names: Iterable[str]) -> str:
     if len(names) > _MAX_SKILLS:
         lines.append(f"{len(names) - _MAX_SKILLS} more are not listed.")
     if room <= 0:
-        lines.append("The last ones stand without their descriptions.")
+        lines.append("The last ones are listed without their descriptions.")
     return "\n".join([_CATALOGUE_HEAD, *lines]) if lines else ""
 
 

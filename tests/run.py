@@ -185,7 +185,8 @@ def parallel(arguments: list[str]) -> list[str]:
 # Running them
 # ---------------------------------------------------------------------------
 
-#: How the reason of a skip begins that no program could mend: an older claude lacks what is tested.
+#: The first words of a skip's reason where an older claude lacks what is tested. Installing
+#: something would not help.
 NOT_APPLICABLE = "not for this claude: "
 
 
@@ -211,10 +212,11 @@ class SkipReport:
         self.skipped[str(reason).partition("Skipped: ")[2] or str(reason)] += 1
 
     def missing(self) -> int:
-        """Return how many tests could run here if something were installed, and have to."""
-        return self.is_all_required * sum(
-            count for reason, count in self.skipped.items()
-            if not reason.startswith(NOT_APPLICABLE))
+        """Return how many tests have to run and were skipped because something is missing."""
+        if not self.is_all_required:
+            return 0
+        return sum(count for reason, count in self.skipped.items()
+                   if not reason.startswith(NOT_APPLICABLE))
 
     def pytest_sessionfinish(self, session: Any) -> None:
         if self.missing() and session.exitstatus == 0:

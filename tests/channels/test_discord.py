@@ -127,7 +127,7 @@ def test_a_sticker_and_what_is_forwarded_are_told(
 ) -> None:
     with receiving(channel, tools):
         discord.say("x", **fields)
-        eventually(lambda: tools.texts() == [text])
+        assert eventually(tools.texts) == [text]
 
 
 def test_a_thread_belongs_to_its_channel_and_is_a_conversation_of_its_own(

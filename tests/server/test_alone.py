@@ -408,7 +408,6 @@ def test_a_setting_that_cannot_be_used_stops_the_start(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.few_cases
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_a_claude_that_would_ask_this_server_stops_the_start(alone: Alone, host: str) -> None:
     if host == "[::1]" and not socket.has_ipv6:

@@ -211,7 +211,7 @@ def test_the_catalogue_of_many_skills_is_bounded_and_says_so(tmp_path: Path) -> 
     assert len([line for line in lines if line.startswith("- skill-")]) == 200
     assert len(lines[1]) < 330
     assert lines[-2:] == ["100 more are not listed.",
-                          "The last ones stand without their descriptions."]
+                          "The last ones are listed without their descriptions."]
 
 
 def test_a_file_of_an_own_skill_is_read_and_no_other(tmp_path: Path) -> None:
