@@ -33,7 +33,7 @@ class Judge(discord.Client):  # type: ignore[misc,unused-ignore]
         intents.guilds = intents.messages = intents.message_content = True
         super().__init__(intents=intents)
         self.found: dict[str, Any] = {"messages": [], "resumed": 0}
-        self.has_acted = asyncio.Event()
+        self.has_acted, self.has_read_file = asyncio.Event(), asyncio.Event()
 
     async def setup_hook(self) -> None:
         self.found["me"] = self.user.name
@@ -42,15 +42,20 @@ class Judge(discord.Client):  # type: ignore[misc,unused-ignore]
         self.found["resumed"] += 1
 
     async def on_message(self, message: Any) -> None:
+        files: list[str] = []
+        # Before the files are read: discord.py begins with the next message meanwhile.
         self.found["messages"].append([
             message.content, getattr(message.channel, "guild_id", None), message.author.name,
-            self.user in message.mentions,
-            [(await each.read()).decode() for each in message.attachments]])
+            self.user in message.mentions, files])
+        for each in message.attachments:
+            files.append((await each.read()).decode())
+            self.has_read_file.set()
         if message.content == "act":
             self.found["sent"] = await self.act(message)
             self.has_acted.set()
         if message.content == "stop":
             await self.has_acted.wait()
+            await self.has_read_file.wait()
             await self.close()
 
     async def act(self, message: Any) -> list[Any]:
