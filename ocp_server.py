@@ -21079,9 +21079,10 @@ class App:
     def login_lost(self, login: Login) -> None:
         """Stop using processes of a login that the API has refused."""
         state = self.logins.state(login)
-        state.account.set_login(False)
         if login == SERVER_LOGIN:
+            # First: the housekeeper checks a refused login at once unless it was checked lately.
             self._login_monitor.mark_checked()
+        state.account.set_login(False)
         state.folder.login_changed()
         self.pool.drop(login)
 

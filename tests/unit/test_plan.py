@@ -249,6 +249,21 @@ def test_a_look_at_the_login_that_a_refusal_overtakes_finds_nothing(account: Any
     assert (found, account.login_report()["ok"]) == (["login_found"], None)
 
 
+def test_a_refusal_is_not_followed_by_a_look_at_the_login_at_once() -> None:
+    """The look can come between any two steps of noting the refusal."""
+    folder = mock.MagicMock()
+    folder.login_stamp.return_value = None
+    monitor = ocp.LoginMonitor(folder, lambda: 1000.0)
+    state = mock.MagicMock(folder=folder)
+    due = []
+    state.account.set_login.side_effect = lambda _: due.append(monitor.is_due())
+    app = mock.MagicMock(_login_monitor=monitor)
+    app.logins.state.return_value = state
+
+    ocp.App.login_lost(app, ocp.SERVER_LOGIN)
+    assert due == [False] and not monitor.is_due()
+
+
 def test_at_first_everything_is_unknown(account: Any) -> None:
     report = account.report()
 
