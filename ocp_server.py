@@ -7069,19 +7069,17 @@ def schema_for_model(document: Json, path: str, *, is_tool: bool) -> ModelSchema
     answer `format` becomes part of the description, because older versions of claude reject it.
     The result is cached, because clients repeat their schemas in every request: never modify it.
     """
-    try:
+    # A schema that is nested too deeply to be written or read again is refused below, by its path.
+    with contextlib.suppress(RecursionError):
         text = to_json(document)
-    except RecursionError:
-        text = b""
-    if 0 < len(text) <= _MAX_CACHED_BYTES:
-        return _cached_schema_for_model(text, path, is_tool)
+        if len(text) <= _MAX_CACHED_BYTES:
+            return _cached_schema_for_model(text, path, is_tool)
     return _build_schema_for_model(document, path, is_tool)
 
 
 @functools.lru_cache(maxsize=256)
 def _cached_schema_for_model(text: bytes, path: str, is_tool: bool) -> ModelSchema:
-    document: Any = from_json(text)
-    return _build_schema_for_model(document, path, is_tool)
+    return _build_schema_for_model(_DECODER.decode(text.decode("utf-8")), path, is_tool)
 
 
 def _build_schema_for_model(document: Json, path: str, is_tool: bool) -> ModelSchema:

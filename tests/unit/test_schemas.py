@@ -299,6 +299,17 @@ def test_a_schema_that_is_too_deep_or_too_large_is_refused(schema: Json) -> None
     assert refused(schema).status == 400
 
 
+def test_a_schema_that_can_just_be_written_but_not_read_again_is_refused_too() -> None:
+    """Which depth that is depends on the version of Python and on who calls."""
+    schema = nested(850, "items")
+    statuses = set()
+    for _ in range(150):
+        schema = {"items": schema}
+        statuses.add(refused(schema).status)
+
+    assert statuses == {400}
+
+
 def test_a_pattern_that_never_ends_is_not_run() -> None:
     """It would hold up the whole server."""
     schema = {"type": "object", "properties": {"a" * 60: {}}, "patternProperties": {"(a*)*b": {}}}
