@@ -20,7 +20,8 @@ PLUGIN, NODE = MODULES / "@tencent-weixin" / "openclaw-weixin", MODULES / ".bin"
 
 @pytest.mark.skipif(not (PLUGIN.exists() and NODE.exists()),
                     reason=how_to_install("openclaw-weixin"))
-@pytest.mark.slow
+# It needs a newer node, which comes with OpenClaw.
+@pytest.mark.exhaustive
 def test_the_plugin_reads_all_that_the_fake_says(tmp_path: Path) -> None:
     data = bytes(range(256)) * 2
     with FakeWeChat() as wechat:

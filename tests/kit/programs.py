@@ -15,11 +15,11 @@ HOW_TO_INSTALL = (
     "no real claude: python3 .ci/install.py .claude-cli/new, or name programs in OCP_TEST_CLAUDES")
 #: Where it puts the clients, each folder with node_modules/.bin or bin.
 CLIENT_FOLDERS = (
-    ".agents", ".agents/python", ".agents/instructor", ".agents/aider", ".openclaw", ".qr",
-    ".channels")
+    ".agents", ".agents/codex", ".agents/python", ".agents/instructor", ".agents/aider",
+    ".openclaw", ".qr", ".channels")
 #: Client, or a library for Python -> its folder in .ci/versions.txt.
 CLIENTS = {
-    "codex": ".agents",
+    "codex": ".agents/codex",
     "opencode": ".agents",
     "cn": ".agents",
     "cline": ".agents",
