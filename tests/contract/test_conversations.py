@@ -23,7 +23,7 @@ from conversation import (
     path_of,
     stats,
 )
-from depth import by_depth, rest
+from depth import rest
 from dialects import CHAT, MESSAGES, RESPONSES, Answer, Dialect, Result, Tool, dialect_name
 from rig import (
     ANSWER_S,
@@ -208,9 +208,10 @@ def test_a_history_that_was_edited_is_told_by_where_it_parts(rig: Rig) -> None:
         ["Question 0?"], ["Question CANARY?"], ["Question 2?"], ["And now?"]]
 
 
-STEPS = by_depth(8, 8, 14)
+STEPS = 14
 
 
+@pytest.mark.exhaustive
 def test_random_histories_arrive_once_and_in_order(rig: Rig) -> None:
     chance = random.Random(7)
     talks = [Conversation(rig, CHAT, system=f"Caller {number}.") for number in range(2)]

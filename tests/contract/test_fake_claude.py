@@ -215,8 +215,11 @@ SUBJECTS = [
     pytest.param(Kind("2.1.329", None), id="fake-2.1.329"),
     pytest.param(Kind("2.1.197", None), id="fake-2.1.197"),
 ]
-SUBJECTS += [pytest.param(Kind(*found), id=f"real-{found[0]}") for found in real_claudes()] or [
-    pytest.param(None, id="real", marks=pytest.mark.skip(reason=HOW_TO_INSTALL))]
+# What a pinned claude does changes with its version only, so the gate asks the fake one alone.
+SUBJECTS += [
+    pytest.param(Kind(*found), id=f"real-{found[0]}", marks=pytest.mark.exhaustive)
+    for found in real_claudes()
+] or [pytest.param(None, id="real", marks=pytest.mark.skip(reason=HOW_TO_INSTALL))]
 
 
 @contextmanager
