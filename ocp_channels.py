@@ -571,8 +571,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("apiKey", "any", text_value, "", "the agent's key; an agentUrl set for a channel or "
             "account gets no key from a wider level", "OCG_API_KEY", is_secret=True),
     Setting("systemPrompt", "any", text_value, "", "a system message before each conversation"),
-    Setting("models", "any", texts_value, (), "the models that /model offers; by default all of "
-            "the agent's"),
+    Setting("models", "any", texts_value, (), "what /model offers; by default all of the agent's"),
     Setting("memory", "any", one_of("gateway", "session", "agent"), "gateway",
             "who remembers the conversation; by default `agent` with async"),
     Setting("agentTimeout", "any", number_between(0, 86_400), 900,
@@ -582,12 +581,10 @@ SETTINGS: tuple[Setting, ...] = (
             "characters to remember"),
     Setting("perSenderHour", "any", number_between(0, 100_000), 60,
             "messages per person and hour, except for the owner; 0 = no limit"),
-    Setting("streaming", "any", one_of("edit", "block", "off"), "", "how an answer appears: `edit` "
-            "a growing message, `block` paragraphs, `off` whole; by default what suits the "
-            "platform"),
+    Setting("streaming", "any", one_of("edit", "block", "off"), "", "an answer comes as a growing "
+            "message, as paragraphs, or whole; by default what suits the platform"),
     Setting("attachments", "any", flag_value, True, "pass photos and files to the agent"),
-    Setting("notice", "any", flag_value, True, "after ten minutes, say once that the agent is "
-            "still working"),
+    Setting("notice", "any", flag_value, True, "say once after ten minutes: still working"),
     Setting("replyChunkSize", "any", number_between(500, 20_000), 0, "maximum characters of a "
             "message; by default the platform's limit", "OCG_REPLY_CHUNK_SIZE"),
     Setting("async", "any", flag_value, False, "the agent answers later, by a callback"),
@@ -596,11 +593,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("maxTurns", "top", number_between(1, 100), 4, "questions to agents at the same time"),
     Setting("verbose", "top", flag_value, False, "log the texts of messages", "OCG_VERBOSE"),
     Setting("callbackPort", "top", number_between(0, 65_535), 3457, "the port for callbacks"),
-    Setting("callbackHost", "top", text_value, "127.0.0.1", "the address to listen on for "
-            "callbacks"),
+    Setting("callbackHost", "top", text_value, "127.0.0.1", "the address to listen on for them"),
     Setting("callbackPublicHost", "top", text_value, "", "the host in the callback URL"),
-    Setting("callbackPublicPort", "top", number_between(0, 65_535), 0, "the port in the callback "
-            "URL"),
+    Setting("callbackPublicPort", "top", number_between(0, 65_535), 0, "the port in that URL"),
     Setting("callbackSecret", "top", text_value, "", "the secret that signs callbacks "
             "(X-OCG-Signature)", is_secret=True),
     Setting("callbackTokenTTL", "top", number_between(10, 604_800), 1800,
@@ -638,8 +633,7 @@ class Account(NamedTuple):
     is_enabled: bool
     #: By key: the settings of SETTINGS and of the channel's row, and the credentials.
     settings: Mapping[str, Any]
-    #: Where each value comes from: "account", "channel", "file" (top level), "environment" or
-    #: "default".
+    #: The source of each value: "account", "channel", "file", "environment" or "default".
     origins: Mapping[str, str]
     #: The credentials that are missing.
     missing: tuple[str, ...]
@@ -809,8 +803,7 @@ class _Reader:
             self.errors.append(f'{level.of("dmPolicy")}: "open" lets everybody spend your plan; '
                                'if that is meant, add "*" to allowFrom')
         if values["dmPolicy"] == "allowlist" and not values["allowFrom"]:
-            self.errors.append(f"{level.of('allowFrom')}: name at least one person, else nobody "
-                               "may write")
+            self.errors.append(f"{level.of('allowFrom')}: name at least one person")
         if values["groupAllowFrom"] is None:
             values["groupAllowFrom"] = values["allowFrom"]
         if values["async"] and origins["memory"] == "default":
@@ -3984,7 +3977,7 @@ class WeChat(Channel):
             if found["status"] == "binded_redirect" and state.get("bot_token"):
                 console.say("It is connected already.")
                 return {}
-            console.say("The code has expired.")
+            console.say("The code is not valid any more.")
         raise Fatal("login not confirmed", f"{_WECHAT_LOGIN} again")
 
     def _scanned(self, console: Console, until_s: float) -> Json:
@@ -4258,9 +4251,9 @@ FAILURES = (
     Failing((), ("model_not_found", "model_needs_newer_claude"),
             'There is no model "{model}"; /model lists them.'),
     Failing((), ("context_length_exceeded",),
-            "This conversation is too long; /new begins a new one."),
+            "This conversation is too long; /new begins another."),
     Failing((401, 403), ("upstream_login_required", "invalid_api_key", "claude_unavailable"),
-            "The assistant's owner has to fix something. ({reference})", "{message}"),
+            "The assistant needs its owner. ({reference})", "{message}"),
     Failing((400, 404, 413, 422), (), "The assistant cannot process this. ({reference})",
             "{message}"),
     Failing((), (), "The assistant is not reachable right now. ({reference})",
@@ -6463,7 +6456,7 @@ def do_plugins_install(here: Here, arguments: Arguments) -> None:
     """Install a channel from a file."""
     source_path = arguments.source
     if source_path in BUILT_IN_PACKAGES:
-        print(f"Built in: {BUILT_IN_PACKAGES[source_path]}. No installation is needed.")
+        print(f"Built in: {BUILT_IN_PACKAGES[source_path]}. Nothing has to be installed.")
         return
     name = os.path.basename(source_path)
     if "://" in source_path or not _PLUGIN_NAME.fullmatch(name):

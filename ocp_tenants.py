@@ -1243,13 +1243,13 @@ class Discovery(NamedTuple):
     docker_error: str
 
 
-def discover(world: World, told: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
+def discover(world: World, locations: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
     """Return all instances of this machine; those that share a name or a state folder have a
-    `doubt`. `told` are the locations that the server has for tenants' instances, by folder name."""
+    `doubt`. `locations` is where the server says tenants' instances are, by folder name."""
     rows, error = Docker(world).containers()
     # A saved location identifies a tenant's instance, even where discovery would not find it.
-    places = {**told, **{each.name: each.place() for each in tenant_folders(world)
-                         if each.place() or each.name not in told}}
+    places = {**locations, **{each.name: each.place() for each in tenant_folders(world)
+                              if each.place() or each.name not in locations}}
     tenants = (known_instance(name, as_dict(place), rows) for name, place in places.items())
     known = {each.where: each for each in tenants if each}
     containers = [container_instance(row, tenant_name_of(row)) for row in rows
@@ -3396,31 +3396,31 @@ def cmd_show(run: Run) -> Exit:
 
 
 def tenant_rows(
-    world: World, told: Mapping[str, Json], place: Mapping[str, Json]
+    world: World, row: Mapping[str, Json], place: Mapping[str, Json]
 ) -> list[tuple[str, str]]:
     """Return the labels and values that `show` prints for a tenant; a value may be empty."""
-    skills, env, own_tools = as_dict(told.get("skills")), told.get("env"), told.get("tools")
-    login = as_dict(told.get("login"))
+    skills, env, own_tools = as_dict(row.get("skills")), row.get("env"), row.get("tools")
+    login = as_dict(row.get("login"))
     skipped = f", {skills['skipped']} left out" if skills.get("skipped") else ""
     state = skills.get("count", 0) if skills.get("enabled", True) else "off"
-    is_agent = told.get("level") == "agent" and isinstance(own_tools, list)
-    confined = "in a sandbox" if told.get("sandbox", True) else "NOT confined"
+    is_agent = row.get("level") == "agent" and isinstance(own_tools, list)
+    confined = "in a sandbox" if row.get("sandbox", True) else "NOT confined"
     return [
-        ("level", level_of(told)),
+        ("level", level_of(row)),
         ("instance", world.shown_path(str(place.get("where") or "none here"))),
-        ("asks at", str(place.get("url") or as_dict(told.get("instance")).get("url") or "")),
+        ("asks at", str(place.get("url") or as_dict(row.get("instance")).get("url") or "")),
         ("claude login", f"its own: {login.get('state')}" if login else "the server's"),
         ("variables", ", ".join(map(str, env)) if isinstance(env, list) and env else "none"),
         ("skills", f"{state}{skipped}"),
-        ("prompt", counted(len(str(told["prompt"])), "character") if told.get("prompt") else ""),
-        ("openclaw commands", str(told.get("commands")) if told.get("relay") else ""),
+        ("prompt", counted(len(str(row["prompt"])), "character") if row.get("prompt") else ""),
+        ("openclaw commands", str(row.get("commands")) if row.get("relay") else ""),
         ("claude's tools", f"{', '.join(map(str, own_tools or ()))}; {confined}" * is_agent),
-        ("obstacle", str(told.get("obstacle") or "")),
-        ("client's tools", "dropped" if told.get("clientTools") == "drop" else ""),
-        ("at the same time", str(told.get("maxConcurrent") or "")),
-        ("now", f"{told.get('running', 0)} running, {told.get('waiting', 0)} waiting"),
-        ("last used", age(told.get("lastUsed"), world.clock())),
-        ("folder", world.shown_path(str(told.get("folder") or ""))),
+        ("obstacle", str(row.get("obstacle") or "")),
+        ("client's tools", "dropped" if row.get("clientTools") == "drop" else ""),
+        ("at the same time", str(row.get("maxConcurrent") or "")),
+        ("now", f"{row.get('running', 0)} running, {row.get('waiting', 0)} waiting"),
+        ("last used", age(row.get("lastUsed"), world.clock())),
+        ("folder", world.shown_path(str(row.get("folder") or ""))),
     ]
 
 

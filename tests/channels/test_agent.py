@@ -174,11 +174,11 @@ def test_a_later_answer_is_told_from_one_at_once(agent: FakeAgent, reply: Any, t
 @pytest.mark.parametrize(("status", "code", "stranger", "owner"), [
     (0, "unreachable", "not reachable right now. (ref1)", "Is OCP running?"),
     (500, "x", "not reachable right now. (ref1)", "Is OCP running?"),
-    (401, "x", "owner has to fix something. (ref1)", "the reason"),
-    (503, "claude_unavailable", "owner has to fix something. (ref1)", "the reason"),
+    (401, "x", "needs its owner. (ref1)", "the reason"),
+    (503, "claude_unavailable", "needs its owner. (ref1)", "the reason"),
     (429, "insufficient_quota", "The limit is used up until", "The limit"),
     (404, "model_not_found", 'There is no model "opus"', "/model lists"),
-    (400, "context_length_exceeded", "/new begins a new one", "/new"),
+    (400, "context_length_exceeded", "/new begins another", "/new"),
     (400, "x", "cannot process this. (ref1)", "the reason"),
 ])
 def test_what_a_person_is_told_of_a_failure(

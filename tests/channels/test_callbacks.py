@@ -128,7 +128,7 @@ def test_an_agent_that_answers_at_once_needs_no_call(chat: Chat, agent: FakeAgen
 def test_a_refusal_is_told_and_ends_the_token(chat: Chat, agent: FakeAgent) -> None:
     agent.enqueue(refused(401, "invalid_api_key"))
     url = ask(chat, agent)
-    assert "owner has to fix something" in eventually(lambda: chat.channel.sent)[0]
+    assert "needs its owner" in eventually(lambda: chat.channel.sent)[0]
     assert call(url, {"reply": "too"})[0] == 404
 
 

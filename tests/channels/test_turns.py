@@ -226,7 +226,7 @@ def test_a_failure_is_told_with_a_reference_that_the_log_has(chat: Chat, agent: 
     chat.say("hello")
     text = eventually(lambda: chat.channel.sent)[0]
     reference = text.rpartition("(")[2].rstrip(")")
-    assert text.startswith("The assistant's owner has to fix something.") and "wrong" not in text
+    assert text.startswith("The assistant needs its owner.") and "wrong" not in text
     assert f"ref={reference}" in (chat.folder / "channels.log").read_text()
 
 
