@@ -8,21 +8,21 @@
     python3 ocp_channels.py start             receive and answer messages, until Ctrl-C
     python3 ocp_channels.py start -d          the same in the background; status, stop, restart
     python3 ocp_channels.py pairing approve CODE
-    python3 ocp_channels.py test              check this program with a made-up agent and channel
+    python3 ocp_channels.py test              check this program with a fake agent and channel
     python3 ocp_channels.py --help            everything else
 
 Telegram, Discord, WeChat, DingTalk and QQ are built in; each may have several accounts. Nobody may
-talk to a bot until its owner approves: a stranger gets a code, and costs no request. A message is
-in the database before its platform is told so, and an answer before it is sent, so that no end of
-this program loses one.
+talk to a bot until its owner approves: a stranger only gets a code, and the agent is not asked.
+Messages are saved before they are acknowledged to the platform, and answers before they are sent,
+so that a crash or a kill loses neither.
 
-Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage or settings; 3 nothing runs here;
+Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage or settings; 3 not running;
 4 not allowed; 130 interrupted.
 """
-# How a message is answered: a channel receives it and calls `accept`, which asks the gate and
+# How a message is answered: a channel receives it and calls `accept`, which checks access and
 # writes the inbox; the lane of its chat runs a turn, which asks the agent and writes the answer's
 # parts into the outbox; the account's sender sends them. Wire formats exist only in the channels.
-# The database is the queue: threads hold nothing that a kill can lose.
+# The database is the queue: no state that must survive a kill is held only in memory.
 #
 # Each section uses only names from the sections above it.
 #
@@ -36,20 +36,20 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage or settings; 3
 #      6. HTTP              connections, proxies, JSON calls, server-sent events
 #      7. WebSocket         a client of RFC 6455
 #      8. QR code           a link as a square on a terminal
-#      9. Text              Markdown in, the markup of a platform out, in parts of its size
+#      9. Text              Markdown to a platform's markup, in parts that fit its limit
 #     10. Opcode gateway    what Discord and QQ share
 #     11. Telegram
 #     12. Discord
 #     13. QQ
 #     14. DingTalk
 #     15. WeChat
-#     16. Channel table     every channel that is built in
+#     16. Channel table     the built-in channels
 #     17. Access            who may talk: policies, mentions, pairing, limits
 #     18. Agent             chat completions, streamed or not, and their failures
 #     19. Callbacks         answers that an agent sends later
 #     20. Turns             lanes, previews, commands in the chat, sending
 #     21. App               owns every long-lived object; supervisors; the control socket
-#     22. Plugins           channels in files of the owner's
+#     22. Plugins           channels from the owner's own files
 #     23. Command line      commands, the self-test, main
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
 
@@ -103,8 +103,8 @@ Json = dict[str, Any]
 
 
 # ==== 1. Small tools =========================================================
-# Each script has to work when it is copied alone, so a few functions are in several of them. A
-# test compares everything between "--- shared: NAME" and "--- end shared".
+# Each script has to work when it is copied alone, so a few functions are repeated in several of
+# them. A test keeps the copies between "--- shared: NAME" and "--- end shared" identical.
 
 
 # --- shared: exit
@@ -158,7 +158,7 @@ def write_whole(path: str, content: bytes, mode: int = 0o600) -> None:
 # --- end shared
 
 
-#: How people start this program, for messages.
+#: The command that starts this program, for messages.
 PROGRAM = "ocp channels" if os.path.exists(os.path.join(os.path.dirname(os.path.abspath(
     __file__)), "ocp.py")) else "python3 ocp_channels.py"
 
@@ -167,18 +167,18 @@ _DAY_S, _MONTH_S = 86_400.0, 31 * 86_400.0
 
 
 def clean(text: object) -> str:
-    """Return `text` without the control characters that could command a terminal."""
+    """Return `text` with "?" for control characters, which could steer a terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
 
 
 def encodable(text: str, alone: str = "replace") -> str:
-    """Return a text in which halves of a character are joined; those that are `alone` are replaced,
-    or kept with "surrogatepass"."""
+    """Return a text with surrogate pairs joined. Lone surrogates are replaced, or kept with
+    "surrogatepass"."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", alone)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine, by its name or address alone."""
+    """Return whether a host is "localhost" or a loopback address, without a DNS lookup."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -186,7 +186,7 @@ def is_loopback(host: str) -> bool:
 
 
 def reason_of(problem: Exception) -> str:
-    """Return why something failed, in a few words and without an address."""
+    """Return why something failed, in a few words and without a URL."""
     if isinstance(problem, TimeoutError):
         return "timed out"
     if isinstance(problem, ssl.SSLCertVerificationError):
@@ -200,7 +200,7 @@ def compact(value: object) -> str:
 
 
 def json_object(data: Union[str, bytes]) -> Json:
-    """Return the JSON object that a text is, {} if it is none."""
+    """Return the JSON object in a text, {} if it is anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -214,9 +214,9 @@ def base64_text(data: bytes) -> str:
 
 
 # ==== 2. Contracts ===========================================================
-# The waist of this program. Channels produce a Message, and are given a Part; between the two
-# nothing knows a platform. A channel keeps nothing that has to survive, except what it hands over
-# as the state of its account.
+# The interface between the channels and the rest of the program. A channel produces Messages and
+# sends Parts; nothing in between depends on a platform. A channel keeps nothing that has to survive
+# a restart, except the account state that it passes to `accept`.
 
 
 class Attachment(NamedTuple):
@@ -227,22 +227,22 @@ class Attachment(NamedTuple):
     name: str
     mime: str
     size_bytes: int
-    #: How the channel finds it; private to the channel, JSON.
+    #: How the channel fetches it; private to the channel, JSON.
     ref: Json
 
 
 class Message(NamedTuple):
-    """A message that somebody wrote to an account."""
+    """A message that a person wrote to an account."""
 
-    #: Unique for the account: a message with a known id is the same one again.
+    #: Unique for the account: a message with a known id is a duplicate.
     id: str
-    #: Where an answer goes, such as "12345" or "-100123:topic:7".
+    #: The chat, to which the answer goes, such as "12345" or "-100123:topic:7".
     chat: str
     #: "direct", "group" or "channel".
     kind: str
     sender: str
     sender_name: str
-    #: Without the mention of the bot.
+    #: The text without the mention of the bot.
     text: str
     is_mentioned: bool
     #: The text that the message quotes; empty if it quotes none.
@@ -251,20 +251,20 @@ class Message(NamedTuple):
     at_s: float
     #: What the channel needs to answer it, JSON.
     route: Json
-    #: For the limits by place: the group (or guild) and the part of it, empty in direct chats.
+    #: For access rules: the group (or guild), and the channel or topic; empty in direct chats.
     group: str = ""
     place: str = ""
 
 
 class Part(NamedTuple):
-    """A piece of an answer in Markdown, which fits into one message of its platform."""
+    """A piece of an answer in Markdown that fits into one message of its platform."""
 
     text: str
-    #: Whether the answer ends with it.
+    #: Whether it is the last part of the answer.
     is_last: bool
     #: Unique for the part, and the same when it is sent again.
     nonce: str
-    #: Whether the platform refused its markup: send the bare text.
+    #: Whether to send plain text, because the platform refused the markup.
     is_plain: bool = False
 
 
@@ -277,7 +277,7 @@ class Fatal(Exception):
 
 
 class Retry(Exception):
-    """The connection of an account broke, and is made again after some time. 0 = the usual."""
+    """The connection of an account broke. Reconnect after `after_s`, 0 = the default backoff."""
 
     def __init__(self, why: str, after_s: float = 0.0) -> None:
         super().__init__(why)
@@ -285,13 +285,13 @@ class Retry(Exception):
 
 
 class SendFailed(Exception):
-    """A part was not sent. What follows depends on the kind:
+    """A part was not sent. The kind says what to do next:
 
-    wait    the platform asks for a pause of `after_s`; then again
-    later   the network or the platform failed; again with growing pauses
-    held    the platform takes nothing until the person writes again
-    plain   the platform refuses the markup; again as plain text
-    never   this will not work (blocked, chat is gone)
+    wait    the platform asks for a pause of `after_s`: retry after it
+    later   the network or the platform failed: retry with growing pauses
+    held    the platform accepts nothing until the person writes again: hold the part
+    plain   the platform refuses the markup: retry as plain text
+    never   permanent (the bot is blocked, the chat is gone): give up
     """
 
     def __init__(self, kind: str, why: str, after_s: float = 0.0) -> None:
@@ -300,43 +300,44 @@ class SendFailed(Exception):
 
 
 class Tools:
-    """What an account's channel is given by the program. This one does nothing: it is for a
-    channel that is only asked who it is, or logged in."""
+    """What the program offers to an account's channel. The methods of this base class do nothing:
+    it serves a channel that is only probed or logged in."""
 
     def __init__(self, settings: Mapping[str, Any], state: Json) -> None:
-        #: The settings of the account: its own keys, else those of its channel.
+        #: The settings of the account, with those of its channel where it has none.
         self.settings = settings
-        #: Set when the account has to end. A channel registers with `on_stop` what wakes it up.
+        #: Set when the account has to stop. With `on_stop` a channel registers what wakes it up.
         self.stop = threading.Event()
         self._state = state
 
     def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
-        """Take over a message and the state of the account in one transaction, and return when
-        both are safely on disk. Only then the channel acknowledges. Raises OSError if they are
-        not."""
+        """Save a message and the state of the account in one transaction, and return when both are
+        on disk. Only then may the channel acknowledge the message. Raises OSError if the saving
+        failed."""
 
     def state(self) -> Json:
-        """Return the state of the account that was last handed over."""
+        """Return the account state that was last saved by `accept`."""
         return self._state
 
     def on_stop(self, wake: Callable[[], None]) -> None:
-        """Call `wake` from another thread when the account has to end; replaces the last one."""
+        """Call `wake` from another thread when the account has to stop. Replaces the previous
+        `wake`."""
 
     def note_frame(self) -> None:
-        """Note that the platform has been heard, for the status."""
+        """Record, for the status, that the platform has sent something."""
 
     def note(self, word: str) -> None:
-        """Show a word about the account in the status until the next one; empty = well."""
+        """Show a note about the account in the status until the next note; empty = all is well."""
 
     def log(self, level: str, event: str, **fields: object) -> None:
-        """Write an event of this account to the log. Secrets and texts have no place in it."""
+        """Write an event of this account to the log, without secrets or texts of messages."""
 
 
 class Channel:
     """One account on one platform. `run` has a thread of its own; the other methods are called
     from the threads of turns and of the account's sender."""
 
-    #: What the program knows of the platform before it makes an account of it.
+    #: The platform's row in the channel table.
     row: ClassVar[Row]
 
     def __init__(self, tools: Tools, http: Http) -> None:
@@ -359,7 +360,7 @@ class Channel:
         raise NotImplementedError
 
     def type(self, route: Json, is_over: bool = False) -> None:
-        """Show that an answer is being written, or no more. Raises SendFailed."""
+        """Show "typing", or end it if `is_over`. Raises SendFailed."""
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
         """Return the bytes of an attachment. Raises SendFailed, ValueError if it is larger."""
@@ -374,62 +375,62 @@ class Channel:
         return len(rendered)
 
     def login(self, console: Console) -> Json:
-        """Log in by QR code and return what is new in the state of the account. Raises Fatal."""
+        """Log in by QR code and return the changes to the account's state. Raises Fatal."""
         raise NotImplementedError
 
     def understood(self, read: Callable[..., Optional[Message]], *received: Any
                    ) -> Optional[Message]:
-        """Return the message that `read` makes of what was received, None if that is in a form
-        which nobody knows: it must not come again for ever. Raises Fatal, Retry."""
+        """Return `read(*received)`, None if it fails on an unknown format: such a message must be
+        acknowledged, or it would come again forever. Raises Fatal, Retry."""
         try:
             return read(*received)
         except (Fatal, Retry):
             raise
-        except Exception as problem:  # Whatever it is, the next message may be in order.
+        except Exception as problem:  # Whatever the fault, the next message may be fine.
             self.tools.log("warning", "a message was not understood", why=type(problem).__name__)
             return None
 
 
 class Row(NamedTuple):
-    """What the program knows of a platform."""
+    """A platform: its names, limits and settings."""
 
     id: str
     aliases: tuple[str, ...]
     label: str
     make: Callable[[Tools, Http], Channel]
-    #: The largest part, in what `Channel.length` counts.
+    #: The maximum length of a part, as counted by `Channel.length`.
     limit: int
-    #: The settings with secrets, and the variables of the environment for the account `default`.
-    #: Empty = made by a login.
+    #: Settings that hold credentials, each with its environment variable for the account
+    #: `default`. Empty if a login creates the credentials.
     credentials: Mapping[str, str]
-    #: All further settings, with the kind of value of each.
+    #: The platform's other settings, each with the function that parses its value.
     settings: Mapping[str, Callable[[object], Any]]
-    #: Whether messages can be edited, and how often in direct chats and in groups.
+    #: Whether messages can be edited, and the interval in direct chats and in groups.
     can_edit: bool = False
     edit_every_s: float = 1.5
     edit_every_in_groups_s: float = 1.5
-    #: How long "typing" shows, or 0 if there is none.
+    #: How often to repeat "typing"; 0 if the platform has none.
     typing_every_s: float = 0.0
-    #: How many messages may answer one message, 0 = any number.
+    #: How many messages may answer one message; 0 = no limit.
     budget: int = 0
-    #: The pause between two parts.
+    #: The pause between two parts of an answer.
     pace_s: float = 0.0
     has_login: bool = False
-    #: Where the owner gets the credentials, one sentence.
+    #: Where the owner gets the credentials, in one sentence.
     help: str = ""
-    #: Other words for settings, which files for OpenClaw have: the word here by the other one.
+    #: OpenClaw's names of settings, each with the name used here.
     synonyms: Mapping[str, str] = {}
 
 
 # ==== 3. Settings ============================================================
-# One file, in the form of the original gateway's ocg.json. Every setting is a row of a table, and
-# one rule holds for all: account, then channel, then top level, then environment, then default.
-# All errors are collected and told at once.
+# One file, in the format of the original gateway's ocg.json. Every setting is a row of a table, and
+# all have one precedence: account, then channel, then top level, then environment, then default.
+# All errors are collected and reported at once.
 
 DEFAULT_AGENT_URL = "http://127.0.0.1:3456/v1/chat/completions"
 _ORIGINAL_FILE = "~/.openclaw-channel-gateway/ocg.json"
 _ACCOUNT_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-#: What example files have where a credential belongs.
+#: Placeholders for credentials in example files.
 _PLACEHOLDER = re.compile(r"YOUR_\w*_HERE|<[^>]*>|xxx+", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -442,12 +443,12 @@ class SettingsError(Exception):
         super().__init__("\n".join(self.errors))
 
 
-# A kind of value: returns the value as the program uses it. Raises ValueError with what is
-# expected.
+# Parsers of values. Each returns the value as the program uses it, and raises ValueError with what
+# is expected.
 
 
 def text_value(value: object) -> str:
-    """Return a text; a number counts as one, because ids are often written as numbers."""
+    """Return a string; a number is accepted, because ids are often written as numbers."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError("use a text")
     return str(value).strip()
@@ -459,7 +460,7 @@ def model_value(value: object) -> str:
 
 
 def flag_value(value: object) -> bool:
-    """Return a flag; the environment has "1" and "true"."""
+    """Return a boolean, also from "1", "true" and the like in the environment."""
     known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     found = known.get(str(value).strip().lower())
     if found is None:
@@ -468,7 +469,7 @@ def flag_value(value: object) -> bool:
 
 
 def number_between(minimum: int, maximum: int) -> Callable[[object], int]:
-    """Return the kind of whole numbers between these two."""
+    """Return a parser of whole numbers in a range."""
     def number_value(value: object) -> int:
         text = "" if isinstance(value, bool) else str(value).strip()
         if not text.isdigit() or not minimum <= int(text) <= maximum:
@@ -478,7 +479,7 @@ def number_between(minimum: int, maximum: int) -> Callable[[object], int]:
 
 
 def one_of(*words: str) -> Callable[[object], str]:
-    """Return the kind of texts that are one of these words."""
+    """Return a parser that accepts one of these words."""
     def word_value(value: object) -> str:
         if value not in words:
             raise ValueError(f"use {', '.join(words[:-1])} or {words[-1]}")
@@ -487,12 +488,12 @@ def one_of(*words: str) -> Callable[[object], str]:
 
 
 def texts_value(value: object) -> tuple[str, ...]:
-    """Return a list of texts; a single one counts as a list."""
+    """Return a list of strings; a single string counts as a list."""
     return tuple(text_value(item) for item in (value if isinstance(value, list) else [value]))
 
 
 def mapping_value(value: object) -> Json:
-    """Return an object; a list of names counts as one whose values are empty."""
+    """Return an object; a list of names becomes an object with empty values."""
     if isinstance(value, list):
         return {text_value(name): {} for name in value}
     if not isinstance(value, dict):
@@ -500,14 +501,14 @@ def mapping_value(value: object) -> Json:
     return value
 
 
-#: What the settings of a group, a guild or a channel of one may say, by its lower-case name.
+#: The settings of a group, a guild or a guild's channel, by lower-case name.
 _PLACE_KEYS = {key.lower(): key for key in (
     "allowFrom", "users", "requireMention", "enabled", "allow", "channels")}
 
 
 def places_value(value: object) -> Json:
-    """Return groups or guilds with what is allowed in each. A word that is nearly one of these is
-    an error: what it should close would be open."""
+    """Return groups or guilds with the settings of each. A misspelled setting is an error, because
+    ignoring it would open what it should close."""
     places = without_comments(mapping_value(value))
     for name, place in places.items():
         if not isinstance(place, (dict, bool)):
@@ -522,7 +523,7 @@ def places_value(value: object) -> Json:
 
 
 def agent_url_value(value: object) -> str:
-    """Return the address of chat completions; a bare base or one that ends in /v1 is completed."""
+    """Return the URL of chat completions, completed if it has no path or ends in /v1."""
     url = text_value(value).rstrip("/")
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
@@ -531,7 +532,7 @@ def agent_url_value(value: object) -> str:
 
 
 def platform_url_value(value: object) -> str:
-    """Return an address of a platform: https or wss, and http or ws on this machine only."""
+    """Return a platform's URL: https or wss; http or ws only on this machine."""
     url = text_value(value).rstrip("/")
     parts = urllib.parse.urlsplit(url)
     is_local = parts.scheme in ("http", "ws") and is_loopback(parts.hostname or "")
@@ -552,23 +553,23 @@ class Setting(NamedTuple):
     """One setting."""
 
     key: str
-    #: Where it may stand: "top", "any" (top level, channel, account), "channel" (the latter two).
+    #: Where it is allowed: "top" (top level), "channel" (channel and account), "any" (all three).
     level: str
     kind: Callable[[object], Any]
     default: Any
     about: str
-    #: The variable of the environment, empty if there is none.
+    #: The environment variable, empty if there is none.
     variable: str = ""
-    #: Whether an error may not show its value.
+    #: Whether error messages must not show its value.
     is_secret: bool = False
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("agentUrl", "any", agent_url_value, DEFAULT_AGENT_URL, "where the agent answers",
+    Setting("agentUrl", "any", agent_url_value, DEFAULT_AGENT_URL, "the URL of the agent",
             "OCG_AGENT_URL"),
-    Setting("model", "any", model_value, "sonnet", "the model that is asked for", "OCG_MODEL"),
-    Setting("apiKey", "any", text_value, "", "the agent's key; it is sent to no other origin than "
-            "the one it stands beside", "OCG_API_KEY", is_secret=True),
+    Setting("model", "any", model_value, "sonnet", "the model to use", "OCG_MODEL"),
+    Setting("apiKey", "any", text_value, "", "the agent's key; an agentUrl set for a channel or "
+            "account gets no key from a wider level", "OCG_API_KEY", is_secret=True),
     Setting("systemPrompt", "any", text_value, "", "a system message before each conversation"),
     Setting("models", "any", texts_value, (), "what /model offers; by default all of the agent's"),
     Setting("memory", "any", one_of("gateway", "session", "agent"), "gateway",
@@ -579,41 +580,41 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("historyChars", "any", number_between(1000, 10_000_000), 120_000,
             "characters to remember"),
     Setting("perSenderHour", "any", number_between(0, 100_000), 60,
-            "messages of one person in an hour, without a limit for the owner; 0 = no limit"),
-    Setting("streaming", "any", one_of("edit", "block", "off"), "", "how an answer grows: edited "
-            "messages, paragraphs, or whole; by default the best that the platform can"),
-    Setting("attachments", "any", flag_value, True, "pass photos and files on to the agent"),
-    Setting("notice", "any", flag_value, True, "say once after ten minutes that the agent works"),
-    Setting("replyChunkSize", "any", number_between(500, 20_000), 0, "characters of a message at "
-            "most; by default what the platform takes", "OCG_REPLY_CHUNK_SIZE"),
+            "messages per person and hour, except for the owner; 0 = no limit"),
+    Setting("streaming", "any", one_of("edit", "block", "off"), "", "an answer comes as a growing "
+            "message, as paragraphs, or whole; by default what suits the platform"),
+    Setting("attachments", "any", flag_value, True, "pass photos and files to the agent"),
+    Setting("notice", "any", flag_value, True, "say once after ten minutes: still working"),
+    Setting("replyChunkSize", "any", number_between(500, 20_000), 0, "maximum characters of a "
+            "message; by default the platform's limit", "OCG_REPLY_CHUNK_SIZE"),
     Setting("async", "any", flag_value, False, "the agent answers later, by a callback"),
     Setting("proxy", "any", proxy_value, "", "http://[user:password@]host:port; by default "
             "HTTPS_PROXY", is_secret=True),
-    Setting("maxTurns", "top", number_between(1, 100), 4, "questions to agents at once"),
-    Setting("verbose", "top", flag_value, False, "texts of messages in the log", "OCG_VERBOSE"),
-    Setting("callbackPort", "top", number_between(0, 65_535), 3457, "the port of callbacks"),
-    Setting("callbackHost", "top", text_value, "127.0.0.1", "the address callbacks listen on"),
-    Setting("callbackPublicHost", "top", text_value, "", "the host in the address for agents"),
-    Setting("callbackPublicPort", "top", number_between(0, 65_535), 0, "the port in that address"),
-    Setting("callbackSecret", "top", text_value, "", "signs callbacks (X-OCG-Signature)",
-            is_secret=True),
+    Setting("maxTurns", "top", number_between(1, 100), 4, "questions to agents at the same time"),
+    Setting("verbose", "top", flag_value, False, "log the texts of messages", "OCG_VERBOSE"),
+    Setting("callbackPort", "top", number_between(0, 65_535), 3457, "the port for callbacks"),
+    Setting("callbackHost", "top", text_value, "127.0.0.1", "the address to listen on for them"),
+    Setting("callbackPublicHost", "top", text_value, "", "the host in the callback URL"),
+    Setting("callbackPublicPort", "top", number_between(0, 65_535), 0, "the port in that URL"),
+    Setting("callbackSecret", "top", text_value, "", "the secret that signs callbacks "
+            "(X-OCG-Signature)", is_secret=True),
     Setting("callbackTokenTTL", "top", number_between(10, 604_800), 1800,
-            "seconds in which a callback may come"),
+            "seconds within which a callback may arrive"),
     Setting("dmPolicy", "channel", one_of("pairing", "allowlist", "open", "disabled"), "pairing",
-            "who may write directly"),
+            "who may write in direct chats"),
     Setting("allowFrom", "channel", texts_value, (), "ids of people who may write; \"*\" = all"),
     Setting("groupPolicy", "channel", one_of("allowlist", "open", "disabled"), "allowlist",
-            "in which groups it answers"),
+            "the groups in which the bot answers"),
     Setting("groupAllowFrom", "channel", texts_value, None,
             "ids of people who may write in groups; by default allowFrom"),
     Setting("requireMention", "channel", flag_value, True,
-            "answer in groups only when it is mentioned"),
+            "answer in groups only when mentioned"),
     Setting("replyToMode", "channel", one_of("off", "first", "all"), "first",
             "which parts of an answer quote the question in groups"),
     Setting("textChunkLimit", "channel", number_between(500, 20_000), 0,
-            "OpenClaw's word for replyChunkSize"),
+            "OpenClaw's name for replyChunkSize"),
 )
-#: Settings whose misspelling would open what should be closed: near names are errors.
+#: Settings whose misspelling would open what should be closed: similar names are errors.
 _SECURITY_KEYS = {key.lower(): key for key in (
     "dmPolicy", "allowFrom", "groupPolicy", "groupAllowFrom", "requireMention", "callbackSecret",
     "callbackHost",
@@ -625,14 +626,14 @@ _ENABLED = Setting("enabled", "channel", flag_value, True, "")
 
 
 class Account(NamedTuple):
-    """One account with its settings, as everything below uses them."""
+    """One account with its settings in force."""
 
     row: Row
     name: str
     is_enabled: bool
-    #: By key: settings of the table, of the channel's row, and credentials.
+    #: By key: the settings of SETTINGS and of the channel's row, and the credentials.
     settings: Mapping[str, Any]
-    #: By key: "account", "channel", "file", "environment" or "default".
+    #: The source of each value: "account", "channel", "file", "environment" or "default".
     origins: Mapping[str, str]
     #: The credentials that are missing.
     missing: tuple[str, ...]
@@ -653,8 +654,8 @@ class Settings(NamedTuple):
 
 
 def settings_path(named: str, environ: Mapping[str, str], home: str) -> str:
-    """Return the path of the file: as named, else by the environment, else OCP's own, else that of
-    the original gateway if only that one is there."""
+    """Return the path of the file: `named`, else OCG_CONFIG_PATH, else OCP's own; the original
+    gateway's if that is the only one that exists."""
     chosen = named or environ.get("OCG_CONFIG_PATH", "")
     if chosen:
         return os.path.abspath(os.path.expanduser(chosen))
@@ -663,7 +664,7 @@ def settings_path(named: str, environ: Mapping[str, str], home: str) -> str:
 
 
 def read_file(path: str) -> Json:
-    """Return the object in a file, {} if there is no file. Raises SettingsError."""
+    """Return the JSON object in a file, {} if the file does not exist. Raises SettingsError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             value = json.load(file)
@@ -675,14 +676,14 @@ def read_file(path: str) -> Json:
     except (OSError, UnicodeDecodeError) as problem:
         raise SettingsError([f"{path}: cannot be read: {reason_of(problem)}"]) from None
     if not isinstance(value, dict):
-        raise SettingsError([f"{path}: use an object at the outermost level"])
+        raise SettingsError([f"{path}: the file must contain a JSON object"])
     return value
 
 
 def parse_settings(
     content: Json, path: str, environ: Mapping[str, str], rows: Iterable[Row]
 ) -> Settings:
-    """Return the settings that a file's content is. Raises SettingsError with every fault."""
+    """Return the settings in a file's content. Raises SettingsError with every fault."""
     reader = _Reader(environ, {name: row for row in rows for name in (row.id, *row.aliases)})
     top = _Level("file", "", without_comments(content))
     reader.check_names(top, {"channels", *(key for key in _LEVELS if _LEVELS[key] != "channel")})
@@ -692,14 +693,14 @@ def parse_settings(
     with contextlib.suppress(OSError):
         if os.stat(path).st_mode & 0o077:
             reader.warnings.append(
-                f"{path}: others can read it, and it holds credentials: chmod 600")
+                f"{path}: other users can read it, and it holds credentials: run chmod 600")
     if reader.errors:
         raise SettingsError(reader.errors)
     return Settings(path, values, accounts, tuple(reader.warnings))
 
 
 class _Level(NamedTuple):
-    """One object of the file, in which a setting may stand."""
+    """One object of the file that may contain settings."""
 
     name: str
     #: Its path in the file, for messages.
@@ -710,14 +711,14 @@ class _Level(NamedTuple):
         return f"{self.place}.{key}".lstrip(".")
 
     def renamed(self, words: Mapping[str, str]) -> _Level:
-        """Return it with the right words for settings that are called otherwise."""
+        """Return it with synonyms of settings replaced by their names here."""
         other = {words[key]: value for key, value in self.values.items() if key in words}
         own = {key: value for key, value in self.values.items() if key not in words}
         return self._replace(values={**other, **own})
 
 
 class _Reader:
-    """Reads one file, and collects what is wrong with it."""
+    """Reads one file, and collects its errors."""
 
     def __init__(self, environ: Mapping[str, str], rows: Mapping[str, Row]) -> None:
         self._environ, self._rows = environ, rows
@@ -739,8 +740,8 @@ class _Reader:
                     value = account.settings[key]
                     owner = owners.setdefault((row.id, key, value), account.id)
                     if value and owner != account.id:
-                        self.errors.append(f"{account.id}: {key} is that of {owner} too; use it "
-                                           "once")
+                        self.errors.append(f"{account.id}: {owner} has the same {key}; use it for "
+                                           "one account")
 
     def _objects(self, level: _Level, key: str) -> Iterator[tuple[str, Json]]:
         """Yield names and values of an object of objects."""
@@ -755,8 +756,8 @@ class _Reader:
                 self.errors.append(f"{level.of(key)}.{name}: use an object")
 
     def _channel(self, row: Row, channel: _Level, top: _Level) -> Iterator[Account]:
-        """Yield the accounts of a channel: those that are named, and `default` if credentials
-        stand in the channel itself or nothing is named."""
+        """Yield the accounts of a channel: the named ones, and `default` if the channel itself has
+        credentials or no account is named."""
         known = {*(key for key in _LEVELS if _LEVELS[key] != "top"), *row.settings,
                  *row.credentials, "enabled", "name"}
         channel = channel.renamed(row.synonyms)
@@ -764,8 +765,8 @@ class _Reader:
         named = dict(self._objects(channel, "accounts"))
         if not named or any(channel.values.get(key) for key in row.credentials):
             if "default" in named:
-                self.errors.append(f"{channel.place}: its credentials belong to the account "
-                                   "`default`, which accounts has too; keep one of the two")
+                self.errors.append(f"{channel.place}: its credentials define the account "
+                                   "`default`, and so does accounts.default; keep one of the two")
             yield self._account(row, "default", [channel], top)
         shared = {k: v for k, v in channel.values.items() if k not in row.credentials}
         for name, own in named.items():
@@ -785,7 +786,7 @@ class _Reader:
                            is_secret=True)
             path = found.get("tokenFile", (None, ""))[0]
             if path and not number:
-                # OpenClaw's word for a credential in a file.
+                # OpenClaw's setting for a credential in a file.
                 file = {"source": "file", "path": path}
                 levels = [levels[0]._replace(values={key: file, **levels[0].values}), *levels[1:]]
             found[key] = self.value(each, levels)
@@ -797,12 +798,12 @@ class _Reader:
         return Account(row, name, is_enabled, values, origins, missing)
 
     def _settle(self, values: Json, origins: Json, level: _Level) -> None:
-        """Settle what depends on two settings at once."""
+        """Check and complete settings that depend on each other."""
         if values["dmPolicy"] == "open" and "*" not in values["allowFrom"]:
             self.errors.append(f'{level.of("dmPolicy")}: "open" lets everybody spend your plan; '
                                'if that is meant, add "*" to allowFrom')
         if values["dmPolicy"] == "allowlist" and not values["allowFrom"]:
-            self.errors.append(f"{level.of('allowFrom')}: name somebody, or nobody may write")
+            self.errors.append(f"{level.of('allowFrom')}: name at least one person")
         if values["groupAllowFrom"] is None:
             values["groupAllowFrom"] = values["allowFrom"]
         if values["async"] and origins["memory"] == "default":
@@ -813,8 +814,8 @@ class _Reader:
         if values["apiKey"] and is_key_wider and origins["agentUrl"] in ranks[:2]:
             values["apiKey"] = ""
             self.warnings.append(
-                f"{level.of('agentUrl')}: no key is sent there, because apiKey belongs to another "
-                "level; write one beside it if the agent needs it")
+                f"{level.of('agentUrl')}: no key is sent there, because apiKey is set at another "
+                "level; if the agent needs a key, write apiKey beside agentUrl")
 
     def value(self, setting: Setting, levels: Iterable[_Level]) -> tuple[Any, str]:
         """Return the value of a setting, and where it comes from."""
@@ -834,7 +835,7 @@ class _Reader:
         return setting.default, "default"
 
     def _resolved(self, value: Any) -> object:
-        """Return a value that may name where it stands: a variable or a file. Raises ValueError."""
+        """Return a value, read from a variable or a file if it refers to one. Raises ValueError."""
         if isinstance(value, str):
             variable = _VARIABLE.fullmatch(value.strip())
             if variable is not None:
@@ -852,26 +853,26 @@ class _Reader:
         return value
 
     def check_names(self, level: _Level, known: Collection[str]) -> None:
-        """Note names that no setting has."""
+        """Report keys that are not settings of this level."""
         for key in [each for each in level.values if each not in known]:
             near = difflib.get_close_matches(key.lower(), _SECURITY_KEYS, 1, 0.8)
-            told = f"{level.of(key)}: not used here"
+            fault = f"{level.of(key)}: not used here"
             if key in _LEVELS:
                 place = "at the top level" if _LEVELS[key] == "top" else "in a channel"
-                told = f"{told}; it belongs {place}"
+                fault = f"{fault}; it belongs {place}"
             elif near:
-                told = f"{level.of(key)}: no such setting; did you mean {_SECURITY_KEYS[near[0]]}?"
-            (self.errors if near else self.warnings).append(told)
+                fault = f"{level.of(key)}: no such setting; did you mean {_SECURITY_KEYS[near[0]]}?"
+            (self.errors if near else self.warnings).append(fault)
 
 
 def without_comments(values: Json) -> Json:
-    """Return an object without the keys that begin with _, which are comments."""
+    """Return an object without keys that begin with "_", which are comments."""
     return {str(key): value for key, value in values.items() if not str(key).startswith("_")}
 
 
 # ==== 4. Log =================================================================
 # One line for each event, in a file and, in the foreground, on the terminal. Texts of messages are
-# in it only with `verbose`, secrets never.
+# logged only with `verbose`, secrets never.
 
 _MAX_LOG_BYTES = 10_000_000
 _MAX_LINE_CHARS = 2000
@@ -880,7 +881,7 @@ _HIDDEN = "***"
 
 
 class Log:
-    """Writes lines to a file, which is kept once when it is full, and to a stream. Never raises."""
+    """Writes lines to a file and to a stream. A full file is renamed to FILE.1. Never raises."""
 
     def __init__(self, path: str, stream: Optional[TextIO], is_verbose: bool = False) -> None:
         """`path` is empty for no file."""
@@ -890,15 +891,15 @@ class Log:
         self._lock = threading.Lock()
 
     def hide(self, texts: Iterable[str]) -> None:
-        """Blot these texts out of every later line."""
+        """Redact these texts in every later line."""
         with self._lock:
             found = {*self._secrets, *(each for each in texts if len(each) >= _MIN_SECRET_CHARS)}
             self._secrets = tuple(sorted(found, key=len, reverse=True))
 
     def event(self, level: str, event: str, **fields: object) -> None:
         """Write an event and its fields; a field that is empty or None is left out."""
-        told = [f"{key}={value}" for key, value in fields.items() if value not in (None, "")]
-        self.line(level, " ".join([event, *told]))
+        shown = [f"{key}={value}" for key, value in fields.items() if value not in (None, "")]
+        self.line(level, " ".join([event, *shown]))
 
     def line(self, level: str, text: str) -> None:
         """Write a line. `level` is "info", "warning" or "error"."""
@@ -915,7 +916,7 @@ class Log:
                     self._stream.flush()
 
     def message(self, event: str, label: str, text: str) -> None:
-        """Write that a text came or went; the text itself only with `verbose`."""
+        """Log that a message came or was sent; its text only with `verbose`."""
         self.line("info", event)
         if self.is_verbose:
             self.line("info", f"   {label}: {text}")
@@ -932,14 +933,14 @@ class Log:
 
 
 # ==== 5. Store ===============================================================
-# The database is the queue: a message exists once its row of the inbox is committed, and an answer
-# once its rows of the outbox are. Every access is short, under one lock, and durable at its end.
+# The database is the queue: a message exists once its inbox row is committed, and an answer once
+# its outbox rows are. Every access is short, holds one lock, and is durable when it returns.
 
 MIGRATIONS = (
     "CREATE TABLE states (account TEXT PRIMARY KEY, state TEXT NOT NULL)",
     "CREATE TABLE seen (account TEXT, id TEXT, at_s REAL NOT NULL, PRIMARY KEY (account, id))"
     " WITHOUT ROWID",
-    # `progress` is what the person has seen of the answer before it was whole, JSON.
+    # `progress` is what the person has seen of an unfinished answer, JSON.
     "CREATE TABLE inbox (id INTEGER PRIMARY KEY AUTOINCREMENT, account TEXT NOT NULL,"
     " lane TEXT NOT NULL, sender TEXT NOT NULL, message TEXT NOT NULL,"
     " is_done INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0,"
@@ -958,20 +959,20 @@ MIGRATIONS = (
     "CREATE INDEX history_sessions ON history (session, id)",
     "CREATE TABLE lanes (lane TEXT PRIMARY KEY, number INTEGER NOT NULL DEFAULT 1,"
     " model TEXT NOT NULL DEFAULT '')",
-    # Somebody with a code waits for approval.
+    # A person with a `code` is waiting for approval.
     "CREATE TABLE people (account TEXT, sender TEXT, name TEXT NOT NULL, route TEXT NOT NULL,"
     " chat TEXT NOT NULL, code TEXT NOT NULL, is_owner INTEGER NOT NULL DEFAULT 0,"
     " at_s REAL NOT NULL, PRIMARY KEY (account, sender))",
     "CREATE TABLE tokens (hash TEXT PRIMARY KEY, account TEXT NOT NULL, inbox INTEGER NOT NULL,"
     " session TEXT NOT NULL, message TEXT NOT NULL, until_s REAL NOT NULL)",
 )
-#: Tables that have rows of an account, and those that have rows of its lanes and sessions.
+#: Tables with a column `account`, and tables keyed by a lane or session of an account.
 ACCOUNT_TABLES = ("states", "seen", "inbox", "outbox", "people", "tokens")
 LANE_TABLES = (("history", "session"), ("lanes", "lane"))
 _MAX_SEEN = 20_000
-#: How long answers wait for the next message of the person.
+#: How long a held answer waits for the person's next message.
 _HELD_S = 2 * _DAY_S
-#: What is done with rows that are older than this.
+#: Cleaning statements, each with the age of the rows that it applies to.
 _SWEEPS = (
     ("DELETE FROM seen WHERE at_s<?", 30 * _DAY_S),
     ("DELETE FROM inbox WHERE is_done AND at_s<?", _DAY_S),
@@ -983,21 +984,21 @@ _SWEEPS = (
 
 
 def message_json(message: Message) -> str:
-    """Return a message as the database keeps it: every text in it can be stored and sent."""
+    """Return a message as JSON for the database, with lone surrogates replaced."""
     attachments = [each._asdict() for each in message.attachments]
     return encodable(json.dumps({**message._asdict(), "attachments": attachments},
                                 ensure_ascii=False))
 
 
 def message_of(content: str) -> Message:
-    """Return a message that the database has kept."""
+    """Return the message in a JSON text of `message_json`."""
     values = json.loads(content)
     values["attachments"] = tuple(Attachment(**each) for each in values["attachments"])
     return Message(**values)
 
 
 class OutRow(NamedTuple):
-    """A part that goes into the outbox."""
+    """A part for the outbox."""
 
     text: str
     route: Json
@@ -1006,7 +1007,7 @@ class OutRow(NamedTuple):
 
 
 class Store:
-    """The database. Every method raises OSError when the database fails."""
+    """The database. Every method raises OSError if the database fails."""
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
         """Open or create the file, readable only by its owner."""
@@ -1040,7 +1041,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Run a block as one transaction; one within another belongs to the outer one."""
+        """Run a block as one transaction. A nested one joins the outer one."""
         with self._lock, self._errors():
             if self._connection.in_transaction:
                 yield
@@ -1055,7 +1056,7 @@ class Store:
                 raise
 
     def rows(self, statement: str, *values: object) -> list[sqlite3.Row]:
-        """Return what a query finds."""
+        """Return the rows of a query."""
         with self._lock, self._errors():
             return self._connection.execute(statement, values).fetchall()
 
@@ -1076,7 +1077,7 @@ class Store:
         self.run("INSERT OR REPLACE INTO states VALUES (?,?)", account, compact(state))
 
     def is_new(self, account: str, message_id: str) -> bool:
-        """Note a message, and return whether it was not known."""
+        """Record a message id, and return whether it is new."""
         return self.run("INSERT OR IGNORE INTO seen VALUES (?,?,?)", account, message_id,
                         self._clock()) > 0
 
@@ -1087,13 +1088,13 @@ class Store:
                  self._clock())
 
     def open_lanes(self) -> list[tuple[str, str]]:
-        """Return lane and account of what is not answered, the oldest message first."""
+        """Return (lane, account) of the lanes with unanswered messages, the oldest first."""
         found = self.rows("SELECT lane, account, MIN(id) FROM inbox WHERE NOT is_done"
                           " GROUP BY lane ORDER BY MIN(id)")
         return [(row["lane"], row["account"]) for row in found]
 
     def waiting(self, lane: str) -> list[sqlite3.Row]:
-        """Return the messages of a lane that are not answered, in order."""
+        """Return the unanswered messages of a lane, in order."""
         return self.rows("SELECT * FROM inbox WHERE lane=? AND NOT is_done ORDER BY id", lane)
 
     def finish(self, ids: Iterable[int]) -> None:
@@ -1102,15 +1103,15 @@ class Store:
             self.run("UPDATE inbox SET is_done=1, progress='{}' WHERE id=?", each)
 
     def finish_asked(self, first: int) -> None:
-        """Mark the messages as answered that were asked together, of which this is the first."""
+        """Mark all messages of one question as answered; `first` is the id of its first message."""
         self.run("UPDATE inbox SET is_done=1, progress='{}' WHERE NOT is_done AND attempts>0 AND"
                  " lane=(SELECT lane FROM inbox WHERE id=?) AND id>=?", first, first)
 
     # -- sending --------------------------------------------------------------------------------
 
     def put_out(self, account: str, chat: str, answer: int, parts: list[OutRow]) -> None:
-        """Put the parts of an answer into the outbox. `answer` is the id of the message that is
-        answered, 0 if it is none."""
+        """Put the parts of an answer into the outbox. `answer` is the inbox id of the message that
+        it answers, 0 if there is none."""
         for number, part in enumerate(parts, 1):
             self.run(
                 "INSERT INTO outbox (account, chat, answer, route, text, is_last, nonce, edit_id,"
@@ -1119,7 +1120,7 @@ class Store:
                 part.edit_id, part.status, self._clock())
 
     def next_out(self, account: str) -> list[sqlite3.Row]:
-        """Return the oldest part that is not sent of each chat."""
+        """Return each chat's oldest unsent part."""
         return self.rows("SELECT *, MIN(id) FROM outbox WHERE account=? AND"
                          " status IN ('pending','sending') GROUP BY chat ORDER BY id", account)
 
@@ -1136,8 +1137,8 @@ class Store:
     def release_held(
         self, account: str, chat: str, route: Json, most: int, more: str
     ) -> tuple[int, int]:
-        """Let the oldest held parts of the newest answer go, on a new route; the last one ends with
-        `more` if others stay. Returns how many go, and how many stay."""
+        """Release up to `most` held parts of the newest answer to a new route, the oldest first;
+        `more` is appended to the last if others stay. Returns how many go, and how many stay."""
         found = self.rows(
             "SELECT id, answer FROM outbox WHERE account=? AND chat=? AND status='held' AND at_s>?"
             " ORDER BY id", account, chat, self._clock() - _HELD_S)
@@ -1166,7 +1167,7 @@ class Store:
                  compact(content))
 
     def remember_question(self, session: str, content: object, *, is_answered: bool) -> None:
-        """Append a question to a conversation, before its answer if that is there already."""
+        """Append a question to a conversation; with `is_answered`, before the last answer."""
         last = self.rows("SELECT * FROM history WHERE session=? AND role='assistant'"
                          " ORDER BY id DESC LIMIT ?", session, int(is_answered))
         for row in last:
@@ -1183,7 +1184,7 @@ class Store:
                 for row in found]
 
     def sweep(self) -> None:
-        """Delete what is too old to matter."""
+        """Delete or expire old rows."""
         with self.transaction():
             for statement, age_s in _SWEEPS:
                 self.run(statement, self._clock() - age_s)
@@ -1195,29 +1196,29 @@ class Store:
 
 
 # ==== 6. HTTP ================================================================
-# One way to the network for calls, long polls and WebSockets: addresses, TLS, proxies. Nothing
-# here knows a platform.
+# Network access for calls, long polls and WebSockets: addresses, TLS, proxies. Nothing here
+# depends on a platform.
 
-#: How long one address of a host may take to accept a connection.
+#: The time limit for a connection to one address of a host.
 _CONNECT_TIMEOUT_S = 5.0
 _MAX_ANSWER_BYTES = 4 * 1024 * 1024
 _MAX_HEAD_BYTES = 65_536
-#: How long an answer may take to come, which is not streamed, however often a few bytes do.
+#: The time limit for reading a whole body that is not streamed, even if bytes keep arriving.
 _MAX_READ_S = 300.0
-#: How long a connection is kept for the next call; servers keep theirs for longer.
+#: How long an idle connection is kept for the next call; servers keep theirs longer.
 _MAX_IDLE_S = 30.0
-#: A long poll without an answer in it takes longer.
-_HURRIED_S = 0.1
-#: Not of the internet, yet handed out by proxies that invent an address for each name.
-_INVENTED_ADDRESSES = ipaddress.ip_network("198.18.0.0/15")
+#: An empty answer to a long poll that comes sooner than this was not really a long poll.
+_MIN_POLL_S = 0.1
+#: Not public, but local proxies return "fake IP" addresses from this range for every name.
+_FAKE_IP_RANGE = ipaddress.ip_network("198.18.0.0/15")
 
 
 class NetworkFailed(Exception):
-    """A connection could not be made, or broke."""
+    """A connection failed or broke."""
 
 
 def seconds_of(value: object) -> float:
-    """Return a number of seconds that somebody else tells, a month at most; 0 if it is none."""
+    """Return a number of seconds from an untrusted value, at most a month; 0 if it is invalid."""
     try:
         seconds = float(cast(Any, value))
     except (TypeError, ValueError):
@@ -1227,7 +1228,7 @@ def seconds_of(value: object) -> float:
 
 @contextlib.contextmanager
 def sending() -> Iterator[None]:
-    """Turn what breaks a call into a part that is sent again later. Raises SendFailed."""
+    """Turn a failed call into SendFailed of the kind "later"."""
     try:
         yield
     except (NetworkFailed, Fatal, Retry) as problem:
@@ -1235,7 +1236,7 @@ def sending() -> Iterator[None]:
 
 
 class HttpAnswer(NamedTuple):
-    """An answer that was read to its end."""
+    """A complete answer."""
 
     status: int
     #: By lower-case name.
@@ -1248,12 +1249,12 @@ class HttpAnswer(NamedTuple):
 
     @property
     def retry_after_s(self) -> float:
-        """Return the seconds of Retry-After, 0 without."""
+        """Return the seconds of Retry-After, 0 if it is missing."""
         return seconds_of(self.headers.get("retry-after"))
 
 
 class Target(NamedTuple):
-    """Where a URL leads."""
+    """The parsed URL of a request."""
 
     is_tls: bool
     host: str
@@ -1269,27 +1270,27 @@ class Target(NamedTuple):
             is_tls = {"https": True, "wss": True, "http": False, "ws": False}[parts.scheme]
             port = parts.port or (443 if is_tls else 80)
         except (KeyError, ValueError):
-            raise NetworkFailed("not an address of the web") from None
+            raise NetworkFailed("not a valid URL") from None
         if not parts.hostname:
-            raise NetworkFailed("not an address of the web")
+            raise NetworkFailed("not a valid URL")
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return cls(is_tls, parts.hostname, port, path)
 
     @property
     def authority(self) -> str:
-        """Return host and port as the header Host has them."""
+        """Return host and port for the header Host."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.is_tls else 80) else f"{host}:{self.port}"
 
 
 class Connector:
-    """Makes connections, straight or through a proxy."""
+    """Makes connections, directly or through a proxy."""
 
     def __init__(self, proxy: str, environ: Mapping[str, str]) -> None:
         """`proxy` is http://[user:password@]host:port; empty = HTTPS_PROXY of the environment."""
         self._proxy = proxy or environ.get("HTTPS_PROXY", "") or environ.get("https_proxy", "")
-        #: Hosts that are reached straight, and the ends of names that are; "*" = all.
-        self._straight = [
+        #: Hosts and domain suffixes that bypass the proxy; "*" = all.
+        self._no_proxy = [
             each.strip().lower().lstrip(".") for each in
             (environ.get("NO_PROXY", "") or environ.get("no_proxy", "")).split(",") if each.strip()
         ]
@@ -1298,8 +1299,8 @@ class Connector:
     def connect(
         self, target: Target, timeout_s: float, *, only_public: bool = False
     ) -> socket.socket:
-        """Return a connected socket with this timeout. Raises NetworkFailed, also if `only_public`
-        and the host is an address of this machine or of a private network."""
+        """Return a connected socket with this timeout. With `only_public`, addresses of this
+        machine and of private networks are refused. Raises NetworkFailed."""
         try:
             sock = self._open(target, only_public)
         except (OSError, ValueError) as problem:
@@ -1333,20 +1334,20 @@ class Connector:
         host = target.host.lower()
         return not any(
             name in ("*", host, f"{host}:{target.port}") or host.endswith(f".{name}")
-            for name in self._straight
+            for name in self._no_proxy
         )
 
 
 def open_socket(host: str, port: int, only_public: bool) -> socket.socket:
-    """Return a socket to the first address that answers, IPv4 first: a broken IPv6 is frequent.
+    """Return a socket to the first address that answers, IPv4 first, because IPv6 is often broken.
 
     Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     found.sort(key=lambda each: each[0] != socket.AF_INET)
-    failure = OSError("no address")
+    failure = OSError("no IP address found")
     for family, kind, protocol, _, address in found:
         if only_public and not is_public(str(address[0])):
-            failure = OSError("an address of a private network")
+            failure = OSError("the address is not public")
             continue
         sock = socket.socket(family, kind, protocol)
         sock.settimeout(_CONNECT_TIMEOUT_S)
@@ -1361,7 +1362,7 @@ def open_socket(host: str, port: int, only_public: bool) -> socket.socket:
 
 
 def ask_proxy(sock: socket.socket, target: Target, proxy: urllib.parse.SplitResult) -> None:
-    """Have a proxy connect to the target. Raises OSError."""
+    """Ask a proxy to connect to the target. Raises OSError."""
     host = f"[{target.host}]" if ":" in target.host else target.host
     lines = [f"CONNECT {host}:{target.port} HTTP/1.1", f"Host: {host}:{target.port}"]
     if proxy.username:
@@ -1375,7 +1376,7 @@ def ask_proxy(sock: socket.socket, target: Target, proxy: urllib.parse.SplitResu
 
 
 def read_head(sock: socket.socket) -> list[str]:
-    """Return the lines of an HTTP head, and read not one byte more. Raises OSError."""
+    """Return the lines of an HTTP head, without reading beyond it. Raises OSError."""
     head = bytearray()
     while not head.endswith(b"\r\n\r\n"):
         piece = sock.recv(1)
@@ -1386,11 +1387,11 @@ def read_head(sock: socket.socket) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address belongs to the internet."""
+    """Return whether an IP address is public, or one of a fake-IP proxy."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(parsed, "ipv4_mapped", None)
     parsed = mapped or parsed
-    return parsed.is_global or parsed in _INVENTED_ADDRESSES
+    return parsed.is_global or parsed in _FAKE_IP_RANGE
 
 
 class Wire(http.client.HTTPConnection):
@@ -1399,7 +1400,7 @@ class Wire(http.client.HTTPConnection):
     def __init__(self, sock: socket.socket, target: Target) -> None:
         super().__init__(target.host, target.port)
         self.sock = sock
-        # http.client lets go of `sock` when an answer says that it is the last one.
+        # http.client drops `sock` after an answer with "Connection: close".
         self._socket = sock
         self._used_s = time.monotonic()
 
@@ -1409,8 +1410,8 @@ class Wire(http.client.HTTPConnection):
         self._used_s = time.monotonic()
 
     def is_usable(self) -> bool:
-        """Return whether another request may be sent. A connection that can be read between two
-        requests has ended; whether a request on it was taken could not be told."""
+        """Return whether another request may be sent. A connection that is readable between two
+        requests has ended: a request on it might be lost without notice."""
         if self.sock is None or time.monotonic() - self._used_s > _MAX_IDLE_S:
             return False
         try:
@@ -1419,7 +1420,7 @@ class Wire(http.client.HTTPConnection):
             return False
 
     def cut(self) -> None:
-        """Wake up whoever reads, from another thread: nothing more is read."""
+        """End reading from another thread, and wake up the thread that reads."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
@@ -1430,7 +1431,7 @@ class Wire(http.client.HTTPConnection):
 
 
 class Exchange:
-    """A request that was sent, and its answer, which is read as it comes."""
+    """A sent request, and its answer, read as it arrives."""
 
     def __init__(self, wire: Wire, answer: http.client.HTTPResponse) -> None:
         self.wire, self._answer = wire, answer
@@ -1454,11 +1455,11 @@ class Exchange:
             if not piece and self._answer.length:
                 raise NetworkFailed("the answer broke off")
             if not piece:
-                # Only then the connection takes another request.
+                # The connection takes another request only after this.
                 self._answer.close()
                 return bytes(body)
             if time.monotonic() > until_s:
-                raise NetworkFailed("the answer comes too slowly")
+                raise NetworkFailed("the answer took too long")
         raise ValueError(f"larger than {max_bytes} bytes")
 
     def close(self) -> None:
@@ -1474,7 +1475,7 @@ class Exchange:
 
 
 class Http:
-    """Requests over one Connector. `call` keeps one connection, to the host that it called last."""
+    """Requests over one Connector. `call` keeps the connection to the last host open."""
 
     def __init__(self, connector: Connector) -> None:
         self.connector = connector
@@ -1488,10 +1489,10 @@ class Http:
         on_open: Optional[Callable[[Wire], None]] = None, only_public: bool = False,
         wire: Optional[Wire] = None,
     ) -> Exchange:
-        """Send a request and return its exchange once the head of the answer is there.
+        """Send a request and return its exchange when the head of the answer has arrived.
 
-        `timeout_s` bounds each wait for bytes; `on_open` gets the connection, to cut it from
-        another thread, before the request is sent. Raises NetworkFailed."""
+        `timeout_s` bounds each wait for bytes. `on_open` gets the connection before the request is
+        sent, so that another thread can cut it. Raises NetworkFailed."""
         target = Target.of(url)
         if wire is None:
             sock = self.connector.connect(target, timeout_s, only_public=only_public)
@@ -1504,9 +1505,9 @@ class Http:
             return Exchange(wire, wire.getresponse())
         except (http.client.InvalidURL, ValueError):
             wire.end()
-            # What these say has the address or the header in it, and with them a token.
-            raise NetworkFailed(f"{target.host}: a key or an address has a character that cannot "
-                                "be sent") from None
+            # These messages quote the URL or a header, and so could leak a token.
+            raise NetworkFailed(f"{target.host}: a key or a URL has a character that cannot be "
+                                "sent") from None
         except (OSError, http.client.HTTPException) as problem:
             wire.end()
             raise NetworkFailed(f"{target.host}: {reason_of(problem)}") from None
@@ -1517,8 +1518,8 @@ class Http:
         max_bytes: int = _MAX_ANSWER_BYTES, only_public: bool = False,
         on_open: Optional[Callable[[Wire], None]] = None,
     ) -> HttpAnswer:
-        """Return the answer to a request; a body that is no bytes is sent as JSON. A call with
-        `on_open`, such as a long poll, has a connection of its own.
+        """Return the answer to a request. A dict is sent as JSON. A call with `on_open`, such as a
+        long poll, gets its own connection.
 
         Raises NetworkFailed, ValueError if the answer is larger than `max_bytes`."""
         sent = dict(headers or {})
@@ -1526,22 +1527,22 @@ class Http:
             sent.setdefault("Content-Type", "application/json")
             body = compact(body).encode("ascii")
         target = Target.of(url)._replace(path="")
-        is_alone = only_public or on_open is not None
-        wire = None if is_alone else self._take_idle(target)
+        has_own_connection = only_public or on_open is not None
+        wire = None if has_own_connection else self._take_idle(target)
         exchange = self.open(method, url, body, sent, timeout_s, on_open, only_public, wire)
         try:
             answer = HttpAnswer(exchange.status, exchange.headers, exchange.read(max_bytes))
         except BaseException:
             exchange.close()
             raise
-        if is_alone or not exchange.wire.is_usable():
+        if has_own_connection or not exchange.wire.is_usable():
             exchange.close()
         else:
             self._keep((target, exchange.wire))
         return answer
 
     def close(self) -> None:
-        """Close the connection that is kept."""
+        """Close the idle connection."""
         self._keep(None)
 
     def _take_idle(self, target: Target) -> Optional[Wire]:
@@ -1561,60 +1562,60 @@ class Http:
             old[1].end()
 
 
-def rest_if_hurried(stop: threading.Event, began_s: float) -> None:
-    """Wait a little if a long poll was answered with nothing at once, or it would never end."""
-    if time.monotonic() - began_s < _HURRIED_S:
+def pause_after_instant_poll(stop: threading.Event, began_s: float) -> None:
+    """Wait a second if a long poll returned nothing at once: polling again would be a busy loop."""
+    if time.monotonic() - began_s < _MIN_POLL_S:
         stop.wait(1.0)
 
 
 def is_local(url: str) -> bool:
-    """Return whether an address is on this machine: the platform is a stand-in then."""
+    """Return whether a URL is on this machine, which means that the platform is a test server."""
     return is_loopback(urllib.parse.urlsplit(url).hostname or "")
 
 
 class Token:
-    """A token that a platform gives for some time. Several threads may use it."""
+    """A token of a platform that expires. Several threads may use it."""
 
     def __init__(self, fetch: Callable[[], tuple[object, object]], clock: Callable[[], float]
                  ) -> None:
-        """`fetch` returns a token and its seconds. It raises Fatal and Retry, as `get` does."""
+        """`fetch` returns a token and its lifetime in seconds. It and `get` raise Fatal, Retry."""
         self._fetch, self._clock = fetch, clock
-        # Guards the fields below. Held while a token is fetched, so that one thread does.
+        # Guards the fields below. Held while a token is fetched, so that only one thread fetches.
         self._lock = threading.Lock()
         self._token, self._until_s = "", -math.inf
 
     def get(self) -> str:
-        """Return the token, but not in the last minutes of its life."""
+        """Return the token; a new one if it expires within minutes."""
         with self._lock:
             if self._clock() >= self._until_s:
                 token, life = self._fetch()
                 life_s = seconds_of(life)
                 if not (token and life_s):
-                    raise Retry("no token")
+                    raise Retry("the platform sent no token")
                 self._token = str(token)
                 self._until_s = self._clock() + max(life_s - 300, life_s * 2 / 3)
             return self._token
 
     def forget(self) -> None:
-        """Fetch another one next time."""
+        """Fetch a new token at the next `get`."""
         with self._lock:
             self._until_s = -math.inf
 
 
 def leads_to(url: str, domains: tuple[str, ...], root: str) -> bool:
-    """Return whether an address is https and below one of these domains, such as ".qq.com"; or on
-    this machine, if the platform's own address `root` is."""
+    """Return whether a URL is https and below one of these domains, such as ".qq.com"; or on this
+    machine, if the platform's own URL `root` is."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme == "https" and f".{parts.hostname or ''}".endswith(domains) or (
         is_local(root) and is_local(url))
 
 
 def linked_bytes(http: Http, url: str, max_bytes: int, root: str) -> bytes:
-    """Return the bytes at an address that a message names, of the platform whose own address is
-    `root`. Raises SendFailed, ValueError."""
-    # A stranger's message must not make this program ask its own network.
+    """Return the bytes at a URL from a message; `root` is the URL of the platform's API. Raises
+    SendFailed, ValueError."""
+    # A stranger's message must not make this program send requests into its own network.
     if not (url.startswith("https://") or is_local(root)):
-        raise SendFailed("never", "not an https address")
+        raise SendFailed("never", "not an https URL")
     with sending():
         answer = http.call("GET", url, max_bytes=max_bytes, only_public=not is_local(root))
     if answer.status != 200:
@@ -1623,14 +1624,14 @@ def linked_bytes(http: Http, url: str, max_bytes: int, root: str) -> bytes:
 
 
 # ==== 7. WebSocket ===========================================================
-# A client of RFC 6455. No extension is offered, so every frame is as the RFC has it.
+# A client of RFC 6455. It offers no extensions, so every frame follows the RFC itself.
 
 _ACCEPT_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _MAX_CONTROL_BYTES = 125
 #: Opcodes, section 5.2.
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
-#: Close codes, section 7.4.1. The last two are never sent: they say how an end looked from here.
+#: Close codes, section 7.4.1. The last two are never sent: they describe how a connection ended.
 _PROTOCOL_ERROR, _NOT_UTF8, _TOO_BIG, _NO_CODE, _NO_CLOSE = 1002, 1007, 1009, 1005, 1006
 _OWN_CODES = (_PROTOCOL_ERROR, _NOT_UTF8, _TOO_BIG)
 
@@ -1653,7 +1654,7 @@ class WebSocket:
         #: The fragments of an unfinished message, and its opcode, 0 if there is none.
         self._message = bytearray()
         self._opcode = 0
-        # One frame is sent at a time. Guards `_is_closing` too.
+        # Lets one thread send a frame at a time. Guards `_is_closing` too.
         self._lock = threading.Lock()
         self._is_closing = False
         #: When bytes last came, by time.monotonic; those of a pong count too.
@@ -1682,9 +1683,9 @@ class WebSocket:
         return cls(sock)
 
     def receive(self, timeout_s: float) -> Optional[str]:
-        """Return the next message, None if none came in time. Pings are answered on the way.
+        """Return the next message, None if none came in time. Answers pings meanwhile.
 
-        Raises WebSocketClosed, also for what breaks the RFC; the connection is closed then."""
+        Raises WebSocketClosed, also after a violation of the RFC, which closes the connection."""
         due_s = time.monotonic() + timeout_s
         try:
             while True:
@@ -1704,7 +1705,7 @@ class WebSocket:
         self._send_frame(_TEXT, text.encode())
 
     def ping(self) -> None:
-        """Send a ping; the answer shows in `receive` as nothing. Raises WebSocketClosed."""
+        """Send a ping. `receive` consumes the pong. Raises WebSocketClosed."""
         self._send_frame(_PING, b"")
 
     def close(self, code: int = 1000) -> None:
@@ -1714,7 +1715,7 @@ class WebSocket:
         self.cut()
 
     def cut(self) -> None:
-        """End the connection at once, without a word to the other side."""
+        """End the connection at once, without a close frame."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         self._socket.close()
@@ -1736,7 +1737,7 @@ class WebSocket:
         return True
 
     def _next_frame(self) -> Optional[tuple[int, bool, bytes]]:
-        """Return opcode, whether it is final, and payload of a frame that is there in full."""
+        """Return opcode, is_final and payload of the next frame, None until it is complete."""
         if len(self._buffer) < 2:
             return None
         first, second = self._buffer[:2]
@@ -1804,7 +1805,7 @@ class WebSocket:
 
 
 def masked(payload: bytes, mask: bytes) -> bytes:
-    """Return a payload with its mask, section 5.3: one XOR of two large numbers."""
+    """Return a masked payload, section 5.3, by one XOR of two large numbers."""
     size = len(payload)
     repeated = (mask * (size // 4 + 1))[:size]
     number = int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")
@@ -1819,26 +1820,26 @@ def check_upgrade(head: list[str], key: str) -> None:
         for name, _, value in (line.partition(":") for line in head[1:])
     }
     if words[1:2] != ["101"]:
-        raise ValueError(f"no WebSocket here: the answer is {' '.join(words[1:]) or 'empty'}")
+        raise ValueError(f"not a WebSocket server: the answer is {' '.join(words[1:]) or 'empty'}")
     digest = hashlib.sha1((key + _ACCEPT_GUID).encode("ascii")).digest()
     if headers.get("sec-websocket-accept") != base64_text(digest):
-        raise ValueError("no WebSocket here: the key of the answer is wrong")
+        raise ValueError("not a WebSocket server: the answer has a wrong Sec-WebSocket-Accept")
 
 
 # ==== 8. QR code =============================================================
-# ISO/IEC 18004, as much as a link needs: byte mode, level L, versions 1 to 10, mask 0 throughout.
+# The subset of ISO/IEC 18004 that a link needs: byte mode, level L, versions 1 to 10, mask 0.
 # Coordinates are (row, column).
 
-#: For each version: the data bytes of each block, and the bytes for correction of each.
+#: For each version: the data bytes of each block, and the number of correction bytes per block.
 _QR_BLOCKS: tuple[tuple[tuple[int, ...], int], ...] = (
     ((19,), 7), ((34,), 10), ((55,), 15), ((80,), 20), ((108,), 26),
     ((68, 68), 18), ((78, 78), 20), ((97, 97), 24), ((116, 116), 30), ((68, 68, 69, 69), 18),
 )
-#: For each version: the centres of its alignment patterns, besides 6.
+#: For each version: the centres of its alignment patterns, except 6.
 _QR_CENTRES: tuple[tuple[int, ...], ...] = (
     (), (18,), (22,), (26,), (30,), (34,), (22, 38), (24, 42), (26, 46), (28, 50),
 )
-#: Level L and mask 0, as the format information has them.
+#: Level L and mask 0, as encoded in the format information.
 _QR_FORMAT = 0b01000
 _QR_BLACK_ON_WHITE = "\x1b[30;107m"
 
@@ -1852,14 +1853,14 @@ def qr_code(data: bytes) -> list[list[bool]]:
     draw_patterns(grid, version)
     number, bits = int.from_bytes(message, "big"), 8 * len(message)
     for place, (row, column) in enumerate(free_cells(grid)):
-        # A few cells remain behind the last bit; they hold zeros.
+        # The few cells after the last bit hold zeros.
         bit = place < bits and bool(number >> (bits - 1 - place) & 1)
         grid[row][column] = bit ^ ((row + column) % 2 == 0)
     return [[bool(module) for module in line] for line in grid]
 
 
 def qr_message(data: bytes) -> tuple[int, list[int]]:
-    """Return the smallest version for the data, and its blocks with their corrections."""
+    """Return the smallest version for the data, and its blocks with their correction bytes."""
     version = next(
         (each for each, (blocks, _) in enumerate(_QR_BLOCKS, 1)
          if qr_bits(each, len(data)) <= 8 * sum(blocks)), 0,
@@ -1929,7 +1930,7 @@ def gf_multiply(left: int, right: int) -> int:
 
 
 def draw_patterns(grid: list[list[Optional[bool]]], version: int) -> None:
-    """Draw everything that is no data."""
+    """Draw everything except the data."""
     size = len(grid)
     for row, column in ((3, 3), (3, size - 4), (size - 4, 3)):
         draw_rings(grid, row, column, 4, (2, 4))
@@ -1980,7 +1981,7 @@ def with_bch(value: int, count: int, generator: int) -> int:
 
 
 def free_cells(grid: list[list[Optional[bool]]]) -> list[tuple[int, int]]:
-    """Return the cells for data in their order: pairs of columns from the right, up and down."""
+    """Return the data cells in order: pairs of columns from the right, alternately up and down."""
     size, cells, is_upward = len(grid), [], True
     for right in (*range(size - 1, 6, -2), 5, 3, 1):
         rows = range(size - 1, -1, -1) if is_upward else range(size)
@@ -1993,9 +1994,9 @@ def free_cells(grid: list[list[Optional[bool]]]) -> list[tuple[int, int]]:
 
 
 def qr_lines(data: bytes, columns: int) -> list[str]:
-    """Return a QR code as lines for a terminal with so many columns, [] if it is too narrow.
+    """Return a QR code as lines for a terminal, [] if `columns` is too narrow.
 
-    Two rows are one line of half blocks, black on white also where the theme is dark."""
+    Half blocks put two rows into one line, black on white even with a dark theme."""
     modules = qr_code(data)
     quiet = 4 if len(modules) + 8 <= columns else 2
     width = len(modules) + 2 * quiet
@@ -2013,7 +2014,7 @@ def qr_lines(data: bytes, columns: int) -> list[str]:
 
 
 class Console:
-    """The terminal of a login."""
+    """The terminal during a login."""
 
     def show_link(self, url: str) -> None:
         """Show a link as a QR code on a terminal, and as text."""
@@ -2027,33 +2028,33 @@ class Console:
         print(clean(text), flush=True)
 
     def ask(self, question: str) -> str:
-        """Return a line that the user types. Raises Fatal if there is nobody."""
+        """Return a line that the user types. Raises Fatal without a terminal."""
         try:
             return input(f"{clean(question)} ").strip()
         except EOFError:
-            raise Fatal("there is nobody to ask", "run it on a terminal") from None
+            raise Fatal("there is no terminal to ask on", "run it on a terminal") from None
 
 
 # ==== 9. Text ================================================================
-# Answers are Markdown. A reader for what models write turns them into the markup of a platform by
-# a table of its forms, and the source is split so that each part fits after it was rendered.
+# Answers are Markdown. `render` turns them into the markup of a platform by a table of its
+# elements, and `split_markdown` splits the source so that each part fits once it is rendered.
 
-#: A part is cut in the last two fifths of what fits, at the best of these places.
+#: Where to cut a part, best first. A cut lies in the last two fifths of what fits.
 _CUT_AFTER = (
     re.compile(r"\n(?=```)|```\n"), re.compile(r"\n\n"), re.compile(r"\n"),
     re.compile("[.!?\u2026] |[\u3002\uff01\uff1f]"), re.compile(r"\s"),
 )
 _SEARCHED_SHARE = 0.6
-#: The longest first line of a fence that is repeated in the next part.
+#: The longest opening line of a fence that is repeated in the next part.
 _MAX_OPENER_CHARS = 30
 _MAX_LISTED_COLUMNS = 4
-#: How many marks in a row stay with their letter.
+#: How many combining marks in a row are kept with their letter.
 _MAX_MARKS = 16
 _FENCE = re.compile(r"(?m)^(`{3,20}|~{3,20})([^`\n]*)$")
 _TABLE_RULE = re.compile(r"^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*$")
 _ITEM = re.compile(r"(\s*)[-*+]\s+(.*)$")
-#: Elements within a line. Each is bounded, so that a long line without ends takes no long time.
+#: Elements within a line. Each has a maximum length, which bounds the time for a long line.
 _INLINE = re.compile(
     r"(?<!`)(?P<ticks>`{1,20})(?P<code>[^`](?:.{0,2000}?[^`])?)(?P=ticks)(?!`)"
     r"|(?P<picture>!?)\[(?P<label>[^\]\n]{0,500})\]"
@@ -2066,7 +2067,7 @@ _INLINE = re.compile(
 )
 
 
-def _as_it_is(text: str) -> str:
+def _unchanged(text: str) -> str:
     return text
 
 
@@ -2075,24 +2076,24 @@ def _quoted(lines: list[str]) -> str:
 
 
 class Markup(NamedTuple):
-    """How a platform writes each element. The defaults are Markdown."""
+    """How a platform writes each element of Markdown. The defaults are Markdown itself."""
 
-    escape: Callable[[str], str] = _as_it_is
+    escape: Callable[[str], str] = _unchanged
     bold: tuple[str, str] = ("**", "**")
     italic: tuple[str, str] = ("*", "*")
     strike: tuple[str, str] = ("~~", "~~")
     code: tuple[str, str] = ("`", "`")
-    #: From the language, which may be empty, and the text.
+    #: Takes the language, which may be empty, and the text.
     fence: Callable[[str, str], str] = lambda language, text: f"```{language}\n{text}\n```"
     link: Callable[[str, str], str] = lambda label, url: f"[{label}]({url})"
     heading: Callable[[int, str], str] = lambda level, text: f"{'#' * level} {text}"
-    #: From lines that are rendered.
+    #: Takes rendered lines.
     quote: Callable[[list[str]], str] = _quoted
     item: str = "- "
     line_end: str = "\n"
 
 
-#: Without any markup, for platforms that refuse the other form.
+#: No markup, for parts whose markup a platform refused.
 PLAIN = Markup(
     bold=("", ""), italic=("", ""), strike=("", ""), code=("", ""),
     fence=lambda language, text: text,
@@ -2116,7 +2117,7 @@ def render(markdown: str, markup: Markup) -> str:
 
 
 def _read_fence(lines: list[str], markup: Markup) -> Optional[str]:
-    """Take a fenced block off the lines and return it rendered; None if none begins here."""
+    """Remove a fenced block from the lines and return it rendered; None if none begins here."""
     opener = _FENCE.match(lines[0])
     if opener is None:
         return None
@@ -2131,7 +2132,8 @@ def _read_fence(lines: list[str], markup: Markup) -> Optional[str]:
 
 
 def _read_table(lines: list[str], markup: Markup) -> Optional[str]:
-    """Take a table off the lines: `Header: cell` lines if it is narrow, else aligned text."""
+    """Remove a table from the lines and return it rendered: `Header: cell` lines if it is narrow,
+    else aligned text. None if none begins here."""
     if "|" not in lines[0] or len(lines) < 2 or not _TABLE_RULE.match(lines[1]):
         return None
     size = 2 + sum(1 for _ in itertools.takewhile(lambda line: "|" in line, lines[2:]))
@@ -2165,7 +2167,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _read_quote(lines: list[str], markup: Markup) -> Optional[str]:
-    """Take quoted lines off the lines."""
+    """Remove a quotation from the lines and return it rendered; None if none begins here."""
     quoted = list(itertools.takewhile(lambda line: line.startswith(">"), lines))
     if not quoted:
         return None
@@ -2183,7 +2185,7 @@ def _render_line(line: str, markup: Markup) -> str:
 
 
 def _inline(text: str, markup: Markup) -> str:
-    """Return text within a line with its markup."""
+    """Return the text of a line with its inline elements rendered."""
     done, end = [], 0
     for found in _INLINE.finditer(text):
         done += [markup.escape(text[end:found.start()]), _element(found, markup)]
@@ -2192,7 +2194,7 @@ def _inline(text: str, markup: Markup) -> str:
 
 
 def _element(found: re.Match[str], markup: Markup) -> str:
-    """Return an element within a line."""
+    """Return an inline element, rendered."""
     if found["code"] is not None:
         code = found["code"]
         ticks = found["ticks"] if markup.code[0] == "`" else ""
@@ -2211,7 +2213,7 @@ def _within(pair: tuple[str, str], text: str) -> str:
 
 
 def split_markdown(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Return Markdown in parts that each fit; a fence that is cut is closed and opened again."""
+    """Return Markdown in parts that each fit. A fence is closed at a cut and reopened after it."""
     parts, rest = [], text.strip("\n")
     while rest and not fits(rest):
         head, rest = _cut(rest, fits)
@@ -2220,14 +2222,14 @@ def split_markdown(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
-    """Return the first part of a text that is too long, and what is left, which is shorter."""
+    """Return the first part of a text that is too long, and the rest, which is always shorter."""
     longest = _longest_start(text, fits)
     end = _best_cut(text, longest)
     while end > 1 and not fits(_closed(text[:end])):
         end = _best_cut(text, end // 2)
     end = _before_marks(text, end)
     if len(_opener(text[:end])) >= end:
-        # A part with nothing but the line that the next one begins with anew would never end.
+        # A part that is only the opening line, which the next part repeats, would never end.
         end = longest
     head, tail, opener = text[:end], text[end:], _opener(text[:end])
     if not opener:
@@ -2236,7 +2238,7 @@ def _cut(text: str, fits: Callable[[str], bool]) -> tuple[str, str]:
 
 
 def _longest_start(text: str, fits: Callable[[str], bool]) -> int:
-    """Return how many characters fit at most, and at least one."""
+    """Return the largest number of leading characters that fit, at least 1."""
     low, high = 1, 256
     while high < len(text) and fits(_closed(text[:high])):
         low, high = high, 2 * high
@@ -2248,7 +2250,7 @@ def _longest_start(text: str, fits: Callable[[str], bool]) -> int:
 
 
 def _before_marks(text: str, end: int) -> int:
-    """Return a place for a cut that parts no mark from its letter, unless it has too many."""
+    """Return a place for a cut that does not separate a combining mark from its letter."""
     for place in range(end, max(0, end - _MAX_MARKS), -1):
         follows = text[place:place + 1]
         if not follows or not (unicodedata.combining(follows) or follows in "\u200d\ufe0f"):
@@ -2268,7 +2270,7 @@ def _best_cut(text: str, end: int) -> int:
 
 
 def _before_link(text: str, place: int) -> int:
-    """Return a place, or the start of the link or the like that would be torn there."""
+    """Return a place, or the start of the link or other element that a cut there would split."""
     line_start = text.rfind("\n", 0, place) + 1
     return next((
         found.start() for found in _INLINE.finditer(text, line_start, min(len(text), place + 500))
@@ -2276,7 +2278,7 @@ def _before_link(text: str, place: int) -> int:
 
 
 def _open_fence(text: str) -> Optional[tuple[str, str]]:
-    """Return the fence that is open at the end of a text, and its first line."""
+    """Return the fence that is still open at the end of a text, and its opening line."""
     opener: Optional[tuple[str, str]] = None
     for found in _FENCE.finditer(text):
         if opener is None:
@@ -2287,8 +2289,7 @@ def _open_fence(text: str) -> Optional[tuple[str, str]]:
 
 
 def _opener(text: str) -> str:
-    """Return the line that opens the fence again that is open at the end of a text; empty without
-    one."""
+    """Return the line that reopens the fence left open at the end of a text; empty without one."""
     opener = _open_fence(text)
     if opener is None:
         return ""
@@ -2303,25 +2304,25 @@ def _closed(text: str) -> str:
 
 # ==== 10. Opcode gateway =====================================================
 # Discord and QQ push events over a WebSocket as {"op", "d", "s", "t"}; `s` numbers the events of a
-# session. A connection that broke is followed by one that resumes the session after the last event
-# that is safe here, and the platform sends again what came after it. One `run` is one connection.
+# session. After a break, a new connection resumes the session after the last saved event, and the
+# platform sends the later events again. One `run` is one connection.
 # https://discord.com/developers/docs/events/gateway, https://bot.q.qq.com/wiki/develop/api-v2/
 
 _DISPATCH, _HEARTBEAT, _IDENTIFY, _RESUME, _RECONNECT = 0, 1, 2, 6, 7
 _INVALID_SESSION, _HELLO, _HEARTBEAT_ACK = 9, 10, 11
-#: How long the first frame may take, and then the first event.
+#: The time limits for the first frame, and then for the first event.
 _HELLO_S, _READY_S = 15.0, 30.0
-#: Closes a connection and leaves its session open; 1000 and 1001 would end both.
+#: Closes the connection but keeps its session; 1000 and 1001 would end the session too.
 _CLOSE_TO_RESUME = 4000
-#: The pause before a new session, and the one when connections are cut as soon as they are made.
+#: The pause before a new session, and the pause after several connections that broke at once.
 _NEW_SESSION_S, _CUT_PAUSE_S = 3.0, 60.0
 _CUT_WITHIN_S, _MAX_CUTS = 5.0, 3
 
 
 class Ending(NamedTuple):
-    """What follows the end of a connection. By default its session is resumed at once."""
+    """What to do after the end of a connection. By default, resume its session at once."""
 
-    #: What is wrong, and what the owner has to do first; empty if nothing.
+    #: What is wrong, and what the owner has to do before a retry; empty if nothing.
     why: str = ""
     fix: str = ""
     is_session_over: bool = False
@@ -2333,33 +2334,32 @@ _TOO_FAST = Ending(after_s=60.0)
 
 
 class OpcodeChannel(Channel):
-    """A channel that receives by such a gateway. The state of its account is the session:
+    """A channel that receives through an opcode gateway. The state of its account is the session:
     {"session_id", "seq", "url", "bot_id"}, {} without one."""
 
-    #: What follows each code that a connection is closed or a call is refused with, if it is not
-    #: to try again.
+    #: What to do after a close code or a call's error code. Other codes: try again.
     endings: ClassVar[Mapping[int, Ending]] = {}
-    #: Added to the address of the gateway.
+    #: The query string for the gateway's URL.
     query: ClassVar[str] = ""
 
     def __init__(
         self, tools: Tools, http: Http, root: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`root` is the address of the platform's API."""
+        """`root` is the URL of the platform's API."""
         super().__init__(tools, http)
         self._root, self._clock = root, clock
         self._session: Json = {}
-        #: When the connection was begun, and how many in a row ended as soon as they were made.
+        #: When the connection began, and how many connections in a row ended at once.
         self._began_s, self._cuts = 0.0, 0
-        #: How often to send a heartbeat, when the next one is due, and whether the last was heard.
+        #: The heartbeat's interval, when the next is due, and whether the last was acknowledged.
         self._beat_every_s, self._beat_s, self._is_beat_heard = 0.0, math.inf, True
-        #: Until when the connection has to come to its first event.
+        #: The deadline for the connection's first event.
         self._ready_by_s = math.inf
 
-    # -- what a platform adds ---------------------------------------------------------------------
+    # -- what a subclass provides -----------------------------------------------------------------
 
     def token(self) -> str:
-        """Return the token of the bot as the gateway takes it. Raises Fatal, Retry."""
+        """Return the bot's token in the gateway's format. Raises Fatal, Retry."""
         raise NotImplementedError
 
     def headers(self) -> Mapping[str, str]:
@@ -2367,19 +2367,19 @@ class OpcodeChannel(Channel):
         return {"Authorization": self.token()}
 
     def gateway_url(self) -> str:
-        """Return where a new session begins. Raises Fatal, Retry."""
+        """Return the gateway's URL for a new session. Raises Fatal, Retry."""
         raise NotImplementedError
 
     def identity(self) -> Json:
-        """Return what begins a session, besides the token."""
+        """Return the content of an Identify frame, except the token."""
         raise NotImplementedError
 
     def message(self, event: str, data: Json) -> Optional[Message]:
-        """Return the message in an event, None for what is no message of a person."""
+        """Return the message in an event, None if it is not a person's message."""
         raise NotImplementedError
 
     def disconnected(self) -> None:
-        """Forget what may be the reason for the end of a connection."""
+        """Drop cached values, such as a token, that may have caused the end of a connection."""
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -2391,7 +2391,7 @@ class OpcodeChannel(Channel):
             raise Retry(str(problem)) from None
 
     def ask(self, path: str) -> Json:
-        """Return what the platform tells the bot of itself. Raises Fatal, Retry."""
+        """Return the answer to a GET about the bot itself. Raises Fatal, Retry."""
         answer = self.call("GET", path)
         if answer.status != 200:
             usual = Ending(after_s=answer.retry_after_s)
@@ -2415,7 +2415,7 @@ class OpcodeChannel(Channel):
         try:
             connection = WebSocket.connect(self.http.connector, url.rstrip("/") + self.query)
         except NetworkFailed as problem:
-            # The address that was given for the session may be gone; the session need not be.
+            # The session's URL may be stale while the session itself is still valid.
             self._session = {**self._session, "url": ""}
             self._keep()
             raise Retry(str(problem)) from None
@@ -2430,13 +2430,14 @@ class OpcodeChannel(Channel):
             self._keep()
 
     def _keep(self) -> None:
-        """Keep the session; what came since then comes again if that fails."""
+        """Save the session. If that fails, the events since the last save come again."""
         with contextlib.suppress(OSError):
             if self._session != self.tools.state():
                 self.tools.accept(None, self._session)
 
     def _end(self, why: str, ending: Ending) -> NoReturn:
-        """Raise what follows the end of a connection; a session of which nothing comes is over."""
+        """Raise Fatal or Retry after the end of a connection. Give the session up if connections
+        keep breaking at once."""
         self.disconnected()
         if ending.fix:
             raise Fatal(ending.why, ending.fix)
@@ -2446,13 +2447,13 @@ class OpcodeChannel(Channel):
         raise Retry(why, _CUT_PAUSE_S if self._cuts >= _MAX_CUTS else ending.after_s)
 
     def _serve(self, connection: WebSocket) -> None:
-        """Take frames, and send heartbeats. Raises Fatal, Retry, WebSocketClosed."""
+        """Receive frames, and send heartbeats. Raises Fatal, Retry, WebSocketClosed."""
         self._beat_s, self._is_beat_heard = math.inf, True
         self._ready_by_s = self._clock() + _HELLO_S
         while True:
             now_s = self._clock()
             if now_s >= self._ready_by_s:
-                self._end("no word from the gateway", Ending())
+                self._end("the gateway sent nothing", Ending())
             if now_s >= self._beat_s:
                 if not self._is_beat_heard:
                     self._end("no answer to the heartbeat", Ending())
@@ -2473,7 +2474,7 @@ class OpcodeChannel(Channel):
         elif op == _HEARTBEAT_ACK:
             self._is_beat_heard = True
         elif op == _RECONNECT:
-            self._end("the platform wants another connection", Ending())
+            self._end("the platform asks for a new connection", Ending())
         elif op == _INVALID_SESSION:
             is_over = frame.get("d") is not True
             self._end("the session is not valid", _NEW_SESSION._replace(is_session_over=is_over))
@@ -2485,9 +2486,9 @@ class OpcodeChannel(Channel):
         try:
             self._beat_every_s = max(1.0, float(frame["d"]["heartbeat_interval"]) / 1000)
         except (KeyError, TypeError, ValueError):
-            self._end("a greeting was not understood", Ending())
+            self._end("invalid Hello frame", Ending())
         now_s = self._clock()
-        # Not all clients at once, after the platform has cut all of them off.
+        # A random first delay, so that clients do not all send at once after an outage.
         self._beat_s = now_s + self._beat_every_s * secrets.randbelow(1000) / 1000
         self._ready_by_s = now_s + _READY_S
         found = {name: self._session.get(name) for name in ("session_id", "seq")}
@@ -2499,7 +2500,7 @@ class OpcodeChannel(Channel):
         self._is_beat_heard, self._beat_s = False, self._clock() + self._beat_every_s
 
     def _dispatch(self, frame: Json) -> None:
-        """Take an event: hand over its message, and count it. Raises OSError."""
+        """Handle an event: save its message and its number. Raises OSError."""
         event, seq = str(frame.get("t")), frame.get("s")
         data = frame["d"] if isinstance(frame.get("d"), dict) else {}
         session = {**self._session, "seq": seq} if isinstance(seq, int) else self._session
@@ -2511,25 +2512,25 @@ class OpcodeChannel(Channel):
         message = self.understood(self.message, event, data)
         if message is not None or event == "READY":
             self.tools.accept(message, session)
-        # Not before it is safe: an event that failed is asked for again.
+        # Only after the event is saved: a failed event must be requested again.
         self._session, self._ready_by_s = session, math.inf
 
 
 def code_of(answer: HttpAnswer) -> int:
-    """Return the platform's code of a refusal, else its status; 0 if it is not the platform's but
-    comes from something before it."""
+    """Return the platform's error code, else the HTTP status; 0 for an answer that does not come
+    from the platform but from a proxy or the like."""
     content = answer.json()
     code = content.get("err_code") or content.get("code")
     return code if code and isinstance(code, int) else answer.status if content else 0
 
 
 def size_of(value: object) -> int:
-    """Return the size of a file as a platform tells it, 0 if it tells none."""
+    """Return the size of a file from a platform's field, 0 if it is missing."""
     return value if isinstance(value, int) else 0
 
 
 def linked_file(found: Json) -> Attachment:
-    """Return a file that a message names, with its address, which may lack its first word."""
+    """Return the attachment for a file of a message; its URL may lack the scheme."""
     mime, url = str(found.get("content_type") or "").partition(";")[0], str(found.get("url") or "")
     url = url if "://" in url else f"https://{url.lstrip('/')}"
     return Attachment("image" if mime.startswith("image/") else "file",
@@ -2538,25 +2539,25 @@ def linked_file(found: Json) -> Attachment:
 
 
 # ==== 11. Telegram ===========================================================
-# The Bot API by long polls. The next offset is the acknowledgement of everything before it, so it
-# is asked for only after the messages before it are safe. https://core.telegram.org/bots/api
+# The Bot API by long polls. A poll's offset acknowledges all earlier updates, so it is advanced
+# only after the earlier messages are saved. https://core.telegram.org/bots/api
 
-#: How long the server holds a poll; the connection may be silent for a little longer.
+#: How long the server holds a poll, and how much longer the connection may be silent.
 _TELEGRAM_HOLD_S = 30
 _TELEGRAM_SLACK_S = 15
-#: How long the parts of an album may be apart.
+#: The maximum time between the messages of an album.
 _TELEGRAM_ALBUM_S = 0.5
 _TELEGRAM_COMMANDS = (
     ("new", "begin a new conversation"), ("stop", "stop the answer"),
-    ("model", "show or choose the model"), ("more", "the rest of the last answer"),
-    ("status", "show how things are"), ("help", "show what can be said"),
+    ("model", "show or choose the model"), ("more", "send the rest of the last answer"),
+    ("status", "show the status"), ("help", "show the commands"),
 )
-#: Texts in the description of a refusal, and the kind of failure that each one is.
+#: Texts in the description of an error, and the kind of SendFailed for each.
 _TELEGRAM_REFUSALS = (
     ("can't parse entities", "plain"), ("bot was blocked", "never"), ("chat not found", "never"),
     ("user is deactivated", "never"), ("bot was kicked", "never"), ("not enough rights", "never"),
 )
-#: What a person can send besides texts and files: it is named.
+#: Content that is neither text nor a file: the agent gets its name.
 _TELEGRAM_NAMED = ("sticker", "video_note", "location", "contact", "poll", "dice", "story")
 _TELEGRAM_MISSING = ("message to be replied not found", "message thread not found")
 
@@ -2573,7 +2574,7 @@ def _telegram_link(label: str, url: str) -> str:
     return f'<a href="{address}">{label or url}</a>' if is_link else f"{label} ({url})"
 
 
-#: The HTML that Telegram takes.
+#: The HTML that Telegram accepts.
 TELEGRAM_HTML = Markup(
     escape=lambda text: html.escape(text, quote=False),
     bold=("<b>", "</b>"), italic=("<i>", "</i>"), strike=("<s>", "</s>"),
@@ -2585,7 +2586,7 @@ TELEGRAM_HTML = Markup(
 
 
 class TelegramRefused(Exception):
-    """The Bot API refused a call."""
+    """The Bot API answered a call with an error."""
 
     def __init__(self, answer: HttpAnswer) -> None:
         content = answer.json()
@@ -2614,7 +2615,7 @@ class Telegram(Channel):
                                 on_open=on_open)
         content = answer.json()
         if "ok" not in content:
-            # It comes from something before the platform.
+            # The answer comes from a proxy or the like, not from Telegram.
             raise NetworkFailed(f"status {answer.status}")
         if not content["ok"]:
             raise TelegramRefused(answer)
@@ -2622,19 +2623,19 @@ class Telegram(Channel):
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        """Turn what calls raise into what the account does then. Raises Fatal, Retry."""
+        """Turn the errors of calls into Fatal or Retry."""
         try:
             yield
         except NetworkFailed as problem:
             raise Retry(str(problem)) from None
         except TelegramRefused as refused:
             if refused.code in (401, 404):
-                raise Fatal("the token is refused", "take a new one from @BotFather") from None
+                raise Fatal("the token is refused", "get a new one from @BotFather") from None
             if refused.code == 409:
-                self.tools.note("somebody else polls this bot, or it has a webhook")
+                self.tools.note("another program polls this bot, or it has a webhook")
                 with contextlib.suppress(NetworkFailed, TelegramRefused):
                     self._call("deleteWebhook", {"drop_pending_updates": False})
-                raise Retry("somebody else polls this bot", 5.0) from None
+                raise Retry("another program polls this bot", 5.0) from None
             raise Retry(str(refused), refused.wait_s if refused.code == 429 else 0.0) from None
 
     def probe(self) -> str:
@@ -2642,7 +2643,7 @@ class Telegram(Channel):
         with self._failures():
             self._bot = self._call("getMe", {})
         if not isinstance(self._bot, dict):
-            raise Retry("no answer of the Bot API")
+            raise Retry("no answer from the Bot API")
         return f"@{self._bot.get('username', '?')}"
 
     # -- receiving ------------------------------------------------------------------------------
@@ -2652,7 +2653,7 @@ class Telegram(Channel):
         self.probe()
         self.tools.note_frame()
         hint, state, bot_id = "", self.tools.state(), self._bot.get("id")
-        # An offset belongs to one bot: the numbers of another one may be smaller.
+        # An offset is valid for one bot only: another bot's numbers may be smaller.
         if state.get("bot_id") != bot_id:
             state = {"bot_id": bot_id, "offset": 0}
         commands = [{"command": name, "description": about} for name, about in _TELEGRAM_COMMANDS]
@@ -2660,19 +2661,19 @@ class Telegram(Channel):
             self._call("setMyCommands", {"commands": commands})
         if not (self.tools.settings["requireMention"]
                 or self._bot.get("can_read_all_group_messages")):
-            hint = ("in groups Telegram shows it only mentions and commands: switch privacy mode "
+            hint = ("in groups Telegram sends it only mentions and commands: switch privacy mode "
                     "off at @BotFather, or leave requireMention on")
         self.tools.note(hint)
         while not self.tools.stop.is_set():
             with self._failures():
                 began_s = time.monotonic()
                 updates = self._poll(state["offset"], _TELEGRAM_HOLD_S)
-                # Nobody else polls the bot any more.
+                # The poll worked, so no other program polls the bot now.
                 self.tools.note(hint)
                 if updates:
                     state = self._take(updates, state)
                 else:
-                    rest_if_hurried(self.tools.stop, began_s)
+                    pause_after_instant_poll(self.tools.stop, began_s)
 
     def _poll(self, offset: int, hold_s: int) -> list[Json]:
         """Return the updates from `offset` on; empty if none came in time, or at the end."""
@@ -2685,15 +2686,15 @@ class Telegram(Channel):
                 return []
             raise
         self.tools.note_frame()
-        # What has no number can neither be answered nor acknowledged.
+        # An update without a number can be neither answered nor acknowledged.
         return [each for each in found if isinstance(each, dict)
                 and isinstance(each.get("update_id"), int)] if isinstance(found, list) else []
 
     def _take(self, updates: list[Json], state: Json) -> Json:
-        """Hand the messages of updates over and return the state after them."""
+        """Save the messages of updates and return the state after them."""
         if updates and _album_of(updates[-1]):
-            # The rest of an album may still be on its way. Asked from the same offset, because a
-            # larger one would acknowledge messages that are not safe yet.
+            # The rest of an album may still be on its way. Poll from the same offset, because a
+            # larger one would acknowledge messages that are not saved yet.
             self.tools.stop.wait(_TELEGRAM_ALBUM_S)
             updates = self._poll(state["offset"], 0) or updates
         for _, group in itertools.groupby(
@@ -2704,8 +2705,8 @@ class Telegram(Channel):
         return state
 
     def _message(self, album: list[Json]) -> Optional[Message]:
-        """Return the message of an update, or of the updates of an album; None for what is no
-        message of a person."""
+        """Return the message of an update, or of the updates of an album; None if it is not a
+        person's message."""
         each = [update.get("message") or {} for update in album]
         message = next((one for one in each if one.get("text") or one.get("caption")), each[0])
         sender, chat = message.get("from") or {}, message.get("chat") or {}
@@ -2731,7 +2732,7 @@ class Telegram(Channel):
         )
 
     def _without_mention(self, message: Json) -> tuple[str, bool]:
-        """Return the text without the bot's own name, and whether the message is for the bot."""
+        """Return the text without the mention of the bot, and whether the bot was addressed."""
         text = str(message.get("text") or message.get("caption") or "")
         entities = message.get("entities") or message.get("caption_entities") or []
         name, bot_id = f"@{self._bot.get('username', '')}".lower(), self._bot.get("id")
@@ -2785,34 +2786,35 @@ class Telegram(Channel):
         return {**self._place(route), "text": self.render(part.text), "parse_mode": "HTML"}
 
     def _deliver(self, method: str, body: Json) -> Any:
-        """Return the result of a method that a chat sees, called in another form if that helps.
-        Raises SendFailed."""
+        """Return the result of a method on a chat; retry with the new chat id or without a lost
+        reply or topic. Raises SendFailed."""
         try:
             with sending():
                 return self._call(method, body)
         except TelegramRefused as problem:
-            refused, told = problem, str(problem).lower()
-        if "message is not modified" in told:
+            refused, reason = problem, str(problem).lower()
+        if "message is not modified" in reason:
             return None
         if "migrate_to_chat_id" in refused.parameters:
             moved = {**body, "chat_id": refused.parameters["migrate_to_chat_id"]}
             return self._deliver(method, moved)
         optional = {"reply_parameters", "message_thread_id"}
-        if any(each in told for each in _TELEGRAM_MISSING) and optional & set(body):
+        if any(each in reason for each in _TELEGRAM_MISSING) and optional & set(body):
             bare = {key: value for key, value in body.items() if key not in optional}
             return self._deliver(method, bare)
         if refused.code == 429:
             raise SendFailed("wait", str(refused), refused.wait_s)
         is_later = refused.code >= 500 or refused.code in (401, 404)
-        raise SendFailed(next((kind for words, kind in _TELEGRAM_REFUSALS if words in told),
+        raise SendFailed(next((kind for words, kind in _TELEGRAM_REFUSALS if words in reason),
                               "later" if is_later else "never"), str(refused))
 
     def render(self, markdown: str) -> str:
-        """Return the text as the HTML that Telegram takes."""
+        """Return the text as the HTML that Telegram accepts."""
         return render(markdown, TELEGRAM_HTML)
 
     def length(self, rendered: str) -> int:
-        """Return the length in UTF-16 units. Telegram counts without tags; this is never less."""
+        """Return the length in UTF-16 units, with tags. Telegram does not count tags, so this is
+        never too small."""
         return len(rendered.encode("utf-16-le")) // 2
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
@@ -2833,8 +2835,8 @@ def _album_of(update: Json) -> str:
 
 
 def _telegram_name(message: Json) -> str:
-    """Return what a message is that has neither a text nor a file; empty for what is no message of
-    a person, such as that somebody has joined."""
+    """Return a description such as "[sticker]" of a message without text and file; empty for a
+    service message, such as that a person has joined."""
     kind = next((each for each in _TELEGRAM_NAMED if message.get(each)), "")
     emoji = message[kind].get("emoji", "") if kind == "sticker" else ""
     return f"[{kind.replace('_', ' ')} {emoji}".strip() + "]" if kind else ""
@@ -2864,29 +2866,29 @@ Telegram.row = Row(
 
 
 # ==== 12. Discord ============================================================
-# Events by the opcode gateway, everything else by REST. https://discord.com/developers/docs
+# Events through the opcode gateway, everything else by REST. https://discord.com/developers/docs
 
 _DISCORD_API = "https://discord.com/api/v10"
-#: Guilds, messages in them, direct messages, and what messages say.
+#: Intents: guilds, guild messages, direct messages, message content.
 _DISCORD_INTENTS = 1 | 1 << 9 | 1 << 12 | 1 << 15
-_DISCORD_TOKEN = Ending("the token is refused", "take a new one at discord.com/developers/"
+_DISCORD_TOKEN = Ending("the token is refused", "get a new one at discord.com/developers/"
                         "applications: Bot, Reset Token")
 _DISCORD_CLIENT = Ending("the gateway refuses this program", "use a newer version of it")
-#: Types of messages that people write: a plain one, and a reply.
+#: Types of messages that people write: default, and reply.
 _DISCORD_TYPES = (0, 19)
-#: Types of channels that are threads, and of how many channels is known what they are in.
+#: The channel types of threads, and the size of the cache of threads' parents.
 _DISCORD_THREADS, _DISCORD_MAX_PARENTS = (10, 11, 12), 1000
 _DISCORD_MENTION = re.compile(r"<@!?(\d+)>")
 #: Suppresses the previews of links.
 _DISCORD_NO_EMBEDS = 4
-#: An error's code: the bot may not quote, because it may not read the history of the channel.
+#: Error code: the bot may not reply, because it lacks Read Message History in the channel.
 _DISCORD_NO_QUOTE = 160_002
-#: How many new sessions of a day are left for other programs of the bot.
-_DISCORD_SPARED_SESSIONS = 10
-#: The pause after a 429 that did not come from Discord itself, but from the network before it.
+#: How many of a day's new sessions are left for other programs of the same bot.
+_DISCORD_RESERVED_SESSIONS = 10
+#: The pause after a 429 from Cloudflare in front of Discord, which means a ban of the address.
 _DISCORD_BANNED_S = 600.0
 
-#: The Markdown that Discord shows: three levels of headings, and links whose label is no link.
+#: Discord's Markdown: three levels of headings; a link's label may not be a URL.
 DISCORD_MARKDOWN = Markup(
     heading=lambda level, text: f"{'#' * level} {text}" if level <= 3 else f"**{text}**",
     link=lambda label, url: url if label in ("", url) else f"[{label}]({url})",
@@ -2894,7 +2896,7 @@ DISCORD_MARKDOWN = Markup(
 
 
 class DiscordLimits:
-    """Until when the platform takes no more calls, by route; the route "" is all of them.
+    """Until when calls are rate-limited, by route; the route "" stands for all.
     https://discord.com/developers/docs/topics/rate-limits"""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -2904,14 +2906,14 @@ class DiscordLimits:
         self._until_s: dict[str, float] = {}
 
     def check(self, route: str) -> None:
-        """Raise SendFailed if a call would come too early."""
+        """Raise SendFailed if a call is not allowed yet."""
         with self._lock:
             until_s = max(self._until_s.get(route, 0.0), self._until_s.get("", 0.0))
         if until_s > self._clock():
-            raise SendFailed("wait", "as many calls as are allowed", until_s - self._clock())
+            raise SendFailed("wait", "rate limit reached", until_s - self._clock())
 
     def note(self, route: str, answer: HttpAnswer) -> None:
-        """Take in what an answer tells of the limits. Raises SendFailed if the call was over."""
+        """Record the rate limits of an answer. Raises SendFailed if the call was over a limit."""
         is_over = answer.status == 429
         if not is_over and answer.headers.get("x-ratelimit-remaining") != "0":
             return
@@ -2926,7 +2928,7 @@ class DiscordLimits:
             self._until_s = {each: s for each, s in self._until_s.items() if s > now_s}
             self._until_s["" if is_of_all else route] = now_s + wait_s
         if is_over:
-            raise SendFailed("wait", "too many calls", wait_s)
+            raise SendFailed("wait", "rate limit exceeded", wait_s)
 
 
 class Discord(OpcodeChannel):
@@ -2937,7 +2939,7 @@ class Discord(OpcodeChannel):
         **dict.fromkeys((401, 4004), _DISCORD_TOKEN), 4008: _TOO_FAST,
         **dict.fromkeys((4003, 4007, 4009), _NEW_SESSION),
         **dict.fromkeys((4010, 4011, 4012, 4013), _DISCORD_CLIENT),
-        4014: Ending("the bot may not read what messages say", "switch Message Content Intent on "
+        4014: Ending("the bot may not read message content", "switch Message Content Intent on "
                      "at discord.com/developers/applications: Bot, Privileged Gateway Intents"),
     }
 
@@ -2946,16 +2948,17 @@ class Discord(OpcodeChannel):
     ) -> None:
         super().__init__(tools, http, tools.settings.get("apiRoot") or _DISCORD_API, clock)
         self._limits = DiscordLimits(clock)
-        #: The channel that each thread is in, or itself for a channel.
+        #: The parent channel of each thread; a channel is its own parent.
         self._parents: dict[str, str] = {}
 
     # -- receiving ------------------------------------------------------------------------------
 
     def gateway_url(self) -> str:
-        """Return where a new session begins, unless too many did today. Raises Fatal, Retry."""
+        """Return the gateway's URL for a new session. Raises Retry if the day's sessions are used
+        up, Fatal."""
         found = self.ask("/gateway/bot")
         limit = found.get("session_start_limit") or {}
-        if limit.get("remaining", _DISCORD_SPARED_SESSIONS) < _DISCORD_SPARED_SESSIONS:
+        if limit.get("remaining", _DISCORD_RESERVED_SESSIONS) < _DISCORD_RESERVED_SESSIONS:
             raise Retry("too many sessions today", limit.get("reset_after", 0) / 1000)
         return str(found.get("url") or "")
 
@@ -2964,24 +2967,24 @@ class Discord(OpcodeChannel):
         return str(self.tools.settings["token"])
 
     def headers(self) -> Mapping[str, str]:
-        """Return the headers of each call; without a form of its own the second is refused."""
+        """Return the headers of each call. Discord requires this format of User-Agent."""
         return {"Authorization": f"Bot {self.token()}",
                 "User-Agent": f"DiscordBot (https://localhost/ocp, {VERSION})"}
 
     def identity(self) -> Json:
-        """Return which events are wanted, and from what."""
+        """Return the intents, and what this client is."""
         properties = {"os": sys.platform, "browser": "ocp", "device": "ocp"}
         return {"intents": _DISCORD_INTENTS, "properties": properties}
 
     def message(self, event: str, data: Json) -> Optional[Message]:
-        """Return the message in an event, None for what is no message of a person."""
+        """Return the message in an event, None if it is not a person's message."""
         author = data.get("author") or {}
         is_other = author.get("bot") or data.get("webhook_id") or (
             data.get("type") not in _DISCORD_TYPES)
         if event != "MESSAGE_CREATE" or is_other:
             return None
         text, is_mentioned = self._without_mention(data)
-        # What is forwarded stands in the message as it was.
+        # A forwarded message is included as a snapshot.
         bodies = [data, *(each["message"] for each in data.get("message_snapshots") or [])]
         attachments = tuple(map(linked_file, (
             file for body in bodies for file in body.get("attachments") or [])))
@@ -3003,8 +3006,8 @@ class Discord(OpcodeChannel):
         )
 
     def _channel_of(self, guild: str, place: str) -> str:
-        """Return the channel that the settings know: a thread belongs to the one that it is in.
-        Raises Fatal, Retry."""
+        """Return the channel for the access rules: a thread counts as its parent channel. Raises
+        Fatal, Retry."""
         guilds = self.tools.settings.get("guilds") or {}
         listed = guilds.get(guild, guilds.get("*"))
         listed = listed.get("channels") if isinstance(listed, dict) else None
@@ -3013,7 +3016,7 @@ class Discord(OpcodeChannel):
         if place not in self._parents:
             answer = self.call("GET", f"/channels/{place}")
             if answer.status == 429 or answer.status >= 500:
-                # The event is not safe yet, so it comes again.
+                # The event is not saved yet, so it comes again.
                 raise Retry(f"status {answer.status}", answer.retry_after_s)
             found = answer.json()
             is_thread = found.get("type") in _DISCORD_THREADS and found.get("parent_id")
@@ -3023,7 +3026,7 @@ class Discord(OpcodeChannel):
         return self._parents[place]
 
     def _without_mention(self, data: Json) -> tuple[str, bool]:
-        """Return the text without the bot's own name, and whether the message is for the bot."""
+        """Return the text without the mention of the bot, and whether the bot was addressed."""
         own = self._session.get("bot_id")
         names = {str(each["id"]): each.get("global_name") or each.get("username")
                  for each in data.get("mentions") or []}
@@ -3039,7 +3042,7 @@ class Discord(OpcodeChannel):
 
     def send(self, route: Json, part: Part) -> str:
         """Send a part and return the id of its message. Raises SendFailed."""
-        # A call that is made again with the same nonce returns the message of the first one.
+        # A repeated call with the same nonce returns the first call's message.
         body: Json = {**self._content(part), "nonce": part.nonce[:25], "enforce_nonce": True}
         if self.tools.settings.get("suppressEmbeds") is not False:
             body["flags"] = _DISCORD_NO_EMBEDS
@@ -3059,12 +3062,12 @@ class Discord(OpcodeChannel):
             self._deliver("POST", route, "typing", {})
 
     def _content(self, part: Part) -> Json:
-        """Return the text of a part, which rings for nobody whatever it says."""
+        """Return the body for a part's text, with all mentions silenced."""
         text = render(part.text, PLAIN) if part.is_plain else self.render(part.text)
         return {"content": text, "allowed_mentions": {"parse": [], "replied_user": False}}
 
     def _deliver(self, method: str, route: Json, what: str, body: Json) -> Json:
-        """Return the answer to a call that a chat sees. Raises SendFailed."""
+        """Return the answer to a call on a chat. Raises SendFailed."""
         path = f"/channels/{route['channel_id']}/{what}"
         limit = f"{method} {route['channel_id']} {what.partition('/')[0]}"
         self._limits.check(limit)
@@ -3076,12 +3079,12 @@ class Discord(OpcodeChannel):
         if code_of(answer) == _DISCORD_NO_QUOTE and "message_reference" in body:
             bare = {name: value for name, value in body.items() if name != "message_reference"}
             return self._deliver(method, route, what, bare)
-        # That the token is refused is for the receiver to find out.
+        # A refused token is reported by the thread that receives.
         kind = "later" if answer.status >= 500 or answer.status == 401 else "never"
         raise SendFailed(kind, str(answer.json().get("message") or f"status {answer.status}"))
 
     def render(self, markdown: str) -> str:
-        """Return the text as the Markdown that Discord shows."""
+        """Return the text as Discord's Markdown."""
         return render(markdown, DISCORD_MARKDOWN)
 
 
@@ -3099,23 +3102,23 @@ Discord.row = Row(
 
 
 # ==== 13. QQ =================================================================
-# The official bot API: events by the opcode gateway, answers by REST. An answer is taken only as a
-# reply to a message, five times and for some time: https://bot.q.qq.com/wiki/develop/api-v2/
+# The official bot API: events through the opcode gateway, answers by REST. An answer has to be a
+# reply to a message: at most five, within a time limit. https://bot.q.qq.com/wiki/develop/api-v2/
 
 _QQ_API, _QQ_TOKENS = "https://api.sgroup.qq.com", "https://bots.qq.com/app/getAppAccessToken"
-#: People and groups; guilds, and people in guilds.
+#: Intents: direct chats and groups; guild mentions, and direct messages in guilds.
 _QQ_INTENTS, _QQ_GUILD_INTENTS = 1 << 25, 1 << 30 | 1 << 12
-#: Codes in the place of a token: it is asked for too often, and the credentials do not fit.
+#: Error codes of the token request: too many requests, and wrong credentials.
 _QQ_TOKEN_LATER, _QQ_TOKEN_WRONG = 100_001, 100_016
-#: The pause when the platform is asked too often.
+#: The pause after too many requests.
 _QQ_WAIT_S = 60.0
-#: What follows each code of a refused message. "done" is the same one again, "link" an address in
-#: it; the others are kinds of SendFailed.
+#: What to do after each error code of a message. "done": it was sent already; "link": it contains
+#: a URL; the others are kinds of SendFailed.
 _QQ_REFUSALS = {
     22_009: "held", 40_034_024: "held", 40_034_025: "held", 40_034_102: "held",
     40_034_012: "plain", 304_041: "plain", 40_054_005: "done", 40_054_010: "link", 304_003: "link",
 }
-#: Types of messages: that are sent as text, as Markdown, as "typing"; that quote another one.
+#: Message types: text, Markdown, "typing"; and a received message that quotes another one.
 _QQ_TEXT, _QQ_MARKED, _QQ_TYPING, _QQ_QUOTING = 0, 2, 6, 103
 _QQ_MENTION = re.compile(r"<@!?([\w-]+)>")
 _QQ_FACE = re.compile(r'<faceType=[^>]*?ext="([^">]*)"[^>]*>')
@@ -3124,13 +3127,13 @@ _QQ_MARKDOWN = Markup(link=lambda label, url: f"[{label or url}]({url})")
 
 
 class QQPlace(NamedTuple):
-    """Where the messages of an event come from, and where their answers go."""
+    """The chat that an event's messages come from, and the path for their answers."""
 
     kind: str
-    #: The field with the id of the chat, in the event or its author.
+    #: The field that holds the chat's id, in the event or in its author.
     chat: str
     path: str
-    #: Whether the event itself says that the message is for the bot.
+    #: Whether this kind of event is always a mention of the bot.
     is_mention: bool = False
 
 
@@ -3144,7 +3147,7 @@ _QQ_PLACES = {
 
 
 class QQLinkRefused(SendFailed):
-    """A message was refused because of an address of the web in it."""
+    """A message was refused because it contains a URL."""
 
 
 class QQ(OpcodeChannel):
@@ -3152,9 +3155,9 @@ class QQ(OpcodeChannel):
 
     endings = {
         **dict.fromkeys((4006, 4007, *range(4900, 4914)), _NEW_SESSION), 4008: _TOO_FAST,
-        11_298: Ending("this machine's public address is not on the bot's list",
+        11_298: Ending("this machine's public address is not on the bot's IP white list",
                        "add it at q.qq.com: Development, IP white list"),
-        4014: Ending("the bot may not hear of guilds", "take guilds out of its settings"),
+        4014: Ending("the bot may not receive guild events", "remove guilds from its settings"),
         4914: Ending("the bot is offline, or only in the sandbox", "publish it at q.qq.com, or set "
                      "apiRoot to https://sandbox.api.sgroup.qq.com"),
         4915: Ending("the bot is banned", "see its page at q.qq.com"),
@@ -3171,41 +3174,41 @@ class QQ(OpcodeChannel):
     # -- the token --------------------------------------------------------------------------------
 
     def token(self) -> str:
-        """Return the bot's token of these hours. Raises Fatal, Retry."""
+        """Return the bot's current token. Raises Fatal, Retry."""
         return f"QQBot {self._token.get()}"
 
     def _new_token(self) -> tuple[object, object]:
-        """Return a token, and its seconds. Raises Fatal, Retry."""
+        """Return a new token, and its lifetime in seconds. Raises Fatal, Retry."""
         settings = self.tools.settings
         body = {"appId": settings["appId"], "clientSecret": settings["clientSecret"]}
         try:
             content = self.http.call("POST", self._token_url, body).json()
             if content.get("code") == _QQ_TOKEN_WRONG:
-                raise Fatal("appId and clientSecret do not fit", "copy both at q.qq.com")
+                raise Fatal("appId or clientSecret is wrong", "copy both again at q.qq.com")
             return content["access_token"], content["expires_in"]
         except NetworkFailed as problem:
             raise Retry(str(problem)) from None
         except KeyError:
             is_early = content.get("code") == _QQ_TOKEN_LATER
-            raise Retry("no token", _QQ_WAIT_S if is_early else 0.0) from None
+            raise Retry("the platform sent no token", _QQ_WAIT_S if is_early else 0.0) from None
 
     def disconnected(self) -> None:
-        """Forget the token: that it is not valid is a frequent reason."""
+        """Forget the token: an invalid token is a frequent reason."""
         self._token.forget()
 
     # -- receiving ------------------------------------------------------------------------------
 
     def gateway_url(self) -> str:
-        """Return where every session is. Raises Fatal, Retry."""
+        """Return the gateway's URL, which is the same for every session. Raises Fatal, Retry."""
         return str(self.ask("/gateway").get("url") or "")
 
     def identity(self) -> Json:
-        """Return which events are wanted."""
+        """Return the intents."""
         has_guilds = bool(self.tools.settings.get("guilds"))
         return {"intents": _QQ_INTENTS | _QQ_GUILD_INTENTS * has_guilds, "shard": [0, 1]}
 
     def message(self, event: str, data: Json) -> Optional[Message]:
-        """Return the message in an event, None for what is no message of a person."""
+        """Return the message in an event, None if it is not a person's message."""
         place, author = _QQ_PLACES.get(event), data.get("author") or {}
         if place is None or author.get("bot"):
             return None
@@ -3233,7 +3236,7 @@ class QQ(OpcodeChannel):
         )
 
     def _without_mention(self, data: Json) -> tuple[str, bool]:
-        """Return the text without the bot's own name, and whether that was in it."""
+        """Return the text without the mention of the bot, and whether it had one."""
         names: dict[str, str] = {}
         is_mentioned = False
         for each in data.get("mentions") or []:
@@ -3249,11 +3252,11 @@ class QQ(OpcodeChannel):
 
     def send(self, route: Json, part: Part) -> str:
         """Send a part and return the id of its message. Raises SendFailed."""
-        # Guilds take Markdown only from some bots, and not in replies.
+        # Guilds accept Markdown only from some bots, and not in replies.
         is_marked = self._is_markdown and not part.is_plain and route["path"].startswith("/v2/")
         text = self.render(part.text) if is_marked else render(part.text, PLAIN)
-        # The same for a part that is sent again, and another one for it in another form: a refused
-        # message may count as sent.
+        # The same number when a part is sent again in the same form, another in another form,
+        # because a refused message may count as sent.
         number = int(part.nonce[:6], 16) * 8 + 2 * is_marked
         try:
             return self._reply(route, text, number, is_marked=is_marked)
@@ -3289,7 +3292,7 @@ class QQ(OpcodeChannel):
         return answer.json()
 
     def _refuse(self, answer: HttpAnswer) -> NoReturn:
-        """Raise what follows a refusal."""
+        """Raise the SendFailed for an error answer."""
         content = answer.json()
         why = str(content.get("message") or f"status {answer.status}")
         if answer.status == 429:
@@ -3300,19 +3303,19 @@ class QQ(OpcodeChannel):
         if kind == "plain":
             self._is_markdown = False
         if not kind and "msg_id" in why:
-            # There are more codes for a message that can be answered no more.
+            # Other error codes too mean that the message can no longer be answered.
             kind = "held"
-        # A body that is no JSON comes from before the platform.
+        # A body that is not JSON comes from a proxy or the like, not from QQ.
         is_passing = answer.status >= 500 or answer.status == 401 or not content
         raise SendFailed(kind or ("later" if is_passing else "never"), why)
 
     def render(self, markdown: str) -> str:
-        """Return the text as Markdown, or plain if this bot may not send that."""
+        """Return the text as Markdown, or as plain text if this bot may not send Markdown."""
         return render(markdown, _QQ_MARKDOWN if self._is_markdown else PLAIN)
 
 
 def _qq_face(found: re.Match[str]) -> str:
-    """Return what an emoji of QQ's own is called."""
+    """Return the name of one of QQ's own emojis."""
     try:
         return f"[{json.loads(base64.b64decode(found[1]))['text']}]"
     except (ValueError, KeyError, TypeError):
@@ -3320,7 +3323,7 @@ def _qq_face(found: re.Match[str]) -> str:
 
 
 def _qq_guilds_value(value: object) -> Json:
-    """Return the guilds that are listened to; true is all of them."""
+    """Return the guilds to listen to; true means all."""
     return {"*": {}} if value is True else {} if value is False else places_value(value)
 
 
@@ -3336,34 +3339,34 @@ QQ.row = Row(
 
 
 # ==== 14. DingTalk ===========================================================
-# Stream mode: frames come over a WebSocket, and come again until they are answered. A reply goes to
-# the address that came with its message, or by the API when that address has expired.
+# Stream mode: frames come over a WebSocket, and are repeated until they are answered. A reply goes
+# to the webhook that came with its message, or to the API when that webhook has expired.
 # https://open.dingtalk.com/document/development/introduction-to-stream-mode
 
 _DINGTALK_API, _DINGTALK_LOGIN = "https://api.dingtalk.com", "https://oapi.dingtalk.com"
 _DINGTALK_TOPIC = "/v1.0/im/bot/messages/get"
-#: After how much silence the server is pinged, and after how much it counts as gone.
+#: The silence after which to ping the server, and after which it counts as gone.
 _DINGTALK_PING_S, _DINGTALK_GONE_S = 20.0, 90.0
-#: How long a connection is used, because some get nothing but pongs in the end; how long it is read
-#: after another one took over; and a life that is too short for making the next one at once.
+#: How long a connection is used, because old ones may only get pongs; how long it is still read
+#: after it was replaced; and the lifetime below which to pause before the next one.
 _DINGTALK_LIFE_S, _DINGTALK_DRAIN_S, _DINGTALK_SHORT_S = 3600.0, 30.0, 5.0
-#: Why an app is refused, by status, and what to do.
+#: Why an app is refused, by HTTP status, and what to do.
 _DINGTALK_REFUSED = {
-    400: ("the app has no stream mode, is not published, or its credentials do not fit", "at "
+    400: ("the app has no stream mode, is not published, or its credentials are wrong", "at "
           "open-dev.dingtalk.com choose stream mode for the robot, publish the app, and copy "
           "Client ID and Client Secret"),
-    401: ("clientId and clientSecret do not fit", "copy both at open-dev.dingtalk.com"),
+    401: ("clientId or clientSecret is wrong", "copy both again at open-dev.dingtalk.com"),
 }
-#: Kinds of messages that are read; others are named.
+#: Message types that are read; of other types the agent gets the name.
 _DINGTALK_READ = ("text", "richText", "picture", "audio", "video", "file")
-#: Texts in the code of a refused message, the kind of failure that each is, and its pause.
+#: Texts in the error code of a message, the kind of SendFailed for each, and its pause.
 _DINGTALK_FAILURES = (
     ("QpsLimit", "wait", 2.0), ("130101", "later", 60.0), ("460101", "never", 0.0),
 )
-#: The life of a login, the least pause between two questions, and how long failures may pass.
+#: The time limit of a login, the minimum pause between polls, and how long polls may keep failing.
 _LOGIN_S, _DINGTALK_POLL_S, _DINGTALK_FAILING_S = 480.0, 3.0, 120.0
 
-#: The Markdown that DingTalk shows: a line ends only after two spaces.
+#: DingTalk's Markdown: only two spaces end a line.
 DINGTALK_MARKDOWN = Markup(
     strike=("", ""), line_end="  \n",
     quote=lambda lines: "  \n".join(f"> {line}" for line in lines),
@@ -3385,7 +3388,7 @@ class DingTalk(Channel):
 
     def _post(self, url: str, body: Json, **headers: str) -> HttpAnswer:
         """Return the answer to a call. Raises Retry."""
-        # Bodies are limited in bytes, so letters stay as they are.
+        # The size limit counts bytes, so characters are not escaped.
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         sent = {"Content-Type": "application/json", "Accept": "application/json", **headers}
         try:
@@ -3414,7 +3417,7 @@ class DingTalk(Channel):
         return answer
 
     def _new_token(self) -> tuple[object, object]:
-        """Return a token, and its seconds. Raises Fatal, Retry."""
+        """Return a new token, and its lifetime in seconds. Raises Fatal, Retry."""
         settings = self.tools.settings
         content = self._opened("/v1.0/oauth2/accessToken", {
             "appKey": settings["clientId"], "appSecret": settings["clientSecret"]})
@@ -3441,10 +3444,10 @@ class DingTalk(Channel):
             except BaseException:
                 connection.close()
                 raise
-            # What falls between two connections is lost, so the old one is read until its end.
+            # Messages between two connections would be lost, so the old one is read to its end.
             threading.Thread(target=self._drain, args=(connection,), daemon=True).start()
             if self._clock() - began_s < _DINGTALK_SHORT_S:
-                raise Retry("the platform wants another connection")
+                raise Retry("the platform asks for a new connection")
 
     def _connect(self) -> WebSocket:
         """Return a connection with a new ticket. Raises Fatal, Retry."""
@@ -3459,32 +3462,32 @@ class DingTalk(Channel):
             url = f"{platform_url_value(content['endpoint'])}?ticket={ticket}"
             connection = WebSocket.connect(self.http.connector, url)
         except (NetworkFailed, KeyError, ValueError) as problem:
-            raise Retry(f"no connection: {problem}") from None
+            raise Retry(f"cannot connect: {problem}") from None
         self.tools.note_frame()
         return connection
 
     def _serve(self, connection: WebSocket, life_s: float) -> None:
-        """Take frames for so long, or until the platform wants another connection. Raises Retry,
-        OSError, WebSocketClosed."""
+        """Handle frames for `life_s`, or until the platform asks for a new connection. Raises
+        Retry, OSError, WebSocketClosed."""
         until_s = self._clock() + life_s
         while self._clock() < until_s:
             text = connection.receive(_DINGTALK_PING_S)
             if text is None:
                 if time.monotonic() - connection.heard_s > _DINGTALK_GONE_S:
-                    raise Retry("nothing was heard for a while")
+                    raise Retry("the platform has gone silent")
                 connection.ping()
             elif self._take(connection, json_object(text)):
                 return
 
     def _drain(self, connection: WebSocket) -> None:
-        # It has a thread of its own, and what it cannot take over comes again.
+        # Runs in its own thread. Messages that it fails to save come again.
         with contextlib.suppress(Exception):
             self._serve(connection, _DINGTALK_DRAIN_S)
         connection.close()
 
     def _take(self, connection: WebSocket, frame: Json) -> bool:
-        """Take a frame and answer it; return whether the platform wants another connection. Raises
-        OSError, WebSocketClosed."""
+        """Handle a frame and answer it. Return whether the platform asks for a new connection.
+        Raises OSError, WebSocketClosed."""
         self.tools.note_frame()
         headers = frame["headers"] if isinstance(frame.get("headers"), dict) else {}
         kind, code, data = (frame.get("type"), headers.get("topic")), 404, "{}"
@@ -3514,10 +3517,10 @@ class DingTalk(Channel):
         until_s = float(data.get("sessionWebhookExpiredTime") or 0) / 1000
         is_theirs = leads_to(webhook, (".dingtalk.com",), self._root)
         return Message(
-            # It is the same one when the frame comes again, which has another id then.
+            # A repeated frame has the same msgId but another messageId.
             id=str(data["msgId"]), chat=group or sender, kind="group" if group else "direct",
             sender=sender, sender_name=str(data.get("senderNick") or sender), text=text,
-            # A group shows a robot nothing else.
+            # In a group a robot receives only messages that mention it.
             is_mentioned=not group or data.get("isInAtList") is not False, quoted=quoted,
             attachments=attachments, at_s=float(data.get("createAt") or 0) / 1000,
             route={"webhook": webhook if is_theirs else "", "until_s": until_s,
@@ -3528,11 +3531,11 @@ class DingTalk(Channel):
     # -- sending ----------------------------------------------------------------------------------
 
     def send(self, route: Json, part: Part) -> str:
-        """Send a part; the platform gives no id. Raises SendFailed."""
+        """Send a part. Returns "", because the platform gives no id. Raises SendFailed."""
         text, called = self.render(part.text), {}
         title = render(part.text, PLAIN).strip().partition("\n")[0][:20] or "-"
         if route["group"] and route["staff"] and route.get("is_reply"):
-            # Without its name in the text the person is not called.
+            # A mention works only if the id is also in the text.
             text = f"@{route['staff']}  \n{text}"
             called = {"at": {"atUserIds": [route["staff"]]}}
         content = {"title": title, "text": text}
@@ -3550,7 +3553,7 @@ class DingTalk(Channel):
     def _send_by_api(self, route: Json, content: Json) -> None:
         """Send by the API. Raises Fatal, Retry, SendFailed."""
         if not (route["group"] or route["staff"]):
-            raise SendFailed("held", "only a new message brings an address for the answer")
+            raise SendFailed("held", "only a new message brings a webhook for the answer")
         path, to = "oToMessages/batchSend", {"userIds": [route["staff"]]}
         if route["group"]:
             path, to = "groupMessages/send", {"openConversationId": route["group"]}
@@ -3561,10 +3564,10 @@ class DingTalk(Channel):
         is_flooded = bool(found.get("flowControlledStaffIdList"))
         if is_flooded or found.get("invalidStaffIdList") or not found.get("processQueryKey"):
             check_refusal(answer, str(found.get("code")))
-            raise SendFailed("later" if is_flooded else "never", f"not taken: {found}"[:200])
+            raise SendFailed("later" if is_flooded else "never", f"not accepted: {found}"[:200])
 
     def render(self, markdown: str) -> str:
-        """Return the text as the Markdown that DingTalk shows."""
+        """Return the text as DingTalk's Markdown."""
         return render(markdown, DINGTALK_MARKDOWN)
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
@@ -3577,8 +3580,8 @@ class DingTalk(Channel):
     # -- login ------------------------------------------------------------------------------------
 
     def login(self, console: Console) -> Json:
-        """Have the person who scans a QR code create an app, and return its credentials. Raises
-        Fatal."""
+        """Show a QR code that creates an app when it is scanned, and return the app's credentials.
+        Raises Fatal."""
         nonce = self._register("init", source=(
             self.tools.settings.get("loginSource") or "DING_DWS_CLAW")).get("nonce")
         begun = self._register("begin", nonce=nonce)
@@ -3587,7 +3590,7 @@ class DingTalk(Channel):
         if begun.get("device_code"):
             console.show_link(str(begun.get("verification_uri_complete")))
             console.say("Scan it with DingTalk and confirm there.")
-        found: Json = {"fail_reason": "no login is offered"}
+        found: Json = {"fail_reason": "DingTalk offers no login"}
         while self._clock() < min(until_s, failing_until_s):
             self.tools.stop.wait(pause_s)
             found = self._register("poll", device_code=begun["device_code"])
@@ -3596,7 +3599,7 @@ class DingTalk(Channel):
                     "client_secret")}
             failing_until_s = until_s if found.get("status") == "WAITING" else min(
                 failing_until_s, self._clock() + _DINGTALK_FAILING_S)
-        raise Fatal(f"nobody confirmed ({clean(found.get('fail_reason') or 'timed out')})",
+        raise Fatal(f"login not confirmed ({clean(found.get('fail_reason') or 'timed out')})",
                     "try again, or create the app yourself at open-dev.dingtalk.com, publish it, "
                     "and add its clientId and clientSecret")
 
@@ -3610,7 +3613,7 @@ class DingTalk(Channel):
 
 
 def check_refusal(answer: HttpAnswer, code: str) -> None:
-    """Raise SendFailed for a refusal of DingTalk's that no other way of sending changes."""
+    """Raise SendFailed for an error that sending another way would not avoid."""
     for words, kind, pause_s in _DINGTALK_FAILURES:
         if words in code:
             raise SendFailed(kind, code, pause_s)
@@ -3639,7 +3642,7 @@ def dingtalk_content(data: Json, robot: str) -> tuple[str, str, tuple[Attachment
             files.append(Attachment(kind, name, mime, 0, {"downloadCode": code,
                                                           "robotCode": robot}))
         elif kind not in _DINGTALK_READ:
-            # Cards and the like have neither.
+            # Cards and the like have neither text nor file.
             texts.append(f"[{clean(kind)}]" if kind else "")
     return "".join(texts).strip(), quoted, tuple(files)
 
@@ -3650,7 +3653,7 @@ DingTalk.row = Row(
     settings={"endpoint": platform_url_value, "oapiEndpoint": platform_url_value,
               "loginSource": text_value, "groups": places_value,
               "groupSessionScope": one_of("group", "group_sender")},
-    # A group takes twenty messages in a minute.
+    # A group accepts twenty messages per minute.
     pace_s=3.0, has_login=True,
     help=f"Run {PROGRAM} login --channel dingtalk-connector, or at open-dev.dingtalk.com create an "
     "app with a robot in stream mode, publish it, and copy Client ID and Client Secret.",
@@ -3658,39 +3661,39 @@ DingTalk.row = Row(
 
 
 # ==== 15. WeChat =============================================================
-# The bot API that the vendor's plugin for OpenClaw speaks (2.4.9), by long polls. A bot belongs to
-# the person who scans its QR code. It may write only with the newest token of the other person's
-# messages, ten times for each. https://www.npmjs.com/package/@tencent-weixin/openclaw-weixin
+# The bot API of the vendor's plugin for OpenClaw (2.4.9), by long polls. A bot belongs to whoever
+# scans its QR code. To write to a person it needs the token of that person's newest message,
+# and may send ten messages with it. https://www.npmjs.com/package/@tencent-weixin/openclaw-weixin
 
 _WECHAT_API, _WECHAT_CDN = "https://ilinkai.weixin.qq.com", "https://novac2c.cdn.weixin.qq.com/c2c"
 _WECHAT_DOMAINS = (".qq.com", ".wechat.com")
-#: The version of the protocol as a text, and in the headers of each call: a byte for each part.
+#: The protocol's version, as text and, one byte per part, in the headers of each call.
 _WECHAT_VERSION = "2.4.9"
 _WECHAT_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(2 << 16 | 4 << 8 | 9)}
-#: How long the server holds a poll, at most; and the connection may be silent for a little longer.
+#: How long the server holds a poll, the maximum, and how much longer the connection may be silent.
 _WECHAT_HOLD_S, _WECHAT_MAX_HOLD_S, _WECHAT_SLACK_S = 35.0, 120.0, 10.0
-#: The pauses after failed polls, in turns.
+#: The pauses after failed polls, repeated in this order.
 _WECHAT_PAUSES_S = (2.0, 2.0, 30.0)
-#: Codes of refusals: the bot is bound elsewhere, or idled too long; the message is not taken now.
+#: Error codes: not logged in (bound elsewhere, or idle for too long); cannot send now.
 _WECHAT_NOT_LOGGED_IN, _WECHAT_NOT_NOW = -14, -2
 _WECHAT_LOGIN = f"run {PROGRAM} login --channel openclaw-weixin"
-#: Of how many people the token is kept, and the type of a bot's messages.
+#: For how many people a token is kept, and the message type of a bot.
 _WECHAT_PEOPLE, _WECHAT_BOT = 500, 2
-#: The pause between two questions of a login, how many codes it shows, and what ends one.
+#: A login's pause between polls, how many QR codes it shows, and the statuses that end one.
 _WECHAT_POLL_S, _WECHAT_CODES = 1.0, 3
 _WECHAT_SCAN_ENDS = ("confirmed", "binded_redirect", "expired", "verify_code_blocked")
-#: Types of items that are texts; and of those that are files, with the kind and a name.
+#: The item types with text, and those with files: field, kind of attachment, default name.
 _WECHAT_TEXTS = {1: "text_item", 3: "voice_item"}
 _WECHAT_FILES = {2: ("image_item", "image", "photo.jpg"), 3: ("voice_item", "file", "voice"),
                  4: ("file_item", "file", "file"), 5: ("video_item", "file", "video")}
-#: The Markdown that WeChat shows: four levels of headings, and no links.
+#: WeChat's Markdown: four levels of headings, and no links.
 WECHAT_MARKDOWN = Markup(
     heading=lambda level, text: f"{'#' * level} {text}" if level <= 4 else f"**{text}**",
     link=PLAIN.link,
 )
 
 
-def aes_times(one: int, other: int) -> int:
+def aes_multiply(one: int, other: int) -> int:
     """Return the product of two bytes in the field of AES, FIPS 197 section 4.2."""
     product = 0
     while other:
@@ -3700,11 +3703,11 @@ def aes_times(one: int, other: int) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def aes_box() -> bytes:
+def aes_s_box() -> bytes:
     """Return the S-box, FIPS 197 section 5.1.1."""
     powers = [1]
     while len(powers) < 255:
-        powers.append(aes_times(powers[-1], 3))
+        powers.append(aes_multiply(powers[-1], 3))
     inverses = [0, *(powers[-powers.index(byte) % 255] for byte in range(1, 256))]
     twice = [byte * 0x101 for byte in inverses]
     return bytes((each ^ each >> 4 ^ each >> 5 ^ each >> 6 ^ each >> 7) & 0xFF ^ 0x63
@@ -3717,25 +3720,25 @@ def aes_round_keys(key: bytes) -> list[bytes]:
     for place in range(4, 44):
         word = words[-1]
         if place % 4 == 0:
-            word = (word[1:] + word[:1]).translate(aes_box())
-            word, constant = bytes([word[0] ^ constant]) + word[1:], aes_times(constant, 2)
+            word = (word[1:] + word[:1]).translate(aes_s_box())
+            word, constant = bytes([word[0] ^ constant]) + word[1:], aes_multiply(constant, 2)
         words.append(bytes(a ^ b for a, b in zip(words[-4], word)))
     return [b"".join(words[place:place + 4]) for place in range(0, 44, 4)]
 
 
 def aes_decrypted(data: bytes, key: bytes) -> bytes:
-    """Return what AES-128-ECB with PKCS#7 has encrypted. Raises ValueError.
+    """Return data decrypted by AES-128-ECB with PKCS#7 padding. Raises ValueError.
 
-    All blocks are done at once: plane 4 * column + row holds that byte of every block."""
+    Works on all blocks at once: plane 4 * column + row holds that byte of every block."""
     if not data or len(data) % 16 or len(key) != 16:
         raise ValueError("not encrypted as expected")
     keys, every, whole = aes_round_keys(key), range(256), bytearray(len(data))
-    inverse = bytes(map(aes_box().index, every))
-    factors = [bytes(aes_times(byte, factor) for byte in every) for factor in (14, 11, 13, 9)]
+    inverse = bytes(map(aes_s_box().index, every))
+    factors = [bytes(aes_multiply(byte, factor) for byte in every) for factor in (14, 11, 13, 9)]
     planes = [data[place::16].translate(bytes(byte ^ keys[10][place] for byte in every))
               for place in range(16)]
     for number in range(9, -1, -1):
-        # Rows are shifted back, bytes are substituted back, the key is taken off, columns mixed.
+        # InvShiftRows, InvSubBytes and AddRoundKey; InvMixColumns below.
         planes = [planes[(place - 4 * (place % 4)) % 16].translate(bytes(
             byte ^ keys[number][place] for byte in inverse)) for place in range(16)]
         if number:
@@ -3761,9 +3764,9 @@ class WeChat(Channel):
         self._clock = clock
         self._login_root = str(tools.settings.get("loginBaseUrl") or _WECHAT_API)
         self._hold_s = _WECHAT_HOLD_S
-        #: How many polls have failed in a row, and whether the login was refused last.
+        #: How many polls have failed in a row, and whether the last one was "not logged in".
         self._failures, self._is_refused = 0, False
-        #: The tickets of people who see "typing".
+        #: The "typing" ticket of each person who currently sees it.
         self._typing: dict[str, str] = {}
 
     # -- calls ------------------------------------------------------------------------------------
@@ -3790,14 +3793,14 @@ class WeChat(Channel):
         return answer.json()
 
     def _begin(self) -> Json:
-        """Tell the platform that the bot is there, and return the state of the account. Raises
+        """Notify the platform that the bot is online, and return the state of the account. Raises
         Fatal."""
         state = self.tools.state()
         if not state.get("bot_token"):
             raise Fatal("not logged in", _WECHAT_LOGIN, needs_login=True)
         with contextlib.suppress(NetworkFailed):
             self._call("msg/notifystart", {}, 5.0)
-            # The first poll may be held for long.
+            # The first poll may take long to return.
             self.tools.note_frame()
         return state
 
@@ -3813,15 +3816,15 @@ class WeChat(Channel):
         while not self.tools.stop.is_set():
             began_s, answer = time.monotonic(), self._poll(state)
             if not answer.get("msgs"):
-                rest_if_hurried(self.tools.stop, began_s)
+                pause_after_instant_poll(self.tools.stop, began_s)
             if self.tools.state().get("bot_token") != state["bot_token"]:
-                raise Retry("logged in anew")
+                raise Retry("a new login was made")
             state = self._take(answer, state)
         with contextlib.suppress(NetworkFailed):
             self._call("msg/notifystop", {}, 5.0)
 
     def _poll(self, state: Json) -> Json:
-        """Return what has come since the last poll, {} at the end. Raises Fatal, Retry."""
+        """Return the updates since the last poll, {} when stopping. Raises Fatal, Retry."""
         try:
             answer = self._call(
                 "getupdates", {"get_updates_buf": state.get("buffer", "")},
@@ -3832,8 +3835,8 @@ class WeChat(Channel):
                 return {}
             code, why = 1, str(problem)
         if code == _WECHAT_NOT_LOGGED_IN and self._is_refused:
-            raise Fatal("the login is over", _WECHAT_LOGIN, needs_login=True)
-        # The next try tells the platform anew that the bot is there, which may mend it.
+            raise Fatal("the login has expired", _WECHAT_LOGIN, needs_login=True)
+        # The next run notifies the platform again, which may be enough.
         self._is_refused = code == _WECHAT_NOT_LOGGED_IN
         if code:
             self._failures += 1
@@ -3845,7 +3848,7 @@ class WeChat(Channel):
         return answer
 
     def _take(self, answer: Json, state: Json) -> Json:
-        """Hand over the messages of a poll, and return the state after them. Raises OSError."""
+        """Save the messages of a poll, and return the state after them. Raises OSError."""
         found = answer.get("msgs")
         for each in found if isinstance(found, list) else []:
             message = self.understood(self._message, each)
@@ -3857,13 +3860,13 @@ class WeChat(Channel):
             self.tools.accept(message, state)
         buffer = str(answer.get("get_updates_buf") or state.get("buffer", ""))
         if buffer != state.get("buffer", ""):
-            # Not before: what comes again because of a kill is known by its id.
+            # Only now: messages that come again after a kill are recognized by their ids.
             state = {**state, "buffer": buffer}
             self.tools.accept(None, state)
         return state
 
     def _message(self, found: Json) -> Optional[Message]:
-        """Return a message of a person, None for another one."""
+        """Return the message, None if it is not a person's."""
         items = found.get("item_list") or []
         text, attachments = wechat_text(items), tuple(
             each for item in items for each in self._files(item))
@@ -3884,16 +3887,16 @@ class WeChat(Channel):
         )
 
     def _files(self, item: Json) -> Iterator[Attachment]:
-        """Yield the file of an item, which may have none."""
+        """Yield the file of an item, if it has one."""
         field, kind, name = _WECHAT_FILES.get(item.get("type", 0), ("", "", ""))
         found = item.get(field)
-        # What was spoken may be there as a text.
+        # A voice message with a transcript is taken as text.
         if found and not (field == "voice_item" and found.get("text")):
             media = found.get("media") or {}
             param = urllib.parse.quote(str(media.get("encrypt_query_param") or ""), safe="")
             root = self.tools.settings.get("cdnBaseUrl") or _WECHAT_CDN
             url = media.get("full_url") or f"{root}/download?encrypted_query_param={param}"
-            # In base64 the key is its 16 bytes, or their digits.
+            # The base64 encodes the 16 bytes of the key, or their 32 hex digits.
             data = base64.b64decode(str(media.get("aes_key") or ""))
             key = found.get("aeskey") or (data.decode("ascii") if len(data) == 32 else data.hex())
             yield Attachment(kind, clean(found.get("file_name") or name), "",
@@ -3905,7 +3908,7 @@ class WeChat(Channel):
         """Send a part and return the id of its message. Raises SendFailed."""
         answer = self._deliver("sendmessage", {"msg": {
             "from_user_id": "", "to_user_id": route["to"], "client_id": part.nonce,
-            # State 2 = the message is whole.
+            # State 2 = the message is complete.
             "message_type": _WECHAT_BOT, "message_state": 2,
             "item_list": [{"type": 1, "text_item": {"text": self.render(part.text)}}],
             "context_token": self._token(route), "run_id": route["run"],
@@ -3916,12 +3919,12 @@ class WeChat(Channel):
         """Return the newest token of a person. Raises SendFailed."""
         token = (self.tools.state().get("tokens") or {}).get(route["to"])
         if not token:
-            # The platform would take the message, and show it to nobody.
+            # The platform would accept the message, but show it to nobody.
             raise SendFailed("held", "this person has not written since the login")
         return str(token)
 
     def _deliver(self, name: str, body: Json) -> Json:
-        """Return the answer to a call that a person sees. Raises SendFailed."""
+        """Return the answer to a call that sends something. Raises SendFailed."""
         with sending():
             answer = self._call(name, body)
         code = code_of_wechat(answer)
@@ -3931,7 +3934,7 @@ class WeChat(Channel):
         return answer
 
     def type(self, route: Json, is_over: bool = False) -> None:
-        """Show "typing", or no more. Raises SendFailed."""
+        """Show "typing", or end it if `is_over`. Raises SendFailed."""
         person = route["to"]
         ticket = self._typing.pop(person, "")
         if not (ticket or is_over):
@@ -3945,28 +3948,28 @@ class WeChat(Channel):
                                          "status": 2 if is_over else 1})
 
     def render(self, markdown: str) -> str:
-        """Return the text as the Markdown that WeChat shows."""
+        """Return the text as WeChat's Markdown."""
         return render(markdown, WECHAT_MARKDOWN)
 
     def fetch(self, attachment: Attachment, max_bytes: int) -> bytes:
-        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger, or not
-        encrypted as it says."""
+        """Return the bytes of a file. Raises SendFailed, ValueError if it is larger or cannot be
+        decrypted."""
         url, key = str(attachment.ref["url"]), bytes.fromhex(attachment.ref["key"])
-        # There are up to 16 bytes more before it is decrypted.
+        # Padding makes the encrypted file up to 16 bytes larger.
         data = linked_bytes(self.http, url, max_bytes + 16, self._login_root)
         return aes_decrypted(data, key) if key else data
 
     # -- login ------------------------------------------------------------------------------------
 
     def login(self, console: Console) -> Json:
-        """Log in by QR code, and return what is new in the state of the account, and its owner.
-        Raises Fatal."""
+        """Log in by QR code, and return the changes to the account's state and "owner", the id of
+        its owner. Raises Fatal."""
         state, until_s = self.tools.state(), self._clock() + _LOGIN_S
         for _ in range(_WECHAT_CODES):
             found = self._scanned(console, until_s)
             if found["status"] == "confirmed" and found.get("bot_token"):
                 bot, owner = str(found.get("ilink_bot_id")), str(found.get("ilink_user_id") or "")
-                # What is kept for another bot hides the messages of this one.
+                # The buffer of another bot would hide this bot's messages.
                 kept = {} if bot == state.get("bot_id") else {"buffer": "", "tokens": {}}
                 return {**kept, "bot_token": str(found["bot_token"]), "bot_id": bot,
                         "base_url": self._checked(str(found.get("baseurl") or self._login_root)),
@@ -3975,10 +3978,10 @@ class WeChat(Channel):
                 console.say("It is connected already.")
                 return {}
             console.say("The code is not valid any more.")
-        raise Fatal("nobody confirmed", f"{_WECHAT_LOGIN} again")
+        raise Fatal("login not confirmed", f"{_WECHAT_LOGIN} again")
 
     def _scanned(self, console: Console, until_s: float) -> Json:
-        """Show a code, and return how that ended. Raises Fatal."""
+        """Show a QR code, and return the final status of its scan. Raises Fatal."""
         root, token, is_told = self._login_root, self.tools.state().get("bot_token"), False
         try:
             shown = self._post(f"{root}/ilink/bot/get_bot_qrcode?bot_type=3", {
@@ -3997,7 +4000,7 @@ class WeChat(Channel):
             if status in _WECHAT_SCAN_ENDS:
                 return found
             if status == "need_verifycode":
-                again = "That is another number. " * ("verify_code" in query)
+                again = "That number is wrong. " * ("verify_code" in query)
                 query["verify_code"] = console.ask(f"{again}Which number does the phone show?")
                 continue
             if status == "scaned" and not is_told:
@@ -4007,24 +4010,24 @@ class WeChat(Channel):
                 scheme = urllib.parse.urlsplit(root).scheme
                 root = self._checked(f"{scheme}://{found['redirect_host']}")
             self.tools.stop.wait(_WECHAT_POLL_S)
-        raise Fatal("nobody confirmed in time", f"{_WECHAT_LOGIN} again")
+        raise Fatal("login not confirmed in time", f"{_WECHAT_LOGIN} again")
 
     def _checked(self, url: str) -> str:
-        """Return an address that a login leads to. Raises Fatal if it is not WeChat's."""
+        """Return a URL from a login answer. Raises Fatal if it is not WeChat's."""
         if not leads_to(url, _WECHAT_DOMAINS, self._login_root):
             raise Fatal(f"the login leads to {clean(url)}, which is not WeChat",
-                        "do not go on; ask whoever runs your network")
+                        "do not continue; ask whoever runs your network")
         return url.rstrip("/")
 
 
 def code_of_wechat(answer: Json) -> int:
-    """Return the code of an answer, 0 if it is a success."""
+    """Return the error code of an answer, 0 for success."""
     code = answer.get("ret") or answer.get("errcode") or 0
     return code if isinstance(code, int) else 1
 
 
 def wechat_text(items: list[Json]) -> str:
-    """Return what the items of a message say."""
+    """Return the text of a message's items."""
     said = [(item.get(_WECHAT_TEXTS.get(item.get("type", 0), "")) or {}).get("text")
             for item in items]
     return "\n".join(str(each) for each in said if each).strip()
@@ -4040,52 +4043,52 @@ WeChat.row = Row(
 
 
 # ==== 16. Channel table ======================================================
-# Each channel that is built in; plugins add rows of their own.
+# The built-in channels; plugins add their own rows.
 
 ROWS: tuple[Row, ...] = (Telegram.row, Discord.row, QQ.row, DingTalk.row, WeChat.row)
 
 
 # ==== 17. Access =============================================================
-# Who may talk. Everything is closed until the owner opens it: an empty list is nobody, and a
-# stranger in a direct chat gets a code for the owner to approve.
+# Who may talk to a bot. Everything is closed until the owner opens it: an empty list allows nobody,
+# and a stranger in a direct chat gets a code for the owner to approve.
 
-#: Letters and digits that are not taken for each other.
+#: Letters and digits that are hard to confuse with each other.
 _CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 _CODE_CHARS, _CODE_S, _MAX_WAITING_CODES = 8, 3600.0, 3
 _HOUR_S = 3600.0
-#: What people write in front of ids.
+#: Prefixes that people write before ids.
 _ID_PREFIX = re.compile(r"^(telegram|tg|discord|user|qqbot|dingtalk|weixin):", re.IGNORECASE)
 
 
 class Verdict(NamedTuple):
-    """Whether a message is answered, and what is said instead."""
+    """Whether a message is answered, and the reply if it is not."""
 
-    #: Why it is not answered, a few words for the status; empty if it is.
+    #: Why it is not answered, in a few words for the status; empty if it is.
     reason: str = ""
-    #: What the person is told instead; empty = nothing.
+    #: The reply to a message that is not answered; empty = none.
     reply: str = ""
-    #: Whether the message counts for the limit of an hour although it is not answered.
+    #: Whether the message counts toward the hourly limit although it is not answered.
     is_counted: bool = False
 
 
 def bare_id(text: str) -> str:
-    """Return an id without what people write in front of it."""
+    """Return an id without such a prefix."""
     return _ID_PREFIX.sub("", text.strip())
 
 
 def is_listed(sender: str, listed: Iterable[object]) -> bool:
-    """Return whether a list of ids has this one, or everybody."""
+    """Return whether a list of ids contains this one or "*"."""
     return any(bare_id(str(each)) in ("*", bare_id(sender)) for each in listed)
 
 
 class Access:
-    """Decides on messages. `judge` is called within a transaction of the store."""
+    """Decides which messages are answered. `judge` is called within a transaction of the store."""
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
         self._store, self._clock = store, clock
 
     def judge(self, account: Account, message: Message) -> Verdict:
-        """Return whether a message is answered: by its place, its sender, its mention, its rate."""
+        """Return the verdict on a message, from its group, sender, mention and rate."""
         is_direct = message.kind == "direct"
         verdict = self._judge_direct(account, message) if is_direct else judge_group(
             account, message)
@@ -4093,14 +4096,14 @@ class Access:
         if verdict.reason or not most or self.is_owner(account.id, message.sender):
             return verdict
         now_s = self._clock()
-        # What is of the future came while the clock was wrong.
+        # Rows with a time in the future were written while the clock was wrong.
         count = self._store.rows(
             "SELECT COUNT(*) FROM inbox WHERE account=? AND sender=? AND at_s>? AND at_s<=?",
             account.id, message.sender, now_s - _HOUR_S, now_s)[0][0]
-        # The first one too many is counted, so that the next one is refused in silence.
-        told = f"That is enough for now: {most} messages an hour. Later again, please."
+        # The first message over the limit gets a reply and is counted; later ones get no reply.
+        reply = f"The limit is {most} messages an hour. Please try again later."
         return verdict if count < most else Verdict(
-            "too many in an hour", told * (count == most), is_counted=count == most)
+            "too many in an hour", reply * (count == most), is_counted=count == most)
 
     def _judge_direct(self, account: Account, message: Message) -> Verdict:
         policy = account.settings["dmPolicy"]
@@ -4130,18 +4133,19 @@ class Access:
         return found[0] if found else None
 
     def is_owner(self, account: str, sender: str) -> bool:
-        """Return whether somebody owns an account."""
+        """Return whether a person owns an account."""
         person = self._person(account, sender)
         return person is not None and bool(person["is_owner"])
 
     def people(self) -> list[sqlite3.Row]:
-        """Return who waits for approval, with a code, and who has it. Codes end after an hour."""
+        """Return the approved people, and those who wait for approval, who have a code. Codes
+        expire after an hour."""
         self._store.run("DELETE FROM people WHERE code<>'' AND at_s<=?", self._clock() - _CODE_S)
         return self._store.rows("SELECT * FROM people ORDER BY at_s")
 
     def approve(self, code: str, *, is_owner: bool) -> Optional[sqlite3.Row]:
-        """Let somebody in and tell him; return who it is, None if nobody waits with this code. The
-        first one who is let in owns the account."""
+        """Approve the person with this code and notify them. Return the person, None if the code is
+        unknown. The first person approved owns the account."""
         with self._store.transaction():
             people, code = self.people(), code.strip().upper()
             found = next((row for row in people if code and row["code"] == code), None)
@@ -4157,20 +4161,20 @@ class Access:
             return self._person(account, sender)
 
     def revoke(self, account: str, sender: str) -> bool:
-        """Shut somebody out; return whether he was in, or waited."""
+        """Remove a person; return whether the person was approved or waiting."""
         return self._store.run("DELETE FROM people WHERE account=? AND sender=?", account,
                                bare_id(sender)) > 0
 
 
-def is_shut(place: object) -> bool:
-    """Return whether the settings of a place say that nothing in it is answered; `allow` and
-    `enabled` are OpenClaw's words."""
+def is_closed_place(place: object) -> bool:
+    """Return whether a group's or channel's settings turn it off; `allow` and `enabled` are
+    OpenClaw's names."""
     return place is False or isinstance(place, dict) and False in (
         place.get("allow"), place.get("enabled"))
 
 
 def judge_group(account: Account, message: Message) -> Verdict:
-    """Return whether a message in a group is answered: by its place, its sender, its mention."""
+    """Return the verdict on a message in a group, from its group, sender and mention."""
     settings = account.settings
     if settings["groupPolicy"] == "disabled":
         return Verdict("groups are off")
@@ -4182,12 +4186,12 @@ def judge_group(account: Account, message: Message) -> Verdict:
     channels = group.get("channels") if isinstance(group, dict) else None
     if isinstance(channels, dict):
         levels.append(channels.get(message.place, channels.get("*", False)))
-    if any(map(is_shut, levels)):
+    if any(map(is_closed_place, levels)):
         return Verdict("the channel is not listed")
     people, has_to_be_mentioned = settings["groupAllowFrom"], settings["requireMention"]
     for level in levels:
         if isinstance(level, dict):
-            # The list of a place, or of a channel in it, is instead of the wider one.
+            # The list of a group, or of a channel in it, replaces the wider list.
             people = level.get("allowFrom", level.get("users", people))
             has_to_be_mentioned = level.get("requireMention", has_to_be_mentioned)
     if not is_listed(message.sender, people if isinstance(people, (list, tuple)) else ()):
@@ -4197,21 +4201,21 @@ def judge_group(account: Account, message: Message) -> Verdict:
 
 
 # ==== 18. Agent ==============================================================
-# Chat completions: one question, its answer as it comes, and what a person is told when it fails.
-# Nothing is asked again once a text has come.
+# Chat completions: one question, its answer as it arrives, and the reply to the person if it fails.
+# A question is not retried once any text has arrived.
 
 _RETRY_WAITS_S = (1.0, 4.0, 15.0)
 _MAX_RETRY_AFTER_S = 60.0
 _RETRIED_STATUSES = (502, 503, 504, 529)
 _MAX_WHOLE_BYTES, _MAX_ANSWER_CHARS = 1024 * 1024, 1024 * 1024
 _MAX_REASON_CHARS = 500
-#: For an agent without a time limit: a day of silence is the end.
+#: The silence limit for an agent without a time limit.
 _SILENCE_S = 86_400.0
-#: Answers that mean: say nothing.
+#: Answers that mean "send no reply".
 SILENT_ANSWERS = ("NO_REPLY", "[SKIP]")
 _MAX_IMAGES, _MAX_IMAGE_BYTES = 4, 8 * 1024 * 1024
 _MAX_PDF_BYTES, _MAX_TEXT_BYTES = 10 * 1024 * 1024, 100_000
-#: How images begin, by the type that agents know.
+#: The first bytes of image files, with the MIME type.
 _IMAGE_BEGINNINGS = (
     (b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"GIF8", "image/gif"),
     (b"RIFF", "image/webp"),
@@ -4232,16 +4236,16 @@ class AgentFailed(Exception):
 
 
 class Failing(NamedTuple):
-    """What a person is told of a failure, with {reference}, {model}, {until} and {message}."""
+    """The reply for a kind of failure, a template with {reference}, {model}, {until}, {message}."""
 
     statuses: tuple[int, ...]
     codes: tuple[str, ...]
     text: str
-    #: What the owner is told besides.
+    #: The additional text for the owner.
     owner: str = ""
 
 
-#: The first row that fits a failure's code or status.
+#: The first row that matches a failure's code or status is used.
 FAILURES = (
     Failing((), ("insufficient_quota",), "The limit is used up{until}."),
     Failing((), ("model_not_found", "model_needs_newer_claude"),
@@ -4250,7 +4254,7 @@ FAILURES = (
             "This conversation is too long; /new begins another."),
     Failing((401, 403), ("upstream_login_required", "invalid_api_key", "claude_unavailable"),
             "The assistant needs its owner. ({reference})", "{message}"),
-    Failing((400, 404, 413, 422), (), "The assistant cannot take this. ({reference})",
+    Failing((400, 404, 413, 422), (), "The assistant cannot process this. ({reference})",
             "{message}"),
     Failing((), (), "The assistant is not reachable right now. ({reference})",
             "{message} Is OCP running? ocp status"),
@@ -4258,10 +4262,10 @@ FAILURES = (
 
 
 def failure_text(failed: AgentFailed, model: str, reference: str, *, is_owner: bool) -> str:
-    """Return what the person is told of a failure."""
+    """Return the reply for a failure."""
     row = next(each for each in FAILURES if failed.code in each.codes
                or failed.status in each.statuses or not (each.codes or each.statuses))
-    # The hour alone would be taken for one of today.
+    # Add the date if it is not today, where the time alone would mislead.
     form = " until %H:%M" if failed.retry_after_s < _DAY_S else " until %d %B, %H:%M"
     until = time.strftime(form, time.localtime(time.time() + failed.retry_after_s)) if (
         failed.retry_after_s) else ""
@@ -4270,7 +4274,7 @@ def failure_text(failed: AgentFailed, model: str, reference: str, *, is_owner: b
 
 
 class Question(NamedTuple):
-    """What the agent is asked."""
+    """A request to the agent."""
 
     url: str
     key: str
@@ -4282,11 +4286,11 @@ class Question(NamedTuple):
 
 
 class Answering:
-    """A question that is being asked by a thread of its own. `next` waits for what it brings."""
+    """A question in progress, in its own thread. `next` waits for the texts of the answer."""
 
     def __init__(self, http: Http, question: Question) -> None:
         self._http, self._question = http, question
-        #: Texts, then None at the end or why it failed.
+        #: The texts, then None at the end or the failure.
         self._events: queue.SimpleQueue[Union[str, None, AgentFailed]] = queue.SimpleQueue()
         self._is_cut = threading.Event()
         self._wake: Callable[[], None] = lambda: None
@@ -4303,10 +4307,10 @@ class Answering:
         return event
 
     def cut(self) -> None:
-        """End it at once; the agent sees its connection close."""
+        """End it at once, by closing the connection to the agent."""
         self._is_cut.set()
         self._wake()
-        # Who waits in `next` need not wait for a connection that is still being made.
+        # Wake a thread in `next` even if the connection is still being made.
         self._events.put(AgentFailed("cut_off", "It was stopped."))
 
     def _run(self) -> None:
@@ -4318,7 +4322,7 @@ class Answering:
                     self._events.put(text)
                 self._events.put(None)
                 return
-            except Exception as problem:  # Whoever waits for the answer has to be told.
+            except Exception as problem:  # The thread that waits for the answer must get an event.
                 failed = problem if isinstance(problem, AgentFailed) else AgentFailed(
                     "not_understood", f"The answer was not understood: {problem!r}.")
                 can_retry = failed.can_retry and wait_s is not None and not has_text
@@ -4350,7 +4354,7 @@ class Answering:
 
     def _opened(self, wire: Wire) -> None:
         self._wake = wire.cut
-        # It may have been cut while it was connecting.
+        # `cut` may have been called while it was connecting.
         if self._is_cut.is_set():
             wire.cut()
 
@@ -4363,13 +4367,13 @@ def read_answer(exchange: Exchange, is_async: bool) -> Iterator[str]:
         yield from stream_texts(exchange.lines())
     else:
         body = exchange.read(_MAX_WHOLE_BYTES)
-        # An agent that only takes the question says so in a form of its own.
+        # An asynchronous agent acknowledges the question in its own format.
         if not is_async or b'"choices"' in body:
             yield whole_text(body)
 
 
 def refusal_of(answer: HttpAnswer) -> AgentFailed:
-    """Return the failure that an answer's status and body tell of."""
+    """Return the failure for an error answer."""
     content = answer.json()
     error = content.get("error", content)
     error = error if isinstance(error, dict) else {"message": error}
@@ -4393,7 +4397,7 @@ def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
             data.append(text[5:])
             size += len(text)
             if size > _MAX_ANSWER_BYTES:
-                raise AgentFailed("too_large", "An event of the answer has no end.")
+                raise AgentFailed("too_large", "An event of the answer is too large.")
         elif not text and data:
             event, data, size = "\n".join(data), [], 0
             if event.strip() == "[DONE]":
@@ -4405,7 +4409,7 @@ def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
                 yield found[:left]
                 left -= len(found)
             if left <= 0:
-                raise AgentFailed("too_large", "The answer has no end.")
+                raise AgentFailed("too_large", "The answer is too large.")
     if not is_over:
         raise AgentFailed("cut_off", "The answer broke off.", can_retry=True)
 
@@ -4422,7 +4426,7 @@ def _choice_of(body: Union[str, bytes]) -> Json:
 
 
 def whole_text(body: bytes) -> str:
-    """Return the text of an answer that came at once, in any of the forms that agents use."""
+    """Return the text of an answer that is not streamed, in any format that agents use."""
     choice = _choice_of(body)
     if choice:
         return text_of((choice.get("message") or {}).get("content"))
@@ -4445,8 +4449,8 @@ def text_of(content: object) -> str:
 
 
 def attachment_part(attachment: Attachment, data: bytes) -> Json:
-    """Return the part of a message for the bytes of an attachment. Raises ValueError with the
-    reason why an agent cannot read it."""
+    """Return an attachment's bytes as a content part. Raises ValueError with the reason why an
+    agent cannot read it."""
     name = clean(attachment.name.replace("\\", "/").rpartition("/")[2])[:100] or "file"
     mime = next((mime for start, mime in _IMAGE_BEGINNINGS if data.startswith(start)), "")
     if mime and (mime != "image/webp" or data[8:12] == b"WEBP"):
@@ -4475,14 +4479,14 @@ def models_of(http: Http, url: str, key: str) -> list[str]:
 
 
 # ==== 19. Callbacks ==========================================================
-# With `async` an agent may answer later: it gets an address with a token that works once, and posts
+# With `async` an agent may answer later: it gets a URL with a one-time token, and posts
 # {"reply": ..} to it. The database keeps only the token's hash.
 
 CALLBACK_PATH = "/ocg/callback"
 _TOKEN_PATH = re.compile(rf"{CALLBACK_PATH}/([0-9a-f]{{64}})")
 _MAX_CALLBACK_BYTES = 1024 * 1024
 _CALLBACK_READ_S = 30.0
-#: What browsers may send, as in the original gateway.
+#: The CORS headers of the original gateway.
 _CORS = {
     "Access-Control-Allow-Origin": "*", "Access-Control-Allow-Methods": "POST, OPTIONS",
     "Access-Control-Allow-Headers": "Content-Type, X-OCG-Signature",
@@ -4490,7 +4494,7 @@ _CORS = {
 
 
 class CallRefused(Exception):
-    """A call is not taken: the status of its answer, and why."""
+    """A callback is refused, with this HTTP status and reason."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
@@ -4498,7 +4502,7 @@ class CallRefused(Exception):
 
 
 class Callbacks:
-    """Gives out tokens, and takes what agents post to them."""
+    """Issues callback tokens, and receives the answers that agents post."""
 
     def __init__(self, store: Store, log: Log, top: Mapping[str, Any],
                  accounts: Mapping[str, LiveAccount]) -> None:
@@ -4506,7 +4510,7 @@ class Callbacks:
         self._server: Optional[_CallbackServer] = None
 
     def start(self) -> None:
-        """Listen, unless it does already. Raises Problem if the port is taken."""
+        """Start listening, unless it already does. Raises Problem if the port is taken."""
         if self._server is not None:
             return
         host, port = self._top["callbackHost"], self._top["callbackPort"]
@@ -4516,23 +4520,23 @@ class Callbacks:
             raise Problem(Exit.FAILED, f"callbackPort {port} on {host}: {reason_of(problem)}. Set "
                           "callbackPort to a free port.") from None
         if not is_loopback(host) and not self._top["callbackSecret"]:
-            self._log.line("warning", f"callbacks listen on {host} without callbackSecret: whoever "
-                                      "reaches the port and knows a token can answer")
+            self._log.line("warning", f"callbacks listen on {host} without callbackSecret: anyone "
+                                      "who reaches the port and has a token can answer")
         threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
 
     def new(self, account: str, inbox: int, session: str, message: Message) -> tuple[str, str]:
-        """Return an address for the answer to a message, and the hash of its token."""
+        """Return a URL for the answer to a message, and the hash of its token."""
         if self._server is None:
-            raise OSError("callbacks do not listen: restart the gateway")
+            raise OSError("the callback server is not running: restart the gateway")
         token, top = secrets.token_hex(32), self._top
         digest = _digest_of(token)
-        # The question may have been asked before: nobody waits for that answer any more.
+        # If the question was asked before, its old token is no longer valid.
         self._store.run("DELETE FROM tokens WHERE inbox=?", inbox)
         self._store.run("INSERT INTO tokens VALUES (?,?,?,?,?,?)", digest, account, inbox, session,
                         message_json(message), time.time() + top["callbackTokenTTL"])
@@ -4543,15 +4547,15 @@ class Callbacks:
         return f"http://{host}:{port}{CALLBACK_PATH}/{token}", digest
 
     def is_open(self, digest: str) -> bool:
-        """Return whether a call may still come to a token."""
+        """Return whether a token is still unused."""
         return bool(self._store.rows("SELECT 1 FROM tokens WHERE hash=?", digest))
 
     def drop(self, digest: str) -> None:
-        """Make a token worthless."""
+        """Invalidate a token."""
         self._store.run("DELETE FROM tokens WHERE hash=?", digest)
 
     def take(self, method: str, path: str, signature: str, body: Optional[bytes]) -> None:
-        """Take a call; `body` is None if it is too large. Raises CallRefused."""
+        """Handle a call; `body` is None if it is too large. Raises CallRefused."""
         bare = path.partition("?")[0].rstrip("/")
         found = _TOKEN_PATH.fullmatch(bare)
         if method == "POST" and bare == CALLBACK_PATH:
@@ -4576,7 +4580,7 @@ class Callbacks:
             raise CallRefused(500, "the answer could not be stored; call again") from None
 
     def _deliver(self, digest: str, reply: str) -> None:
-        """Commit an answer and the end of its token together. Raises CallRefused, OSError."""
+        """Save an answer and remove its token in one transaction. Raises CallRefused, OSError."""
         with self._store.transaction():
             found = self._store.rows("SELECT * FROM tokens WHERE hash=? AND until_s>?", digest,
                                      time.time())
@@ -4584,19 +4588,19 @@ class Callbacks:
                 raise CallRefused(404, "unknown or expired callback token")
             live = self._accounts.get(found[0]["account"])
             if live is None:
-                raise OSError("the account does not run")
+                raise OSError("the account is not running")
             message = message_of(found[0]["message"])
             self._store.put_out(live.id, message.chat, found[0]["inbox"],
                                 live.out_rows(message, live.split(reply)))
             if live.settings["memory"] == "gateway":
                 self._store.remember(found[0]["session"], "assistant", reply)
-            # A kill may have come before its question was noted as asked: not once more then.
+            # After a kill the question may not be marked as answered; do not ask it again.
             self._store.finish_asked(found[0]["inbox"])
             self.drop(digest)
         live.nudge()
 
     def expire(self) -> None:
-        """Tell those whose answer has not come in time."""
+        """Notify the people whose answer has not come in time."""
         with self._store.transaction():
             for row in self._store.rows("SELECT * FROM tokens WHERE until_s<=?", time.time()):
                 live, reference = self._accounts.get(row["account"]), secrets.token_hex(3)
@@ -4614,7 +4618,7 @@ def _digest_of(token: str) -> str:
 
 
 def reply_of(body: bytes) -> str:
-    """Return the text that a call brings. Raises ValueError naming what is wrong with it."""
+    """Return the answer in a callback's body. Raises ValueError with the fault."""
     content = json_object(body)
     if not content:
         raise ValueError("the body is not a JSON object")
@@ -4629,7 +4633,7 @@ def reply_of(body: bytes) -> str:
 
 
 class _CallbackServer(http.server.ThreadingHTTPServer):
-    """Listens for calls."""
+    """The HTTP server for callbacks."""
 
     daemon_threads = True
 
@@ -4639,11 +4643,11 @@ class _CallbackServer(http.server.ThreadingHTTPServer):
         super().__init__((host, port), _CallbackHandler)
 
     def server_bind(self) -> None:
-        # Not that of HTTPServer, which asks the network for its name.
+        # HTTPServer's own server_bind makes a reverse DNS lookup.
         socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Write nothing: somebody hung up, or sent what is not HTTP."""
+        """Write nothing: the client hung up, or did not send HTTP."""
 
 
 class _CallbackHandler(http.server.BaseHTTPRequestHandler):
@@ -4658,7 +4662,8 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         size = int(length) if length.isdecimal() else 0
         body = self.rfile.read(size) if size <= _MAX_CALLBACK_BYTES else None
         if body is None:
-            # Who is still sending would not get the answer. A body without end is cut off.
+            # Read the rest, because a client that is still sending would not get the answer. Stop
+            # after a limit.
             for left in range(min(size, 16 * _MAX_CALLBACK_BYTES), 0, -65_536):
                 self.rfile.read(min(left, 65_536))
             self.close_connection = True
@@ -4682,41 +4687,41 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
     do_POST = do_OPTIONS = do_GET = do_PUT = do_DELETE = do_HEAD = _answer  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
-        """Write nothing: the address has the token in it."""
+        """Write nothing: the path contains the token."""
 
 
 # ==== 20. Turns ==============================================================
-# A lane is the messages of one conversation: one turn of it runs at a time, in a thread of its own.
-# Whatever a person reads goes through the outbox, except "typing" and previews of an answer.
+# A lane is the queue of one conversation: its turns run one at a time, each in its own thread.
+# Everything a person reads goes through the outbox, except "typing" and previews of an answer.
 
 _MAX_WAITING, _MAX_MERGED, _MAX_MERGED_CHARS = 20, 12, 50_000
-#: How long a lane waits for the next message, and after one that was probably cut by the client.
+#: How long a lane waits for a following message; longer after a message that the client split.
 _QUIET_S, _LONG_QUIET_S, _LONG_CHARS = 0.3, 1.5, 4000
 _MAX_ATTEMPTS = 2
 _RETRY_TURN_S = 5.0
 _PREVIEW_AFTER_S, _PREVIEW_CHARS, _PREVIEW_GROWTH, _MAX_PREVIEW_S = 1.2, 40, 1.3, 10.0
 _BLOCK_CHARS, _BLOCK_SILENCE_S = 200, 3.0
 _NOTICE_S = 600.0
-#: Where "typing" counts as a message it is shown only when an answer takes longer.
-_COUNTED_TYPING_S = 3.0
-#: How long it is shown for an answer that comes later.
+#: The delay of "typing" on platforms where it counts as a message.
+_TYPING_DELAY_S = 3.0
+#: How long "typing" is shown while a callback is awaited.
 _AWAITED_TYPING_S = 60.0
-_LATER_S = (1.0, 5.0, 30.0, 120.0, 600.0)
-#: The least pause that a platform asks for, and how long one part waits at most for its next try.
-_LEAST_HOLD_S, _MOST_LATER_S = 0.2, 3600.0
+_RETRY_PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)
+#: The minimum for a pause that a platform asks for, and the maximum pause between two tries.
+_MIN_HOLD_S, _MAX_RETRY_PAUSE_S = 0.2, 3600.0
 _GIVE_UP_S = 6 * 3600.0
 _MORE = "(more: write anything)"
-#: Half of a character, as JSON can have it.
-_HALF = re.compile("[\ud800-\udfff]")
+#: Half of a surrogate pair: JSON can split a character.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_QUOTED_CHARS = 500
-#: Photos and PDFs that stay in a conversation.
+#: How many photos and PDFs stay in a conversation.
 _KEPT_FILES = 2
-#: States of an account in which its parts are sent.
+#: Statuses of an account in which its parts are sent.
 SENDING_STATES = ("running", "retrying")
 
 
 class Shared(NamedTuple):
-    """What accounts and turns have in common."""
+    """The objects that all accounts and turns share."""
 
     store: Store
     access: Access
@@ -4726,7 +4731,7 @@ class Shared(NamedTuple):
 
 
 class LiveAccount(Tools):
-    """An account as it runs: the tools of its channel, and what the status tells of it."""
+    """A running account: the tools of its channel, and its status."""
 
     def __init__(self, account: Account, shared: Shared, lanes: Lanes) -> None:
         super().__init__(account.settings, {})
@@ -4740,15 +4745,15 @@ class LiveAccount(Tools):
         self.started_s = self.last_frame_s = self.last_inbound_s = 0.0
         #: How many messages were not answered, by reason.
         self.dropped: collections.Counter[str] = collections.Counter()
-        #: Lanes of which somebody was told that they are full.
+        #: Full lanes whose people have been told so.
         self._full: set[str] = set()
-        #: Until when the platform wants nothing to be sent, by time.monotonic.
+        #: Until when sending pauses at the platform's request, by time.monotonic.
         self.hold_until_s = 0.0
 
-    # -- what a channel is given ------------------------------------------------------------------
+    # -- the interface for channels (Tools) -------------------------------------------------------
 
     def accept(self, message: Optional[Message], state: Optional[Json] = None) -> None:
-        """Take over a message and the state of the account in one transaction. Raises OSError."""
+        """Save a message and the state of the account in one transaction. Raises OSError."""
         store, after = self.shared.store, self.sender.nudge
         with store.transaction():
             if message is not None:
@@ -4762,7 +4767,7 @@ class LiveAccount(Tools):
             after()
 
     def _take(self, message: Message) -> Callable[[], None]:
-        """Take over a new message, and return what follows when it is safe."""
+        """Save a new message, and return what to call after the commit."""
         store, lane = self.shared.store, lane_of(self.account, message)
         self.shared.log.message(
             f"\U0001f4e5 [IN] From: {self.account.row.id}:{message.sender} | Session: {lane} | "
@@ -4779,9 +4784,10 @@ class LiveAccount(Tools):
             self.say(message, "Stopped." if waiting else "There is nothing to stop.")
             return self.sender.nudge
         if len(waiting) >= _MAX_WAITING:
-            is_told, told = lane in self._full, "Too many messages are waiting; please send this "
+            is_told = lane in self._full
             self._full.add(lane)
-            return self._refuse(message, "too many waiting", "" if is_told else f"{told}one later.")
+            return self._refuse(message, "too many waiting", "" if is_told else (
+                "Too many messages are waiting; please send this one later."))
         self._full.discard(lane)
         store.put_in(self.id, lane, message)
         quiet_s = _LONG_QUIET_S if len(message.text) >= _LONG_CHARS else _QUIET_S
@@ -4795,17 +4801,17 @@ class LiveAccount(Tools):
         return self.sender.nudge
 
     def state(self) -> Json:
-        """Return the state that was last handed over."""
+        """Return the state that was last saved."""
         return self.shared.store.state(self.id)
 
     def on_stop(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when the account has to end, at once if it has to already."""
+        """Call `wake` when the account has to stop; at once if it already has to."""
         self._wake = wake
         if self.stop.is_set():
             wake()
 
     def note_frame(self) -> None:
-        """Note that the platform has been heard."""
+        """Record that the platform has sent something."""
         self.last_frame_s = time.time()
         if self.status != "running" and not self.stop.is_set():
             self.status, self.why = "running", ""
@@ -4813,7 +4819,7 @@ class LiveAccount(Tools):
             self.sender.nudge()
 
     def note(self, word: str) -> None:
-        """Show a word in the status."""
+        """Show a note in the status."""
         self.word = word
 
     def log(self, level: str, event: str, **fields: object) -> None:
@@ -4828,7 +4834,7 @@ class LiveAccount(Tools):
         self._wake()
 
     def nudge(self) -> None:
-        """Let go what is in the outbox: by the sender of now, if this account was started anew."""
+        """Wake the sender of this account; after a restart, the new sender."""
         self._lanes.accounts.get(self.id, self).sender.nudge()
 
     def say(self, message: Message, text: str, answer: int = 0) -> None:
@@ -4836,20 +4842,21 @@ class LiveAccount(Tools):
         self.shared.store.put_out(self.id, message.chat, answer, self.out_rows(message, [text]))
 
     def hold(self, seconds: float) -> None:
-        """Send nothing for some time; without a pause the platform would be asked without end."""
-        self.hold_until_s = max(self.hold_until_s, time.monotonic() + max(_LEAST_HOLD_S, seconds))
+        """Pause sending. There is a minimum, so that a pause of 0 causes no busy loop."""
+        self.hold_until_s = max(self.hold_until_s, time.monotonic() + max(_MIN_HOLD_S, seconds))
 
     def split(self, text: str) -> list[str]:
-        """Return Markdown in parts of the platform's size, or that of the settings."""
+        """Return Markdown in parts that fit the platform's limit, and that of the settings."""
         row, channel = self.account.row, self.channel
         limit = min(self.settings["replyChunkSize"] or row.limit, row.limit)
         limit -= len(_MORE) + 2 if row.budget else 0
-        # Markup takes less than three quarters: what is longer need not be rendered to be measured.
+        # Markup is less than three quarters of a text, so a text above 4 * limit need not be
+        # rendered to know that it does not fit.
         return split_markdown(text, lambda part: len(part) <= 4 * limit and channel.length(
             channel.render(part)) <= limit)
 
     def route(self, message: Message, is_first: bool) -> Json:
-        """Return the route of a part that answers a message; it says whether to quote it."""
+        """Return the route for a part of an answer, with whether to quote the message."""
         mode = self.settings["replyToMode"]
         is_reply = message.kind != "direct" and (mode == "all" or mode == "first" and is_first)
         return {**message.route, "is_reply": is_reply}
@@ -4857,8 +4864,8 @@ class LiveAccount(Tools):
     def out_rows(
         self, message: Message, parts: list[str], used: int = 0, *, is_begun: bool = False
     ) -> list[OutRow]:
-        """Return parts that answer a message, for the outbox. Those are held that the platform
-        would not take after one message, for which `used` parts were sent already."""
+        """Return the parts of an answer for the outbox. Parts beyond the platform's budget for one
+        message, of which `used` are spent, are held."""
         rows = [OutRow(text, self.route(message, number == 0 and not is_begun))
                 for number, text in enumerate(parts)]
         allowed = max(1, self.account.row.budget - 1 - used)
@@ -4870,7 +4877,7 @@ class LiveAccount(Tools):
 
 
 def lane_of(account: Account, message: Message) -> str:
-    """Return the lane of a message, which is also the first session of its conversation."""
+    """Return the lane of a message. It is also the name of the lane's first session."""
     if message.kind == "direct":
         return f"{account.id}:{message.chat}"
     by_sender = account.settings.get("groupSessionScope") == "group_sender"
@@ -4878,18 +4885,18 @@ def lane_of(account: Account, message: Message) -> str:
 
 
 class Loop:
-    """Does what is due, again and again, in a thread that runs `run`."""
+    """A loop that does what is due, in the thread that calls `run`."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._wake, self._is_over = threading.Event(), threading.Event()
 
     def nudge(self) -> None:
-        """Look at once for what is due."""
+        """Check now for what is due."""
         self._wake.set()
 
     def end(self) -> None:
-        """Make `run` return after what is being done."""
+        """Make `run` return after its current work."""
         self._is_over.set()
         self._wake.set()
 
@@ -4905,19 +4912,19 @@ class Loop:
             self._wake.clear()
 
     def _do_due(self) -> float:
-        """Do what is due, and return when to look again."""
+        """Do what is due, and return the seconds until the next check."""
         raise NotImplementedError
 
 
 class Sender(Loop):
-    """Sends what the outbox has for one account: in order for each chat, at the platform's pace."""
+    """Sends one account's outbox: in order within each chat, at the platform's pace."""
 
     def __init__(self, live: LiveAccount) -> None:
         super().__init__(live.shared.log)
         self._live, self._store = live, live.shared.store
-        #: Parts that were sent, and could not be marked so yet.
+        #: Parts that were sent but could not be marked as sent yet.
         self._unmarked: set[int] = set()
-        #: By chat: when the next part may go, by time.monotonic.
+        #: When the next part may be sent, by chat, in time.monotonic.
         self._pace_s: dict[str, float] = {}
 
     def _do_due(self) -> float:
@@ -4927,8 +4934,8 @@ class Sender(Loop):
         for row in self._store.next_out(self._live.id):
             now_s = time.monotonic()
             pause_s = row["due_s"] - time.time()
-            # A longer one was set while the clock was wrong.
-            due_s = max(pause_s if pause_s <= _MOST_LATER_S else 0.0,
+            # A longer pause was set while the clock was wrong.
+            due_s = max(pause_s if pause_s <= _MAX_RETRY_PAUSE_S else 0.0,
                         self._live.hold_until_s - now_s,
                         self._pace_s.get(row["chat"], 0.0) - now_s)
             if due_s <= 0 and not self._is_over.is_set():
@@ -4956,7 +4963,7 @@ class Sender(Loop):
         self._unmarked.discard(row["id"])
 
     def _failed(self, row: sqlite3.Row, failed: SendFailed) -> None:
-        """Settle what follows a part that was not sent."""
+        """Reschedule or give up a part that was not sent, by the kind of failure."""
         store, kind = self._store, failed.kind
         self._live.log("warning", "not sent", part=row["id"], kind=kind, why=failed)
         if kind == "wait":
@@ -4968,31 +4975,31 @@ class Sender(Loop):
         elif kind == "plain" and not row["is_plain"]:
             store.run("UPDATE outbox SET is_plain=1 WHERE id=?", row["id"])
         elif row["edit_id"] and kind == "never":
-            # The preview is gone: the text becomes a message of its own.
+            # The preview is gone: send the text as a new message.
             store.run("UPDATE outbox SET edit_id='' WHERE id=?", row["id"])
         elif kind == "later" and time.time() - row["at_s"] < _GIVE_UP_S:
-            usual_s = _LATER_S[min(row["attempts"], len(_LATER_S) - 1)]
-            pause_s = min(failed.after_s or usual_s, _MOST_LATER_S)
+            usual_s = _RETRY_PAUSES_S[min(row["attempts"], len(_RETRY_PAUSES_S) - 1)]
+            pause_s = min(failed.after_s or usual_s, _MAX_RETRY_PAUSE_S)
             store.set_out(row["id"], "pending", time.time() + pause_s, str(failed))
         else:
             store.set_out(row["id"], "dead", 0.0, str(failed))
 
 
 class Lanes(Loop):
-    """Runs turns: one of each lane at a time, so many at once, the oldest message first."""
+    """Runs turns: one per lane at a time, at most `most` in all, the oldest message first."""
 
     def __init__(self, store: Store, log: Log, most: int, accounts: dict[str, LiveAccount]) -> None:
-        """`accounts` are those that run, by id; the app changes them."""
+        """`accounts` are the running accounts by id; the app updates the dict."""
         super().__init__(log)
         self._store, self._most, self.accounts = store, most, accounts
         # Guards the fields below. Never held while the store is used.
         self._lock = threading.Lock()
         self._running: dict[str, Turn] = {}
-        #: Until when a lane waits for more, by time.monotonic.
+        #: Until when a lane waits for a following message, by time.monotonic.
         self._quiet_s: dict[str, float] = {}
 
     def nudge(self, lane: str = "", quiet_s: float = 0.0) -> None:
-        """Look at a lane when it has been quiet for some time."""
+        """Check a lane after it has been quiet for `quiet_s`."""
         with self._lock:
             self._quiet_s[lane] = time.monotonic() + quiet_s
         self._wake.set()
@@ -5047,8 +5054,8 @@ class Lanes(Loop):
         turn.type_until_called()
 
     def close(self, drain_s: float) -> None:
-        """Start nothing more, wait for the turns, and cut those that take longer: they are asked
-        again at the next start."""
+        """Start no more turns, wait `drain_s` for the running ones, and cut the rest: their
+        questions are asked again at the next start."""
         self.end()
         self._wait_for_turns(drain_s)
         with self._lock:
@@ -5064,8 +5071,8 @@ class Lanes(Loop):
 
 
 def batch_of(rows: list[sqlite3.Row]) -> list[tuple[sqlite3.Row, Message]]:
-    """Return the messages that one turn answers: a command alone, else as many as come before.
-    Those that were asked before are asked again as they were, without what came after them."""
+    """Return the messages that one turn answers: a single command, else all messages before the
+    next command. Messages that were asked before are repeated without newer ones."""
     batch: list[tuple[sqlite3.Row, Message]] = []
     size = 0
     for row in rows[:_MAX_MERGED]:
@@ -5082,25 +5089,25 @@ def batch_of(rows: list[sqlite3.Row]) -> list[tuple[sqlite3.Row, Message]]:
 
 
 class Growth:
-    """How an answer shows while it grows. This one does not: it comes whole at its end."""
+    """How an unfinished answer is shown. This base class waits until the answer is complete."""
 
     def __init__(self, turn: Turn) -> None:
         self._turn, self._live = turn, turn.live
 
     def due_s(self, text: str) -> float:
-        """Return when to show what has come, by time.monotonic."""
+        """Return when to show the text so far, by time.monotonic."""
         return math.inf
 
     def show(self, text: str) -> None:
-        """Show what has come."""
+        """Show the text so far."""
 
     def rest(self, text: str) -> list[OutRow]:
-        """Return the parts that make the whole text readable."""
+        """Return the parts still to be sent for the whole text."""
         return self._turn.out_rows(self._live.split(text))
 
 
 class Edits(Growth):
-    """An answer in messages that are edited: the last edit makes a preview the answer."""
+    """An answer in messages that are edited as it grows; the last edit is the final text."""
 
     def __init__(self, turn: Turn) -> None:
         super().__init__(turn)
@@ -5108,12 +5115,12 @@ class Edits(Growth):
         is_direct = turn.message.kind == "direct"
         self._every_s = row.edit_every_s if is_direct else row.edit_every_in_groups_s
         self._due_s = time.monotonic() + _PREVIEW_AFTER_S
-        #: Id and text of each message that is on the screen, also from before a restart.
+        #: Id and text of each message already shown, also from before a restart.
         self._shown: list[list[str]] = turn.progress.get("shown", [])
         self._nonce = secrets.token_hex(10)
 
     def due_s(self, text: str) -> float:
-        """Return when the next edit may be made."""
+        """Return when the next edit is allowed."""
         return max(self._due_s, self._live.hold_until_s)
 
     def show(self, text: str) -> None:
@@ -5140,14 +5147,14 @@ class Edits(Growth):
                 self._shown.append([self._live.channel.send(route, part), text])
                 self._turn.keep_progress(shown=self._shown)
         except Exception as problem:
-            # The final text comes by the outbox, which knows what to do.
+            # Ignore the failure: the outbox sends the final text, with retries.
             if isinstance(problem, SendFailed) and problem.kind == "wait":
                 self._live.hold(problem.after_s)
             else:
                 self._due_s = math.inf
 
     def rest(self, text: str) -> list[OutRow]:
-        """Return the last edits, and the parts that were not begun."""
+        """Return the final edits, and the parts not shown yet."""
         rows = super().rest(text)
         edits = [row._replace(edit_id=shown[0]) for row, shown in zip(rows, self._shown)
                  if shown[1] != row.text]
@@ -5160,15 +5167,15 @@ class Blocks(Growth):
     def __init__(self, turn: Turn) -> None:
         super().__init__(turn)
         budget = self._live.account.row.budget
-        #: How many more messages may come before the last ones.
+        #: How many messages may be sent before the end of the answer.
         self._left = budget - 2 - turn.released if budget else math.inf
-        #: How much of the text is given, and how many messages that took.
+        #: How many characters are in the outbox, and in how many messages.
         self._given = self._sent = 0
-        #: How much of it has come, where its whole paragraphs end, and when it is old enough.
+        #: How much has arrived, where its last complete paragraph ends, when to send a short one.
         self._seen, self._end, self._old_s = 0, 0, math.inf
 
     def due_s(self, text: str) -> float:
-        """Return when the next block is due: when it is large, or nothing has come for a while."""
+        """Return when the next block is due: when it is large, or after a silence."""
         if len(text) > self._seen:
             if "\n\n" in text[max(self._given, self._seen - 1):]:
                 self._end = self._whole_end(text)
@@ -5178,14 +5185,14 @@ class Blocks(Growth):
         return 0.0 if self._end - self._given >= _BLOCK_CHARS else self._old_s
 
     def _whole_end(self, text: str) -> int:
-        """Return where the last paragraph ends that is whole, and not within a fence."""
+        """Return the end of the last complete paragraph that is not inside a fence."""
         end = text.rfind("\n\n", self._given)
         while end > self._given and _open_fence(text[:end]) is not None:
             end = text.rfind("\n\n", self._given, end)
         return max(end, self._given)
 
     def show(self, text: str) -> None:
-        """Put the paragraphs that are whole into the outbox."""
+        """Put the complete paragraphs into the outbox."""
         parts = self._live.split(text[self._given:self._end])
         if self._sent + len(parts) <= self._left:
             self._turn.put_block(parts)
@@ -5199,31 +5206,31 @@ class Blocks(Growth):
 
 
 class Turn:
-    """The answer to one message, or to several that came together."""
+    """One turn: the answer to one message, or to several that came together."""
 
     def __init__(self, live: LiveAccount, lane: str,
                  batch: list[tuple[sqlite3.Row, Message]]) -> None:
         self.live, self.lane, self.store = live, lane, live.shared.store
         self._rows, self._messages = [row for row, _ in batch], [each for _, each in batch]
         self.ids = [row["id"] for row in self._rows]
-        #: The newest of the messages: it is the one that is answered.
+        #: The newest of the messages, to which the answer is addressed.
         self.message = self._messages[-1]
-        #: What the person has seen before a restart.
+        #: What the person had seen before a restart.
         self.progress: Json = json.loads(self._rows[0]["progress"])
         self.session, model = self.store.lane(lane)
         self.model = model or str(live.settings["model"])
         self._answering: Optional[Answering] = None
-        #: "stopped" by the person, "abandoned" because the program ends.
+        #: "stopped" by the person, "abandoned" when the program ends, else empty.
         self._ended = ""
-        #: What comes before the answer, and the answer.
+        #: A remark before the answer, and the answer.
         self._lead = self._text = ""
-        #: Parts of an older answer that this message lets go.
+        #: How many held parts of an older answer this message has released.
         self.released = 0
-        #: The hash of the token for a later answer, and whether that is waited for.
+        #: The hash of the callback token, and whether a callback is awaited.
         self._token, self._is_awaited = "", False
 
     def is_owner(self) -> bool:
-        """Return whether the owner of the account asks, and nobody else reads the answer."""
+        """Return whether the account's owner is asking in a direct chat."""
         return self.message.kind == "direct" and self.live.shared.access.is_owner(
             self.live.id, self.message.sender)
 
@@ -5251,8 +5258,8 @@ class Turn:
         self.live.nudge()
 
     def release(self, spared: int) -> tuple[int, int]:
-        """Let held parts go to this message's route; `spared` of its budget stay. Returns how many
-        go, and how many stay held."""
+        """Release held parts to this message's route, and keep `spared` of its budget. Returns how
+        many go, and how many stay held."""
         budget = self.live.account.row.budget
         most = max(1, budget - spared) if budget else 1000
         with self.store.transaction():
@@ -5263,15 +5270,15 @@ class Turn:
         return found
 
     def _answer(self) -> None:
-        """Ask the agent, and put what it says into the outbox."""
+        """Ask the agent, and put its answer into the outbox."""
         content = self._content()
         growth = self._growth()
         try:
             content = self._ask(content, growth)
-            told = self._text.rstrip() or "I have nothing to say to that."
+            reply = self._text.rstrip() or "I have nothing to say to that."
         except AgentFailed as failed:
-            told = "" if self._ended else self._failure(failed)
-            # A question without an answer is not remembered.
+            reply = "" if self._ended else self._failure(failed)
+            # An unanswered question is not remembered.
             content = content if self._text or self._ended else None
         if self._ended == "abandoned":
             # The messages stay in the inbox, and are asked again at the next start.
@@ -5279,10 +5286,10 @@ class Turn:
         has_failed = content is None
         self._is_awaited = bool(self._token) and not (self._ended or has_failed or self._text)
         is_silent = self._ended or self._is_awaited or self._text.strip() in SILENT_ANSWERS
-        self._finish([] if is_silent else growth.rest(self._lead + told), content)
+        self._finish([] if is_silent else growth.rest(self._lead + reply), content)
 
     def _failure(self, failed: AgentFailed) -> str:
-        """Log a failure, and return what the person is told of it."""
+        """Log a failure, and return the reply for the person."""
         reference = secrets.token_hex(3)
         self.live.log("error", "the agent failed", ref=reference, code=failed.code,
                       status=failed.status or "", why=failed)
@@ -5298,8 +5305,8 @@ class Turn:
         return Edits(self) if mode == "edit" and can_edit else Blocks(self)
 
     def _ask(self, content: object, growth: Growth) -> object:
-        """Ask, once more in another form where that helps. Returns the content that was asked.
-        Raises AgentFailed."""
+        """Ask; after a failure retry with a shorter history or without files, if that can help.
+        Returns the content that was asked. Raises AgentFailed."""
         tried = {""}
         while True:
             try:
@@ -5320,10 +5327,9 @@ class Turn:
                     content = text_of(content)
 
     def _listen(self, question: Question, growth: Growth) -> None:
-        """Take in the answer, and meanwhile show it and that it is being written. Raises
-        AgentFailed."""
+        """Receive the answer, and meanwhile show it and "typing". Raises AgentFailed."""
         row, now_s, self._text = self.live.account.row, time.monotonic(), ""
-        typing_s = now_s + _COUNTED_TYPING_S * bool(row.budget) if row.typing_every_s else math.inf
+        typing_s = now_s + _TYPING_DELAY_S * bool(row.budget) if row.typing_every_s else math.inf
         notice_s = now_s + _NOTICE_S if self.live.settings["notice"] else math.inf
         end_s = now_s + question.timeout_s if question.timeout_s else math.inf
         answering = self._answering = Answering(self.live.http, question)
@@ -5349,19 +5355,19 @@ class Turn:
                 self._text = encodable(self._text)
                 return
             self._text += text
-            if _HALF.search(text):
-                # The other half may be in the next event, so it is kept.
+            if _SURROGATE.search(text):
+                # Keep a lone surrogate: its other half may be in the next event.
                 self._text = encodable(self._text, "surrogatepass")
         answering.cut()
 
     def _type(self, *, is_over: bool = False) -> None:
-        # Whatever it is, it may not cost the answer.
+        # A failure of "typing" must not prevent the answer.
         with contextlib.suppress(Exception):
             if self.live.account.row.typing_every_s:
                 self.live.channel.type(self.message.route, is_over)
 
     def type_until_called(self) -> None:
-        """Show that an answer is being written while an agent is expected to call."""
+        """Show "typing" while a callback is awaited."""
         row, until_s = self.live.account.row, time.monotonic() + _AWAITED_TYPING_S
         if not row.typing_every_s or row.budget or not self._is_awaited:
             return
@@ -5418,7 +5424,7 @@ class Turn:
                        later[0] if later else 1 << 62)
 
     def _content(self) -> object:
-        """Return the content of the user's message: a text, or parts if there are files."""
+        """Return the content of the user message: a string, or content parts if there are files."""
         texts: list[str] = []
         files: list[Json] = []
         for message in self._messages:
@@ -5434,16 +5440,16 @@ class Turn:
         return [{"type": "text", "text": text or "(no text)"}, *files] if files else text
 
     def _attached(self, attachment: Attachment, images: int) -> Json:
-        """Return an attachment as a part of the question; one that is not read is named."""
+        """Return an attachment as a content part; a name and reason for one that is not read."""
         most = _MAX_IMAGE_BYTES if attachment.kind == "image" else _MAX_PDF_BYTES
         try:
             if not self.live.settings["attachments"]:
-                raise ValueError("files are not passed on")
+                raise ValueError("attachments are turned off")
             is_one_too_many = attachment.kind == "image" and images >= _MAX_IMAGES
             if attachment.size_bytes > most or is_one_too_many:
                 raise ValueError("too large, or too many")
             return attachment_part(attachment, self.live.channel.fetch(attachment, most))
-        except Exception as problem:  # A file that cannot be had must not cost the question.
+        except Exception as problem:  # A file that cannot be fetched must not block the question.
             size = f"{attachment.size_bytes / 1e6:.1f} MB, " if attachment.size_bytes else ""
             name = clean(attachment.name)[:100]
             text = f"[{attachment.kind}: {name}, {size}not read: {clean(problem)}]"
@@ -5456,7 +5462,7 @@ class Turn:
         return self.live.out_rows(self.message, parts, used + self.released, is_begun=used > 0)
 
     def put_block(self, parts: list[str]) -> None:
-        """Put a part of the answer into the outbox before its end."""
+        """Put complete paragraphs of an unfinished answer into the outbox."""
         count = self.progress.get("blocks", 0)
         with self.store.transaction():
             rows = [OutRow(text, self.live.route(self.message, not count)) for text in parts]
@@ -5465,24 +5471,24 @@ class Turn:
         self.live.nudge()
 
     def has_parts_waiting(self) -> bool:
-        """Return whether something else has to be sent to this chat first."""
+        """Return whether this chat still has unsent parts."""
         return bool(self.store.rows("SELECT 1 FROM outbox WHERE account=? AND chat=? AND status IN"
                                     " ('pending','sending') LIMIT 1", self.live.id,
                                     self.message.chat))
 
     def keep_progress(self, **progress: object) -> None:
-        """Keep what the person has seen, for a start after a kill."""
+        """Save what the person has seen, for a restart after a kill."""
         self.progress.update(progress)
         self.store.run("UPDATE inbox SET progress=? WHERE id=?", compact(self.progress),
                        self.ids[0])
 
     def _finish(self, rows: list[OutRow], content: object = None) -> None:
-        """Commit the parts, the conversation and the end of the messages together."""
+        """Save the parts and the conversation, and finish the messages, in one transaction."""
         answer = f"{self._text} [stopped]".strip() if self._ended else self._text.strip()
         with self.store.transaction():
             self.store.put_out(self.live.id, self.message.chat, self.ids[0], rows)
             if content is not None and self.live.settings["memory"] == "gateway":
-                # An agent may call before it has said that it has taken the question.
+                # The callback may arrive before the answer to the request that asked the question.
                 is_called = self._is_awaited and not self.live.shared.callbacks.is_open(self._token)
                 self.store.remember_question(self.session, content, is_answered=is_called)
                 if answer:
@@ -5496,7 +5502,7 @@ class Turn:
 
 
 def said(message: Message) -> list[str]:
-    """Return what a message says: what it quotes, and its text with the name in a group."""
+    """Return a message's texts: its quotation, and its text, in a group with the sender's name."""
     quoted = message.quoted.strip()[:_MAX_QUOTED_CHARS]
     quote = "\n".join(f"> {line}" for line in quoted.splitlines())
     name = f"[{clean(message.sender_name)[:80]}]: " if message.kind != "direct" else ""
@@ -5504,7 +5510,8 @@ def said(message: Message) -> list[str]:
 
 
 def without_files(parts: list[Json], keep: int) -> tuple[list[Json], int]:
-    """Return parts of which only `keep` files are left, and how many more may be kept."""
+    """Return parts with all but the last `keep` files replaced by names, and what is left of
+    `keep`."""
     left: list[Json] = []
     for part in reversed(parts):
         is_file = part.get("type") != "text"
@@ -5518,15 +5525,15 @@ def without_files(parts: list[Json], keep: int) -> tuple[list[Json], int]:
 
 
 class ChatCommand(NamedTuple):
-    """A command that somebody writes in a chat."""
+    """A command in a chat."""
 
-    #: With the words of other languages that mean the same.
+    #: All its names, in several languages.
     names: tuple[str, ...]
     about: str
-    #: Returns the answer, from the turn and what follows the name.
+    #: Takes the turn and the argument, and returns the answer.
     run: Callable[[Turn, str], str]
     takes_argument: bool = False
-    #: Whether it is done when it arrives, and not in its lane.
+    #: Whether it runs on arrival instead of waiting in its lane.
     is_at_once: bool = False
 
 
@@ -5544,18 +5551,18 @@ def say_model(turn: Turn, argument: str) -> str:
     if not names:
         with contextlib.suppress(NetworkFailed, ValueError):
             names = models_of(turn.live.http, settings["agentUrl"], settings["apiKey"])
-    there_are = f"There are: {', '.join(names) or 'not known'}"
+    available = f"Available: {', '.join(names) or 'unknown'}"
     if not argument:
-        return f"Model: {turn.model}\n\n{there_are}"
+        return f"Model: {turn.model}\n\n{available}"
     if names and argument not in names:
-        return f'There is no model "{clean(argument)}". {there_are}'
+        return f'There is no model "{clean(argument)}". {available}'
     turn.store.run("INSERT INTO lanes (lane, model) VALUES (?,?) ON CONFLICT (lane) DO UPDATE SET"
                    " model=excluded.model", turn.lane, argument)
     return f"Model: {argument}"
 
 
 def say_status(turn: Turn, argument: str) -> str:
-    """Show how things are."""
+    """Show the status of the conversation; to the owner also that of the account."""
     live, store = turn.live, turn.store
     lines = [f"Model: {turn.model}", f"Messages remembered: {len(store.history(turn.session))}"]
     if turn.is_owner():
@@ -5573,18 +5580,18 @@ CHAT_COMMANDS: tuple[ChatCommand, ...] = (
     ChatCommand(("/stop", "\u505c\u6b62"), "stop the answer", lambda turn, argument: "",
                 is_at_once=True),
     ChatCommand(("/model",), "show the models, or choose one: /model NAME", say_model, True),
-    ChatCommand(("/more",), "the rest of the last answer", lambda turn, argument: (
+    ChatCommand(("/more",), "send the rest of the last answer", lambda turn, argument: (
         "" if turn.release(1)[0] else "There is nothing more.")),
-    ChatCommand(("/status",), "how things are", say_status),
-    ChatCommand(("/help", "/start"), "this list", lambda turn, argument: "\n".join(
+    ChatCommand(("/status",), "show the status", say_status),
+    ChatCommand(("/help", "/start"), "show this list", lambda turn, argument: "\n".join(
         f"{each.names[0]}: {each.about}" for each in CHAT_COMMANDS)),
-    ChatCommand(("/whoami",), "your id, for the owner's settings", lambda turn, argument: (
+    ChatCommand(("/whoami",), "show your id, for the owner's settings", lambda turn, argument: (
         f"Your id is {turn.message.sender}. This conversation is {turn.session}.")),
 )
 
 
 def command_of(message: Message) -> Optional[tuple[ChatCommand, str]]:
-    """Return the command that a whole message is, and its argument. In a group only for the bot."""
+    """Return the command and its argument if the message is one; in a group only with a mention."""
     if message.attachments or message.kind != "direct" and not message.is_mentioned:
         return None
     name, _, argument = message.text.strip().partition(" ")
@@ -5596,17 +5603,17 @@ def command_of(message: Message) -> Optional[tuple[ChatCommand, str]]:
 
 # ==== 21. App ================================================================
 # Owns every long-lived object. Each account has a thread that receives and one that sends; a
-# socket in OCP's folder lets the commands of another shell act on the gateway.
+# socket in OCP's folder lets commands of other processes control the gateway.
 
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-#: A connection that held so long begins the pauses anew.
+#: A connection that lasted this long resets the backoff.
 _HEALTHY_S = 60.0
 _DRAIN_S = 20.0
-#: How long the threads of an account that ends are waited for, and those of all at the end.
+#: How long to wait for the threads of a stopped account, and for all threads at shutdown.
 _JOIN_S, _LAST_JOIN_S = 5.0, 10.0
 _TEND_S, _SWEEP_S = 10.0, 3600.0
 _SOCKET_TIMEOUT_S = 60.0
-#: Files of a gateway, in its folder.
+#: The gateway's files in OCP's folder.
 DATABASE, LOCK, SOCKET, LOG = "channels.db", "channels.lock", "channels.sock", "channels.log"
 
 
@@ -5616,8 +5623,8 @@ class App:
     def __init__(
         self, home: str, load: Callable[[], Settings], log: Log, environ: Mapping[str, str]
     ) -> None:
-        """`load` reads the settings anew. Raises SettingsError, OSError, and Problem if a gateway
-        runs already in the folder."""
+        """`load` reads the settings, also again later. Raises SettingsError, OSError, and Problem
+        if a gateway already runs in the folder."""
         self._home, self._load, self._log = home, load, log
         self.settings = load()
         descriptor = os.open(os.path.join(home, LOCK), os.O_RDWR | os.O_CREAT, 0o600)
@@ -5630,7 +5637,7 @@ class App:
         self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"], running)
         self._callbacks = Callbacks(self._store, log, self.settings.top, running)
         self._shared = Shared(self._store, Access(self._store), log, environ, self._callbacks)
-        #: Every account, also one that does not run, and its threads: receiver, sender; by id.
+        #: All accounts by id, running or not; and below their threads: receiver, sender.
         self._accounts: dict[str, LiveAccount] = {}
         # Guards starting and stopping of accounts.
         self._change = threading.Lock()
@@ -5641,7 +5648,8 @@ class App:
     # -- life -------------------------------------------------------------------------------------
 
     def run(self, only: str = "") -> None:
-        """Serve until `is_over` is set. `only` is the channel that is started. Raises Problem."""
+        """Serve until `is_over` is set. `only` is the channel to start, empty = all. Raises
+        Problem."""
         control = Control(os.path.join(self._home, SOCKET), self.perform)
         try:
             spawn(self.lanes.run)
@@ -5653,7 +5661,7 @@ class App:
             self._close()
 
     def _tend(self) -> None:
-        """Do what is due from time to time, until the end."""
+        """Do periodic work until the end."""
         sweep_s = 0.0
         while not self.is_over.wait(_TEND_S if sweep_s else 0.0):
             try:
@@ -5661,12 +5669,12 @@ class App:
                 if time.monotonic() >= sweep_s:
                     sweep_s = time.monotonic() + _SWEEP_S
                     self._store.sweep()
-            except Exception as problem:  # It does not matter for answers.
+            except Exception as problem:  # Answers do not depend on this work.
                 sweep_s = time.monotonic() + _SWEEP_S
                 self._log.event("error", "cannot clean up", why=problem)
 
     def _close(self) -> None:
-        """Receive nothing more, let turns come to their end, send what is there, and close."""
+        """Stop receiving, let turns finish, send what is in the outbox, and close."""
         live_accounts = list(self._accounts.values())
         for live in live_accounts:
             live.end()
@@ -5678,7 +5686,7 @@ class App:
             time.sleep(0.05)
         for live in live_accounts:
             live.sender.end()
-        # A part that is being sent has to be marked so, or it is sent again at the next start.
+        # A part being sent must be marked as sent, or it is sent again at the next start.
         until_s = time.monotonic() + _LAST_JOIN_S
         for threads in self._threads.values():
             threads[1].join(max(0.0, until_s - time.monotonic()))
@@ -5693,7 +5701,7 @@ class App:
     # -- accounts ---------------------------------------------------------------------------------
 
     def start_accounts(self, channel: str, account: str) -> list[str]:
-        """Read the settings and start the accounts of a channel that do not run; empty = all.
+        """Read the settings again and start the chosen accounts that are not running; empty = all.
         Returns their ids. Raises SettingsError, Problem."""
         with self._change:
             self.settings = self._load()
@@ -5731,7 +5739,7 @@ class App:
         before = self._threads.get(account.id, [])[1:]
 
         def send() -> None:
-            # Two senders would send the same part.
+            # Wait for the old sender: two senders would send the same part twice.
             for thread in before:
                 thread.join()
             live.sender.run()
@@ -5741,7 +5749,7 @@ class App:
         return True
 
     def stop_accounts(self, channel: str, account: str) -> list[str]:
-        """Stop the accounts of a channel that run, and return their ids."""
+        """Stop the chosen accounts that are running, and return their ids."""
         with self._change:
             chosen = [each for each in self._accounts.values()
                       if is_chosen(each.account, channel, account) and not each.stop.is_set()]
@@ -5756,34 +5764,35 @@ class App:
                 live.http.close()
             return [live.id for live in chosen]
 
-    # -- what commands of another shell ask -------------------------------------------------------
+    # -- requests of the control socket -----------------------------------------------------------
 
     def perform(self, request: Json) -> Json:
-        """Do what a command asks, and return what it is told."""
-        wish, channel, account = (str(request.get(key, "")) for key in ("do", "channel", "account"))
-        if wish == "status":
+        """Carry out a request of the control socket, and return the answer."""
+        action, channel, account = (
+            str(request.get(key, "")) for key in ("do", "channel", "account"))
+        if action == "status":
             return self.status(is_probing=bool(request.get("probe")))
-        if wish == "end":
+        if action == "end":
             self.is_over.set()
             return {"pid": os.getpid()}
-        if wish == "nudge":
+        if action == "nudge":
             for live in list(self._accounts.values()):
                 live.nudge()
             return {}
-        if wish not in ("start", "stop", "restart"):
-            return {"error": "The gateway does not know that command; restart it."}
+        if action not in ("start", "stop", "restart"):
+            return {"error": "The running gateway does not know this command: restart it."}
         try:
-            if wish == "restart":
-                # Settings that cannot be used must not end what runs.
+            if action == "restart":
+                # Invalid settings must not stop what is running.
                 self._load()
-            stopped = self.stop_accounts(channel, account) if wish != "start" else []
-            started = self.start_accounts(channel, account) if wish != "stop" else []
+            stopped = self.stop_accounts(channel, account) if action != "start" else []
+            started = self.start_accounts(channel, account) if action != "stop" else []
         except (SettingsError, Problem) as problem:
             return {"error": str(problem)}
         return {"started": started, "stopped": stopped}
 
     def status(self, *, is_probing: bool = False) -> Json:
-        """Return how everything is."""
+        """Return the status of the gateway and its accounts."""
         channels = [self._status_of(live, is_probing) for live in list(self._accounts.values())]
         people = self._shared.access.people()
         return {
@@ -5842,14 +5851,14 @@ def supervise(live: LiveAccount) -> None:
 
 
 def spawn(run: Callable[[], None]) -> threading.Thread:
-    """Return a thread that runs, and holds up no end of the program."""
+    """Start a daemon thread, which does not keep the program alive, and return it."""
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 
 
 def lock(file: TextIO) -> bool:
-    """Lock a file as long as it is open; return whether nobody else has."""
+    """Lock a file until it is closed; return False if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -5858,22 +5867,22 @@ def lock(file: TextIO) -> bool:
 
 
 def is_chosen(account: Account, channel: str, name: str) -> bool:
-    """Return whether an account is meant by the id of a channel and a name; empty = any."""
+    """Return whether an account matches a channel's id and an account's name; empty = any."""
     is_channel = channel in ("", account.row.id, *account.row.aliases)
     return is_channel and name in ("", account.name)
 
 
 class Control:
-    """The socket by which commands reach the gateway: a line of JSON each way."""
+    """The control socket of the gateway: one line of JSON in each direction."""
 
     def __init__(self, path: str, perform: Callable[[Json], Json]) -> None:
-        """Listen, for the owner alone. The caller holds the lock, so an old socket is nobody's.
-        Raises Problem."""
+        """Listen, for this user only. The caller holds the lock, so an existing socket file is
+        stale. Raises Problem."""
         self._path, self._perform = path, perform
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        # Bound under a mask, because a mode that is set later comes too late.
+        # Set the umask before bind: a chmod afterwards would leave a gap.
         mask = os.umask(0o177)
         try:
             self._socket.bind(path)
@@ -5886,7 +5895,7 @@ class Control:
             os.umask(mask)
 
     def run(self) -> None:
-        """Answer until the end."""
+        """Answer requests until the end."""
         with contextlib.suppress(OSError):
             while True:
                 peer = self._socket.accept()[0]
@@ -5900,7 +5909,7 @@ class Control:
             peer.sendall(compact(answer).encode("ascii") + b"\n")
 
     def end(self) -> None:
-        """Answer no more."""
+        """Stop answering, and remove the socket."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -5909,7 +5918,7 @@ class Control:
 
 
 def ask_gateway(home: str, request: Json) -> Optional[Json]:
-    """Return what the running gateway answers, None if none runs."""
+    """Return the running gateway's answer, None if no gateway is running."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_SOCKET_TIMEOUT_S)
         try:
@@ -5923,18 +5932,18 @@ def ask_gateway(home: str, request: Json) -> Optional[Json]:
 
 
 # ==== 22. Plugins ============================================================
-# A channel in a file of the owner's: API = 1, and `def channel(api)` that returns a Row. It runs
-# with all rights of this program, so a file is loaded only if its hash is the one on record.
+# A channel in the owner's own file: `API = 1`, and `def channel(api)` that returns a Row. It runs
+# with all rights of this program, so a file is loaded only if its hash is the recorded one.
 
 PLUGIN_API = 1
 _PLUGIN_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.py")
-#: Packages that the original gateway's instructions install, and the channel that does their work.
+#: npm packages from the original gateway's instructions, and the built-in channel for each.
 BUILT_IN_PACKAGES: Mapping[str, str] = {
     "grammy": "telegram", "@tencent-weixin/openclaw-weixin": "openclaw-weixin",
     "@dingtalk-real-ai/dingtalk-connector": "dingtalk-connector", "@openclaw/qqbot": "qqbot",
     "@tencent-connect/openclaw-qqbot": "qqbot",
 }
-#: What a plugin may use of this program.
+#: The names of this program that plugins may use.
 PLUGIN_TOOLS = types.SimpleNamespace(
     Message=Message, Attachment=Attachment, Part=Part, Row=Row, Channel=Channel, Fatal=Fatal,
     Retry=Retry, SendFailed=SendFailed, NetworkFailed=NetworkFailed, Http=Http, WebSocket=WebSocket,
@@ -5945,24 +5954,24 @@ PLUGIN_TOOLS = types.SimpleNamespace(
 
 
 class Plugins:
-    """The folder of plugins, and the record of their hashes."""
+    """The folder of plugins, and the file with their hashes."""
 
     def __init__(self, home: str) -> None:
         self.folder = os.path.join(home, "channels")
         self._record = os.path.join(self.folder, "plugins.json")
 
     def hashes(self) -> Json:
-        """Return the hashes on record, by the name of the file. Raises SettingsError."""
+        """Return the recorded hashes by file name. Raises SettingsError."""
         return read_file(self._record)
 
     def load(self) -> tuple[list[Row], list[str]]:
-        """Return the rows of all plugins, and why others were not loaded."""
+        """Return the rows of the plugins, and the reasons for those that were not loaded."""
         rows, refused, hashes = [], [], self.hashes()
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         for name in sorted(filter(_PLUGIN_NAME.fullmatch, names)):
             try:
                 rows.append(self._load(name, hashes.get(name)))
-            except Exception as problem:  # Whatever is wrong with one must not end the others.
+            except Exception as problem:  # A fault in one plugin must not stop the others.
                 refused.append(f"plugin {name} is not loaded: {clean(problem)}")
         return rows, refused
 
@@ -5970,9 +5979,9 @@ class Plugins:
         path = os.path.join(self.folder, name)
         with open(path, "rb") as file:
             source = file.read()
-        # The bytes that were checked are the bytes that run.
+        # Check and run the same bytes: the file could change in between.
         if hashlib.sha256(source).hexdigest() != digest:
-            raise ValueError("its content is not what was installed; install it again")
+            raise ValueError("it has changed since it was installed; install it again")
         values: dict[str, Any] = {"__name__": f"ocp_channel_{name[:-3]}", "__file__": path}
         exec(compile(source, path, "exec"), values)
         if values.get("API") != PLUGIN_API:
@@ -5983,7 +5992,7 @@ class Plugins:
         return row
 
     def put(self, name: str, source: Optional[bytes]) -> None:
-        """Keep a file and put its hash on record; None removes it. Raises OSError."""
+        """Save a plugin and record its hash; None removes it. Raises OSError."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         path, hashes = os.path.join(self.folder, name), self.hashes()
         if source is None:
@@ -5997,14 +6006,14 @@ class Plugins:
 
 
 # ==== 23. Command line =======================================================
-# What the owner types. Commands that concern a running gateway reach it by its socket; those that
-# change settings or people write the file or the database, and then tell it.
+# The owner's commands. Those for a running gateway use its socket; those that change settings or
+# people write the file or the database, and then notify the gateway.
 
 _START_S, _STOP_S = 15.0, 40.0
 
 
 class Here(NamedTuple):
-    """Where a command runs."""
+    """The context of a command: environment, folder, settings file, channels."""
 
     environ: Mapping[str, str]
     home: str
@@ -6015,7 +6024,7 @@ class Here(NamedTuple):
 
     @classmethod
     def of(cls, environ: Mapping[str, str], named: str) -> Here:
-        """Return it for an environment and the file that --config names. Raises Problem."""
+        """Return the context for an environment and the value of --config. Raises Problem."""
         home = os.path.abspath(os.path.expanduser(environ.get("OCP_HOME") or "~/.ocp"))
         try:
             os.makedirs(home, mode=0o700, exist_ok=True)
@@ -6030,8 +6039,8 @@ class Here(NamedTuple):
         return self.parse(read_file(self.settings_path))
 
     def content(self) -> Json:
-        """Return the content of the file, to change it. Raises SettingsError, also for an object
-        that has another form."""
+        """Return the content of the file, to change it. Raises SettingsError, also if "channels" or
+        a channel is not an object."""
         content = read_file(self.settings_path)
         channels = content.get("channels", {})
         places = {"channels": channels, **({} if not isinstance(channels, dict) else channels)}
@@ -6042,17 +6051,16 @@ class Here(NamedTuple):
         return content
 
     def parse(self, content: Json) -> Settings:
-        """Return the settings as they would be with this content of the file. Raises
-        SettingsError."""
+        """Return the settings for this content of the file. Raises SettingsError."""
         return parse_settings(content, self.settings_path, self.environ, self.rows)
 
     def account(self, content: Json, row: Row, name: str) -> Account:
-        """Return an account as it would be with this content. Raises SettingsError."""
+        """Return an account for this content of the file. Raises SettingsError."""
         return next(each for each in self.parse(content).accounts
                     if each.row.id == row.id and each.name == name)
 
     def row(self, name: str) -> Row:
-        """Return a channel by its id or another name of it. Raises Problem."""
+        """Return a channel by its id or alias. Raises Problem."""
         found = next((row for row in self.rows if name in (row.id, *row.aliases)), None)
         if found is None:
             known = ", ".join(row.id for row in self.rows)
@@ -6060,16 +6068,16 @@ class Here(NamedTuple):
         return found
 
     def ask(self, **request: object) -> Json:
-        """Return what the running gateway answers. Raises Problem."""
+        """Return the running gateway's answer. Raises Problem."""
         answer = ask_gateway(self.home, request)
         if answer is None:
-            raise Problem(Exit.UNREACHABLE, f"No gateway runs here. Start one: {PROGRAM} start -d")
+            raise Problem(Exit.UNREACHABLE, f"No gateway is running. Start one: {PROGRAM} start -d")
         if "error" in answer:
             raise Problem(Exit.FAILED, str(answer["error"]))
         return answer
 
     def nudge(self) -> bool:
-        """Let the gateway look into its outbox, and return whether one runs."""
+        """Make the gateway check its outbox, and return whether one is running."""
         return ask_gateway(self.home, {"do": "nudge"}) is not None
 
     @contextlib.contextmanager
@@ -6080,7 +6088,7 @@ class Here(NamedTuple):
 
     @contextlib.contextmanager
     def channel(self, account: Account, state: Json) -> Iterator[Channel]:
-        """Yield the channel of an account that does not run."""
+        """Yield the channel of an account without running it."""
         with contextlib.closing(Http(Connector(account.settings["proxy"], self.environ))) as web:
             yield account.row.make(Tools(account.settings, state), web)
 
@@ -6092,7 +6100,7 @@ Arguments = argparse.Namespace
 
 
 def do_start(here: Here, arguments: Arguments) -> None:
-    """Start the gateway, here or in the background."""
+    """Start the gateway, in the foreground or in the background."""
     if arguments.channel:
         arguments.channel = here.row(arguments.channel).id
         if here.nudge():
@@ -6116,7 +6124,7 @@ def do_start(here: Here, arguments: Arguments) -> None:
 
     def end(*_: object) -> None:
         if app.is_over.is_set():
-            # Somebody does not want to wait for the answers that are being written.
+            # A second signal: do not wait for the answers that are being written.
             raise KeyboardInterrupt
         app.is_over.set()
 
@@ -6128,7 +6136,7 @@ def do_start(here: Here, arguments: Arguments) -> None:
 
 
 def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> None:
-    """Start the gateway in a process of its own, and return when it answers."""
+    """Start the gateway in a new process, and return when it answers."""
     if here.nudge():
         raise Problem(Exit.FAILED, f"A gateway runs already; see `{PROGRAM} status`.")
     folder = os.path.abspath(log_dir or here.home)
@@ -6142,18 +6150,18 @@ def start_in_background(here: Here, channel: str = "", log_dir: str = "") -> Non
         while not here.nudge():
             if child.poll() is not None or time.monotonic() > until_s:
                 errors.seek(0)
-                told = errors.read().decode(errors="replace").strip()
+                message = errors.read().decode(errors="replace").strip()
                 code, child.returncode = child.returncode, 0
                 raise Problem(Exit(code) if code in set(Exit) - {Exit.OK} else Exit.FAILED,
-                              told or f"The gateway did not start within {_START_S:.0f} s.")
+                              message or f"The gateway did not start within {_START_S:.0f} s.")
             time.sleep(0.05)
-    # It goes on without this process.
+    # The child outlives this process; a set returncode avoids a ResourceWarning.
     child.returncode = 0
     print(f"Started: pid {child.pid}, log {os.path.join(folder, LOG)}")
 
 
 def do_stop(here: Here, arguments: Arguments) -> None:
-    """Stop the gateway, after the answers that are being written; or one channel of it."""
+    """Stop the gateway, or one channel, after the answers that are being written."""
     if arguments.channel:
         do_change(here, arguments)
         return
@@ -6167,7 +6175,7 @@ def do_stop(here: Here, arguments: Arguments) -> None:
 
 
 def do_restart(here: Here, arguments: Arguments) -> None:
-    """Stop the gateway and start it in the background; or one channel of it."""
+    """Restart the gateway in the background, or restart one channel."""
     if arguments.channel:
         do_change(here, arguments)
         return
@@ -6178,11 +6186,11 @@ def do_restart(here: Here, arguments: Arguments) -> None:
 
 def do_change(here: Here, arguments: Arguments) -> None:
     """Start, stop or restart the accounts of a channel in the running gateway."""
-    tell_changed(here.ask(do=arguments.verb, channel=here.row(arguments.channel).id,
+    print_changes(here.ask(do=arguments.verb, channel=here.row(arguments.channel).id,
                           account=arguments.account))
 
 
-def tell_changed(answer: Json) -> None:
+def print_changes(answer: Json) -> None:
     """Print what a gateway started and stopped."""
     for word in ("stopped", "started"):
         if answer[word]:
@@ -6192,7 +6200,7 @@ def tell_changed(answer: Json) -> None:
 
 
 def do_status(here: Here, arguments: Arguments) -> None:
-    """Print how the gateway and its accounts are."""
+    """Print the status of the gateway and its accounts."""
     status = here.ask(do="status", probe=arguments.probe)
     if arguments.channel:
         row = here.row(arguments.channel)
@@ -6213,7 +6221,7 @@ def do_status(here: Here, arguments: Arguments) -> None:
                  each["note"]]
         print("  ".join(clean(word) for word in words if word))
     for code in status["pairing"]:
-        print(f"Somebody waits for approval: {PROGRAM} pairing approve {code}")
+        print(f"A person is waiting for approval: {PROGRAM} pairing approve {code}")
     for line in here.refused:
         print(line)
 
@@ -6227,14 +6235,14 @@ def do_version(here: Here, arguments: Arguments) -> None:
 
 
 def do_list(here: Here, arguments: Arguments) -> None:
-    """Print the channels that are configured, or all."""
+    """Print the configured channels, or all channels."""
     configured = {account.row.id for account in here.load().accounts}
     ids = [row.id for row in here.rows if arguments.all or row.id in configured]
     print(json.dumps(ids) if arguments.json else "\n".join(ids) or "No channel is configured.")
 
 
 def do_add(here: Here, arguments: Arguments) -> None:
-    """Save an account after asking its platform who it is; any setting is a flag: --KEY VALUE."""
+    """Check an account with its platform and save it; any setting is a flag: --KEY VALUE."""
     row, content = here.row(arguments.channel), here.content()
     merge_account(content, row, arguments.account, flag_values(row, arguments.rest))
     account = here.account(content, row, arguments.account)
@@ -6252,17 +6260,17 @@ def do_add(here: Here, arguments: Arguments) -> None:
 
 
 def save_account(here: Here, content: Json, account: Account) -> None:
-    """Write the settings, and let a running gateway use what they have of an account."""
+    """Write the settings, and restart the account in a running gateway."""
     save_settings(here.settings_path, content)
     print(f"Saved {account.id} in {here.settings_path}.")
     if here.nudge():
-        tell_changed(here.ask(do="restart", channel=account.row.id, account=account.name))
+        print_changes(here.ask(do="restart", channel=account.row.id, account=account.name))
     else:
         print(f"Start the gateway: {PROGRAM} start -d")
 
 
 def flag_values(row: Row, rest: list[str]) -> Json:
-    """Return the settings that flags name: --KEY VALUE, or --KEY=VALUE. Raises Problem."""
+    """Return settings from flags --KEY VALUE or --KEY=VALUE. Raises Problem."""
     kinds = {**{each.key: each.kind for each in SETTINGS}, **row.settings}
     values: Json = {}
     words = iter(rest)
@@ -6272,7 +6280,7 @@ def flag_values(row: Row, rest: list[str]) -> Json:
         key, has_value, text = word[2:].partition("=")
         text = text if has_value else next(words, "")
         if key == "token" and key not in row.credentials:
-            # All credentials in one, such as AppID:Secret.
+            # All credentials in one value, such as AppID:Secret.
             values.update(zip(row.credentials, text.split(":", len(row.credentials) - 1)))
             continue
         values[key] = {"true": True, "false": False}.get(text, text)
@@ -6285,7 +6293,7 @@ def flag_values(row: Row, rest: list[str]) -> Json:
 
 
 def merge_account(content: Json, row: Row, account: str, values: Json) -> None:
-    """Put the settings of an account into the content of the file, where it has its place."""
+    """Merge the settings of an account into its place in the content of the file."""
     channels = content.setdefault("channels", {})
     name = next((each for each in channels if each in (row.id, *row.aliases)), row.id)
     is_new = name not in channels
@@ -6296,14 +6304,14 @@ def merge_account(content: Json, row: Row, account: str, values: Json) -> None:
         place.update(values)
         return
     if not (is_new or accounts or row.credentials):
-        # Beside named accounts, one that is only logged in has to be named too.
+        # Beside named accounts, an existing account without credentials has to be named too.
         accounts["default"] = {}
     accounts.setdefault(account, {}).update(values)
     place["accounts"] = accounts
 
 
 def save_settings(path: str, content: Json) -> None:
-    """Replace the file; the one that was there before the first change stays as .bak."""
+    """Replace the settings file; the original stays as .bak."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     if os.path.exists(path) and not os.path.exists(f"{path}.bak"):
         with open(path, "rb") as file:
@@ -6312,7 +6320,7 @@ def save_settings(path: str, content: Json) -> None:
 
 
 def do_remove(here: Here, arguments: Arguments) -> None:
-    """Take a channel or an account out of the settings."""
+    """Remove a channel or an account from the settings."""
     row, content = here.row(arguments.channel), here.content()
     account: str = arguments.account
     channels = content.get("channels", {})
@@ -6330,10 +6338,10 @@ def do_remove(here: Here, arguments: Arguments) -> None:
         for key in row.credentials:
             channels[name].pop(key, None)
     save_settings(here.settings_path, content)
-    # It finds no settings any more, so it only stops.
+    # Without settings the account only stops.
     ask_gateway(here.home, {"do": "restart", "channel": row.id, "account": account})
     if arguments.purge:
-        # Not LIKE: it takes "_" for any letter, and "A" for "a".
+        # Not LIKE, which treats "_" as a wildcard and ignores case.
         pattern = f"{row.id}:{account or '*'}"
         with here.store() as store, store.transaction():
             for table in ACCOUNT_TABLES:
@@ -6348,13 +6356,13 @@ def confirm(question: str, is_yes: bool) -> None:
     if is_yes:
         return
     if not sys.stdin.isatty():
-        raise Problem(Exit.USAGE, "There is nobody to ask here: add --yes.")
+        raise Problem(Exit.USAGE, "There is no terminal to ask on: add --yes.")
     if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
         raise Problem(Exit.FAILED, "Nothing was changed.")
 
 
 def do_login(here: Here, arguments: Arguments) -> None:
-    """Log an account in by a QR code."""
+    """Log an account in with a QR code."""
     row, content = here.row(arguments.channel), here.content()
     if not row.has_login:
         raise Problem(Exit.USAGE, f"{row.label} has no login. {row.help}")
@@ -6371,7 +6379,7 @@ def do_login(here: Here, arguments: Arguments) -> None:
         merge_account(content, row, account.name,
                       {key: found.pop(key) for key in row.credentials if key in found})
         with store.transaction():
-            # The gateway may have gone on meanwhile.
+            # The gateway may have saved a newer state meanwhile.
             kept = {} if arguments.force else store.state(account.id)
             store.put_state(account.id, {**kept, **found})
             if owner:
@@ -6384,7 +6392,7 @@ def do_login(here: Here, arguments: Arguments) -> None:
 
 
 def do_pairing_list(here: Here, arguments: Arguments) -> None:
-    """Print who waits for approval and who has it."""
+    """Print the people who wait for approval, and those who have it."""
     with here.store() as store:
         people = Access(store).people()
     roles = {1: "owner", 0: "approved"}
@@ -6395,18 +6403,18 @@ def do_pairing_list(here: Here, arguments: Arguments) -> None:
 
 
 def do_approve(here: Here, arguments: Arguments) -> None:
-    """Let somebody in by the code that he was given."""
+    """Approve the person who was given this code."""
     with here.store() as store:
         person = Access(store).approve(arguments.code, is_owner=arguments.owner)
     if person is None:
-        raise Problem(Exit.FAILED, "Nobody waits with this code. A code expires after an hour.")
+        raise Problem(Exit.FAILED, "Nobody is waiting with this code. Codes expire after an hour.")
     here.nudge()
     role = " and owns the account" if person["is_owner"] else ""
     print(f"{person['name']} ({clean(person['sender'])}) may write to {person['account']}{role}.")
 
 
 def do_revoke(here: Here, arguments: Arguments) -> None:
-    """Shut somebody out."""
+    """Revoke a person's approval."""
     row = here.row(arguments.channel)
     with here.store() as store:
         access = Access(store)
@@ -6419,23 +6427,23 @@ def do_revoke(here: Here, arguments: Arguments) -> None:
 
 
 def do_outbox(here: Here, arguments: Arguments) -> None:
-    """Print the parts of answers that are not sent."""
+    """Print the unsent parts of answers."""
     with here.store() as store:
         found = store.rows("SELECT id, account, chat, status, attempts, why, at_s, LENGTH(text)"
                            " AS chars FROM outbox WHERE status<>'sent' ORDER BY id")
     lines = [f"{row['id']}  {row['status']}  {row['account']}  {clean(row['chat'])}  "
              f"{row['chars']} chars  {row['why']}" for row in found]
     print(json.dumps([dict(row) for row in found], indent=2) if arguments.json
-          else "\n".join(lines) or "Everything is sent.")
+          else "\n".join(lines) or "Everything has been sent.")
 
 
 def do_outbox_change(here: Here, arguments: Arguments) -> None:
-    """Send a part again, or give it up."""
+    """Retry or drop a part."""
     change = "DELETE FROM outbox" if arguments.verb == "drop" else (
         f"UPDATE outbox SET status='pending', due_s=0, attempts=0, at_s={time.time()}")
     with here.store() as store:
         if not store.run(f"{change} WHERE id=? AND status<>'sent'", arguments.id):
-            raise Problem(Exit.FAILED, f"There is no part {arguments.id} that waits; see "
+            raise Problem(Exit.FAILED, f"There is no unsent part {arguments.id}; see "
                           f"`{PROGRAM} outbox`.")
     here.nudge()
     print("Done.")
@@ -6446,18 +6454,18 @@ def do_outbox_change(here: Here, arguments: Arguments) -> None:
 
 def do_plugins_install(here: Here, arguments: Arguments) -> None:
     """Install a channel from a file."""
-    place = arguments.source
-    if place in BUILT_IN_PACKAGES:
-        print(f"Built in: {BUILT_IN_PACKAGES[place]}. Nothing has to be installed.")
+    source_path = arguments.source
+    if source_path in BUILT_IN_PACKAGES:
+        print(f"Built in: {BUILT_IN_PACKAGES[source_path]}. Nothing has to be installed.")
         return
-    name = os.path.basename(place)
-    if "://" in place or not _PLUGIN_NAME.fullmatch(name):
+    name = os.path.basename(source_path)
+    if "://" in source_path or not _PLUGIN_NAME.fullmatch(name):
         raise Problem(
-            Exit.USAGE, f"{clean(place)}: name a file of letters, digits, - and _ that ends in .py;"
-            " an address has to be downloaded first. Packages of npm cannot run here: every "
-            "channel of OpenClaw reaches OCP another way. Install OpenClaw, run `openclaw plugins "
-            f"install {clean(place)}`, and `ocp connect openclaw` makes OCP its model provider.")
-    with open(place, "rb") as file:
+            Exit.USAGE, f"{clean(source_path)}: name a file of letters, digits, - and _ that ends "
+            "in .py; download a URL first. npm packages cannot run here. To use a channel of "
+            "OpenClaw, install OpenClaw, run `openclaw plugins install "
+            f"{clean(source_path)}`, and make OCP its model provider with `ocp connect openclaw`.")
+    with open(source_path, "rb") as file:
         source = file.read()
     print(f"{name}: {len(source)} bytes, sha256 {hashlib.sha256(source).hexdigest()}.\n"
           "It runs with all rights of this program.")
@@ -6489,7 +6497,7 @@ _TEST_WAIT_S = 10.0
 
 
 class _TestAgent(http.server.BaseHTTPRequestHandler):
-    """A made-up agent: it streams, or calls back if it is asked to answer later."""
+    """A fake agent that streams, or calls back if the request has a callback URL."""
 
     def do_POST(self) -> None:  # noqa: N802
         """Answer a question."""
@@ -6512,14 +6520,14 @@ class _TestAgent(http.server.BaseHTTPRequestHandler):
 
 
 class _TestChannel(Channel):
-    """A made-up platform, on which somebody writes and reads."""
+    """A fake platform, on which the self-test writes and reads messages."""
 
     def __init__(self, tools: Tools, http: Http) -> None:
         super().__init__(tools, http)
         self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Receive nothing by itself."""
+        """Report as running, and wait for the end."""
         self.tools.note_frame()
         self.tools.stop.wait()
 
@@ -6541,19 +6549,20 @@ _TestChannel.row = Row("test", (), "Test", _TestChannel, 4000, {}, {})
 
 
 def do_test(here: Here, arguments: Arguments) -> None:
-    """Check this program with a made-up channel, and a made-up agent or that of --agent."""
+    """Check this program with a fake channel, and a fake agent or that of --agent."""
     agent = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _TestAgent)
     spawn(lambda: agent.serve_forever(0.05))
-    made_up = f"http://127.0.0.1:{agent.server_address[1]}/v1/chat/completions"
-    accounts = {"friend": {"allowFrom": ["1"], "agentUrl": arguments.agent or made_up},
+    fake_url = f"http://127.0.0.1:{agent.server_address[1]}/v1/chat/completions"
+    accounts = {"friend": {"allowFrom": ["1"], "agentUrl": arguments.agent or fake_url},
                 "later": {"allowFrom": ["1"], "async": True}}
-    content = {"agentUrl": made_up, "callbackPort": 0, "channels": {"test": {"accounts": accounts}}}
+    content = {"agentUrl": fake_url, "callbackPort": 0,
+               "channels": {"test": {"accounts": accounts}}}
     settings = parse_settings(content, "", {}, [_TestChannel.row])
     with tempfile.TemporaryDirectory(prefix="ocp-test-") as folder:
         app = App(folder, lambda: settings, Log("", None), {})
         gateway = spawn(app.run)
         try:
-            failed = list(failed_checks(app.lanes.accounts, is_made_up=not arguments.agent))
+            failed = list(failed_checks(app.lanes.accounts, is_fake=not arguments.agent))
         finally:
             app.is_over.set()
             gateway.join()
@@ -6563,14 +6572,14 @@ def do_test(here: Here, arguments: Arguments) -> None:
         raise Problem(Exit.FAILED, f"Failed: {', '.join(failed)}.")
 
 
-def failed_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> Iterator[str]:
+def failed_checks(accounts: Mapping[str, LiveAccount], *, is_fake: bool) -> Iterator[str]:
     """Print a line for each check and yield the names of those that failed."""
     until_s = time.monotonic() + _TEST_WAIT_S
     while len(accounts) < 2 and time.monotonic() < until_s:
         time.sleep(0.02)
     whole, failing = "".join(_TEST_DELTAS), tuple(row.text[:20] for row in FAILURES)
     for name, account, sender, expected in (
-        ("the agent's answer arrives", "test:friend", "1", whole if is_made_up else ""),
+        ("the agent's answer arrives", "test:friend", "1", whole if is_fake else ""),
         ("a later answer arrives by callback", "test:later", "1", whole),
         ("a stranger gets a code", "test:friend", "2", "This bot is private."),
     ):
@@ -6588,12 +6597,12 @@ def failed_checks(accounts: Mapping[str, LiveAccount], *, is_made_up: bool) -> I
 
 
 def flag(*names: str, **options: Any) -> tuple[tuple[str, ...], Json]:
-    """Return an argument of a command, as argparse takes it."""
+    """Return an argument of a command: its names and its options for argparse."""
     return names, options
 
 
 def switch(*names: str, about: str = argparse.SUPPRESS) -> tuple[tuple[str, ...], Json]:
-    """Return an argument that is there or not."""
+    """Return a boolean argument."""
     return flag(*names, action="store_true", help=about)
 
 
@@ -6613,7 +6622,7 @@ _JSON = switch("--json", about="as JSON")
 _YES = switch("--yes", "-y", about="do not ask")
 COMMANDS = (
     Command(("start",), do_start, (
-        switch("-d", "--background", "--bg", "--daemon", about="in a process of its own"),
+        switch("-d", "--background", "--bg", "--daemon", about="run in the background"),
         _ANY_CHANNEL, _ANY_ACCOUNT, switch("--log-file", about="write channels.log too"),
         flag("--log-dir", default="", metavar="FOLDER"), switch("--is-child"))),
     Command(("stop",), do_stop, (_ANY_CHANNEL, _ANY_ACCOUNT)),
@@ -6621,11 +6630,11 @@ COMMANDS = (
     Command(("status",), do_status, (
         _ANY_CHANNEL, _JSON, switch("--probe", about="ask the platforms too"))),
     Command(("test",), do_test, (flag("--agent", default="", metavar="URL",
-                                      help="check this agent instead of a made-up one"),)),
+                                      help="check this agent instead of a fake one"),)),
     Command(("version",), do_version),
-    Command(("list",), do_list, (switch("--all", about="also what is not configured"), _JSON)),
+    Command(("list",), do_list, (switch("--all", about="also those not configured"), _JSON)),
     Command(("add",), do_add, (
-        _ONE_CHANNEL, _ACCOUNT, switch("--no-probe", about="do not ask the platform who it is"))),
+        _ONE_CHANNEL, _ACCOUNT, switch("--no-probe", about="do not check with the platform"))),
     Command(("remove",), do_remove, (
         _ONE_CHANNEL, _ANY_ACCOUNT, _YES,
         switch("--purge", about="delete its messages and people too"))),
@@ -6633,7 +6642,7 @@ COMMANDS = (
         _ONE_CHANNEL, _ACCOUNT, switch("--force", about="forget the former login first"))),
     Command(("pairing", "list"), do_pairing_list),
     Command(("pairing", "approve"), do_approve, (
-        flag("code"), switch("--owner", about="owns the account"))),
+        flag("code"), switch("--owner", about="make the person an owner"))),
     Command(("pairing", "revoke"), do_revoke, (flag("channel"), flag("sender"))),
     Command(("outbox", "list"), do_outbox, (_JSON,)),
     Command(("outbox", "retry"), do_outbox_change, (flag("id", type=int),)),
@@ -6648,7 +6657,7 @@ def command_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     about = (__doc__ or "").split("\n\n")[0]
     whole = argparse.ArgumentParser(prog="ocp_channels.py", description=about, allow_abbrev=False)
-    whole.add_argument("--config", default="", metavar="FILE", help="the settings")
+    whole.add_argument("--config", default="", metavar="FILE", help="the settings file")
     places: dict[tuple[str, ...], Any] = {(): whole.add_subparsers(required=True,
                                                                    metavar="COMMAND")}
     for command in COMMANDS:
@@ -6657,8 +6666,9 @@ def command_parser() -> argparse.ArgumentParser:
             verbs = ", ".join(each.words[1] for each in COMMANDS if each.words[:-1] == group)
             parent = places[()].add_parser(group[0], help=verbs, allow_abbrev=False)
             places[group] = parent.add_subparsers(required=True, metavar="COMMAND")
-        told = (command.run.__doc__ or "").partition(".")[0]
-        parser = places[group].add_parser(command.words[-1], help=told, description=f"{told}.",
+        help_text = (command.run.__doc__ or "").partition(".")[0]
+        parser = places[group].add_parser(command.words[-1], help=help_text,
+                                          description=f"{help_text}.",
                                           allow_abbrev=False)
         for names, options in command.flags:
             parser.add_argument(*names, **options)
@@ -6678,7 +6688,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     parser = command_parser()
     arguments, rest = parser.parse_known_args(words)
     if rest and arguments.run is not do_add:
-        parser.error(f"not understood: {' '.join(rest)}")
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
     return arguments
 

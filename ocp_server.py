@@ -4430,22 +4430,22 @@ class Settings:
 
 
 # ==== 8. Tenants =============================================================
-# What the operator adds to a key: the login with which claude answers its requests, and the profile
-# of an instance that uses it. Both are read with the key and travel with its caller, so nothing
-# looks them up later.
+# What the operator adds to a key: the login that claude uses for its requests, and the profile of
+# the instance that uses the key. Both are read with the key and stay with the caller, so no later
+# lookup is needed.
 
 
 class Login(NamedTuple):
-    """The login with which claude answers: the server's, or a key's own. Keys with the same one
-    share its account."""
+    """The login that claude uses: the server's, or a key's own. Keys with the same login share its
+    account."""
 
     #: A token of `claude setup-token`: a secret.
     token: str = ""
-    #: A configuration folder of claude in which somebody has logged in.
+    #: A configuration folder of claude that is logged in.
     folder: str = ""
 
     def __repr__(self) -> str:
-        """Return it without the token."""
+        """Return a text without the token."""
         return f"<login {self.kind} {self.id}>"
 
     @property
@@ -4455,68 +4455,67 @@ class Login(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Return what stands for it in reports, names of folders and digests; empty for the
-        server's."""
+        """Return its id in reports, folder names and digests; empty for the server's login."""
         return digest(list(self))[:12] if any(self) else ""
 
 
 SERVER_LOGIN = Login()
 
-#: The fields of a profile in JSON, with what they are by default.
+#: The fields of a profile in JSON, with their defaults.
 TENANT_PROFILE: Mapping[str, Any] = MappingProxyType({
     # One of TENANT_LEVELS.
     "level": TENANT_LEVELS[0],
-    # What follows the system prompts of client and operator.
+    # The tenant's system prompt, after those of the client and the operator.
     "prompt": "",
-    # "keep", or "drop": the model does not get the tools of the client.
+    # "keep", or "drop" to withhold the client's tools from the model.
     "clientTools": "keep",
-    # Whether the model is told of the skills in the tenant's folder.
+    # Whether the model gets the list of skills in the tenant's folder.
     "skills": True,
     # Where its OpenClaw runs: {"container": NAME}, {"stateDir": PATH}, or None.
     "relay": None,
     # Which commands of its OpenClaw may run: "none", "read" or "act".
     "commands": "read",
-    # At level `agent`: names of claude's tools, and whether they are confined.
+    # At level `agent`: the names of claude's tools, and whether they run in the sandbox.
     "tools": ["Read", "Grep", "Bash"],
     "sandbox": True,
-    # The text of "all" rounds of an answer, or of the "final" one.
+    # Whether an answer has the text of "all" rounds, or only of the "final" one.
     "text": "all",
-    # What `ocp tenants` needs to find the instance again.
+    # The location of the instance, for `ocp tenants`.
     "instance": None,
 })
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 
 
 class Tenant(NamedTuple):
-    """What a key has that an instance uses, such as an OpenClaw."""
+    """The tenant of a key that an instance uses, such as an OpenClaw."""
 
-    #: The name of its folder below `tenants` in the state folder; empty for a key without.
+    #: The name of its folder below `tenants` in the state folder; empty if the key has no tenant.
     folder: str = ""
     #: See TENANT_PROFILE.
     profile: Mapping[str, Any] = TENANT_PROFILE
-    #: Variables for what runs on the server: secrets.
+    #: Environment variables for programs that run on the server; they are secrets.
     env: Mapping[str, str] = _NO_ENV
 
     def __repr__(self) -> str:
-        """Return it without its variables."""
+        """Return a text without its variables."""
         return f"<tenant {self.folder}>"
 
     @property
     def stamp(self) -> str:
-        """Return what changes with everything that shapes its conversations; empty for none."""
+        """Return a digest of everything that affects its conversations; empty without a tenant."""
         if not self.folder:
             return ""
-        shaping = {name: each for name, each in self.profile.items() if name != "instance"}
-        return digest([canonical_json(shaping), canonical_json(dict(self.env))])[:12]
+        fields = {name: each for name, each in self.profile.items() if name != "instance"}
+        return digest([canonical_json(fields), canonical_json(dict(self.env))])[:12]
 
     def level_in_force(self, config: Config) -> str:
-        """Return its level, or the server's if that is lower: no admin key raises that one."""
+        """Return the lower of its level and the server's, which no admin key can raise."""
         levels = (str(self.profile["level"]), config.tenant_level)
         return min(levels, key=TENANT_LEVELS.index)
 
 
 NO_TENANT = Tenant()
-#: Reads keys with their tenants.
+#: Selects keys with their tenants.
 _SELECT_KEYS = (
     "SELECT keys.*, folder, profile, env FROM keys LEFT JOIN tenants ON tenants.key_id = keys.id"
 )
@@ -13832,13 +13831,13 @@ class Watchdog:
 
 
 # ==== 31. Skills =============================================================
-# The skills in the folders of tenants: which there are, told to the model, and their files. They
-# come out of workspaces in which strangers may write. So no link in them is followed, and nothing
-# of them is run, or loaded by claude: their texts are text.
+# The skills in the folders of tenants: the list for the model, and access to their files. They come
+# from workspaces in which strangers may write. So no link in them is followed, and nothing of them
+# is run or loaded by claude: they are only text.
 
-#: Names of folders of skills.
+#: A valid name of a skill's folder.
 _SKILL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-#: The folder of a tenant's skills, and the file that makes a folder one.
+#: The folder of a tenant's skills, and the file that makes a folder a skill.
 _SKILLS, SKILL_MAIN = "skills", "SKILL.md"
 _MAX_SKILLS = 200
 _MAX_SKILL_ENTRIES = 1_000
@@ -13855,19 +13854,19 @@ _CATALOGUE_HEAD = (
     f"with the tool {SKILL_FILE} before you begin."
 )
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: Without the last one, the end of a pipe that nobody writes to would be waited for.
+#: O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @contextlib.contextmanager
 def _opened(path: str, parts: Sequence[str], flags: int) -> Iterator[int]:
-    """Give a descriptor of what the parts lead to from a folder, none of them a link, also if one
-    becomes a link meanwhile. Raise OSError, ValueError."""
+    """Yield a descriptor of the file or folder at `parts` below `path`. No part may be a link, even
+    if it is replaced by one meanwhile. Raise OSError, ValueError."""
     descriptor = os.open(path, _FOLDER_FLAGS)
     try:
         for index, part in enumerate(parts):
             if part in ("", ".", "..") or "/" in part:
-                raise ValueError(f"{part!r} is no name of a file")
+                raise ValueError(f"{part!r} is not a valid file name")
             is_last = index == len(parts) - 1
             below = os.open(part, flags if is_last else _FOLDER_FLAGS, dir_fd=descriptor)
             os.close(descriptor)
@@ -13878,7 +13877,7 @@ def _opened(path: str, parts: Sequence[str], flags: int) -> Iterator[int]:
 
 
 def _read_regular(path: str, parts: Sequence[str], max_bytes: int) -> bytes:
-    """Return the beginning of a regular file. Raise OSError, ValueError."""
+    """Return up to `max_bytes` of a regular file. Raise OSError, ValueError."""
     with _opened(path, parts, _FILE_FLAGS) as descriptor:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("not a regular file")
@@ -13894,14 +13893,14 @@ def _read_regular(path: str, parts: Sequence[str], max_bytes: int) -> bytes:
 
 
 def front_matter(text: str, name: str) -> str:
-    """Return a field of a SKILL.md's front matter in one line; empty if there is none. It may be
-    quoted, plain or folded, and go on in lines that are indented."""
+    """Return a field of a SKILL.md's front matter in one line; empty if it is missing. The value
+    may be quoted, plain or folded, and continue on indented lines."""
     text = text.replace("\r\n", "\n")
     head = re.match(r"\ufeff?---[ \t]*\n(.*?)(?:^---|\Z)", text, re.DOTALL | re.MULTILINE)
     field = head and re.search(
         rf"^{name}:[ \t]*(.*(?:\n(?:[ \t].*)?)*)", head.group(1), re.MULTILINE
     )
-    # Without the mark of a folded text.
+    # Remove the indicator of a block scalar.
     value = re.sub(
         r"\A[|>][-+0-9]*[ \t]*(?:#.*)?\n", "", field.group(1) if field else ""
     ).strip()
@@ -13918,8 +13917,8 @@ def front_matter(text: str, name: str) -> str:
 
 
 def skill_entries(path: str) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return the skills in a tenant's folder by name, with what changes with their SKILL.md, and
-    how many entries beside them are none: links, odd names, folders without a SKILL.md."""
+    """Return the skills in a tenant's folder by name, with time and size of their SKILL.md, and the
+    number of other entries: links, invalid names, folders without a SKILL.md."""
     found: dict[str, tuple[int, int]] = {}
     skipped = 0
     try:
@@ -13936,7 +13935,7 @@ def skill_entries(path: str) -> tuple[dict[str, tuple[int, int]], int]:
 
 
 def _main_of(root: int, entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Return the status of a skill's SKILL.md; None if the entry is no skill."""
+    """Return the status of a skill's SKILL.md; None if the entry is not a skill."""
     try:
         if not _SKILL_NAME.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
             return None
@@ -13948,8 +13947,7 @@ def _main_of(root: int, entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def catalogue_of(path: str, names: Iterable[str]) -> str:
-    """Return what the model is told of the skills in a tenant's folder; empty if there are
-    none."""
+    """Return the list of a tenant's skills for the model; empty if there are none."""
     lines: list[str] = []
     names = list(names)
     room = _MAX_CATALOGUE_CHARS - sum(len(name) + 4 for name in names[:_MAX_SKILLS])
@@ -13970,13 +13968,13 @@ def catalogue_of(path: str, names: Iterable[str]) -> str:
 
 
 class Catalogues:
-    """What models are told of the skills of tenants. A folder is read again only when its list of
-    skills has changed, so one that was copied in by hand is there at the next request."""
+    """A cache of the lists of skills for models. A folder is checked at each request and read again
+    if its skills have changed, so a skill copied in by hand appears at the next request."""
 
     def __init__(self) -> None:
         # Guards the next field.
         self._lock = threading.Lock()
-        #: By folder: the skills that were found, and the text.
+        #: By folder: the skills found at the last check, and the list.
         self._known: dict[str, tuple[Mapping[str, tuple[int, int]], str]] = {}
 
     def text(self, path: str) -> str:
@@ -13992,13 +13990,13 @@ class Catalogues:
 
 
 def skill_file(path: str, skill: str, name: str) -> str | None:
-    """Return the text of a file of a skill in a tenant's folder; None for what is no file there, is
-    no text, or is too long. After SKILL.md itself stands a list of the skill's files."""
+    """Return the text of a file of a tenant's skill; None if it does not exist, is not text, or is
+    too long. A list of the skill's files is appended to SKILL.md."""
     parts = name.split("/")
     try:
         if not _SKILL_NAME.fullmatch(skill) or len(parts) > _MAX_SKILL_DEPTH:
             return None
-        # A character has four bytes at most.
+        # A character has at most four bytes.
         data = _read_regular(path, [_SKILLS, skill, *parts], 4 * _MAX_SKILL_FILE_CHARS + 1)
         text = data.decode("utf-8")
         files = _files_below(path, skill) if name == SKILL_MAIN else []
@@ -14011,8 +14009,8 @@ def skill_file(path: str, skill: str, name: str) -> str | None:
 
 
 def _files_below(path: str, skill: str) -> list[str]:
-    """Return the paths of the files of a skill, up to a limit. Folders that cannot be read, or have
-    become links, are left out. Raise ValueError."""
+    """Return the paths of a skill's files, up to a limit. Folders that cannot be read, or have
+    become links, are skipped. Raise ValueError."""
     files: list[str] = []
     folders: collections.deque[list[str]] = collections.deque([[]])
     for _ in range(_MAX_SKILL_FOLDERS):
@@ -14035,24 +14033,24 @@ def _files_below(path: str, skill: str) -> list[str]:
 
 # ==== 32. Own tools ==========================================================
 # The tools that this server runs itself for tenants of level `tools` and above: `skill_file` reads
-# the tenant's skills, `openclaw_cli` runs one command of its OpenClaw. The model writes what they
-# are called with, so commands and options are allowed one by one, and nothing goes through a shell.
+# the tenant's skills, `openclaw_cli` runs one command of its OpenClaw. The model writes their
+# arguments, so commands and options are on an allowlist, and nothing goes through a shell.
 
 
 class CommandRow(NamedTuple):
     """A command of OpenClaw that the model may run."""
 
     words: tuple[str, ...]
-    #: The least that a profile's `commands` has to be: "read" or "act".
+    #: The minimum value of a profile's `commands`: "read" or "act".
     least: str
-    #: How many further words it takes.
+    #: The maximum number of further words.
     max_words: int
-    #: Its options that may be used, and whether they take a value.
+    #: The allowed options, and whether each takes a value.
     options: Mapping[str, bool]
 
 
 def _command_row(least: str, words: str, max_words: int, options: str) -> CommandRow:
-    """Return a row. `options` are names, with = behind those that take a value."""
+    """Return a row. `options` are names; a trailing = marks those that take a value."""
     names = {name.rstrip("="): name.endswith("=") for name in options.split()}
     return CommandRow(tuple(words.split()), least, max_words, names)
 
@@ -14063,8 +14061,8 @@ _JOB_OPTIONS = (
 )
 _PLACE_OPTIONS = "json channel= account="
 _MESSAGE_OPTIONS = f"{_PLACE_OPTIONS} target="
-#: Of the others some run a shell on the gateway's machine, read files, change its configuration or
-#: its keys, or reach another gateway. Whatever is new is not allowed either.
+#: The allowlist. Some other commands run a shell on the gateway's machine, read files, change its
+#: configuration or keys, or reach another gateway. New commands are not allowed by default.
 OPENCLAW_COMMANDS: tuple[CommandRow, ...] = tuple(itertools.starmap(_command_row, (
     ("read", "cron list", 0, "json all agent="),
     ("read", "cron show", 1, "json"),
@@ -14127,12 +14125,12 @@ _MAX_WORD_BYTES = 8_192
 
 
 class OwnToolFailed(Exception):
-    """A call has no result, for example because its command must not run. The message tells the
-    model why, and what may run."""
+    """A call failed, for example because its command is not allowed. The message tells the model
+    why, and what is allowed."""
 
 
 def allowed_rows(commands: str) -> dict[tuple[str, ...], CommandRow]:
-    """Return the rows that a profile's `commands` allows, by their words."""
+    """Return the commands that a profile's `commands` allows, by their words."""
     allowed = COMMAND_SETS.index(commands)
     return {
         row.words: row for row in OPENCLAW_COMMANDS if COMMAND_SETS.index(row.least) <= allowed
@@ -14149,7 +14147,7 @@ def _told_options(row: CommandRow) -> str:
 
 
 def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]:
-    """Return the row of a command, and its words. Raise OwnToolFailed."""
+    """Return the row and the words of a command. Raise OwnToolFailed if it is not allowed."""
     words = [word for word in args if isinstance(word, str)] if isinstance(args, list) else []
     sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
     is_text = not any("\0" in word or re.search("[\ud800-\udfff]", word) for word in words)
@@ -14171,7 +14169,7 @@ def checked_command(args: object, commands: str) -> tuple[CommandRow, list[str]]
 
 
 def _check_options(row: CommandRow, words: list[str]) -> None:
-    """Raise OwnToolFailed for an option that the row does not have, or too many other words."""
+    """Raise OwnToolFailed for an option that is not in the row, or for too many other words."""
     plain = 0
     rest = iter(words)
     for word in rest:
@@ -14182,7 +14180,7 @@ def _check_options(row: CommandRow, words: list[str]) -> None:
         takes_value = row.options.get(name) if word.startswith("--") else None
         if takes_value is None or (equals and not takes_value):
             raise OwnToolFailed(f"The option {word[:60]} is not allowed. {_told_options(row)}.")
-        # Who takes what stands there for the value is up to OpenClaw, so it must not be an option.
+        # OpenClaw may or may not take the next word as the value, so that must not be an option.
         if takes_value and not equals and next(rest, "-").startswith("-"):
             raise OwnToolFailed(f"--{name} needs a value. One that begins with -: --{name}=VALUE.")
     if plain > row.max_words:
@@ -14190,7 +14188,7 @@ def _check_options(row: CommandRow, words: list[str]) -> None:
 
 
 def names_outside(word: str, folder: str) -> bool:
-    """Return whether a word names something that exists outside a folder."""
+    """Return whether a word is the path of an existing file outside a folder."""
     value = word.partition("=")[2] if word.startswith("-") else word
     value = re.sub(r"\A(file:(//)?|@)", "", value)
     if "/" not in value and not value.startswith("~"):
@@ -14200,8 +14198,8 @@ def names_outside(word: str, folder: str) -> bool:
     return os.path.exists(path) and os.path.commonpath([path, inside]) != inside
 
 
-#: Names of variables, in any case, that no tenant may have: they could change claude, the loader, a
-#: relay, or a shell or a git that claude starts outside of its sandbox.
+#: Names of variables, in any case, that no tenant may set: they could affect claude, the loader, a
+#: relay, or a shell or git that claude starts outside its sandbox.
 BLOCKED_ENV = re.compile(
     r"PATH|HOME|SHELL|USER|LOGNAME|TMP|TEMP|TMPDIR|IFS|ENV|.*_PROXY|(BASH|SHELL)OPTS|PS[0-4]|"
     r"PROMPT_COMMAND|(GCONV|GETCONF|LOC|NLS).*PATH|GETCONF_DIR|GLIBC_TUNABLES|HOSTALIASES|ZDOTDIR|"
@@ -14212,7 +14210,7 @@ BLOCKED_ENV = re.compile(
 
 
 def allowed_env(tenant: Tenant) -> dict[str, str]:
-    """Return a tenant's variables without those that none may have: an earlier OCP took more."""
+    """Return a tenant's variables without blocked ones, which earlier versions of OCP accepted."""
     return {n: value for n, value in tenant.env.items() if not BLOCKED_ENV.fullmatch(n)}
 
 
@@ -14221,14 +14219,14 @@ _RELAY_ENVIRONMENT = (
     "PATH", "HOME", "LANG", "TZ", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG",
     "XDG_RUNTIME_DIR",
 )
-#: The exit codes of `docker exec` for a program that is not there or cannot be run.
+#: The exit codes of `docker exec` for a program that is missing or cannot be run.
 _NO_PROGRAM = (126, 127)
 
 
 class RelayPlan(NamedTuple):
-    """How a command reaches an OpenClaw."""
+    """How to run a command of an OpenClaw."""
 
-    #: The command line, and others for where its program is not found.
+    #: The command line, and alternatives if its program is not found.
     lines: list[list[str]]
     env: dict[str, str]
 
@@ -14236,7 +14234,7 @@ class RelayPlan(NamedTuple):
 def relay_plan(
     tenant: Tenant, docker: str, environ: Mapping[str, str], words: list[str]
 ) -> RelayPlan:
-    """Return how a command of a tenant's OpenClaw is run. Raise OwnToolFailed."""
+    """Return how to run a command of a tenant's OpenClaw. Raise OwnToolFailed."""
     relay = tenant.profile["relay"] or {}
     env = {name: environ[name] for name in _RELAY_ENVIRONMENT if name in environ}
     if "container" in relay:
@@ -14254,13 +14252,13 @@ def relay_plan(
 
 _MAX_COMMAND_S = 120.0
 _MAX_COMMAND_BYTES = 100_000
-#: How often it is seen whether a command has ended whose children hold its output open.
+#: How often to poll for the exit of a command, because its children may keep its output open.
 _COMMAND_POLL_S = 0.25
 
 
 class OwnCommand:
-    """A program in a group of its own, without input. Its output is read as it comes; what is
-    beyond the limit is thrown away."""
+    """A program in its own process group, without input. Its output is read as it comes; output
+    beyond the limit is discarded."""
 
     def __init__(self, line: list[str], env: Mapping[str, str], watchdog: Watchdog) -> None:
         """Raise OSError if it cannot be started."""
@@ -14281,7 +14279,7 @@ class OwnCommand:
             raise
 
     def read(self, selector: selectors.BaseSelector) -> None:
-        """Read a piece of what there is; unregister at the end."""
+        """Read available output; unregister at its end."""
         try:
             piece = os.read(self.descriptor, 65_536)
         except BlockingIOError:
@@ -14294,25 +14292,25 @@ class OwnCommand:
         self._is_cut = self._is_cut or len(piece) > room
 
     def read_rest(self, selector: selectors.BaseSelector) -> None:
-        """Read what a command that has ended has left in the pipe, and stop reading."""
+        """Read what an ended command has left in the pipe, and stop reading."""
         for _ in range(_MAX_COMMAND_BYTES // 4_096):
             self.read(selector)
         with contextlib.suppress(KeyError):
             selector.unregister(self.descriptor)
 
     def exit_code(self) -> int | None:
-        """Return its exit code; None while it runs."""
+        """Return its exit code; None while it is running."""
         return self._popen.poll()
 
     def text(self) -> str:
-        """Return what it has printed, with notes of what is not all of it."""
+        """Return its output, with a note if it was cut."""
         text = self._kept.decode("utf-8", "replace").rstrip()
         if self._is_cut:
             text += f"\n[This is the beginning: {_MAX_COMMAND_BYTES:,} bytes.]"
         return text
 
     def close(self) -> None:
-        """Kill it and what it has started."""
+        """Kill it and its children."""
         with contextlib.suppress(OSError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._output.close()
@@ -14322,19 +14320,20 @@ class OwnCommand:
 
 
 class Beside:
-    """What goes on beside a turn in the thread and the selector that wait for claude: nothing."""
+    """Work beside a turn, in the thread and the selector that wait for claude. This base class has
+    none."""
 
     def advance(
         self, server: ToolServer, selector: selectors.BaseSelector, send: Callable[[bytes], None]
     ) -> None:
-        """Go on without blocking, and send claude the replies to calls that are answered."""
+        """Continue without blocking, and send claude the results of finished calls."""
 
     def next_check_s(self) -> float:
-        """Return when `advance` is to be called again at the latest."""
+        """Return the latest time for the next call of `advance`."""
         return math.inf
 
     def close(self) -> None:
-        """End what is under way."""
+        """End the work in progress."""
 
 
 NOTHING_BESIDE = Beside()
@@ -14351,25 +14350,25 @@ class RunningCommand(NamedTuple):
     plan: RelayPlan
     command: OwnCommand
     began_s: float
-    #: Ends what holds while it runs: its slot is lent.
+    #: Releases what it holds while it runs, such as the lent slot.
     end: contextlib.ExitStack
 
 
 class OwnRun(Beside):
-    """Answers the calls of own tools in one request: one after the other, and none before the
-    message with the calls is complete, because a message that calls tools of the client too waits
-    for the client's next request. Belongs to the request's thread."""
+    """Answers the calls of own tools in one request, one after the other. It waits until the
+    message with the calls is complete: if the message also calls the client's tools, the own tools
+    wait for the client's next request. Belongs to the request's thread."""
 
     def __init__(self, tools: OwnTools, caller: Caller, lend: Lend) -> None:
         self._tools = tools
         self._caller = caller
         self._lend = lend
-        #: The call that is being answered, and the command that runs for it.
+        #: The call in progress, and the command that runs for it.
         self._call: OwnCall | None = None
         self._running: RunningCommand | None = None
-        #: The reader of the attempt that is under way.
+        #: The reader of the current attempt.
         self.reader = TurnReader()
-        #: Whether a command has run. The request is not repeated then: it would run twice.
+        #: Whether a command has run. If so, the request is not retried, to run it only once.
         self.has_acted = False
 
     def advance(
@@ -14386,7 +14385,7 @@ class OwnRun(Beside):
             text, is_error = str(refusal), True
         if text is not None:
             self._call = None
-            # As if a client had sent it.
+            # In the form in which a client sends a result.
             send(server.deliver([
                 {"tool_use_id": call.id, "content": text_blocks(text), "is_error": is_error}
             ]))
@@ -14400,7 +14399,7 @@ class OwnRun(Beside):
             running.end.close()
 
     def _result(self, call: OwnCall, selector: selectors.BaseSelector) -> str | None:
-        """Return the result of a call; None while a command runs for it. Raise OwnToolFailed."""
+        """Return the result of a call; None while its command is running. Raise OwnToolFailed."""
         if self._running is not None:
             return self._result_of(self._running, selector)
         tools, tenant = self._tools, self._caller.tenant
@@ -14442,8 +14441,8 @@ class OwnRun(Beside):
     def _result_of(
         self, running: RunningCommand, selector: selectors.BaseSelector
     ) -> str | None:
-        """Return the result of a command that has ended or has to end; None while it runs. Raise
-        OwnToolFailed if its program is not there."""
+        """Return the result of a command that has ended or is out of time; None while it is
+        running. Raise OwnToolFailed if its program is missing."""
         row, plan, command, began_s, end = running
         code = command.exit_code()
         if code is None and self._tools.clock() - began_s <= _MAX_COMMAND_S:
@@ -14456,12 +14455,12 @@ class OwnRun(Beside):
             return None
         self._log(OPENCLAW_CLI, " ".join(row.words[:2]), code, began_s)
         if code is None:
-            # What docker has started in a container outlives docker.
+            # A program in a container outlives the docker client that started it.
             return f"{text}\n[It took more than {_MAX_COMMAND_S:.0f} s. It may still be running.]"
         return f"{text}\n[exit code {code}]" if code else text
 
     def _log(self, tool: str, words: str | None, code: int | None, began_s: float) -> None:
-        """Log that a tool has run: nothing of what it was called with or has printed."""
+        """Log that a tool has run, without its arguments and its output."""
         self._tools.log.event(
             "info", "own_tool_run", caller=self._caller.name, tool=tool, words=words, exit=code,
             ms=round((self._tools.clock() - began_s) * 1000),
@@ -14500,7 +14499,7 @@ class OwnTools:
         self, folder: str, docker: str, environ: Mapping[str, str], watchdog: Watchdog, log: Log,
         clock: Clock,
     ) -> None:
-        """`folder` holds the folders of the tenants, `docker` reaches containers."""
+        """`folder` holds the folders of the tenants, `docker` is the docker client to run."""
         self._folder = folder
         self._catalogues = Catalogues()
         self.docker = docker
@@ -14514,7 +14513,7 @@ class OwnTools:
         return os.path.join(self._folder, tenant.folder)
 
     def prepared(self, turn: Turn, tenant: Tenant, config: Config) -> Turn:
-        """Return the turn as a tenant's profile wants it, at the level in force."""
+        """Return the turn changed by a tenant's profile, at the level in force."""
         profile = tenant.profile
         if profile["clientTools"] == "drop":
             turn = turn._replace(tools=(), tool_choice=ToolChoice())
@@ -14524,63 +14523,63 @@ class OwnTools:
         return turn._replace(
             own_tools=own_tools_of(profile, catalogue), catalogue=catalogue,
             final_text=profile["text"] == "final",
-            # What tools find is not the same a moment later.
+            # The results of tools change over time.
             bypass_cache=True,
         )
 
 
 # ==== 33. Agents of tenants ==================================================
-# What a claude gets at its start that serves a tenant at level `agent`: tools of its own, the
-# tenant's variables, and the folders `work` and `skills` of the tenant. Unless the operator has
-# switched that off, claude confines itself: commands run under bubblewrap, where they find the
-# system's programs and these two folders, write into `work` alone and reach no network; the other
-# tools reach these two folders. Where that cannot be had, no claude is started.
+# How claude is started for a tenant at level `agent`: with its own tools, the tenant's variables,
+# and the folders `work` and `skills` of the tenant. Unless the operator has turned the sandbox
+# off, claude confines itself: commands run under bubblewrap, where they see the system's programs
+# and these two folders, write only to `work` and reach no network; the other tools see only these
+# two folders. If that is not possible, no claude is started.
 
-#: The first claude that confines itself as promised. Of older ones 2.1.197 was tried: it runs the
-#: program that git's configuration in the working folder names, outside of its sandbox.
+#: The first claude whose sandbox is known to hold. Of older ones 2.1.197 was tested: it runs the
+#: program that git's configuration in the working folder names, outside its sandbox.
 CONFINES_SINCE = (2, 1, 332)
-#: The tools that it confines, each with the rule that allows it. Reading needs none.
+#: The tools that claude can confine, each with the rule that allows it. Reading needs no rule.
 CONFINED_TOOLS: Mapping[str, str] = MappingProxyType({
     "Bash": "Bash", "Edit": "Edit(/{work}/**)", "Grep": "", "Read": "", "Write": "Edit(/{work}/**)",
 })
-#: What commands in the sandbox find of the system.
+#: The system's paths that commands in the sandbox can see.
 _SYSTEM_PATHS = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache",
     "/etc/localtime",
 )
-#: claude lets all commands write here, if it exists.
+#: A folder that claude lets all commands write to, if it exists.
 _SHARED_PATH = "/tmp/claude"
 _SANDBOX_PROGRAMS = ("bwrap", "socat")
 _SANDBOX_ADVICE = (
     "The operator can install it on the server, for example with `apt-get install bubblewrap "
     "socat`."
 )
-#: Runs nothing, as claude runs commands. bubblewrap fails where the kernel gives a user no
+#: Runs `true` in the way claude runs commands. bubblewrap fails if the kernel allows no user
 #: namespaces.
 _SANDBOX_PROBE = (
     "--new-session", "--die-with-parent", "--unshare-net", "--unshare-pid", "--ro-bind", "/", "/",
     "--dev", "/dev", "--proc", "/proc", "--", "true",
 )
 _SANDBOX_PROBE_TIMEOUT_S = 10
-#: Logins that commands would find in their environment. claude hides CLAUDE_CODE_OAUTH_TOKEN.
+#: Logins that commands would see in their environment. claude hides CLAUDE_CODE_OAUTH_TOKEN.
 _SHOWN_LOGINS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
-#: Where a claude's own temporary folder is made. The paths of sockets in it must stay short.
+#: Where the temporary folder of a process is made. Paths of sockets in it must stay short.
 _TEMPORARY_PATH = "/tmp"
 
 
 class Agent(NamedTuple):
-    """A tenant at level `agent`, with all that a process of it is started with. Processes of equal
-    ones can stand in for each other."""
+    """A tenant at level `agent`, with everything that its processes are started with. Processes of
+    equal agents are interchangeable."""
 
     #: The path of the tenant's folder.
     path: str
     tools: tuple[str, ...]
     is_confined: bool
-    #: Names and values: secrets.
+    #: The variables' names and values; they are secrets.
     env: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
-        """Return it without its variables."""
+        """Return a text without its variables."""
         return f"<agent {self.path}>"
 
     @property
@@ -14595,7 +14594,7 @@ class Agent(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """Return what its claude is told of the folders."""
+        """Return the system prompt about the folders."""
         bounds = (
             " Commands find nothing else of this machine than its programs, write nowhere else "
             "but to $TMPDIR, and reach no network." if self.is_confined else ""
@@ -14608,13 +14607,13 @@ class Agent(NamedTuple):
 
 
 def is_agent_of(agent: Agent | None, folder: str) -> bool:
-    """Return whether an agent is that of the tenant with this folder."""
+    """Return whether an agent belongs to the tenant with this folder."""
     return agent is not None and os.path.basename(agent.path) == folder
 
 
 def sandbox_settings(agent: Agent, private: Iterable[str]) -> Json:
-    """Return the settings with which claude confines an agent. Of the `private` paths those below
-    the system's have to be named."""
+    """Return the settings with which claude confines an agent. `private` paths have to be denied by
+    name only if they lie below the system's paths."""
     hidden = [
         path for path in map(os.path.realpath, private)
         if any(os.path.commonpath([path, place]) == place for place in _SYSTEM_PATHS)
@@ -14631,7 +14630,7 @@ def sandbox_settings(agent: Agent, private: Iterable[str]) -> Json:
 
 
 def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
-    """Return the arguments that give claude an agent's tools, confined if it is."""
+    """Return the arguments that give claude an agent's tools, in the sandbox if it is confined."""
     arguments = ["--strict-mcp-config", "--tools", ",".join(agent.tools)]
     rules = agent.tools
     if agent.is_confined:
@@ -14643,24 +14642,24 @@ def agent_arguments(agent: Agent, private: Iterable[str]) -> list[str]:
 
 
 class Launch(NamedTuple):
-    """What a process gets at its start beside what all of them get."""
+    """What one process is started with, in addition to what all processes get."""
 
     cwd: str
-    #: Those that select claude's tools; empty = the server's.
+    #: The arguments that select claude's tools; empty = the server's.
     tool_arguments: Sequence[str] = ()
     env: Mapping[str, str] = _NO_VARIABLES
-    #: Folders of the process alone.
+    #: Temporary folders of this process only.
     folders: Sequence[str] = ()
 
     def remove(self) -> None:
-        """Remove its folders, because the process was not started."""
+        """Remove its folders, if the process was not started."""
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_folders(path: str, *names: str) -> None:
-    """Make folders in the one at `path`, each in the one before, with mode 0700. No link is
-    followed. Raise StorageFailed."""
+    """Create nested folders `names` below `path`, with mode 0700, without following links. Raise
+    StorageFailed."""
     descriptor = -1
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -14682,7 +14681,7 @@ def make_folders(path: str, *names: str) -> None:
 
 
 class Agents:
-    """Makes what agents need, and says why one cannot be confined."""
+    """Prepares the start of agents, and checks whether they can be confined."""
 
     def __init__(
         self, home: str, environ: Mapping[str, str], program: ClaudeProgram,
@@ -14694,7 +14693,7 @@ class Agents:
         self._environ = environ
         self._program = program
         self._keys = keys
-        #: The bubblewrap that was seen to work.
+        #: The path of the bubblewrap that passed the probe; empty until one did.
         self._working = ""
 
     def of(self, tenant: Tenant, config: Config) -> Agent | None:
@@ -14707,8 +14706,8 @@ class Agents:
         )
 
     def obstacle(self, tenant: Tenant, login: Login, config: Config) -> str:
-        """Return why the agent of a tenant cannot be confined as it has to be, and what to do;
-        empty if it can, or there is none. Blocks for a moment until bubblewrap was seen to work."""
+        """Return why a tenant's agent cannot be confined, and what to do; empty if it can, or need
+        not be. Runs a short probe of bubblewrap until one has succeeded."""
         agent = self.of(tenant, config)
         if agent is None or not agent.is_confined:
             return ""
@@ -14718,8 +14717,8 @@ class Agents:
         program, _ = self._program.last_result()
         if others:
             return (
-                f"{others[0]} is a tool that claude does not confine: take it out of the tenant's "
-                f"`tools`, so that it has only {', '.join(CONFINED_TOOLS)}."
+                f"claude cannot confine the tool {others[0]}: remove it from the tenant's `tools`. "
+                f"Possible are {', '.join(CONFINED_TOOLS)}."
             )
         if logins:
             return (
@@ -14733,7 +14732,7 @@ class Agents:
 
     def _sandbox_obstacle(self, environ: Mapping[str, str]) -> str:
         if not sys.platform.startswith("linux"):
-            return "The sandbox was tried on Linux only."
+            return "The sandbox works on Linux only."
         paths = [shutil.which(name, path=environ.get("PATH")) for name in _SANDBOX_PROGRAMS]
         for name, path in zip(_SANDBOX_PROGRAMS, paths):
             if path is None:
@@ -14746,7 +14745,7 @@ class Agents:
         return ""
 
     def _private_paths(self) -> Iterator[str]:
-        """Give the paths that no agent may read."""
+        """Yield the paths that no agent may read."""
         yield self._home
         yield self._environ.get("HOME") or os.path.expanduser("~")
         for key in self._keys():
@@ -14754,8 +14753,8 @@ class Agents:
             yield from filter(None, (key.login.folder, relay.get("stateDir")))
 
     def launch(self, agent: Agent) -> Launch:
-        """Make the folders of an agent, and one for this process alone, which is the only other
-        place where its commands can write. Raise StorageFailed."""
+        """Create an agent's folders, and a temporary folder for this process, the only other place
+        where its commands can write. Raise StorageFailed."""
         folders = os.path.dirname(agent.path), os.path.basename(agent.path)
         make_folders(*folders, _SKILLS)
         make_folders(*folders, "work")
@@ -14767,7 +14766,7 @@ class Agents:
             temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
         except OSError as problem:
             raise StorageFailed(
-                f"No folder can be made in {_TEMPORARY_PATH} ({problem.strerror})."
+                f"No folder can be created in {_TEMPORARY_PATH} ({problem.strerror})."
             ) from None
         env.update(TMPDIR=temporary, CLAUDE_CODE_TMPDIR=temporary)
         return Launch(
@@ -14784,8 +14783,8 @@ def _sandbox_failure(path: str, environ: Mapping[str, str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as problem:
         return one_line(str(problem))
-    told = one_line(done.stderr.decode("utf-8", "replace").strip())
-    return (told or f"exit code {done.returncode}") if done.returncode else ""
+    error = one_line(done.stderr.decode("utf-8", "replace").strip())
+    return (error or f"exit code {done.returncode}") if done.returncode else ""
 
 
 # ==== 34. Claude process =====================================================
@@ -23484,13 +23483,13 @@ def change_quota(app: App, exchange: Exchange, key: str) -> None:
 
 
 # ==== 59. Tenant endpoints ===================================================
-# What the operator adds to keys: logins of their own, and the profiles of tenants.
+# What the operator adds to keys: their own logins, and the profiles of tenants.
 
 _LOGIN_FIELDS = ("token", "folder")
 
 
 def _own_login(app: App, key: Key, fields: Fields) -> Login:
-    """Return the login that a body names. Raises BadRequest, whose message has nothing of it."""
+    """Return the login in a request body. Raises BadRequest, without the secret in its message."""
     if fields.value("folder") is True and key.tenant.folder:
         place = os.path.join(tenant_path(app, key.tenant), "claude")
         _make_folder(place)
@@ -23500,7 +23499,7 @@ def _own_login(app: App, key: Key, fields: Fields) -> Login:
         raise BadRequest("Send either `token` or `folder`.")
     if folder is not None:
         return Login(folder=_login_folder(fields, folder))
-    # Terminals break it into lines.
+    # Terminals wrap the token over several lines.
     token = "".join((token or "").split())
     if not re.fullmatch(r"[\x21-\x7e]{20,4096}", token) or token.startswith(("sk-ant-api", "ocp_")):
         raise fields.invalid("token", "the whole token that `claude setup-token` has printed")
@@ -23508,22 +23507,22 @@ def _own_login(app: App, key: Key, fields: Fields) -> Login:
 
 
 def _login_folder(fields: Fields, text: str) -> str:
-    """Return the path of a folder in which somebody has logged in. Raises BadRequest."""
+    """Return the normalized path of a folder that is logged in. Raises BadRequest."""
     folder = os.path.normpath(os.path.expanduser(text))
     path = os.path.join(folder, ".credentials.json")
     if not os.path.isabs(folder) or not os.path.isfile(path):
         raise fields.invalid(
             "folder", "an absolute path of a folder on the server that holds .credentials.json: "
-            "`CLAUDE_CONFIG_DIR=FOLDER claude auth login` there makes it"
+            "run `CLAUDE_CONFIG_DIR=FOLDER claude auth login` there to create it"
         )
-    # claude writes renewed tokens into it.
+    # claude saves renewed tokens there.
     if not os.access(path, os.R_OK | os.W_OK) or not os.access(folder, os.W_OK):
         raise fields.invalid("folder", "a folder that the server's user may read and write")
     return folder
 
 
 def _send_login(app: App, exchange: Exchange, key: Key, login: Login) -> None:
-    """Give a key this login and send the key. Idle processes with it start anew."""
+    """Set a key's login and send the key. Idle processes with the old login are replaced."""
     try:
         with _audited_change(app, exchange, "key_login_changed", key, login=login.kind):
             app.keys.change(key, {"login": login})
@@ -23537,8 +23536,8 @@ def _send_login(app: App, exchange: Exchange, key: Key, login: Login) -> None:
 
 def set_key_login(app: App, exchange: Exchange, key: str) -> None:
     """PUT /api/keys/{key}/login {"token": "..."} or {"folder": "/path"}: answer this key's requests
-    with a Claude login of its own. The token is not shown again. For a tenant `"folder": true` is
-    the folder `claude` in its own."""
+    with a Claude login of its own. The token is never shown. For a tenant, `"folder": true` means
+    the folder `claude` in the tenant's folder."""
     found = app.keys.find(key)
     fields = _read_fields(exchange, _LOGIN_FIELDS)
     if app.demo:
@@ -23556,9 +23555,9 @@ _MAX_INSTANCE_BYTES = 16_384
 _MAX_ENV_VARIABLES = 200
 _MAX_ENV_BYTES = 32_768
 _MAX_TENANT_TOOLS = 40
-#: Names of containers. They are words of a command line.
+#: A valid container name; it becomes a word of a command line.
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-#: Names of claude's tools, without a rule behind them.
+#: A name of one of claude's tools, without a rule in brackets.
 _CLAUDE_TOOL = re.compile(r"[A-Z][A-Za-z]{0,63}")
 
 
@@ -23568,19 +23567,19 @@ def tenant_path(app: App, tenant: Tenant) -> str:
 
 
 def _make_folder(path: str) -> bool:
-    """Make a folder with mode 0700; return False if it is there. Raises StorageFailed."""
+    """Create a folder with mode 0700; return False if it exists. Raises StorageFailed."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         os.mkdir(path, mode=0o700)
     except FileExistsError:
         return False
     except OSError as problem:
-        raise StorageFailed(f"A folder cannot be made ({problem.strerror}): {path}") from None
+        raise StorageFailed(f"A folder cannot be created ({problem.strerror}): {path}") from None
     return True
 
 
 def _folder_name(app: App, key: Key) -> str:
-    """Return the name of the folder of a new tenant: that of its key, made to fit."""
+    """Return a folder name for a new tenant, derived from its key's name."""
     plain = unicodedata.normalize("NFKD", key.name).encode("ascii", "ignore").decode("ascii")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-")[:48] or f"tenant-{key.id}"
     is_taken = any(_folded(other.tenant.folder) == _folded(name) for other in app.keys.all())
@@ -23602,7 +23601,7 @@ def _instance_field(fields: Fields, name: str) -> Json | None:
 
 
 def _relay_field(fields: Fields, name: str) -> Json | None:
-    """Return where an OpenClaw runs. The command that reaches it is the server's own."""
+    """Return where an OpenClaw runs. The server itself builds the command that reaches it."""
     relay = fields.child(name)
     if relay is None:
         return None
@@ -23617,7 +23616,7 @@ def _relay_field(fields: Fields, name: str) -> Json | None:
 
 
 def _state_folder_of(relay: Fields, path: str) -> str:
-    """Return the path of the state folder of an OpenClaw that this server's user runs."""
+    """Return the normalized path of a state folder that this server's user owns."""
     found = os.path.normpath(path)
     try:
         is_own = os.stat(found).st_uid == os.geteuid() and os.path.isdir(found)
@@ -23640,7 +23639,7 @@ def _tools_field(fields: Fields, name: str) -> list[str]:
 
 
 class ProfileField(NamedTuple):
-    """How a field of a profile is read, and the JSON Schema of what it takes beside null."""
+    """How to read a field of a profile, and the JSON Schema of its values other than null."""
 
     #: Raises BadRequest with the name of the field.
     read: Callable[[Fields, str], Any]
@@ -23674,7 +23673,7 @@ _PROFILE_FIELDS: Mapping[str, ProfileField] = MappingProxyType({
     "sandbox": _FLAG_FIELD,
     "text": _choice_field("all", "final"),
     "instance": ProfileField(
-        _instance_field, {"type": "object", "description": "what finds the instance again"}
+        _instance_field, {"type": "object", "description": "the location of the instance"}
     ),
 })
 _TENANT_SCHEMAS: dict[str, Json] = {
@@ -23683,7 +23682,7 @@ _TENANT_SCHEMAS: dict[str, Json] = {
 
 
 def _profile_changes(fields: Fields) -> Json:
-    """Return the fields of a profile that a body sets; null is the default. Raises BadRequest."""
+    """Return the profile fields that a body sets; null sets the default. Raises BadRequest."""
     changes: Json = {}
     for name, field in _PROFILE_FIELDS.items():
         if name in fields.object:
@@ -23696,7 +23695,7 @@ def _tenant_key(app: App, key: str) -> Key:
     """Return the key of a tenant. Raises NotFound."""
     found = app.keys.find(key)
     if not found.tenant.folder:
-        raise NotFound(f"The key {found.name!r} has no tenant: PUT makes it one.")
+        raise NotFound(f"The key {found.name!r} has no tenant: create one with PUT.")
     return found
 
 
@@ -23726,8 +23725,8 @@ def _send_tenant(app: App, exchange: Exchange, key: Key, status: int = 200, **mo
 
 
 def get_tenants(app: App, exchange: Exchange) -> None:
-    """GET /api/tenants: list all tenants with what they do and may do; of their variables only the
-    names."""
+    """GET /api/tenants: list all tenants with their profiles and current activity; of their
+    variables only the names."""
     loads = tenant_loads(app)
     entries = [_tenant_entry(app, key, loads) for key in app.keys.all() if key.tenant.folder]
     exchange.response.send_json({"tenants": entries})
@@ -23742,7 +23741,7 @@ def _change_tenant(
     app: App, exchange: Exchange, key: Key, event: str, change: Callable[[Tenant], Tenant],
     **shown: object,
 ) -> bool:
-    """Change a tenant and log it with names only. Return whether that changed anything."""
+    """Change a tenant and log the change without values. Return whether anything changed."""
     try:
         with _audited_change(app, exchange, event, key, **shown):
             before, after = app.keys.set_tenant(key, change)
@@ -23764,8 +23763,8 @@ def put_tenant(app: App, exchange: Exchange, key: str) -> None:
     folder = found.tenant.folder or _folder_name(app, found)
     if not _make_folder(tenant_path(app, Tenant(folder))) and is_new and not adopts:
         raise FolderExists(
-            f"There is a folder tenants/{folder} in the server's state folder: send "
-            '`"adopt": true` to take it over, or move it away.', param="adopt",
+            f"There is already a folder tenants/{folder} in the server's state folder: send "
+            '`"adopt": true` to use it, or move it away.', param="adopt",
         )
     is_changed = _change_tenant(
         app, exchange, found, "tenant_made" if is_new else "tenant_changed",
@@ -23787,7 +23786,7 @@ def change_tenant(app: App, exchange: Exchange, key: str) -> None:
 
 
 def remove_tenant(app: App, exchange: Exchange, key: str) -> None:
-    """DELETE /api/keys/{key}/tenant: forget the tenant and its variables; its key and its folder
+    """DELETE /api/keys/{key}/tenant: remove the tenant and its variables; its key and its folder
     stay."""
     found = app.keys.find(key)
     removed = bool(found.tenant.folder) and _change_tenant(
@@ -23797,13 +23796,13 @@ def remove_tenant(app: App, exchange: Exchange, key: str) -> None:
 
 
 def _env_changes(fields: Fields) -> dict[str, str | None]:
-    """Return the variables that a body sets; None removes one. Raises BadRequest, which names the
-    variable and never its value."""
+    """Return the variables that a body sets; None removes one. Raises BadRequest with the name of
+    the variable, never its value."""
     changes = {name: fields.text(name) for name in fields.object}
     for name, value in changes.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
             shown = one_line(name, 80)
-            raise BadRequest(f"{shown!r} is no name of a variable.", param=shown)
+            raise BadRequest(f"{shown!r} is not a valid variable name.", param=shown)
         if value is not None and BLOCKED_ENV.fullmatch(name):
             raise BadRequest(f"{name}: a tenant must not set this variable.", param=name)
         size = len((value or "").encode("utf-8", "surrogatepass"))
@@ -23814,7 +23813,7 @@ def _env_changes(fields: Fields) -> dict[str, str | None]:
 
 def change_tenant_env(app: App, exchange: Exchange, key: str) -> None:
     """PATCH /api/keys/{key}/tenant/env {"A": "value", "B": null}: set variables of the tenant; null
-    removes one. Values are not shown again."""
+    removes one. Values are never shown."""
     found = _tenant_key(app, key)
     changes = _env_changes(Fields(parse_json_body(exchange.body())))
     before = found.tenant.env
@@ -23823,7 +23822,7 @@ def change_tenant_env(app: App, exchange: Exchange, key: str) -> None:
         env = {name: value for name, value in {**tenant.env, **changes}.items()
                if value is not None}
         if len(env) > _MAX_ENV_VARIABLES:
-            raise BadRequest(f"A tenant may have {_MAX_ENV_VARIABLES} variables at most.")
+            raise BadRequest(f"A tenant may have at most {_MAX_ENV_VARIABLES} variables.")
         return tenant._replace(env=env)
 
     names = {

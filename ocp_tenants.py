@@ -7,10 +7,10 @@
     ocp tenants discover        find OpenClaw containers and folders on this machine
     ocp tenants setup           make a key for each, and write the server into its openclaw.json
     ocp tenants                 list the tenants
-    ocp tenants undo            give every openclaw.json back as it was
+    ocp tenants undo            restore every openclaw.json as it was
 
-It runs on the server's machine, alone as `python3 ocp_tenants.py` too. It needs ocp_connect.py
-beside it for what it writes into openclaw.json, and the program `docker` for containers. Commands
+It runs on the server's machine, also directly as `python3 ocp_tenants.py`. It needs ocp_connect.py
+beside it to edit openclaw.json, and the program `docker` for containers. Commands
 that change something accept --dry-run; all accept --json.
 
 The server is --server, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or the one
@@ -23,13 +23,13 @@ Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server a
 """
 # Sections (search for "==== 8" to jump to the eighth):
 #
-#      1. Small tools      shared pieces, the world outside, programs, names and keys
-#      2. The server       where it is, which key it gets, what it knows of tenants
+#      1. Small tools      shared pieces, environment, programs, names and keys
+#      2. The server       its address, the admin key, and its list of tenants
 #      3. Files            files of this machine, and the folder of each tenant
-#      4. Docker           its client by argv only, containers
+#      4. Docker           calls of the docker client, containers
 #      5. Instances        OpenClaw containers and folders: their files, how they are found
 #      6. Tenants          set up, apply, undo
-#      7. Skills           compare, fetch and bring skills
+#      7. Skills           compare, pull and push skills
 #      8. Import           the configuration of another gateway
 #      9. Command line     arguments, output, main
 from __future__ import annotations  # OCP needs Python 3.9 or later; Python 3.6 shows this line.
@@ -78,8 +78,8 @@ Json = Any
 
 
 # ==== 1. Small tools =========================================================
-# Pieces between "--- shared: NAME" and "--- end shared" are in other scripts too; a test compares
-# them. Then the world outside, programs, and the forms that names have to have.
+# Code between "--- shared: NAME" and "--- end shared" is repeated in other scripts; a test keeps
+# the copies identical. Then the environment, child programs, and the formats of names.
 
 
 # --- shared: exit
@@ -258,12 +258,12 @@ def any_certificate() -> ssl.SSLContext:
 
 
 def failed(message: str) -> Problem:
-    """Return the error of a command that was not able to do its work."""
+    """Return the error for a command that failed (exit code 1)."""
     return Problem(Exit.FAILED, message)
 
 
 def clean(text: object) -> str:
-    """Return `text` without the control characters that could command a terminal."""
+    """Return `text` with "?" for control characters, which could steer the user's terminal."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
 
 
@@ -278,22 +278,22 @@ def as_dict(value: Json) -> dict[str, Json]:
 
 
 def dicts_in(value: Json) -> list[dict[str, Json]]:
-    """Return `value` if it is a JSON list, its members made objects, else an empty one."""
+    """Return a JSON list with each member as by `as_dict`; an empty list for any other value."""
     return [as_dict(row) for row in value] if isinstance(value, list) else []
 
 
 def reason_of(problem: Exception) -> str:
-    """Return why one of several things failed, to be said behind its name."""
+    """Return why an item failed, in a form to print after the item's name."""
     return str(problem).rstrip(".")
 
 
-#: Variables that no program started from here is given: the keys of this server.
+#: Variables withheld from every child program: the keys of this server.
 _OWN_SECRETS = ("OCP_ADMIN_KEY", "OCP_CONNECT_KEY")
 
 
 @dataclasses.dataclass
 class World:
-    """The world around a command."""
+    """The environment of a command: variables, home folder, streams, clock."""
 
     environ: Mapping[str, str]
     #: The user's home folder.
@@ -316,7 +316,7 @@ class World:
 
     @property
     def child_environ(self) -> dict[str, str]:
-        """Return the environment for programs that are started."""
+        """Return the environment for child programs."""
         return {name: value for name, value in self.environ.items() if name not in _OWN_SECRETS}
 
     def say(self, text: str) -> None:
@@ -327,12 +327,12 @@ class World:
 
     def shown_path(self, path: str) -> str:
         """Return a path with ~ for the home folder."""
-        inside = path.startswith(self.home + os.sep)
-        return "~" + path[len(self.home):] if inside else path
+        is_in_home = path.startswith(self.home + os.sep)
+        return "~" + path[len(self.home):] if is_in_home else path
 
 
 class Ran(NamedTuple):
-    """How a program ended. A code of None: it did not run to its end, and `error` says why."""
+    """The result of a program. If `code` is None, it did not complete, and `error` says why."""
 
     code: int | None
     output: bytes
@@ -344,21 +344,21 @@ class Ran(NamedTuple):
 
     @property
     def json(self) -> Json:
-        """Return the JSON value that it printed, None for anything else."""
+        """Return the JSON value that it printed, None if it printed no JSON."""
         with contextlib.suppress(ValueError):
             return json.loads(self.text)
         return None
 
     @property
-    def complaint(self) -> str:
-        """Return its complaint in one line, for a message."""
+    def first_error(self) -> str:
+        """Return its first line of error output (else of output), for a message."""
         lines = [line.strip() for line in f"{self.error}\n{self.text}".splitlines()]
         return next((clean(line)[:300] for line in lines if line), f"it ended with {self.code}")
 
 
 class Running:
-    """A program at work, its output a stream. It is killed with its group when its time is over,
-    and at the end of a `with` in which finish() was not reached. Raises OSError where it cannot be
+    """A running program with its output as a stream. Its process group is killed at the time limit,
+    and at the end of a `with` that did not reach finish(). Raises OSError if it cannot be
     started."""
 
     def __init__(
@@ -396,14 +396,14 @@ class Running:
             pipe.write(stdin)
 
     def kill(self, reason: str) -> None:
-        """End the program and all that it started. `reason` goes into the message."""
+        """Kill the program and its children. `reason` goes into the error message."""
         self._reason = self._reason or reason
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def finish(self, output: bytes = b"") -> Ran:
-        """Wait for the end, and return how it was, with the output that was read."""
+        """Wait for the program to end, and return its result with the output read so far."""
         try:
             code = self._process.wait()
         finally:
@@ -420,8 +420,8 @@ def run_words(
     command: Sequence[str], environ: Mapping[str, str], stdin: bytes = b"",
     timeout_s: float = 15.0, limit_bytes: int = 20_000_000,
 ) -> Ran:
-    """Run a program to its end, without a terminal. Never raises for one that cannot be run, is
-    too slow or prints too much."""
+    """Run a program to its end, without a terminal. Never raises: a program that cannot be started,
+    is too slow or prints too much has a result with code None."""
     try:
         running = Running(command, environ, stdin, timeout_s)
     except (OSError, ValueError) as error:
@@ -433,27 +433,27 @@ def run_words(
         return running.finish(output[:limit_bytes])
 
 
-#: The form of a tenant's name, also a part of paths.
+#: A valid tenant name, which is also safe as part of a path.
 TENANT_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?")
-#: Names that the server gives to no key.
+#: Names that the server does not accept for a key.
 _RESERVED = re.compile(r"admin|anonymous|local|public|remote|shared|[0-9]+|")
 
 
 def fitted_name(text: str) -> str:
-    """Return `text` made to fit the form of a tenant's name."""
+    """Return `text` turned into a valid tenant name."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()[:200]).strip("-")[:30].strip("-")
     return f"openclaw-{words or 'instance'}" if _RESERVED.fullmatch(words) else words
 
 
 def checked_name(text: str) -> str:
-    """Return a tenant's name. Raises Problem for what none may be."""
+    """Return `text` if it is a valid tenant name. Raises Problem."""
     if not TENANT_NAME.fullmatch(text):
-        raise Problem(Exit.USAGE, f"{clean(text)[:80]!r} is no name of a tenant: use up to 40 "
-                                  "small letters, digits and hyphens.")
+        raise Problem(Exit.USAGE, f"{clean(text)[:80]!r} is not a valid tenant name: use up to 40 "
+                                  "lowercase letters, digits and hyphens.")
     return text
 
 
-#: The form of a key that the server takes.
+#: The format of a key that the server accepts.
 SECRET = re.compile(r"[A-Za-z0-9_-]{32,128}")
 
 
@@ -464,19 +464,19 @@ def new_secret() -> str:
 
 
 def stamp_of(at_s: float) -> str:
-    """Return epoch seconds as the name of a folder: 20270131T140000Z."""
+    """Return epoch seconds as a folder name: 20270131T140000Z."""
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(at_s))
 
 
 # ==== 2. The server ==========================================================
-# Where the server is, and what it knows of tenants.
+# The server's address, the admin key, and requests to the admin API.
 
 
 DEFAULT_URL = "http://127.0.0.1:3456"
 
 
 def parse_url(text: str, source: str) -> str:
-    """Return a server's address without a trailing slash or /v1. Raises Problem if it is none."""
+    """Return a server's URL without a trailing slash or /v1. Raises Problem for an invalid URL."""
     text = text.strip() if "://" in text else f"http://{text.strip()}"
     try:
         parts = urllib.parse.urlsplit(text)
@@ -491,7 +491,7 @@ def parse_url(text: str, source: str) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether an address leads to this machine by its loopback name."""
+    """Return whether a URL has a loopback host."""
     host = urllib.parse.urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
 
@@ -502,7 +502,7 @@ def port_of(url: str) -> int:
 
 
 class Server(NamedTuple):
-    """The server whose keys the instances get."""
+    """The OCP server, and requests to it."""
 
     url: str
     #: The admin key.
@@ -511,8 +511,8 @@ class Server(NamedTuple):
     def ask(
         self, method: str, path: str, body: object = None, key: str = "", timeout_s: float = 15.0
     ) -> Json:
-        """Return the JSON of an answer. `key` replaces the admin key. Raises Problem, whose body is
-        that of the refusal."""
+        """Return the JSON of an answer. `key` replaces the admin key. Raises Problem with the body
+        of the error response."""
         tls = any_certificate() if is_loopback(self.url) else None
         try:
             return http_json(method, self.url + path, body, key or self.key, timeout_s, tls)
@@ -529,7 +529,7 @@ class Server(NamedTuple):
                           problem.body) from None
 
     def certificate(self) -> str:
-        """Return the certificate (PEM) that the server shows. Raises Problem."""
+        """Return the certificate (PEM) that the server presents. Raises Problem."""
         parts = urllib.parse.urlsplit(self.url)
         try:
             return ssl.get_server_certificate((parts.hostname or "", port_of(self.url)))
@@ -555,7 +555,7 @@ class Server(NamedTuple):
 
 
 def find_server(world: World, named: str = "") -> Server:
-    """Return the server to use, not asked yet. Raises Problem for an address that is none."""
+    """Return the server to use, without connecting. Raises Problem for an invalid address."""
     record: dict[str, Json] = {}
     with contextlib.suppress(OSError, ValueError):
         record = read_record(os.path.join(world.ocp_home, "install.json")) or {}
@@ -567,28 +567,29 @@ def find_server(world: World, named: str = "") -> Server:
     url = parse_url(text, source)
     key = world.environ.get("OCP_ADMIN_KEY", "").strip()
     if not key and (is_loopback(url) or source == "install.json"):
-        # The key of the file is this machine's own: it is sent to no other.
+        # The admin key in the file belongs to this machine's server: never send it elsewhere.
         folder = str(record.get("data_dir") or world.ocp_home)
         with contextlib.suppress(OSError, ValueError):
             with open(os.path.join(folder, "admin-key"), encoding="utf-8") as file:
                 key = file.read(10_000).strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise Problem(Exit.USAGE, "The admin key contains characters that no key has.")
+        raise Problem(Exit.USAGE, "The admin key contains spaces or characters outside ASCII.")
     return Server(url, key)
 
 
 # ==== 3. Files ===============================================================
-# Files of this machine, read and replaced whole, and the folder of each tenant.
+# Local files, read and replaced as a whole, and the folder of each tenant.
 
 
-#: Opens a folder, and no link to one.
+#: Flags that open a folder, and fail for a link to one.
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
 def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator[int]:
     """Yield the descriptor of a folder below `base`, a path or a descriptor. None of `parts` may be
-    a link; with `makes` they are made, private and owned as the folder above. Raises OSError."""
+    a link; with `makes`, missing ones are created: private, owned like their parent. Raises
+    OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     at = os.dup(base) if isinstance(base, int) else os.open(base, flags)
     try:
@@ -606,14 +607,14 @@ def opened_folder(base: str | int, *parts: str, makes: bool = False) -> Iterator
 
 
 def _own_below(at: int, name: str) -> None:
-    """Give what root has made to the owner of the folder that it is in. Raises OSError."""
+    """If running as root, give an entry to the owner of its folder. Raises OSError."""
     if os.geteuid() == 0:
         owner = os.fstat(at)
         os.chown(name, owner.st_uid, owner.st_gid, dir_fd=at, follow_symlinks=False)
 
 
 def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None:
-    """Write a new private file below an open folder, and make its folders. Raises OSError."""
+    """Write a new private file below an open folder, and create its folders. Raises OSError."""
     *folders, name = path.split("/")
     with opened_folder(at, *folders, makes=True) as folder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -626,14 +627,14 @@ def write_below(at: int, path: str, content: bytes, is_executable: bool) -> None
 
 
 def move_below(at: int, source: str, target: str) -> None:
-    """Rename something below an open folder, whose new folders are made. Raises OSError."""
+    """Rename an entry below an open folder, and create the target's folders. Raises OSError."""
     (*sources, old), (*targets, new) = source.split("/"), target.split("/")
     with opened_folder(at, *sources) as out, opened_folder(at, *targets, makes=True) as into:
         os.rename(old, new, src_dir_fd=out, dst_dir_fd=into)
 
 
 def remove_below(at: int, name: str) -> None:
-    """Remove something in an open folder, and what is below it, if it is there. Raises OSError."""
+    """Remove an entry of an open folder, recursively, if it exists. Raises OSError."""
     try:
         is_folder = stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode)
     except FileNotFoundError:
@@ -647,12 +648,12 @@ def remove_below(at: int, name: str) -> None:
         os.unlink(name, dir_fd=at)
 
 
-#: The largest openclaw.json, or key, that is read.
+#: The size limit for an openclaw.json or a key.
 _MAX_FILE_BYTES = 2_000_000
 
 
 class HeldFile(NamedTuple):
-    """A file of an instance."""
+    """The content of a file, with its owner and mode."""
 
     content: bytes
     uid: int
@@ -660,26 +661,26 @@ class HeldFile(NamedTuple):
     mode: int
 
 
-def read_own(path: str, at: int | None = None) -> HeldFile | None:
-    """Return a file of this machine, None if it does not exist. With the descriptor of a folder,
-    it is in that one and no link. Raises Problem."""
-    # Without waiting for the writer of a named pipe, which may never come.
+def read_local_file(path: str, at: int | None = None) -> HeldFile | None:
+    """Return a file of this machine, None if it does not exist. With `at`, the descriptor of a
+    folder, `path` is relative to it and may not be a link. Raises Problem."""
+    # O_NONBLOCK: opening a named pipe would wait for a writer, perhaps forever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if at is None else os.O_NOFOLLOW)
     try:
         with open(os.open(path, flags, dir_fd=at), "rb") as file:
-            told = os.fstat(file.fileno())
-            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(told.st_mode) else None
+            status = os.fstat(file.fileno())
+            content = file.read(_MAX_FILE_BYTES + 1) if stat.S_ISREG(status.st_mode) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise failed(f"{path} cannot be read: {error.strerror}") from None
     if content is None or len(content) > _MAX_FILE_BYTES:
-        raise failed(f"{path} is no regular file, or too large")
-    return HeldFile(content, told.st_uid, told.st_gid, stat.S_IMODE(told.st_mode))
+        raise failed(f"{path} is not a regular file, or too large")
+    return HeldFile(content, status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
 
 
-def replace_own(path: str, file: HeldFile) -> None:
-    """Write a file of this machine, whole or not at all. Raises Problem."""
+def replace_local_file(path: str, file: HeldFile) -> None:
+    """Replace a file of this machine atomically. Raises Problem."""
     try:
         write_whole(path, file.content, file.mode)
         if os.geteuid() == 0:
@@ -689,7 +690,7 @@ def replace_own(path: str, file: HeldFile) -> None:
 
 
 class Folder(NamedTuple):
-    """The files of one tenant on this machine. Nothing in it is reached through a link."""
+    """The files of one tenant on this machine. No link in it is followed."""
 
     world: World
     #: Its name below the folder of the tenants.
@@ -705,7 +706,7 @@ class Folder(NamedTuple):
 
     @property
     def connect_home(self) -> str:
-        """Return what is ocp_connect.py's XDG_CONFIG_HOME for this tenant."""
+        """Return the XDG_CONFIG_HOME that ocp_connect.py gets for this tenant."""
         return self.inside("connect")
 
     def inside(self, *parts: str) -> str:
@@ -713,8 +714,8 @@ class Folder(NamedTuple):
 
     @contextlib.contextmanager
     def opened(self, *parts: str, makes: bool = False) -> Iterator[int]:
-        """Yield the descriptor of a folder in it. Raises Problem for whatever fails meanwhile, but
-        FileNotFoundError."""
+        """Yield the descriptor of a folder in it. Raises FileNotFoundError, and Problem for every
+        other OSError in the block."""
         try:
             if makes:
                 make_folders(self.world.tenants_folder)
@@ -724,11 +725,11 @@ class Folder(NamedTuple):
             raise
         except OSError as error:
             path, is_link = self.inside(*parts), error.errno in (errno.ELOOP, errno.ENOTDIR)
-            raise failed(f"{path} or a folder above is a link, or no folder" if is_link else
+            raise failed(f"{path} or a folder above it is a link or a file" if is_link else
                          f"{path} cannot be used: {error.strerror}") from None
 
     def write(self, content: bytes, *parts: str) -> None:
-        """Write a private file, whole or not at all, and make its folders. Raises Problem."""
+        """Write a private file atomically, and create its folders. Raises Problem."""
         *folders, name = parts
         with self.opened(*folders, makes=True) as at:
             remove_below(at, name + DRAFT)
@@ -736,21 +737,21 @@ class Folder(NamedTuple):
             move_below(at, name + DRAFT, name)
 
     def read(self, *parts: str) -> bytes:
-        """Return the content of a file, empty if there is none. Raises Problem."""
+        """Return the content of a file, empty if it does not exist. Raises Problem."""
         *folders, name = parts
         with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
-            held = read_own(name, at)
+            held = read_local_file(name, at)
             return held.content if held else b""
         return b""
 
     def has(self, *parts: str) -> bool:
-        """Return whether there is such a folder in it. Raises Problem."""
+        """Return whether it has this subfolder. Raises Problem."""
         with contextlib.suppress(FileNotFoundError), self.opened(*parts):
             return True
         return False
 
     def remove(self, *parts: str) -> None:
-        """Remove a file or folder in it, if it is there. Raises Problem."""
+        """Remove a file or folder in it, if it exists. Raises Problem."""
         *folders, name = parts
         with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
             remove_below(at, name)
@@ -765,19 +766,19 @@ class Folder(NamedTuple):
         self.write(secret.encode() + b"\n", "key")
 
     def place(self) -> dict[str, Json]:
-        """Return what was written down about the instance, empty if nothing was."""
+        """Return the saved location of the instance, empty if none is saved."""
         with contextlib.suppress(Problem, ValueError):
             return as_dict(json.loads(self.read("instance", "instance.json")))
         return {}
 
     def write_place(self, place: Mapping[str, Json]) -> None:
-        """Write down about the instance what is in `place`; the rest stays. Raises Problem."""
+        """Merge `place` into the saved location of the instance. Raises Problem."""
         text = json.dumps({**self.place(), **place}, indent=1)
         self.write(text.encode(), "instance", "instance.json")
 
 
 def make_folders(folder: str) -> None:
-    """Make a private folder and its parents, owned as the folder above. Raises OSError."""
+    """Create a private folder and its parents, owned like the folder above. Raises OSError."""
     if os.path.isdir(folder):
         return
     above = os.path.dirname(folder)
@@ -789,23 +790,24 @@ def make_folders(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(world: World) -> Iterator[None]:
-    """Hold the folder of the tenants. Raises Problem if another run has it, OSError."""
+def exclusive_run(world: World) -> Iterator[None]:
+    """Lock the folder of the tenants for this run. Raises Problem if another run holds the lock,
+    OSError."""
     make_folders(world.tenants_folder)
     with opened_folder(world.tenants_folder) as at:
         try:
             fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise failed("Another `ocp tenants` changes something on this machine, or waits for an "
-                         "answer: run this again when it has ended.") from None
+            raise failed("Another `ocp tenants` command is changing something on this machine or "
+                         "waiting for an answer: run this again when it has ended.") from None
         except OSError as error:
-            # Not every file system has locks.
+            # Not every file system supports locks.
             if error.errno not in (errno.ENOLCK, errno.EBADF, errno.ENOTSUP):
                 raise
         yield
 
 
-#: The server names the folder of a tenant after its key, whatever it is called.
+#: The server names a tenant's folder after its key, whose name may not be a TENANT_NAME.
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -818,21 +820,21 @@ def tenant_folders(world: World) -> list[Folder]:
 
 
 # ==== 4. Docker ==============================================================
-# The program docker, by argv only: no shell, `--` before names, a time limit, bounded output.
+# Calls of the program docker: no shell, `--` before names, a time limit, bounded output.
 
 
-#: The form of a container's name.
+#: A valid container name.
 CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-#: For what copies files.
+#: The time limit for copying files.
 _COPY_S = 120.0
 _COMPOSE = "com.docker.compose."
-#: Where OpenClaw's image has its state.
+#: The state folder in OpenClaw's image.
 _IMAGE_STATE = "/home/node/.openclaw"
 Value = TypeVar("Value")
 
 
 class Docker(NamedTuple):
-    """The client of docker, or of what OCP_DOCKER names."""
+    """The docker client, or the one that OCP_DOCKER names."""
 
     world: World
 
@@ -845,26 +847,26 @@ class Docker(NamedTuple):
         return run_words([self.program, *words], self.world.child_environ, stdin, timeout_s)
 
     def containers(self) -> tuple[list[Container], str]:
-        """Return all containers, and why there are none, empty if docker answered.
+        """Return all containers, and docker's error, empty if docker answered.
 
-        `docker ps` with a format would measure the sizes of all of them."""
+        Uses `inspect`, because `docker ps` with a format would compute the size of each."""
         listed = self.run("ps", "--no-trunc", "--quiet", "--all")
         if listed.code is None and shutil.which(
                 self.program, path=self.world.environ.get("PATH", os.defpath)) is None:
             return [], f"there is no program {clean(self.program)}"
         ids = [word for word in listed.text.split() if re.fullmatch(r"[0-9a-f]{12,64}", word)]
         if listed.code != 0 or not ids:
-            return [], "" if listed.code == 0 else listed.complaint
-        # One that is gone meanwhile makes it fail, and the others are printed all the same.
-        told = self.run("inspect", "--type", "container", *ids)
-        found = told.json
+            return [], "" if listed.code == 0 else listed.first_error
+        # If a container has just been removed, inspect fails but still prints the others.
+        inspection = self.run("inspect", "--type", "container", *ids)
+        found = inspection.json
         if not isinstance(found, list):
-            return [], told.complaint
+            return [], inspection.first_error
         return [Container(self, row) for row in found if isinstance(row, dict)], ""
 
 
 class Container(NamedTuple):
-    """A container: what `docker inspect` says of it, its programs and its files."""
+    """A container: its `docker inspect` data, and access to its programs and files."""
 
     docker: Docker
     inspected: Mapping[str, Json]
@@ -891,18 +893,18 @@ class Container(NamedTuple):
         return env_rows(self.config.get("Env"))
 
     def label(self, name: str) -> str:
-        """Return what compose says of it, empty if nothing."""
+        """Return its compose label `name`, empty if it has none."""
         return str(as_dict(self.config.get("Labels")).get(_COMPOSE + name) or "")
 
     @property
     def mounts(self) -> list[tuple[str, str]]:
-        """Return the places of its mounts with their sources, the deepest first."""
+        """Return (destination, source) of its mounts, the deepest first."""
         return sorted(((str(row.get("Destination")).rstrip("/"),
                         str(row.get("Source") or row.get("Name")))
                        for row in dicts_in(self.inspected.get("Mounts"))), reverse=True)
 
     def source_of(self, path: str) -> str:
-        """Return where a path of it lies on this machine, empty if in no mount."""
+        """Return the path on this machine for a path in it, empty if it is not in a bind mount."""
         for place, source in self.mounts:
             if path == place or path.startswith(place + "/"):
                 return source + path[len(place):] if source[:1] == "/" else ""
@@ -914,7 +916,7 @@ class Container(NamedTuple):
 
     @property
     def state_dir(self) -> str:
-        """Return OpenClaw's state folder in it."""
+        """Return OpenClaw's state folder, as a path in the container."""
         env = self.env
         homes = (env.get("OPENCLAW_HOME", ""), env.get("HOME", ""))
         found = (env.get("OPENCLAW_STATE_DIR", ""),
@@ -924,27 +926,27 @@ class Container(NamedTuple):
 
     @property
     def gateways(self) -> list[str]:
-        """Return the addresses of this machine in its networks."""
+        """Return this machine's addresses in the container's networks."""
         networks = as_dict(as_dict(self.inspected.get("NetworkSettings")).get("Networks"))
         found = [str(as_dict(each).get("Gateway") or "") for each in networks.values()]
         return [each for each in found if re.fullmatch(r"[0-9.]{7,15}|[0-9a-f:]{2,39}", each)]
 
     def exec(self, *words: str, timeout_s: float = 15.0) -> Ran:
-        """Run a program in it, its words unchanged. Never raises."""
+        """Run a program in it, without a shell. Never raises."""
         return self.docker.run("exec", "--", self.name, *words, timeout_s=timeout_s)
 
     def change(self, path: str, *words: str) -> None:
         """Run a program that changes `path`. Raises Problem if it fails."""
         ran = self.exec(*words)
         if ran.code != 0:
-            raise failed(f"{path} was not changed: {ran.complaint}")
+            raise failed(f"{path} was not changed: {ran.first_error}")
 
     def move(self, source: str, target: str) -> None:
-        """Let a file or folder take the place of another. Raises Problem."""
+        """Rename a file or folder, replacing the target. Raises Problem."""
         self.change(target, "mv", "-T", "--", source, target)
 
     def run_openclaw(self, *words: str) -> Ran | None:
-        """Run OpenClaw's own command; None where there is no such program."""
+        """Run the `openclaw` command in it; return None if the container has none."""
         for program in (("openclaw",), ("node", "openclaw.mjs")):
             ran = self.exec(*program, *words, timeout_s=60.0)
             if ran.code not in (126, 127):
@@ -953,7 +955,7 @@ class Container(NamedTuple):
 
     @property
     def uid(self) -> int:
-        """Return the user that OpenClaw has in it. Raises Problem."""
+        """Return the id of the user that OpenClaw runs as. Raises Problem."""
         if self.is_running:
             ran = self.exec("id", "-u")
             text = ran.text.strip()
@@ -962,38 +964,38 @@ class Container(NamedTuple):
         if text.isdecimal() and text.isascii() and len(text) < 10:
             return int(text)
         if self.is_running:
-            raise failed(f"`id -u` in {self.name}: {ran.complaint}")
+            raise failed(f"`id -u` in {self.name}: {ran.first_error}")
         return 0 if text in ("", "root") else 1000
 
     def read_tar(self, path: str, use: Callable[[IO[bytes]], Value]) -> Value | None:
-        """Return what `use` makes of the tar of a file or folder, None if there is none. Works on
-        a stopped container. Raises Problem, and what `use` raises but TarError."""
+        """Return `use` of the tar of a file or folder, None if the path does not exist. Works on a
+        stopped container. Raises Problem, and what `use` raises except TarError."""
         command = [self.docker.program, "cp", "--", f"{self.name}:{path}", "-"]
         try:
             running = Running(command, self.docker.world.child_environ, b"", _COPY_S)
         except OSError as error:
             raise failed(f"docker: {error.strerror}") from None
-        made = None
+        result = None
         with running:
             with contextlib.suppress(tarfile.TarError):
-                made = use(running.output)
+                result = use(running.output)
             if len(running.output.read(1_000_000)) == 1_000_000:
                 running.kill("sent more than a tar")
             ran = running.finish()
         if ran.code != 0 and re.search(r"(?i)could not find the file|no such file", ran.error):
             return None
-        # What docker says of an error tells more than what is wrong with its tar.
-        if ran.code != 0 or made is None:
-            raise failed("docker sent no whole tar" if ran.code == 0 else ran.complaint)
-        return made
+        # Docker's own error says more than a fault in its tar.
+        if ran.code != 0 or result is None:
+            raise failed("docker sent an incomplete tar" if ran.code == 0 else ran.first_error)
+        return result
 
     def put_tar(self, folder: str, content: bytes) -> None:
-        """Unpack a tar into a folder, owners and modes as its entries say. Works on a stopped
+        """Unpack a tar into a folder, with the owners and modes of its entries. Works on a stopped
         container. Raises Problem."""
         ran = self.docker.run("cp", "--", "-", f"{self.name}:{folder}", stdin=content,
                               timeout_s=_COPY_S)
         if ran.code != 0:
-            raise failed(f"{folder} was not written: {ran.complaint}")
+            raise failed(f"{folder} was not written: {ran.first_error}")
 
     def read(self, path: str) -> HeldFile | None:
         """Return a file, None if it does not exist. Raises Problem."""
@@ -1002,7 +1004,7 @@ class Container(NamedTuple):
                 entry = tar.next()
                 file = tar.extractfile(entry) if entry and entry.isreg() else None
                 if entry is None or file is None:
-                    raise failed(f"{path} is a link, or no file")
+                    raise failed(f"{path} is a link, or not a regular file")
                 if entry.size > _MAX_FILE_BYTES:
                     raise failed(f"{path} is too large")
                 return HeldFile(file.read(), entry.uid, entry.gid, entry.mode & 0o7777)
@@ -1010,24 +1012,24 @@ class Container(NamedTuple):
         return self.read_tar(path, first)
 
     def put(self, path: str, file: HeldFile) -> None:
-        """Write a file, which is not whole if this is interrupted. Raises Problem."""
+        """Write a file; not atomic, an interruption leaves a part. Raises Problem."""
         folder, name = os.path.split(path)
         self.put_tar(folder, tar_of(lambda tar: add_to_tar(tar, name, file)))
 
 
 def env_rows(rows: Json) -> dict[str, str]:
-    """Return variables by name, of docker's list of NAME=VALUE."""
+    """Return variables by name from docker's list of NAME=VALUE."""
     pairs = (str(row).partition("=") for row in (rows if isinstance(rows, list) else ()))
     return {name: value for name, _, value in pairs}
 
 
 def is_usable_path(path: str) -> bool:
-    """Return whether a path that a container names may be used in it."""
+    """Return whether a path from a container's settings is absolute, normal and printable."""
     return path.startswith("/") and clean(path) == path and os.path.normpath(path) == path
 
 
 def tar_of(fill: Callable[[tarfile.TarFile], None]) -> bytes:
-    """Return the tar that `fill` fills."""
+    """Return a tar with the entries that `fill` adds."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         fill(tar)
@@ -1043,22 +1045,22 @@ def add_to_tar(tar: tarfile.TarFile, path: str, file: HeldFile, is_folder: bool 
 
 
 # ==== 5. Instances ===========================================================
-# OpenClaw in containers and folders of this machine: their files, and how they are found.
+# OpenClaw instances in containers and folders of this machine: files and discovery.
 
 
 class Instance(NamedTuple):
-    """One OpenClaw of this machine, in a container or in a folder, and its files."""
+    """One OpenClaw instance of this machine, in a container or in a folder, and its files."""
 
-    #: What its tenant is called.
+    #: The name of its tenant.
     name: str
     #: The name of the container, or the state folder.
     where: str
-    #: The state folder, in the container where there is one.
+    #: The state folder; for a container, its path in the container.
     state_dir: str
     #: The path of openclaw.json.
     config_path: str
     container: Container | None = None
-    #: Why it is left alone, empty if it is not.
+    #: Why it is ambiguous and so left alone, empty if it is not.
     doubt: str = ""
 
     @property
@@ -1067,7 +1069,7 @@ class Instance(NamedTuple):
 
     @property
     def is_running(self) -> bool:
-        """Return whether its files can be moved and its programs run."""
+        """Return whether files can be moved and programs run there; true for a folder."""
         return self.container is None or self.container.is_running
 
     @property
@@ -1076,36 +1078,36 @@ class Instance(NamedTuple):
 
     @property
     def place(self) -> dict[str, Json]:
-        """Return what finds it again; `known_instance` reads it."""
+        """Return its location, in the form that `known_instance` reads."""
         return {"kind": self.kind, "where": self.where,
                 "id": self.container.id if self.container else "",
                 "stateDir": self.state_dir, "configPath": self.config_path}
 
     @property
     def host_state_dir(self) -> str:
-        """Return its state folder on this machine, empty if it is in no mount."""
+        """Return the path of its state folder on this machine, empty if it is not mounted."""
         source = self.container.source_of(self.state_dir) if self.container else self.state_dir
         return source and os.path.realpath(source)
 
     @property
     def key_path(self) -> str:
-        """Return the path of the key in a container."""
+        """Return the path of the key file in its container."""
         return f"{self.state_dir}/ocp-key"
 
     def read(self, path: str) -> HeldFile | None:
-        """Return a file, None if it does not exist. Raises Problem for what cannot be read, is no
-        regular file, or too large."""
-        return self.container.read(path) if self.container else read_own(path)
+        """Return a file, None if it does not exist. Raises Problem if it cannot be read, is not a
+        regular file, or is too large."""
+        return self.container.read(path) if self.container else read_local_file(path)
 
     def config(self, world: World) -> dict[str, Json]:
-        """Return the values of its openclaw.json, none if there is none. Raises Problem."""
+        """Return its parsed openclaw.json, empty if the file does not exist. Raises Problem."""
         held = self.read(self.config_path)
         return parsed_config(world, held.content) if held else {}
 
     def write(self, path: str, file: HeldFile) -> None:
-        """Write a file, whole or not at all where it runs. Raises Problem."""
+        """Write a file, atomically unless the container is stopped. Raises Problem."""
         if self.container is None:
-            replace_own(path, file)
+            replace_local_file(path, file)
         elif self.is_running:
             self.container.put(draft_of(path), file)
             self.container.move(draft_of(path), path)
@@ -1113,7 +1115,7 @@ class Instance(NamedTuple):
             self.container.put(path, file)
 
     def remove(self, *paths: str) -> None:
-        """Remove files, if they are there. Raises Problem."""
+        """Remove files, if they exist. Raises Problem."""
         if self.container:
             self.container.change(paths[0], "rm", "-f", "--", *paths)
             return
@@ -1125,44 +1127,44 @@ class Instance(NamedTuple):
                 raise failed(f"{path} was not removed: {error.strerror}") from None
 
     def new_file(self, content: bytes) -> HeldFile:
-        """Return a private file of the user that OpenClaw has. Raises Problem, OSError."""
+        """Return a private file owned by OpenClaw's user. Raises Problem, OSError."""
         if self.container:
             uid = gid = self.container.uid
         else:
-            told = os.stat(self.state_dir)
-            uid, gid = told.st_uid, told.st_gid
+            status = os.stat(self.state_dir)
+            uid, gid = status.st_uid, status.st_gid
         return HeldFile(content, uid, gid, 0o600)
 
 
 def draft_of(path: str) -> str:
-    """Return where a new file of a container lies before it replaces the one at `path`."""
+    """Return the temporary path of a new file in a container, before it replaces `path`."""
     folder, name = os.path.split(path)
     return f"{folder}/.ocp-{name}"
 
 
 def connect_script(world: World) -> str:
-    """Return the path of ocp_connect.py. Raises Problem if it is not there."""
+    """Return the path of ocp_connect.py. Raises Problem if it is missing."""
     script = os.path.join(world.tree, "ocp_connect.py")
     if not os.path.exists(script):
-        raise failed(f"{script} is not there. Copy ocp_connect.py from the server's checkout of "
-                     "OCP beside this ocp_tenants.py: it knows how to change openclaw.json.")
+        raise failed(f"{script} is missing. Copy ocp_connect.py from the server's checkout of OCP "
+                     "into the folder of this ocp_tenants.py: it edits openclaw.json.")
     return script
 
 
 @functools.cache
 def connect_module(script: str) -> Any:
-    """Return ocp_connect.py as a module: its reader understands openclaw.json with comments."""
+    """Return ocp_connect.py as a module: its parser accepts comments in openclaw.json."""
     name = "ocp_connect_of_tenants"
     spec = importlib.util.spec_from_file_location(name, script)
     assert spec and spec.loader
-    # Dataclasses look their module up there while it is being executed.
+    # Dataclasses look up their module in sys.modules while it is being executed.
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def parsed_config(world: World, content: bytes) -> dict[str, Json]:
-    """Return the values of an openclaw.json. Raises Problem, with the reason."""
+    """Return the parsed content of an openclaw.json. Raises Problem with the reason."""
     module = connect_module(connect_script(world))
     try:
         return as_dict(module.json_load(module.decoded(content)))
@@ -1171,7 +1173,7 @@ def parsed_config(world: World, content: bytes) -> dict[str, Json]:
 
 
 def has_include(value: Json) -> bool:
-    """Return whether a configuration, or a part of it, is taken from other files."""
+    """Return whether a configuration has an $include at any depth."""
     if isinstance(value, dict):
         return "$include" in value or any(map(has_include, value.values()))
     return isinstance(value, list) and any(map(has_include, value))
@@ -1186,7 +1188,7 @@ _CLI = re.compile(r"(?:.+-)?openclaw-cli(?:-.*)?")
 
 
 def tenant_name_of(container: Container) -> str:
-    """Return what the tenant of a container is called, empty if it is no OpenClaw."""
+    """Return the tenant name for a container, empty if it is not an OpenClaw gateway."""
     name, service = container.name, container.label("service")
     if service == "openclaw-cli" or not service and _CLI.fullmatch(name):
         return ""
@@ -1200,13 +1202,13 @@ def tenant_name_of(container: Container) -> str:
 
 
 def container_with(containers: Sequence[Container], *known: str) -> Container | None:
-    """Return the container with the first of these names or ids that one has."""
+    """Return the container for the first of these names or ids that matches one."""
     return next((each for word in known for each in containers
                  if word and word in (each.name, each.id)), None)
 
 
 def container_instance(container: Container, name: str) -> Instance:
-    """Return the instance in a container."""
+    """Return the instance that a container holds."""
     state_dir, config = container.state_dir, container.env.get("OPENCLAW_CONFIG_PATH", "")
     return Instance(
         name, container.name, state_dir,
@@ -1218,12 +1220,12 @@ def folder_instance(folder: str, name: str) -> Instance:
 
 
 def is_state_folder(path: str) -> bool:
-    """Return whether a folder is that of an OpenClaw."""
+    """Return whether a folder is an OpenClaw state folder."""
     return any(os.path.exists(os.path.join(path, each)) for each in ("openclaw.json", "workspace"))
 
 
 def folder_instances(world: World) -> list[Instance]:
-    """Return the instances among the folders of the user's home."""
+    """Return the instances in ~/.openclaw and ~/.openclaw-NAME."""
     found = []
     for entry in sorted(os.listdir(world.home)):
         match = re.fullmatch(r"\.openclaw(?:-([A-Za-z0-9_-]{1,64}))?", entry)
@@ -1234,20 +1236,20 @@ def folder_instances(world: World) -> list[Instance]:
 
 
 class Discovery(NamedTuple):
-    """What was found on this machine."""
+    """The result of a search of this machine."""
 
     instances: list[Instance]
-    #: Why docker was not asked, empty if it was.
+    #: Why containers could not be listed, empty if they were.
     docker_error: str
 
 
-def discover(world: World, told: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
-    """Return all instances of this machine; those of one name or one state folder with a doubt.
-    `told` is what the server knows of where tenants' instances are, by their folders."""
+def discover(world: World, locations: Mapping[str, Json] = MappingProxyType({})) -> Discovery:
+    """Return all instances of this machine; those that share a name or a state folder have a
+    `doubt`. `locations` is where the server says tenants' instances are, by folder name."""
     rows, error = Docker(world).containers()
-    # A tenant's own instance is told apart by what was written down, wherever it is.
-    places = {**told, **{each.name: each.place() for each in tenant_folders(world)
-                         if each.place() or each.name not in told}}
+    # A saved location identifies a tenant's instance, even where discovery would not find it.
+    places = {**locations, **{each.name: each.place() for each in tenant_folders(world)
+                              if each.place() or each.name not in locations}}
     tenants = (known_instance(name, as_dict(place), rows) for name, place in places.items())
     known = {each.where: each for each in tenants if each}
     containers = [container_instance(row, tenant_name_of(row)) for row in rows
@@ -1261,7 +1263,7 @@ def discover(world: World, told: Mapping[str, Json] = MappingProxyType({})) -> D
 def known_instance(
     name: str, place: Mapping[str, Json], containers: Sequence[Container]
 ) -> Instance | None:
-    """Return the instance of a tenant at the place that was written down, None if it is gone."""
+    """Return the instance of a tenant at its saved location, None if it is gone."""
     where = str(place.get("where") or "")
     if place.get("kind") == "folder":
         return folder_instance(where, name) if os.path.isdir(where) else None
@@ -1270,8 +1272,8 @@ def known_instance(
 
 
 def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance]:
-    """Return the instances, those that cannot be told apart with the reason. `known` are places of
-    tenants."""
+    """Return the instances, with a `doubt` for those that cannot be told apart. `known` are the
+    `where` of tenants' instances, which need none."""
     def shared(key: Callable[[Instance], str], each: Instance) -> list[str]:
         return [other.where for other in instances
                 if other is not each and key(other) and key(other) == key(each)]
@@ -1287,32 +1289,32 @@ def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance
 
 
 def choose(instances: Sequence[Instance], names: Sequence[str]) -> list[Instance]:
-    """Return the instances with these names, all without names. Raises Problem for an unknown
-    one."""
+    """Return the instances with these names, or all if no name is given. Raises Problem for an
+    unknown name."""
     known = {each.name for each in instances}
     for name in names:
         if name not in known:
             shown = clean(name)[:80]
-            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`. If it "
-                         f"has another name: ocp tenants add {shown} --apply --container NAME, or "
-                         "--local DIR.")
+            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`. For an "
+                         f"instance with another name: ocp tenants add {shown} --apply "
+                         "--container NAME, or --local DIR.")
     return [each for each in instances if not names or each.name in names]
 
 
 def named_instance(
     world: World, name: str, container: str = "", folder: str = ""
 ) -> Instance | None:
-    """Return the instance that --container or --local names, None without them. Raises Problem."""
+    """Return the instance for --container or --local, None without them. Raises Problem."""
     if folder:
         path = folder[2:] if folder[:2] == "~/" else os.path.abspath(folder)
         path = os.path.join(world.home, path)
         if not os.path.isdir(path):
-            raise failed(f"--local: {clean(path)} is no folder.")
+            raise failed(f"--local: {clean(path)} is not a folder.")
         return folder_instance(path, name)
     if not container:
         return None
     if not CONTAINER_NAME.fullmatch(container):
-        raise Problem(Exit.USAGE, f"--container: {clean(container)[:80]!r} is no container's name.")
+        raise Problem(Exit.USAGE, f"--container: {clean(container)[:80]!r} is no container name.")
     rows, error = Docker(world).containers()
     row = container_with(rows, container)
     if row is None:
@@ -1320,28 +1322,28 @@ def named_instance(
     return container_instance(row, name)
 
 
-class Look(NamedTuple):
-    """What the files of an instance say."""
+class InstanceSummary(NamedTuple):
+    """What `discover` shows of an instance's files."""
 
     #: The host of its default model, "this server", or "-".
     leads_to: str
-    #: How many skills of its own it has.
+    #: The number of its own skills.
     skills: int
     #: Why its files cannot be used, empty if they can.
     problem: str
 
 
-def look_at(world: World, instance: Instance, server_port: int) -> Look:
-    """Return what the files of an instance say. Never raises."""
+def summary_of(world: World, instance: Instance, server_port: int) -> InstanceSummary:
+    """Return the summary of an instance's files. Never raises."""
     try:
         skills = skills_there(skill_roots(world, instance)).skills
-        return Look(leads_to(instance.config(world), server_port), len(skills), "")
+        return InstanceSummary(leads_to(instance.config(world), server_port), len(skills), "")
     except (Problem, OSError) as problem:
-        return Look("?", 0, reason_of(problem))
+        return InstanceSummary("?", 0, reason_of(problem))
 
 
 def leads_to(config: Mapping[str, Json], server_port: int) -> str:
-    """Return where the default model of a configuration is asked."""
+    """Return the host that serves the default model of a configuration."""
     model = as_dict(as_dict(config.get("agents")).get("defaults")).get("model")
     primary = model if isinstance(model, str) else as_dict(model).get("primary")
     provider = str(primary or "").partition("/")[0]
@@ -1363,15 +1365,15 @@ def leads_to(config: Mapping[str, Json], server_port: int) -> str:
 # Set up, apply, undo.
 
 
-#: What may run on the server for a tenant: at `api` nothing, at `tools` these commands of its
-#: OpenClaw, at `agent` claude's own tools too.
+#: What may run on the server for a tenant: at `api` nothing, at `tools` commands of its OpenClaw
+#: (COMMANDS_TO_RUN), at `agent` claude's own tools too.
 LEVELS = ("api", "tools", "agent")
 COMMANDS_TO_RUN = ("none", "read", "act")
 _BRIDGE = "172.17.0.1"
-#: How long the question at the end may take.
+#: The time limit for the test question at the end of a setup.
 _ANSWER_S = 90.0
-#: Run by `node -e`: asks a server for its /health, or with the path of a key one question, and
-#: prints the answer. Its arguments are the address, the certificate to trust or nothing, the path.
+#: Run by `node -e`: gets /health of a server, or with the path of a key sends one question, and
+#: prints the answer. Arguments: URL, certificate to trust or "", optionally the path of the key.
 _ASK_SCRIPT = """
 const [url, ca, keyPath] = process.argv.slice(1);
 const {request} = require(url.startsWith("https:") ? "https" : "http");
@@ -1396,8 +1398,8 @@ asked.end(key ? JSON.stringify(
 
 
 def profile_of(place: Mapping[str, Json], level: str, commands: str) -> dict[str, Json]:
-    """Return the fields of a tenant's profile for a level and the commands that may run, with the
-    way to its instance where something may run; what is empty stays as it is."""
+    """Return the profile fields for a level and the commands that may run, with the `relay` to the
+    instance for a level above `api`. Empty arguments leave their field unchanged."""
     body: dict[str, Json] = {
         name: value for name, value in (("level", level), ("commands", commands)) if value}
     if level not in ("", LEVELS[0]) and place:
@@ -1408,21 +1410,21 @@ def profile_of(place: Mapping[str, Json], level: str, commands: str) -> dict[str
 
 
 class Options(NamedTuple):
-    """What a command line asks of setup and apply."""
+    """The options of setup and apply."""
 
     level: str = ""
-    #: Of its OpenClaw that may run, empty = as they are.
+    #: Which commands of its OpenClaw may run, empty to keep the setting.
     commands: str = ""
-    #: --primary or --backup, empty without.
+    #: "primary", "backup" or empty.
     role: str = ""
     provider_name: str = ""
     #: The server's address as instances see it, empty to find it.
     url: str = ""
-    #: Whether a key that has no tenant yet may become one.
+    #: Whether an existing key may become a tenant's key.
     existing: bool = False
-    #: Whether a folder that is there without a tenant may be used.
+    #: Whether an existing folder without a tenant may be used.
     adopt: bool = False
-    #: Whether no question is sent at the end.
+    #: Whether to send no test question at the end.
     skip_answer: bool = False
     #: The .env to change, "" for none, "auto" to find it.
     dotenv: str = ""
@@ -1431,23 +1433,23 @@ class Options(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One run of a command: the world, the server, and what it knew at the start."""
+    """One run of a command, with the server's keys and tenants at the start."""
 
     world: World
     server: Server
     keys: Mapping[str, Mapping[str, Json]]
     tenants: Mapping[str, Mapping[str, Json]]
     options: Options
-    #: The fingerprint of the server's own certificate and that itself (PEM), empty without one.
+    #: The fingerprint of the server's own certificate, and the certificate (PEM); empty without.
     fingerprint: str = ""
     certificate: str = ""
 
     def folder(self, name: str) -> Folder:
-        """Return the folder of a tenant. Raises Problem for a name that none can have."""
-        told = os.path.basename(str(self.tenants.get(name, {}).get("folder") or name))
-        if not _FOLDER_NAME.fullmatch(told):
-            raise failed(f"{clean(name)[:80]!r} is no name of a folder.")
-        return Folder(self.world, told)
+        """Return the folder of a tenant. Raises Problem for an invalid name."""
+        folder = os.path.basename(str(self.tenants.get(name, {}).get("folder") or name))
+        if not _FOLDER_NAME.fullmatch(folder):
+            raise failed(f"{clean(name)[:80]!r} is not a valid folder name.")
+        return Folder(self.world, folder)
 
     def check_tenant(self, name: str) -> None:
         """Raise Problem if there is no tenant of this name."""
@@ -1456,21 +1458,21 @@ class Job(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one instance needs."""
+    """The changes that one instance needs."""
 
     instance: Instance
     folder: Folder
-    #: "" for a key that works, "new", or "new secret".
+    #: "" if its key works, "new", or "new secret".
     key: str
-    #: Whether the tenant has to be made, or gets another level or other commands.
+    #: Whether to create the tenant, or to change its level or commands.
     writes_tenant: bool
     level: str
-    #: The address of the server as the instance sees it, and whether that was tried.
+    #: The server's address as the instance sees it, and whether it was tested.
     url: str
     is_proved: bool
-    #: Whether the file of the key in the container has to be written.
+    #: Whether to write the key file in the container.
     writes_key: bool
-    #: The lines that differ in openclaw.json, none where nothing does.
+    #: The lines of openclaw.json that change.
     diff: tuple[str, ...]
     #: The .env to change, empty for none.
     dotenv: str = ""
@@ -1481,7 +1483,7 @@ class Plan(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """Return what is to be done, in a few words."""
+        """Return the planned changes in a few words."""
         parts = []
         if self.key or self.writes_tenant:
             key = {"new": "new key", "new secret": "new secret"}.get(self.key, "its key")
@@ -1489,17 +1491,17 @@ class Plan(NamedTuple):
         if self.diff:
             parts.append(f"openclaw.json: this server at {self.url}/v1")
         if self.writes_key and not self.key:
-            parts.append("the file of its key")
+            parts.append("its key file")
         if self.dotenv:
             parts.append(self.dotenv)
         parts = ["as it should be"] if self.is_empty else parts
         if not self.is_proved:
-            parts.append("stopped: the address cannot be proved")
+            parts.append("stopped: the address cannot be tested")
         return "; ".join(parts)
 
 
-def is_holder(server: Server, secret: str, name: str) -> bool:
-    """Return whether the server knows a secret as the key of this name. Raises Problem."""
+def is_secret_of(server: Server, secret: str, name: str) -> bool:
+    """Return whether a secret is that of the server's key `name`. Raises Problem."""
     if not secret:
         return False
     try:
@@ -1512,20 +1514,20 @@ def is_holder(server: Server, secret: str, name: str) -> bool:
 
 
 def start_job(world: World, server: Server, options: Options) -> Job:
-    """Return a job, the server asked. Raises Problem where it is not there, refuses the admin
-    key, has no tenants, or is not in mode multi."""
+    """Return a job with the server's current keys and tenants. Raises Problem if the server does
+    not answer, refuses the admin key, has no tenant API, or is not in mode multi."""
     health = as_dict(server.ask("GET", "/health"))
     if "version" not in health or "authMode" not in health:
-        raise failed(f"What answers at {server.url} is not an OCP server: name that with --server.")
+        raise failed(f"{server.url} is not an OCP server: name the right address with --server.")
     if health["authMode"] != "multi":
-        raise failed(f"{server.url} is in mode {clean(health['authMode'])}, in which keys have no "
-                     "effect: set CLAUDE_AUTH_MODE=multi and restart it.")
+        raise failed(f"{server.url} is in mode {clean(health['authMode'])}, which ignores keys: "
+                     "set CLAUDE_AUTH_MODE=multi and restart it.")
     try:
         tenants = server.tenants()
     except Problem as problem:
         if problem.code is Exit.FAILED and " 404: " in str(problem):
-            raise failed(f"OCP {clean(health['version'])} at {server.url} has no tenants: update "
-                         "it with `ocp update`.") from None
+            raise failed(f"OCP {clean(health['version'])} at {server.url} does not support "
+                         "tenants: update it with `ocp update`.") from None
         raise
     pin = str(health.get("tlsFingerprint") or "")
     return Job(world, server, server.keys(), tenants, options, pin,
@@ -1537,24 +1539,24 @@ def start_job(world: World, server: Server, options: Options) -> Job:
 
 def inside_urls(job: Job, instance: Instance, container: Container) -> list[str]:
     """Return the addresses to try from a container, the likeliest first."""
-    told = urllib.parse.urlsplit(job.server.url)
+    parts = urllib.parse.urlsplit(job.server.url)
     network = str(as_dict(container.inspected.get("HostConfig")).get("NetworkMode") or "")
     if network == "host" or not is_loopback(job.server.url):
         return [job.server.url]
     hosts = ["host.docker.internal", *container.gateways, _BRIDGE]
-    ends = f":{port_of(job.server.url)}{told.path}"
+    suffix = f":{port_of(job.server.url)}{parts.path}"
     known = str(job.folder(instance.name).place().get("url") or "")
-    urls = [f"{told.scheme}://{f'[{host}]' if ':' in host else host}{ends}" for host in hosts]
+    urls = [f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{suffix}" for host in hosts]
     return list(dict.fromkeys([*([known] if known in urls else []), *urls]))
 
 
 def is_same_server(before: Json, seen: Json, after: Json) -> bool:
-    """Return whether three answers of /health, the outer ones asked here, are one server's: its
-    clock and its counter stand between them."""
+    """Return whether three answers of /health come from one server. `before` and `after` were asked
+    here: the uptime and the request count of `seen` have to lie between theirs."""
     def numbers(health: Json) -> tuple[Json, Json, Json]:
-        told = as_dict(health)
-        stats = as_dict(told.get("stats"))
-        return told.get("version"), told.get("uptime"), stats.get("totalRequests")
+        fields = as_dict(health)
+        stats = as_dict(fields.get("stats"))
+        return fields.get("version"), fields.get("uptime"), stats.get("totalRequests")
 
     versions, uptimes, totals = zip(*map(numbers, (before, seen, after)))
     if len(set(versions)) != 1 or not all(isinstance(each, int) for each in (*uptimes, *totals)):
@@ -1563,23 +1565,24 @@ def is_same_server(before: Json, seen: Json, after: Json) -> bool:
 
 
 def ask_inside(job: Job, container: Container, url: str, *key_path: str) -> Ran:
-    """Ask the server from a container: for its /health, or one question. Never raises."""
+    """Get the server's /health from inside a container, or send one question with the key at
+    `key_path`. Never raises."""
     return container.exec("node", "-e", _ASK_SCRIPT, url, job.certificate, *key_path,
                           timeout_s=_ANSWER_S if key_path else 6.0)
 
 
 def answers_inside(job: Job, container: Container, url: str) -> bool:
-    """Return whether this very server answers at an address in a container. Raises Problem."""
+    """Return whether this server, not another, answers at `url` in a container. Raises Problem."""
     before = job.server.ask("GET", "/health")
     ran = ask_inside(job, container, url)
     if ran.code is None:
-        raise failed(ran.complaint)
+        raise failed(ran.first_error)
     after = job.server.ask("GET", "/health")
     return ran.code == 0 and is_same_server(before, ran.json, after)
 
 
 def address_for(job: Job, instance: Instance) -> tuple[str, bool]:
-    """Return the server's address for an instance, and whether it was tried. Raises Problem."""
+    """Return the server's address for an instance, and whether it was tested. Raises Problem."""
     container = instance.container
     if job.options.url:
         return parse_url(job.options.url, "--url"), True
@@ -1592,10 +1595,10 @@ def address_for(job: Job, instance: Instance) -> tuple[str, bool]:
     found = next((url for url in urls if answers_inside(job, container, url)), "")
     if not found:
         raise failed(
-            f"this server answers at none of {', '.join(urls)} in the container. Set CLAUDE_BIND "
+            f"the container reaches this server at none of {', '.join(urls)}. Set CLAUDE_BIND "
             "to an address that containers reach, such as 0.0.0.0, and restart the server; or name "
             "the address with --url" + (
-                ". Its certificate has to be for that host too: `ocp tls --name HOST`"
+                ". The server's certificate has to cover that host too: `ocp tls --name HOST`"
                 if job.certificate else ""))
     return found, True
 
@@ -1604,23 +1607,23 @@ def address_for(job: Job, instance: Instance) -> tuple[str, bool]:
 
 
 def run_connect(world: World, connect_home: str, config_path: str, key: str, *words: str) -> Json:
-    """Run ocp_connect.py for one openclaw.json and return its JSON. Raises Problem. Without a
-    program `openclaw` it edits the text, and comments stay."""
+    """Run ocp_connect.py for one openclaw.json and return its JSON. Raises Problem. The empty PATH
+    hides any program `openclaw`, so that the text is edited and its comments stay."""
     environ = {
         "HOME": world.home, "LANG": "C.UTF-8", "PATH": "", "XDG_CONFIG_HOME": connect_home,
         "OPENCLAW_CONFIG_PATH": config_path, "OCP_CONNECT_KEY": key,
         "OPENCLAW_STATE_DIR": os.path.dirname(config_path)}
     ran = run_words([sys.executable, connect_script(world), *words, "--only", "openclaw", "--json"],
                     environ, timeout_s=60.0)
-    told = ran.json
-    if not isinstance(told, dict):
-        raise failed(re.sub(r"^ocp_connect: ", "", ran.complaint))
+    result = ran.json
+    if not isinstance(result, dict):
+        raise failed(re.sub(r"^ocp_connect: ", "", ran.first_error))
     problems = [f"openclaw.json {clean(row.get('reason'))}; add this by hand:\n"
-                f"{row.get('snippet')}" for row in dicts_in(told.get("byHand"))]
-    problems += [clean(row) for row in told.get("failures") or ()]
+                f"{row.get('snippet')}" for row in dicts_in(result.get("byHand"))]
+    problems += [clean(row) for row in result.get("failures") or ()]
     if problems:
         raise failed("\n".join(problems))
-    return told
+    return result
 
 
 def connect_words(job: Job, instance: Instance, folder: Folder, url: str) -> list[str]:
@@ -1635,8 +1638,8 @@ def connect_words(job: Job, instance: Instance, folder: Folder, url: str) -> lis
 
 @contextlib.contextmanager
 def planning_copy(folder: Folder, held: HeldFile | None) -> Iterator[tuple[str, str]]:
-    """Yield a throw-away home of ocp_connect.py and an openclaw.json in it, as the tenant has them,
-    so that a plan writes nothing of the tenant's."""
+    """Yield the paths of temporary copies of the tenant's ocp_connect.py home and openclaw.json, so
+    that planning changes none of the tenant's files."""
     with tempfile.TemporaryDirectory(prefix="ocp-tenants-") as temporary:
         home, staged = os.path.join(temporary, "connect"), os.path.join(temporary, "openclaw.json")
         if folder.has("connect"):
@@ -1653,21 +1656,21 @@ def planning_copy(folder: Folder, held: HeldFile | None) -> Iterator[tuple[str, 
 
 
 def planned_diff(job: Job, instance: Instance, folder: Folder, url: str, key: str) -> list[str]:
-    """Return the lines that ocp_connect.py would change in openclaw.json. Raises Problem."""
+    """Return the diff that ocp_connect.py would make in openclaw.json. Raises Problem."""
     words = [*connect_words(job, instance, folder, url), "--dry-run"]
     held = instance.read(instance.config_path)
     if held and has_include(parsed_config(job.world, held.content)):
         raise failed("openclaw.json takes parts from other files ($include): change it by hand")
     with planning_copy(folder, held) as (home, staged):
-        told = run_connect(job.world, home, staged, key, *words)
-    return [str(line) for edit in dicts_in(told.get("edits")) for line in edit.get("diff", ())]
+        result = run_connect(job.world, home, staged, key, *words)
+    return [str(line) for edit in dicts_in(result.get("edits")) for line in edit.get("diff", ())]
 
 
 # -- plans --------------------------------------------------------------------
 
 
 def refuse_untouchable(job: Job, instance: Instance) -> None:
-    """Raise Problem for an instance that is to be left alone, with the reason."""
+    """Raise Problem with the reason if an instance must not be changed."""
     if instance.doubt:
         raise failed(f"{instance.doubt}: tell them apart with --container or --local")
     if instance.name not in job.tenants:
@@ -1678,21 +1681,21 @@ def refuse_untouchable(job: Job, instance: Instance) -> None:
         return
     path = instance.config_path
     if os.stat(instance.state_dir).st_uid != os.stat(job.world.ocp_home).st_uid:
-        raise failed(f"{instance.state_dir} belongs to another user than {job.world.ocp_home}, in "
-                     "which its key would be")
+        raise failed(f"{instance.state_dir} belongs to another user than {job.world.ocp_home}, "
+                     "where its key would be")
     if os.path.islink(path):
         raise failed(f"{path} is a link")
     target = path if os.path.exists(path) else instance.state_dir
     if not os.access(target, os.W_OK):
-        raise failed(f"{target} is not yours to write")
+        raise failed(f"you may not write {target}")
 
 
 def refuse_foreign(job: Job, name: str) -> None:
-    """Raise Problem for a new tenant whose folder is there, and was made by no setup."""
+    """Raise Problem if a new tenant's folder already exists and no setup has made it."""
     folder = job.folder(name)
     if name not in job.tenants and os.path.isdir(folder.path) and not (
             folder.secret() or folder.place() or job.options.adopt):
-        raise failed(f"{folder.path} is there without a tenant: --adopt uses it")
+        raise failed(f"{folder.path} exists without a tenant: --adopt uses it")
 
 
 def key_state(job: Job, instance: Instance, folder: Folder) -> str:
@@ -1700,17 +1703,17 @@ def key_state(job: Job, instance: Instance, folder: Folder) -> str:
     name = instance.name
     if name not in job.keys:
         return "new"
-    if is_holder(job.server, folder.secret(), name):
+    if is_secret_of(job.server, folder.secret(), name):
         return ""
     if name not in job.tenants and not job.options.existing:
-        raise failed(f"there is a key {name} already, which may be a device's. --existing gives it "
-                     "a new secret for this instance")
+        raise failed(f"there is a key {name} already, perhaps of a device. --existing gives it to "
+                     "this instance, with a new secret")
     return "new secret"
 
 
 def plan_for(job: Job, instance: Instance) -> Plan:
-    """Return what an instance needs; changes nothing. Raises Problem for one to leave alone,
-    OSError."""
+    """Return what an instance needs, without changing it. Raises Problem for an instance that must
+    not be changed, OSError."""
     refuse_untouchable(job, instance)
     refuse_foreign(job, instance.name)
     folder, row = job.folder(instance.name), job.tenants.get(instance.name)
@@ -1728,7 +1731,8 @@ def plan_for(job: Job, instance: Instance) -> Plan:
 
 
 def has_key(instance: Instance, secret: str) -> bool:
-    """Return whether the file in a container holds this key, as OpenClaw wants it."""
+    """Return whether the key file in a container holds this key, with an owner and a mode that
+    OpenClaw accepts."""
     if not secret:
         return False
     with contextlib.suppress(Problem):
@@ -1742,8 +1746,8 @@ def has_key(instance: Instance, secret: str) -> bool:
 
 
 def carry_out(job: Job, plan: Plan) -> list[str]:
-    """Do what a plan says, and return what was done. Raises Problem, OSError. Each step may be the
-    last one: the next run goes on, and undo takes back what is there."""
+    """Carry out a plan, and return what was done. Raises Problem, OSError. An interruption is safe
+    after any step: the next run continues, and undo reverts the steps so far."""
     instance, folder, done = plan.instance, plan.folder, []
     if plan.is_empty:
         return ["nothing to do"]
@@ -1765,14 +1769,15 @@ def carry_out(job: Job, plan: Plan) -> list[str]:
     if plan.writes_key and instance.container and instance.is_running:
         instance.container.run_openclaw("secrets", "reload")
     if plan.key == "new secret" and not instance.container:
-        done.append("`openclaw secrets reload` lets a running gateway read it")
+        done.append("run `openclaw secrets reload` so that a running gateway reads it")
     if not instance.is_running:
         return [*done, f"start it and run `ocp tenants check {instance.name}`"]
-    return done if job.options.skip_answer else [*done, proof(job, plan)]
+    return done if job.options.skip_answer else [*done, ask_as_instance(job, plan)]
 
 
 def make_key(job: Job, plan: Plan) -> str:
-    """Give an instance's key a secret, saved here first. Returns what was done. Raises Problem."""
+    """Create an instance's key or rotate its secret; saves the secret here first. Returns what was
+    done. Raises Problem."""
     name, secret = plan.instance.name, job.options.secret or new_secret()
     plan.folder.write_secret(secret)
     if plan.key == "new":
@@ -1783,13 +1788,13 @@ def make_key(job: Job, plan: Plan) -> str:
 
 
 def change_config(job: Job, plan: Plan) -> list[str]:
-    """Let ocp_connect.py change openclaw.json. Returns what was done. Raises Problem."""
+    """Change openclaw.json with ocp_connect.py. Returns what was done. Raises Problem."""
     instance, folder = plan.instance, plan.folder
     words = connect_words(job, instance, folder, plan.url)
     staged = folder.inside("instance", "openclaw.json")
     for _ in range(3):
         before = instance.read(instance.config_path)
-        # This is where ocp_connect.py edits it.
+        # ocp_connect.py edits this copy.
         folder.remove("instance", "openclaw.json")
         if before is not None:
             folder.write(before.content, "instance", "openclaw.json")
@@ -1801,12 +1806,12 @@ def change_config(job: Job, plan: Plan) -> list[str]:
         done = push_config(instance, before, after)
         if done:
             return done
-    raise failed("openclaw.json was changed by something else each time it was written: try again")
+    raise failed("another program kept changing openclaw.json: try again")
 
 
 def push_config(instance: Instance, before: HeldFile | None, after: bytes) -> list[str]:
-    """Replace an openclaw.json that is still as before. Returns what was done, nothing if it has
-    changed meanwhile. Raises Problem where OpenClaw does not accept it."""
+    """Replace openclaw.json if it is still as `before`. Returns what was done, nothing if the file
+    has changed in the meantime. Raises Problem if OpenClaw does not accept it."""
     path, container = instance.config_path, instance.container
     file = before._replace(content=after) if before else instance.new_file(after)
     if not container or not container.is_running:
@@ -1827,49 +1832,49 @@ def push_config(instance: Instance, before: HeldFile | None, after: bytes) -> li
 def validated(
     instance: Instance, container: Container, before: HeldFile | None, file: HeldFile
 ) -> list[str]:
-    """Let OpenClaw check its new file; put the old one back if it refuses. Raises Problem."""
+    """Let OpenClaw validate its new file; restore the old one and raise Problem if it refuses."""
     ran = container.run_openclaw("config", "validate", "--json")
     if ran is None or ran.code is None:
         return ["not validated"]
     if ran.code == 0:
         return ["validated"]
     issues = dicts_in(as_dict(ran.json).get("issues"))
-    told = "; ".join(clean(row.get("message") or row) for row in issues)
+    why = "; ".join(clean(row.get("message") or row) for row in issues) or ran.first_error
     if instance.read(instance.config_path) == file:
         if before is None:
             instance.remove(instance.config_path)
         else:
             instance.write(instance.config_path, before)
-    raise failed(f"OpenClaw does not accept the change, which was undone: {told or ran.complaint}")
+    raise failed(f"OpenClaw does not accept the change, which was undone: {why}")
 
 
-def proof(job: Job, plan: Plan) -> str:
-    """Send one question as the instance does. Returns what came back. Raises Problem."""
+def ask_as_instance(job: Job, plan: Plan) -> str:
+    """Send one test question as the instance would. Returns the answer in words. Raises Problem."""
     instance, reason = plan.instance, ""
     if instance.container:
         ran = ask_inside(job, instance.container, plan.url, instance.key_path)
-        told = ran.json
+        answer = ran.json
         if ran.code != 0:
-            error = as_dict(as_dict(told).get("error")).get("message")
-            reason = clean(error or ran.complaint)
+            error = as_dict(as_dict(answer).get("error")).get("message")
+            reason = clean(error or ran.first_error)
     else:
         question = {"model": "haiku", "messages": [{"role": "user", "content": "Reply: pong"}]}
         try:
-            told = job.server.ask(
+            answer = job.server.ask(
                 "POST", "/v1/chat/completions", question, plan.folder.secret(), _ANSWER_S)
         except Problem as problem:
-            told, reason = None, str(problem)
+            answer, reason = None, str(problem)
     if reason:
-        raise failed(f"it is set up, and gets no answer: {reason}")
-    choice = next(iter(dicts_in(as_dict(told).get("choices"))), {})
+        raise failed(f"it is set up, but gets no answer: {reason}")
+    choice = next(iter(dicts_in(as_dict(answer).get("choices"))), {})
     return f'answered "{clean(as_dict(choice.get("message")).get("content"))[:40]}"'
 
 
-# -- taking back --------------------------------------------------------------
+# -- undo ---------------------------------------------------------------------
 
 
 def instance_at(world: World, folder: Folder) -> Instance:
-    """Return the instance of a tenant that was written down. Raises Problem if it is gone."""
+    """Return the instance at a tenant's saved location. Raises Problem if it is gone."""
     place, rows, error = folder.place(), list[Container](), ""
     kind = "container" if place.get("kind") == "container" else "folder"
     if kind == "container":
@@ -1877,33 +1882,33 @@ def instance_at(world: World, folder: Folder) -> Instance:
     found = known_instance(folder.name, place, rows)
     if error or found is None:
         raise failed(error or f"its {kind} {clean(place.get('where'))} is gone, so its file cannot "
-                              "be given back")
-    # The files that were changed, whatever its variables say now.
+                              "be restored")
+    # Use the saved paths, even if the instance's variables name others now.
     return found._replace(
         state_dir=str(place.get("stateDir") or found.state_dir),
         config_path=str(place.get("configPath") or found.config_path))
 
 
-def take_back(folder: Folder, instance: Instance) -> list[str]:
-    """Give an instance its files back. Returns what was done. Raises Problem, OSError."""
-    done = take_back_dotenv(folder)
+def undo_changes(folder: Folder, instance: Instance) -> list[str]:
+    """Restore the files of an instance. Returns what was done. Raises Problem, OSError."""
+    done = restore_dotenv(folder)
     if folder.has("connect"):
         held = instance.read(instance.config_path)
         with planning_copy(folder, held) as (home, staged):
             run_connect(folder.world, home, staged, "", "undo", "--yes")
-            back = read_own(staged)
-        done += give_back(instance, held, back)
+            back = read_local_file(staged)
+        done += restore_config(instance, held, back)
         folder.remove("connect")
     if instance.container:
         done += drop_key(instance)
     else:
         instance.remove(instance.config_path + DRAFT)
     folder.remove("instance")
-    return done or ["nothing of ours was there"]
+    return done or ["nothing to restore"]
 
 
 def drop_key(instance: Instance) -> list[str]:
-    """Remove the key from a container, and drafts that are left. Returns what is left to say.
+    """Remove the key and leftover drafts from a container. Returns what could not be removed.
     Raises Problem."""
     key_path = instance.key_path
     if instance.is_running:
@@ -1912,13 +1917,13 @@ def drop_key(instance: Instance) -> list[str]:
     held = instance.read(key_path)
     if not held:
         return []
-    # Nothing can be removed from a stopped container, only replaced.
+    # In a stopped container files can be replaced, but not removed.
     instance.write(key_path, held._replace(content=b""))
-    return [f"{key_path} is left there, empty"]
+    return [f"{key_path} stays there, empty"]
 
 
-def give_back(instance: Instance, held: HeldFile | None, back: HeldFile | None) -> list[str]:
-    """Write what an openclaw.json was before. Raises Problem."""
+def restore_config(instance: Instance, held: HeldFile | None, back: HeldFile | None) -> list[str]:
+    """Restore an openclaw.json from `held` (now) to `back` (before). Raises Problem."""
     if (held and held.content) == (back and back.content):
         return []
     if instance.read(instance.config_path) != held:
@@ -1927,7 +1932,7 @@ def give_back(instance: Instance, held: HeldFile | None, back: HeldFile | None) 
         instance.remove(instance.config_path)
     elif held is not None:
         instance.write(instance.config_path, held._replace(content=back.content))
-    return ["file given back"]
+    return ["file restored"]
 
 
 # -- .env ---------------------------------------------------------------------
@@ -1937,8 +1942,7 @@ _DOTENV_NAMES = (b"ANTHROPIC_BASE_URL", b"ANTHROPIC_API_KEY")
 
 
 def planned_dotenv(job: Job, instance: Instance, url: str, secret: str) -> str:
-    """Return the path of an instance's .env, empty where there is nothing to do. Raises
-    Problem."""
+    """Return the path of an instance's .env, empty if it needs no change. Raises Problem."""
     path = job.options.dotenv
     if path == "auto":
         found = instance.container and instance.container.label
@@ -1948,7 +1952,7 @@ def planned_dotenv(job: Job, instance: Instance, url: str, secret: str) -> str:
         named = [listed, folder and os.path.join(folder, ".env"), f"{guess}.{instance.name}", guess]
         path = next((each for each in named if os.path.isabs(each) and os.path.isfile(each)), "")
         if not path:
-            raise failed("its .env was not found: name it, --dotenv PATH")
+            raise failed("its .env was not found: name it with --dotenv PATH")
     path = os.path.abspath(path)
     content = dotenv_at(path).content
     return "" if dotenv_text(content, url, secret) == content else path
@@ -1956,19 +1960,19 @@ def planned_dotenv(job: Job, instance: Instance, url: str, secret: str) -> str:
 
 def dotenv_at(path: str) -> HeldFile:
     """Return a .env to change. Raises Problem."""
-    held = read_own(path)
+    held = read_local_file(path)
     if held is None or os.path.islink(path):
-        raise failed(f"--dotenv: {clean(path)} is no file of its own")
+        raise failed(f"--dotenv: {clean(path)} is missing or a link")
     return held
 
 
 def dotenv_line(name: bytes, end: bytes = b"") -> re.Pattern[bytes]:
-    """Return the pattern of a line that sets a variable, up to its end or with it."""
+    """Return the pattern of a line that sets a variable, followed by `end`."""
     return re.compile(rb"(?m)^" + name + rb"=[^\r\n]*" + end)
 
 
 def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
-    """Return a .env with the address and the key in place of its own, at the lines' very start."""
+    """Return a .env with the address and the key set. Only names at the start of a line count."""
     newline = b"\r\n" if b"\r\n" in content else b"\n"
     for name, value in zip(_DOTENV_NAMES, (url, secret)):
         line = name + b"=" + value.encode()
@@ -1980,12 +1984,12 @@ def dotenv_text(content: bytes, url: str, secret: str) -> bytes:
 
 
 def write_dotenv(plan: Plan) -> str:
-    """Change a .env, its copy kept. Returns what was done. Raises Problem."""
+    """Change a .env, and save a copy first. Returns what was done. Raises Problem."""
     path, folder = plan.dotenv, plan.folder
     if folder.place().get("dotenv") not in (None, path):
-        # The copy is of another file, which the instance uses no more.
-        take_back_dotenv(folder)
-    # It is read anew, because somebody may have changed it while the question was on the screen.
+        # The saved copy is of another file, which the instance no longer uses.
+        restore_dotenv(folder)
+    # Read it again: it may have changed while the question was on the screen.
     before, place, kept = dotenv_at(path), folder.place(), folder.read("instance", "dotenv")
     after = dotenv_text(before.content, plan.url, folder.secret())
     if place.get("dotenv") != path:
@@ -1993,30 +1997,30 @@ def write_dotenv(plan: Plan) -> str:
     elif before.content != kept and digest(before.content) != place.get("dotenvDigest"):
         kept = with_lines_of(before.content, kept)
     folder.write(kept, "instance", "dotenv")
-    # Where it is stands beside the copy before anything is written there.
+    # Save its path before the file is changed, so that undo finds it after an interruption.
     folder.write_place({"dotenv": path, "dotenvDigest": digest(after)})
-    replace_own(path, before._replace(content=after))
-    loose = " Others may read the key in it: chmod 600" * bool(before.mode & 0o044)
-    return f"{path} changed: make the container anew, `docker compose up -d`.{loose}"
+    replace_local_file(path, before._replace(content=after))
+    warning = " Other users can read the key in it: chmod 600" * bool(before.mode & 0o044)
+    return f"{path} changed: recreate the container with `docker compose up -d`.{warning}"
 
 
-def take_back_dotenv(folder: Folder) -> list[str]:
-    """Give the .env back as it was; one that was changed since gets its two lines back."""
+def restore_dotenv(folder: Folder) -> list[str]:
+    """Restore the .env. If it has changed since, restore only the two lines."""
     place = folder.place()
     path, original = str(place.get("dotenv") or ""), folder.read("instance", "dotenv")
-    held = read_own(path) if path else None
+    held = read_local_file(path) if path else None
     if held is not None:
         is_ours = digest(held.content) == place.get("dotenvDigest")
         back = original if is_ours else with_lines_of(held.content, original)
         if back != held.content:
-            replace_own(path, held._replace(content=back))
+            replace_local_file(path, held._replace(content=back))
             folder.write_place({"dotenv": None})
-            return [f"{path} given back"]
+            return [f"{path} restored"]
     return []
 
 
 def with_lines_of(content: bytes, original: bytes) -> bytes:
-    """Return a .env with the two lines as the original has them, or without them."""
+    """Return a .env with the two lines of the original; a line that it lacks is removed."""
     for name in _DOTENV_NAMES:
         was = dotenv_line(name).search(original)
         pattern = dotenv_line(name) if was else dotenv_line(name, rb"(?:\r?\n)?")
@@ -2032,7 +2036,7 @@ def digest(content: bytes) -> str:
 
 
 class FoundEnv(NamedTuple):
-    """The variables of an instance, and those that are left out with the reason."""
+    """The variables of an instance, and those left out with the reason, by name."""
 
     values: dict[str, str]
     left_out: dict[str, str]
@@ -2044,15 +2048,15 @@ _BLOCKED = re.compile(
     r"(?:PYTHON|PERL|RUBY|CLAUDE).*|.*_PROXY", re.I)
 
 
-def unfit_variable(name: str) -> str:
-    """Return why the server takes no variable of this name, empty if it does."""
+def variable_rejection(name: str) -> str:
+    """Return why the server does not accept a variable of this name, empty if it does."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
-        return "no name of a variable"
+        return "not a valid variable name"
     return "could change claude or this server" if _BLOCKED.fullmatch(name) else ""
 
 
 def env_of(world: World, instance: Instance, with_container: bool) -> FoundEnv:
-    """Return the variables that an instance's configuration sets. Raises Problem."""
+    """Return the variables from an instance's configuration. Raises Problem."""
     config, container, found = instance.config(world), instance.container, FoundEnv({}, {})
     own = container.env if container else world.child_environ
     rows: list[tuple[str, Json]] = []
@@ -2069,24 +2073,24 @@ def env_of(world: World, instance: Instance, with_container: bool) -> FoundEnv:
                 "set the variable that the skill names as its primaryEnv")
     for name, value in rows:
         reason, text = env_value(value, own)
-        reason = reason or unfit_variable(name)
+        reason = reason or variable_rejection(name)
         if reason:
             found.left_out[clean(name)] = reason
         else:
-            # A value that begins with the place of a mount gets its source.
+            # In a value that begins with a mounted path, put the path on this machine.
             found.values[name] = container and container.source_of(text) or text
     return found
 
 
 def env_value(value: Json, own: Mapping[str, str]) -> tuple[str, str]:
-    """Return why a value cannot be taken, and the value itself."""
+    """Return why a value cannot be used (empty if it can), and the value."""
     if isinstance(value, dict):
         name = str(value.get("id"))
         if value.get("source") != "env":
             return f"a reference to {clean(value.get('source'))}", ""
         return ("", own[name]) if name in own else (f"there is no {clean(name)}", "")
     if not isinstance(value, str):
-        return "no text", ""
+        return "not a string", ""
     missing = [name for name in re.findall(r"\$\{([A-Z_][A-Z0-9_]*)\}", value) if name not in own]
     if missing:
         return f"there is no {missing[0]}", ""
@@ -2094,47 +2098,47 @@ def env_value(value: Json, own: Mapping[str, str]) -> tuple[str, str]:
 
 
 def image_env(container: Container) -> dict[str, str]:
-    """Return the variables that a container has of its image. Raises Problem."""
+    """Return the variables that a container has from its image. Raises Problem."""
     image = str(container.inspected.get("Image") or container.config.get("Image") or "")
     ran = container.docker.run("inspect", "--type", "image", "--", image)
     rows = dicts_in(ran.json)
     if ran.code != 0 or not rows:
-        raise failed(f"its image cannot be inspected: {ran.complaint}")
+        raise failed(f"its image cannot be inspected: {ran.first_error}")
     return env_rows(as_dict(rows[0].get("Config")).get("Env"))
 
 
 # ==== 7. Skills ==============================================================
-# Compare the skills of a tenant with those of its instance, and copy them one way or the other.
-# What an instance has is judged entry by entry before a byte of it is written. A skill is replaced
-# whole, what it replaces goes to backup/ first, and no sync deletes a skill.
+# Compare the skills of a tenant with those of its instance, and copy them in either direction.
+# Each entry from an instance is checked before anything of it is written. A skill is replaced as
+# a whole, after a copy of the old one went to backup/. No sync deletes a skill.
 
 
-#: Limits for a file, a skill, and all in one folder.
+#: Limits for one file, for one skill, and for all skills in one folder.
 _MAX_SKILL_FILE_BYTES, _MAX_SKILL_BYTES, _MAX_ROOT_BYTES = 1_000_000, 10_000_000, 200_000_000
 _MAX_SKILL_FILES, _MAX_SKILLS, _MAX_ENTRIES = 500, 200, 20_000
-#: How many folders may be between the root and a skill, and how many parts a path in a skill has.
+#: Limits: folders between the root and a skill, parts of a path in a skill, length of a path.
 _MAX_ABOVE, _MAX_INSIDE, _MAX_PATH_CHARS = 6, 8, 1000
-#: How much of a tar may be headers of one entry.
+#: The limit for the headers of one entry of a tar.
 _MAX_HEADER_BYTES = 100_000
-#: Beside skills: those that are being written, and those that they replace.
+#: Folders beside the skills: for skills being written, and for skills being replaced.
 _NEW, _OLD = ".ocp-new", ".ocp-old"
 _BUNDLED = "/app"
 
 
 class Member(NamedTuple):
-    """What lies somewhere below a folder of skills."""
+    """A file, folder or other entry below a folder of skills."""
 
     path: str
-    #: "file", "folder", or what it is instead.
+    #: "file", "folder", or the reason why it is neither.
     kind: str
     is_executable: bool = False
     size: int = 0
     file: IO[bytes] | None = None
 
 
-class Metered:
-    """The bytes of a tar. Nobody reads more of them than allow() has said: tarfile would collect
-    headers without end."""
+class LimitedReader:
+    """A tar stream that fails when more is read than allow() permits, because tarfile itself has
+    no limit for headers."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._left, self._all = file, _MAX_HEADER_BYTES, _MAX_ROOT_BYTES
@@ -2148,15 +2152,15 @@ class Metered:
         if self._all < 0:
             raise failed(f"its skills are more than {_MAX_ROOT_BYTES} bytes")
         if self._left < 0:
-            raise failed("docker sent a header that is too long")
+            raise failed("docker sent a tar header that is too long")
         return content
 
 
 def tar_members(output: IO[bytes]) -> Iterator[Member]:
-    """Yield what is in a tar, below its first folder. Raises Problem, tarfile.TarError, OSError."""
-    metered: Any = Metered(output)
-    with tarfile.open(fileobj=metered, mode="r|") as tar:
-        # It keeps every entry that it has read, for whoever goes back.
+    """Yield the entries below a tar's top folder. Raises Problem, tarfile.TarError, OSError."""
+    limited: Any = LimitedReader(output)
+    with tarfile.open(fileobj=limited, mode="r|") as tar:
+        # tarfile keeps every entry that it has read: clear the list to bound the memory.
         past: list[tarfile.TarInfo] = vars(tar)["members"]
         entry = tar.next()
         while entry is not None:
@@ -2165,7 +2169,7 @@ def tar_members(output: IO[bytes]) -> Iterator[Member]:
                 (entry.issym(), "a link"), (entry.islnk(), "a hard link"),
                 (entry.issparse(), "a sparse file"), (entry.isdir(), "folder"),
                 (entry.isreg(), "file")) if is_so), "a device")
-            metered.allow(entry.size + _MAX_HEADER_BYTES)
+            limited.allow(entry.size + _MAX_HEADER_BYTES)
             if inner or kind != "folder":
                 path = inner if first not in ("", ".", "..") and inner else entry.name
                 yield Member(path, kind, bool(entry.mode & 0o111), entry.size,
@@ -2175,7 +2179,7 @@ def tar_members(output: IO[bytes]) -> Iterator[Member]:
 
 
 def folder_members(at: int, above: str = "") -> Iterator[Member]:
-    """Yield what is below an open folder; no link is followed. Raises OSError."""
+    """Yield the entries below an open folder, without following links. Raises OSError."""
     for name in sorted(os.listdir(at)):
         path = above + name
         try:
@@ -2187,9 +2191,9 @@ def folder_members(at: int, above: str = "") -> Iterator[Member]:
             elif stat.S_ISREG(mode):
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
                 with open(os.open(name, flags, dir_fd=at), "rb") as file:
-                    told = os.fstat(file.fileno())
-                    kind = "file" if stat.S_ISREG(told.st_mode) else "a device"
-                    yield Member(path, kind, bool(told.st_mode & 0o111), told.st_size, file)
+                    found = os.fstat(file.fileno())
+                    kind = "file" if stat.S_ISREG(found.st_mode) else "a device"
+                    yield Member(path, kind, bool(found.st_mode & 0o111), found.st_size, file)
             else:
                 yield Member(path, "a link" if stat.S_ISLNK(mode) else "a device")
         except OSError as error:
@@ -2205,12 +2209,12 @@ class File(NamedTuple):
 
 
 class Root(NamedTuple):
-    """A folder with skills: that of a tenant, or one of an instance."""
+    """A folder with skills, of a tenant or of an instance."""
 
-    #: The folder that is opened as it is; no part below it may be a link.
+    #: The trusted folder above; links are followed in it, but not in `parts`.
     base: str
     parts: tuple[str, ...]
-    #: The container that it is in, None for this machine.
+    #: The container that holds it, None for this machine.
     container: Container | None = None
     #: How many folders may be between it and a skill.
     max_above: int = _MAX_ABOVE
@@ -2221,8 +2225,7 @@ class Root(NamedTuple):
         return os.path.join(self.base, *self.parts)
 
     def read(self, write: Write | None = None) -> Found:
-        """Return the skills; each file that is not left out is handed to `write` too. Raises
-        Problem."""
+        """Return the skills, and pass each accepted file to `write`. Raises Problem."""
         if self.container:
             return self.container.read_tar(self.path, lambda output: collect(
                 self, tar_members(output), write)) or Found({}, {})
@@ -2235,8 +2238,8 @@ class Root(NamedTuple):
             raise failed(f"{self.path} cannot be read: {error.strerror}") from None
 
     def put(self, skills: Sequence[Skill], held: Mapping[str, Skill]) -> None:
-        """Copy skills here, each whole, into the places of those that are held under their names.
-        Raises Problem."""
+        """Copy skills here, each as a whole, in place of those in `held` with the same name. Raises
+        Problem."""
         if self.container:
             _put_contained_skills(self, self.container, skills, held)
             return
@@ -2253,10 +2256,10 @@ class Skill(NamedTuple):
 
     name: str
     root: Root
-    #: Its path below the root.
+    #: The path of its folder below the root.
     home: str
     files: Mapping[str, File]
-    #: Whether nothing of it was left out.
+    #: Whether it is complete: no file of it was left out.
     is_whole: bool
 
     @property
@@ -2267,25 +2270,25 @@ class Skill(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The skills of a folder by name, and what was left out with the reason, by path."""
+    """The skills of a folder by name, and the reasons for what was left out, by path."""
 
     skills: dict[str, Skill]
     left_out: dict[str, str]
-    #: Whether a run that was interrupted has left something.
+    #: Whether an interrupted run has left drafts.
     has_drafts: bool = False
 
 
-#: Takes a path, the content, and whether it can be executed.
+#: A function of the path, the content, and whether it is executable.
 Write = Callable[[str, bytes, bool], None]
 
 
-def fault_of(member: Member) -> str:
-    """Return why something may be no part of a skill, empty if it may."""
+def entry_rejection(member: Member) -> str:
+    """Return why an entry cannot be part of a skill, empty if it can."""
     parts = member.path.split("/")
     if any(part in ("", ".", "..") for part in parts):
-        return "not below its folder"
+        return "a path that leads outside"
     if not member.path.isprintable() or any(len(part.encode()) > 255 for part in parts):
-        return "a name that no file may have"
+        return "an invalid file name"
     if len(parts) > _MAX_ABOVE + _MAX_INSIDE + 1 or len(member.path) > _MAX_PATH_CHARS:
         return "too deep"
     if member.kind not in ("file", "folder"):
@@ -2293,14 +2296,14 @@ def fault_of(member: Member) -> str:
     return "larger than 1 MB" if member.size > _MAX_SKILL_FILE_BYTES else ""
 
 
-def clash_of(path: str, files: Mapping[str, File], spellings: dict[str, str]) -> str:
-    """Return why a path cannot be beside what was before it, empty if it can. `spellings` are the
-    paths of before by their folded case."""
+def path_conflict(path: str, files: Mapping[str, File], spellings: dict[str, str]) -> str:
+    """Return why a path conflicts with an earlier one, empty if it does not. `spellings` maps the
+    earlier paths by their folded case."""
     for each in (*parents(path), path):
         if each in files:
             return "there twice"
         if spellings.setdefault(each.casefold(), each) != each:
-            return "a name that differs only in case from another"
+            return "a name that differs from another only in case"
     return ""
 
 
@@ -2311,7 +2314,7 @@ def parents(path: str) -> Iterator[str]:
 
 
 def collect(root: Root, members: Iterator[Member], write: Write | None) -> Found:
-    """Return the skills among what is below a folder. Raises Problem for too much of it."""
+    """Return the skills among a folder's entries. Raises Problem if there are too many entries."""
     files, left_out, spellings, size = dict[str, File](), dict[str, str](), dict[str, str](), 0
     has_drafts = False
     for number, member in enumerate(members):
@@ -2321,7 +2324,7 @@ def collect(root: Root, members: Iterator[Member], write: Write | None) -> Found
         has_drafts = has_drafts or first in (_NEW, _OLD)
         if first == _NEW:
             continue
-        reason = fault_of(member) or clash_of(member.path, files, spellings)
+        reason = entry_rejection(member) or path_conflict(member.path, files, spellings)
         content = b"" if reason or not member.file else member.file.read(_MAX_SKILL_FILE_BYTES + 1)
         if len(content) > _MAX_SKILL_FILE_BYTES:
             reason = "larger than 1 MB"
@@ -2332,14 +2335,14 @@ def collect(root: Root, members: Iterator[Member], write: Write | None) -> Found
             files[member.path] = File(member.is_executable, len(content), digest(content))
             if write:
                 write(member.path, content, member.is_executable)
-    return Found(grouped(root, files, left_out), left_out, has_drafts)
+    return Found(group_skills(root, files, left_out), left_out, has_drafts)
 
 
-def grouped(
+def group_skills(
     root: Root, files: Mapping[str, File], left_out: dict[str, str]
 ) -> dict[str, Skill]:
-    """Return the skills that files make, each a folder with a SKILL.md and whatever is below it.
-    Those that are not taken are added to `left_out`."""
+    """Group files into skills, each a folder with a SKILL.md and everything below it. Rejected
+    skills are added to `left_out`."""
     homes = {path.rpartition("/")[0] for path in files if path.endswith("/SKILL.md")}
     contents: dict[str, dict[str, File]] = {}
     for path, file in files.items():
@@ -2347,19 +2350,19 @@ def grouped(
         if home and not re.search(r"(?:^|/)(?:\.(?!ocp-old/)|node_modules/)", home):
             contents.setdefault(home, {})[path[len(home) + 1:]] = file
     skills: dict[str, Skill] = {}
-    # What a run that was interrupted has set aside counts where nothing has its name.
+    # A skill that an interrupted run has set aside counts if no other has its name.
     for home in sorted(contents, key=lambda each: (each.startswith(_OLD), each.count("/"), each)):
         name, inside = home.rpartition("/")[2], contents[home]
         if home.startswith(_OLD) and name in skills:
             continue
-        reason = unfit(root, home, inside, skills)
+        reason = skill_rejection(root, home, inside, skills)
         if reason:
             left_out[home] = reason
         else:
             is_whole = not any(path.startswith(f"{home}/") for path in left_out)
             skills[name] = Skill(name, root, home, inside, is_whole)
     if not root.max_above:
-        # Whatever lies in a tenant's folder of skills is meant to be one.
+        # Every folder in a tenant's folder of skills is meant to be a skill.
         firsts = {path.partition("/")[0] for path in (*contents, *left_out)}
         others = (path.partition("/")[0] for path in files if "/" in path)
         left_out.update({each: "no SKILL.md" for each in others
@@ -2367,25 +2370,27 @@ def grouped(
     return skills
 
 
-def unfit(root: Root, home: str, inside: Mapping[str, File], skills: Mapping[str, Skill]) -> str:
-    """Return why a folder with a SKILL.md is not taken, empty if it is."""
+def skill_rejection(
+    root: Root, home: str, inside: Mapping[str, File], skills: Mapping[str, Skill]
+) -> str:
+    """Return why a folder with a SKILL.md is not accepted, empty if it is."""
     name = home.rpartition("/")[2]
     if not _FOLDER_NAME.fullmatch(name):
-        return "no name for a folder"
+        return "not a valid folder name"
     if name.casefold() in map(str.casefold, skills):
         return "another skill has its name"
     if home.removeprefix(f"{_OLD}/").count("/") > root.max_above:
         return "too deep"
     if any(path.count("/") >= _MAX_INSIDE for path in inside):
-        return "it has folders that are too deep"
+        return "its folders are nested too deep"
     if len(inside) > _MAX_SKILL_FILES or sum(e.size for e in inside.values()) > _MAX_SKILL_BYTES:
         return f"more than {_MAX_SKILL_FILES} files or 10 MB"
     return f"more than {_MAX_SKILLS} skills" if len(skills) >= _MAX_SKILLS else ""
 
 
 def copy_skills(skills: Sequence[Skill], write: Write) -> None:
-    """Hand every file of skills to `write`, its path begun by the skill's name. Raises Problem if
-    they are no longer what they were."""
+    """Pass every file of skills to `write`, with the skill's name before its path. Raises Problem
+    if a skill has changed since it was read."""
     for root in {skill.root.path: skill.root for skill in skills}.values():
         wanted = {skill.home: skill for skill in skills if skill.root.path == root.path}
 
@@ -2402,14 +2407,14 @@ def copy_skills(skills: Sequence[Skill], write: Write) -> None:
                 raise failed(f"{skill.name} was changed just now: run this again")
 
 
-def exchange(
+def swap_in(
     skills: Sequence[Skill], held: Mapping[str, Skill], fill: Callable[[], None],
     move: Callable[[str, str], None], clear: Callable[[], None],
 ) -> None:
-    """Put skills where those of their names are held: `fill` writes them into the drafts, `move`
-    renames below the folder, `clear` removes the drafts and what was set aside."""
+    """Replace the skills in `held` by those of the same name: `fill` writes the drafts, `move`
+    renames below the folder, `clear` removes the drafts and the skills set aside."""
     for skill in held.values():
-        # What an interrupted run has set aside goes back first.
+        # First put back what an interrupted run has set aside.
         if skill.home != home_for(skill, held):
             move(skill.home, home_for(skill, held))
     clear()
@@ -2425,7 +2430,7 @@ def exchange(
 
 
 def home_for(skill: Skill, held: Mapping[str, Skill]) -> str:
-    """Return where a skill goes, below a folder that holds these."""
+    """Return the path for a skill below a folder that has the skills `held`."""
     return held[skill.name].home.removeprefix(f"{_OLD}/") if skill.name in held else skill.name
 
 
@@ -2439,14 +2444,14 @@ def _put_skills(at: int, skills: Sequence[Skill], held: Mapping[str, Skill]) -> 
         remove_below(at, _NEW)
         remove_below(at, _OLD)
 
-    exchange(skills, held, fill, functools.partial(move_below, at), clear)
+    swap_in(skills, held, fill, functools.partial(move_below, at), clear)
 
 
 def _put_contained_skills(
     root: Root, container: Container, skills: Sequence[Skill], held: Mapping[str, Skill]
 ) -> None:
-    """Root.put for a container. Into a stopped one new skills go at once, since nothing can be
-    renamed there. Raises Problem."""
+    """Root.put for a container. In a stopped one nothing can be renamed, so new skills are written
+    directly in place. Raises Problem."""
     path = root.path
 
     def fill(above: str = f"{_NEW}/") -> None:
@@ -2462,13 +2467,14 @@ def _put_contained_skills(
 
     if container.is_running:
         container.change(path, "mkdir", "-p", "--", path)
-        exchange(skills, held, fill, move, clear)
+        swap_in(skills, held, fill, move, clear)
     elif skills:
         fill("")
 
 
 def tar_of_skills(skills: Sequence[Skill], uid: int, above: str) -> bytes:
-    """Return a tar of skills, all owned by a user, their paths begun by `above`. Raises Problem."""
+    """Return a tar of skills, owned by user `uid`, with `above` before each path. Raises
+    Problem."""
     def fill(tar: tarfile.TarFile) -> None:
         made = set[str]()
 
@@ -2493,25 +2499,24 @@ class Sides(NamedTuple):
 
     folder: Folder
     own: Root
-    #: Where the instance gets skills.
+    #: The instance's folder that skills are pushed to.
     target: Root
     here: Found
     there: Found
-    #: By name, what was the same on both sides at the last sync: {"digest", "bundled"}.
+    #: The skills that were the same on both sides at the last sync, by name: {"digest", "bundled"}.
     record: Mapping[str, Mapping[str, Json]]
 
 
 def skill_roots(world: World, instance: Instance, with_bundled: bool = False) -> list[Root]:
-    """Return the folders in which an instance has skills, those that it prefers first. Raises
-    Problem."""
+    """Return an instance's folders of skills, in the order of their precedence. Raises Problem."""
     state, container = instance.state_dir, instance.container
     home = os.path.dirname(state) if container else world.home
     named = as_dict(as_dict(instance.config(world).get("agents")).get("defaults")).get("workspace")
     workspace = str(named or f"{state}/workspace").rstrip("/")
     workspace = home + workspace[1:] if workspace.startswith("~/") else workspace
     if not is_usable_path(workspace):
-        raise failed(f"its workspace {clean(workspace)[:80]} is no plain path")
-    # Those of the user are for the instance with the usual state folder only.
+        raise failed(f"its workspace {clean(workspace)[:80]} is not an absolute, normal path")
+    # Only the instance with the default state folder uses the user's skills.
     personal = [f"{home}/.agents"] * (state == f"{home}/.openclaw")
     roots = [Root(base, ("skills",), container)
              for base in (workspace, f"{workspace}/.agents", *personal, state)]
@@ -2521,7 +2526,7 @@ def skill_roots(world: World, instance: Instance, with_bundled: bool = False) ->
 
 
 def skills_there(roots: Sequence[Root]) -> Found:
-    """Return the skills of an instance; of one name the first counts. Raises Problem."""
+    """Return the skills of an instance; of two with one name the first counts. Raises Problem."""
     found = roots[0].read()
     for more in [root.read() for root in roots[1:]]:
         found.skills.update({**more.skills, **found.skills})
@@ -2530,7 +2535,7 @@ def skills_there(roots: Sequence[Root]) -> Found:
 
 
 def tenant_root(folder: Folder) -> Root:
-    """Return the folder of a tenant's skills, in which the server looks."""
+    """Return the folder of a tenant's skills, which the server reads."""
     return Root(folder.world.tenants_folder, (folder.name, "skills"), max_above=0)
 
 
@@ -2541,21 +2546,21 @@ def both_sides(folder: Folder, instance: Instance, with_bundled: bool) -> Sides:
 
 
 def sync_record(folder: Folder) -> dict[str, Json]:
-    """Return what was the same at the last sync, by the skill's name. Raises Problem."""
+    """Return the skills that were the same at the last sync, by name. Raises Problem."""
     with contextlib.suppress(ValueError):
-        told = as_dict(as_dict(json.loads(folder.read("sync.json") or b"{}")).get("skills"))
-        return {name: as_dict(row) for name, row in told.items()}
+        rows = as_dict(as_dict(json.loads(folder.read("sync.json") or b"{}")).get("skills"))
+        return {name: as_dict(row) for name, row in rows.items()}
     return {}
 
 
 def write_record(folder: Folder, record: Mapping[str, Json]) -> None:
-    """Keep what is the same now, if that is news. Raises Problem."""
+    """Save the record of a sync, if it has changed. Raises Problem."""
     if record != sync_record(folder):
         folder.write(json.dumps({"skills": record}, indent=1).encode(), "sync.json")
 
 
-#: What is done about each state of a skill by `bisync`, `pull` and `push`. With "!" it is done only
-#: with --overwrite.
+#: The action for each state of a skill under `bisync`, `pull` and `push`. "!" marks an action that
+#: needs --overwrite.
 DIRECTIONS = ("bisync", "pull", "push")
 STATES: Mapping[str, tuple[str, str, str]] = {
     "the same": ("", "", ""),
@@ -2570,8 +2575,8 @@ STATES: Mapping[str, tuple[str, str, str]] = {
 
 
 def state_of(here: str, there: str, known: str) -> str:
-    """Return the state of a skill with these digests here, there, and at the last sync; empty where
-    there is none."""
+    """Return the state of a skill from its digests here, there, and at the last sync. An empty
+    digest means no skill."""
     if here == there:
         return "the same"
     if not here or not there:
@@ -2582,7 +2587,7 @@ def state_of(here: str, there: str, known: str) -> str:
 
 
 class Step(NamedTuple):
-    """One skill on both sides, and what is to be done about it."""
+    """One skill on both sides, and the planned action."""
 
     name: str
     state: str
@@ -2590,7 +2595,7 @@ class Step(NamedTuple):
     there: Skill | None
     #: "pull", "push", or empty for nothing.
     action: str
-    #: Why nothing is done about a difference.
+    #: Why a difference is left, empty if it is not.
     reason: str
 
     @property
@@ -2602,7 +2607,7 @@ class Step(NamedTuple):
 
 
 def steps_of(sides: Sides, direction: str, overwrites: bool) -> list[Step]:
-    """Return what a sync has to do, by the skills' names."""
+    """Return the steps of a sync, in the order of the skills' names."""
     steps = []
     for name in sorted({*sides.here.skills, *sides.there.skills}):
         here, there = sides.here.skills.get(name), sides.there.skills.get(name)
@@ -2618,31 +2623,31 @@ def steps_of(sides: Sides, direction: str, overwrites: bool) -> list[Step]:
             reason = " or ".join(cells[each].replace("!", " --overwrite")
                                  for each in ("pull", "push") if cells[each])
         else:
-            reason = hindrance(sides, name, action)
+            reason = blocked_reason(sides, name, action)
         steps.append(Step(name, state, here, there, "" if reason else action, reason))
     return steps
 
 
-def hindrance(sides: Sides, name: str, action: str) -> str:
+def blocked_reason(sides: Sides, name: str, action: str) -> str:
     """Return why a skill cannot be pulled or pushed, empty if it can."""
     found = sides.here if action == "pull" else sides.there
     held = found.skills.get(name)
     if action == "push" and held and held.root.is_bundled:
-        return "it is OpenClaw's own"
+        return "it comes with OpenClaw"
     if held is None and name.casefold() in (
             path.partition("/")[0].casefold() for path in (*found.skills, *found.left_out)):
         return "something else has its name there" if action == "push" else (
             "something else has its name here")
     if held and not held.is_whole:
-        return "it would replace one of which something was left out"
+        return "it would replace a skill of which a part was left out"
     if action == "push" and held and sides.target.container and (
             not sides.target.container.is_running):
-        return "nothing in a stopped container can be replaced: start it"
+        return "a skill in a stopped container cannot be replaced: start it"
     return ""
 
 
 def back_up(folder: Folder, skills: Sequence[Skill]) -> str:
-    """Copy skills into the tenant's backup/, and return the path of that copy. Raises Problem."""
+    """Copy skills into the tenant's backup/, and return the path of the copy. Raises Problem."""
     stamp = stamp_of(folder.world.clock())
     with folder.opened("backup", makes=True) as at:
         taken = set(os.listdir(at))
@@ -2653,9 +2658,9 @@ def back_up(folder: Folder, skills: Sequence[Skill]) -> str:
     return folder.inside("backup", name)
 
 
-def carry_skills(sides: Sides, steps: Sequence[Step]) -> str:
-    """Do what steps say, and return where copies of what was replaced are; empty for none. Raises
-    Problem."""
+def copy_both_ways(sides: Sides, steps: Sequence[Step]) -> str:
+    """Carry out the steps of a sync. Return the path of the backup of replaced skills, empty if
+    none was replaced. Raises Problem."""
     pulls = [each.there for each in steps if each.action == "pull" and each.there]
     pushes = [each.here for each in steps if each.action == "push" and each.here]
     held = {name: skill for name, skill in sides.there.skills.items()
@@ -2683,9 +2688,9 @@ def carry_skills(sides: Sides, steps: Sequence[Step]) -> str:
 def clean_skills(
     folder: Folder, overwrites: bool, is_dry: bool
 ) -> tuple[list[str], list[str], str]:
-    """Move the skills that came by a sync from a tenant's folder to backup/. Returns their names,
-    those that stay because they were changed since or cannot be kept whole, and where the first are
-    now. Raises Problem."""
+    """Move the skills that a sync has copied from a tenant's folder to backup/. Returns their
+    names, the names of those that stay (changed since or incomplete), and the path of the backup.
+    Raises Problem."""
     own, record = tenant_root(folder), sync_record(folder)
     skills = own.read().skills
     known = [skills[name] for name in sorted(skills) if name in record]
@@ -2704,8 +2709,8 @@ def clean_skills(
 
 
 # ==== 8. Import ==============================================================
-# The config.yaml of cc-gateway. Its reader knows what js-yaml writes for such a file, and refuses
-# the rest of YAML with the line.
+# The config.yaml of cc-gateway. The reader supports the YAML that js-yaml writes for such a file,
+# and rejects all other YAML with the line number.
 
 
 _YAML_QUOTED = r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\''
@@ -2714,20 +2719,20 @@ _YAML_ESCAPES = {
     "0": "\0", "a": "\a", "b": "\b", "t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r",
     "e": "\x1b", " ": " ", '"': '"', "/": "/", "\\": "\\", "N": "\x85", "_": "\xa0",
     "L": "\u2028", "P": "\u2029"}
-#: What a plain text may not be, with the reason.
+#: Patterns that an unquoted scalar may not match, with the reason.
 _YAML_REFUSED = (
-    (r"[\"'].*", "a text in quotes that does not end on its line"),
+    (r"[\"'].*", "a quoted string that does not end on its line"),
     (r"[&*!].*", "an anchor, an alias or a tag"),
     (r"[\[{].*", "a list or a mapping on one line"),
-    (r"[%@`,\]}|>].*|[?-](?: .*)?|:(?: .*)?|.*: .*|.*:", "no plain text: put it into quotes"),
-    (r"(?i:[-+]?\.(?:inf|nan))|\d{4}-\d\d?-\d\d?(?:[Tt ].*)?", "no text: put it into quotes"))
+    (r"[%@`,\]}|>].*|[?-](?: .*)?|:(?: .*)?|.*: .*|.*:", "not a plain string: put it into quotes"),
+    (r"(?i:[-+]?\.(?:inf|nan))|\d{4}-\d\d?-\d\d?(?:[Tt ].*)?", "not a string: put it into quotes"))
 _YAML_WORDS: Mapping[str, bool | None] = {
     "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
     "false": False, "False": False, "FALSE": False}
 
 
 class YamlReader:
-    """The values of a YAML file with mappings, lists, and texts in one line or in a block."""
+    """A reader of YAML with mappings, lists, and strings on one line or in a block."""
 
     def __init__(self, text: str) -> None:
         self._lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
@@ -2739,7 +2744,7 @@ class YamlReader:
         return failed(f"line {self._at + 1}: {reason}")
 
     def _next(self) -> tuple[int, str]:
-        """Return the indent and the text of the next line that has some; -1 at the end."""
+        """Return the indent and the text of the next line with content; -1 at the end."""
         while self._at < len(self._lines):
             line = self._lines[self._at]
             text = line.strip(" ")
@@ -2751,10 +2756,10 @@ class YamlReader:
         return -1, ""
 
     def document(self) -> Json:
-        """Return the value of the whole. Raises Problem with the line."""
+        """Return the value of the document. Raises Problem with the line."""
         value = self._block(self._next()[0])
         if self._next()[0] >= 0:
-            raise self._fault("it does not belong to what is above it")
+            raise self._fault("it does not belong to the lines above it")
         return value
 
     def _block(self, indent: int) -> Json:
@@ -2765,12 +2770,12 @@ class YamlReader:
         while True:
             at, text = self._next()
             if at > indent:
-                raise self._fault("deeper than what is above it")
+                raise self._fault("indented deeper than the lines above it")
             if at < indent or _is_item(text):
                 return found
             match = _YAML_KEY.fullmatch(text)
             if match is None:
-                raise self._fault("no name with a colon")
+                raise self._fault("expected a name and a colon")
             key = str(self._scalar(match[1])) if match[1][0] in "\"'" else match[1]
             if key in found:
                 raise self._fault(f"{clean(key)[:80]} is there twice")
@@ -2781,7 +2786,7 @@ class YamlReader:
         while True:
             at, text = self._next()
             if at > indent:
-                raise self._fault("deeper than what is above it")
+                raise self._fault("indented deeper than the lines above it")
             if at < indent or not _is_item(text):
                 return found
             rest = text[1:].lstrip(" ")
@@ -2793,7 +2798,7 @@ class YamlReader:
                 found.append(self._value(rest, indent, True))
 
     def _value(self, rest: str, indent: int, in_list: bool) -> Json:
-        """Return what stands behind a name or a hyphen, or below it."""
+        """Return the value after a name or a hyphen, on its line or below it."""
         if rest[:1] in ("|", ">"):
             return self._text(rest, indent)
         value = self._scalar(rest) if rest and rest[0] != "#" else None
@@ -2822,14 +2827,14 @@ class YamlReader:
     def _escaped(self, match: re.Match[str]) -> str:
         word = match[1]
         if len(word) == 1 and word not in _YAML_ESCAPES or int(word[1:] or "0", 16) > 0x10ffff:
-            raise self._fault(f"\\{clean(word)} stands for nothing")
+            raise self._fault(f"\\{clean(word)} is an unknown escape")
         return chr(int(word[1:], 16)) if len(word) > 1 else _YAML_ESCAPES[word]
 
     def _text(self, header: str, indent: int) -> str:
-        """Return the text of a block."""
+        """Return the text of a block scalar (| or >)."""
         match = re.fullmatch(r"([|>])(?:([1-9])([-+]?)|([-+]?)([1-9]?))(?: +#.*)?", header)
         if match is None:
-            raise self._fault("no beginning of a text of several lines")
+            raise self._fault("an invalid start of a block of text")
         digit, chomp = match[2] or match[5], match[3] or match[4]
         depth, lines = indent + int(digit) if digit else 0, []
         self._at += 1
@@ -2849,7 +2854,7 @@ def _is_item(text: str) -> bool:
 
 
 def _plain(text: str) -> Json:
-    """Return the value of a text without quotes, as YAML 1.2 has it."""
+    """Return the value of an unquoted scalar by the rules of YAML 1.2."""
     if text in _YAML_WORDS:
         return _YAML_WORDS[text]
     if re.fullmatch(r"[-+]?(?:0b[01]+|0o[0-7]+|0x[0-9a-fA-F]+)", text):
@@ -2860,8 +2865,8 @@ def _plain(text: str) -> Json:
 
 
 def _joined(lines: Sequence[str], chomp: str, is_folded: bool) -> str:
-    """Return the text of a block's lines: folded ones are joined by a space, but around empty ones
-    and those that are deeper."""
+    """Return the text of a block's lines. Folding joins lines by a space, except around empty and
+    deeper lines."""
     text, empty, has_text, is_deeper = "", 0, False, False
     for line in lines:
         if not line:
@@ -2882,24 +2887,24 @@ def _joined(lines: Sequence[str], chomp: str, is_folded: bool) -> str:
 
 
 class Imported(NamedTuple):
-    """A tenant of the other gateway, as it is here."""
+    """A tenant of cc-gateway, in OCP's terms."""
 
     name: str
-    #: Its name there.
+    #: Its name in cc-gateway.
     origin: str
-    #: Its key, empty if it needs another one.
+    #: Its key, empty if it needs a new one.
     secret: str
     env: Mapping[str, str]
     instance: Instance | None
-    #: What is to be said of it.
+    #: Messages for the user.
     notes: tuple[str, ...]
 
 
-#: Settings there that are one here, with the factor between their units.
+#: Settings of cc-gateway with a counterpart in OCP, and the factor between their units.
 _SETTINGS = (("cli", "max_concurrent", "maxConcurrent", 1), ("cli", "timeout", "timeout", 1),
              ("session", "ttl", "sessionTTL", 1000))
-#: What else is in the file, and what to do about it; empty for nothing.
-_OTHERWISE: Mapping[str, str] = {
+#: Other settings of the file, and what to do about them; empty for nothing.
+_SETTING_ADVICE: Mapping[str, str] = {
     "server.host": "CLAUDE_BIND is the address that OCP listens on",
     "server.docker_host_ip": "`ocp tenants setup` finds it; --url names it",
     "cli.bin": "CLAUDE_BIN names another claude",
@@ -2913,8 +2918,9 @@ DIFFERENCES = (
 
 
 def read_gateway(path: str) -> dict[str, Json]:
-    """Return the values of a config.yaml. Raises Problem, with the line and what to do by hand."""
-    held = read_own(path)
+    """Return the content of a config.yaml. Raises Problem with the line and commands to type
+    instead."""
+    held = read_local_file(path)
     if held is None:
         raise failed(f"There is no file {clean(path)}.")
     try:
@@ -2922,18 +2928,18 @@ def read_gateway(path: str) -> dict[str, Json]:
         rows = as_dict(config).get("tenants")
         if not isinstance(rows, list) or not all(
                 isinstance(as_dict(row).get("name"), str) for row in rows):
-            raise failed("it has no list `tenants` with a name each")
+            raise failed("it has no list `tenants` in which each entry has a name")
         return as_dict(config)
     except (Problem, UnicodeDecodeError) as problem:
-        reason = problem if isinstance(problem, Problem) else "it is no UTF-8"
+        reason = problem if isinstance(problem, Problem) else "it is not UTF-8"
         raise failed(
-            f"{clean(path)}: {reason}.\nPut that into a simpler form, or make each tenant by hand:"
+            f"{clean(path)}: {reason}.\nSimplify that line, or make each tenant by hand:"
             "\n  ocp tenants add NAME --secret-stdin < FILE-WITH-ITS-KEY\n"
             "  ocp tenants env NAME --set VARIABLE < FILE-WITH-ITS-VALUE") from None
 
 
-def text_of(value: Json) -> str | None:
-    """Return a number or truth value of the file as the text that a program is given."""
+def env_text(value: Json) -> str | None:
+    """Return a string, number or boolean of the file as the value of a variable, else None."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -2942,11 +2948,11 @@ def text_of(value: Json) -> str | None:
 
 
 def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
-    """Return a tenant of a config.yaml, beside the instances of this machine."""
+    """Return a tenant of a config.yaml, with its instance among those found here."""
     origin = str(row["name"])
     name, notes = fitted_name(origin), []
     if name != origin:
-        notes.append(f"it was called {clean(origin)[:80]}")
+        notes.append(f"its name was {clean(origin)[:80]}")
     secret = str(row.get("api_key") or "")
     if not SECRET.fullmatch(secret):
         secret = ""
@@ -2954,36 +2960,36 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
                      f"{name}` gives its instance a new one")
     env, values = as_dict(row.get("env")), dict[str, str]()
     for each, value in [*env.items(), *as_dict(env.get("vars")).items()]:
-        text = text_of(value)
-        if text is not None and not unfit_variable(each):
+        text = env_text(value)
+        if text is not None and not variable_rejection(each):
             values[each] = text
         elif each not in ("vars", "shellEnv"):
             notes.append(f"the variable {clean(each)[:80]} is left out")
     working = str(row.get("working_dir") or "")
-    # The compose project `openclaw` was called dc.
+    # cc-gateway named the compose project `openclaw` dc.
     known = ("openclaw", "dc") if origin == "dc" else (name,)
     instance = next((each for each in found if each.name in known and not each.doubt), None)
     if working and is_state_folder(working):
         instance = folder_instance(os.path.realpath(working), name)
     elif working:
-        notes.append(f"its working_dir {clean(working)[:200]} is no OpenClaw's")
+        notes.append(f"its working_dir {clean(working)[:200]} is not an OpenClaw state folder")
     unknown = set(row) - {"name", "api_key", "env", "working_dir"}
-    notes += [f"{clean(each)[:80]} is not known" for each in sorted(unknown)]
+    notes += [f"{clean(each)[:80]} is an unknown field" for each in sorted(unknown)]
     return Imported(name, origin, secret, values, instance, tuple(notes))
 
 
-#: One thing that is to be done for a tenant: what it is, and what does it.
+#: One step of an import: its description, and the function that does it.
 ImportStep = tuple[str, Callable[[], object]]
 
 
 def import_steps(
     job: Job, tenant: Imported, key: Mapping[str, Json], skills: str
 ) -> list[ImportStep]:
-    """Return what is missing of a tenant. `key` are fields of a new key, `skills` is the folder
-    with the skills of all tenants there. Raises Problem for one to leave alone."""
+    """Return the steps that a tenant still needs. `key` holds fields for a new key, `skills` is
+    cc-gateway's folder of skills. Raises Problem for a tenant that must not be changed."""
     name, folder, steps = tenant.name, job.folder(tenant.name), list[ImportStep]()
     secret = tenant.secret or folder.secret() or new_secret()
-    if name in job.keys and not is_holder(job.server, secret, name):
+    if name in job.keys and not is_secret_of(job.server, secret, name):
         raise failed(f"there is a key {name} already, with another secret")
     refuse_foreign(job, name)
     word = "its key" if tenant.secret else "a new key"
@@ -3008,7 +3014,7 @@ def import_steps(
 
 
 def missing_skills(folder: Folder, origin: str, skills: str) -> list[ImportStep]:
-    """Return the copying of those skills that a tenant does not have. Raises Problem."""
+    """Return the step that copies the skills a tenant does not have. Raises Problem."""
     if not skills or not _FOLDER_NAME.fullmatch(origin):
         return []
     source, own = Root(skills, (origin,), max_above=0), tenant_root(folder)
@@ -3019,7 +3025,7 @@ def missing_skills(folder: Folder, origin: str, skills: str) -> list[ImportStep]
 
 
 def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
-    """Return what is left to do for settings of a config.yaml."""
+    """Return what the user has to do for the settings of a config.yaml."""
     lines, rows = [], as_dict(job.server.ask("GET", "/settings"))
     for section, there, here, factor in _SETTINGS:
         value, row = as_dict(config.get(section)).get(there), as_dict(rows.get(here))
@@ -3033,8 +3039,8 @@ def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
     for section, fields in config.items():
         for each in as_dict(fields) if section != "tenants" else ():
             name = f"{section}.{each}"
-            word = _OTHERWISE.get(name, "" if any(
-                (section, each) == row[:2] for row in _SETTINGS) else "it is not known here")
+            word = _SETTING_ADVICE.get(name, "" if any(
+                (section, each) == row[:2] for row in _SETTINGS) else "OCP has no such setting")
             lines += [f"{clean(name)[:80]}: {word}"] * (bool(word) and fields[each] != "claude")
     return lines
 
@@ -3044,7 +3050,7 @@ def import_advice(job: Job, config: Mapping[str, Json]) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> str:
-    """Return rows as columns; those named in `numbers` are aligned to the right."""
+    """Return rows as an aligned table; columns named in `numbers` are aligned to the right."""
     lines = [[clean(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  " + "  ".join(
@@ -3053,7 +3059,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequenc
 
 
 def age(at: Json, now_s: float) -> str:
-    """Return how long ago a time of the API was, "-" for none."""
+    """Return how long ago a timestamp of the API was, "-" for none."""
     try:
         then_s = calendar.timegm(time.strptime(str(at)[:19], "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
@@ -3072,17 +3078,17 @@ class Run(NamedTuple):
     args: argparse.Namespace
 
     def say(self, text: str) -> None:
-        """Print text, unless JSON was asked for."""
+        """Print text, except with --json."""
         if text and not self.args.json:
             self.world.say(text)
 
     def print_json(self, value: Json) -> None:
-        """Print the one JSON value of a run, if it was asked for."""
+        """Print the run's JSON value with --json."""
         if self.args.json:
             self.world.say(json.dumps(value, indent=2))
 
     def would(self, name: str, *what: str) -> Exit:
-        """Tell what a dry run of one tenant would do."""
+        """Print what a command would do to one tenant, for --dry-run."""
         self.say(f"  {name}  {', '.join(what) or 'nothing to change'}")
         self.print_json({"name": name, "dryRun": True, "would": what})
         return Exit.OK
@@ -3092,8 +3098,8 @@ class Run(NamedTuple):
 
     def job(self) -> Job:
         """Return the job of these arguments. Raises Problem."""
-        told = vars(self.args)
-        given = {name: told[name] for name in Options._fields if told.get(name)}
+        args = vars(self.args)
+        given = {name: args[name] for name in Options._fields if args.get(name)}
         return start_job(self.world, self.server(), Options(**given))
 
     def confirm(self, question: str) -> None:
@@ -3107,7 +3113,7 @@ def cmd_discover(run: Run) -> Exit:
     """List the instances of this machine."""
     world = run.world
     found, port = discover(world), port_of(run.server().url)
-    looks = [(each, look_at(world, each, port)) for each in found.instances]
+    looks = [(each, summary_of(world, each, port)) for each in found.instances]
     rows = [[each.name + "?" * bool(each.doubt), each.kind, world.shown_path(each.where),
              each.state, look.leads_to, str(look.skills)] for each, look in looks]
     run.say(table(("Name", "Kind", "Where", "State", "Leads to", "Skills"), rows, ["Skills"])
@@ -3126,14 +3132,14 @@ def cmd_discover(run: Run) -> Exit:
 
 
 def level_of(row: Mapping[str, Json]) -> str:
-    """Return the level at which a tenant works, and the one that was set if that is higher."""
+    """Return the level in force for a tenant, and the level that was set if it is higher."""
     level = str(row.get("level"))
     in_force = str(row.get("levelInForce") or level)
     return in_force if in_force == level else f"{in_force} (set: {level})"
 
 
 def level_notes(rows: Iterable[Mapping[str, Json]]) -> list[str]:
-    """Return what to do for tenants whose level is above the server's, in lines."""
+    """Return one line of advice for each tenant whose level is above the server's."""
     return [f"{row['name']} works at level {level_of(row)}: set OCP_TENANT_LEVEL={row['level']} "
             "for the server and restart it"
             for row in rows if row.get("levelInForce") not in (None, row.get("level"))]
@@ -3156,7 +3162,7 @@ def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
 
 
 def attempt(do: Callable[[], Value]) -> tuple[Value | None, str]:
-    """Return what `do` returns, or None and why it failed: one that fails stops no other."""
+    """Return the result of `do` and "", or None and why it failed, so that others go on."""
     try:
         return do(), ""
     except (Problem, OSError) as problem:
@@ -3164,15 +3170,15 @@ def attempt(do: Callable[[], Value]) -> tuple[Value | None, str]:
 
 
 class Result(NamedTuple):
-    """What became of one instance."""
+    """The plan for one instance, and the outcome."""
 
     name: str
-    #: Where it is, as Instance.place.
+    #: Its location, as Instance.place.
     place: Mapping[str, Json]
     plan: Plan | None = None
     done: tuple[str, ...] = ()
     problem: str = ""
-    #: What is to be done about its skills, None if they are left alone.
+    #: The sync of its skills, None if they are left alone.
     skills: Synced | None = None
 
     def as_json(self) -> dict[str, Json]:
@@ -3190,7 +3196,7 @@ class Result(NamedTuple):
             self.skills and any(each.action for each in self.skills.steps))
 
     def words(self, with_diff: bool = False) -> str:
-        """Return what is to be done; with the lines of openclaw.json, if that is asked for."""
+        """Return the planned changes as text, with the diff of openclaw.json for `with_diff`."""
         if not self.plan:
             return ""
         skills = self.skills.summary("to pull") if self.skills else ()
@@ -3199,13 +3205,13 @@ class Result(NamedTuple):
 
 
 def planned(job: Job, instance: Instance) -> Result:
-    """Return the plan of an instance, or why there is none."""
+    """Return the result with an instance's plan, or with the problem that prevents one."""
     plan, problem = attempt(lambda: plan_for(job, instance))
     return Result(instance.name, instance.place, plan, problem=problem)
 
 
 def carried_out(job: Job, result: Result) -> Result:
-    """Carry out a plan, whatever becomes of the others."""
+    """Carry out a plan, and note a failure instead of raising it."""
     plan = result.plan
     if plan is None:
         return result
@@ -3219,7 +3225,7 @@ def carried_out(job: Job, result: Result) -> Result:
 
 
 def without_models(lines: Sequence[str]) -> list[str]:
-    """Return the lines of a change of openclaw.json, of models only their ids."""
+    """Return the lines of a diff of openclaw.json, with only the ids of models."""
     shown: list[str] = []
     end = ""
     for line in lines:
@@ -3233,12 +3239,12 @@ def without_models(lines: Sequence[str]) -> list[str]:
 
 
 def shortened(line: str) -> str:
-    """Return the beginning of a line, such as that of a file with all in one line."""
+    """Return a line, cut if it is very long, as in a file that is all on one line."""
     return line if len(line) <= 200 else f"{line[:160]}... ({len(line)} characters)"
 
 
 def show(run: Run, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Print names, each with what went wrong, else with its text, whose further lines are below."""
+    """Print rows of (name, problem, text), each with its problem if there is one, else its text."""
     width = max((len(name) for name, *_ in rows), default=0)
     for name, problem, text in rows:
         first, *more = (f"FAILED: {problem}" if problem else text).split("\n")
@@ -3252,7 +3258,7 @@ def show_done(run: Run, results: Sequence[Result]) -> None:
 
 
 def cmd_setup(run: Run) -> Exit:
-    """Make tenants of instances, and pull their skills."""
+    """Set up instances as tenants, and pull their skills."""
     if run.args.skills:
         return _skills(run, "pull", _show_steps)
     return _set_up(run, only_tenants=False)
@@ -3291,7 +3297,7 @@ def _set_up(run: Run, only_tenants: bool) -> Exit:
 
 
 def _total(results: Sequence[Result]) -> str:
-    """Return what became of all instances, in a sentence."""
+    """Return the outcome for all instances, in a sentence."""
     good = [each for each in results if each.plan and not each.problem]
     made = [each for each in good if each.plan and not each.plan.is_empty]
     parts = [f"{counted(len(made), 'tenant')} set up"] if made else []
@@ -3304,7 +3310,7 @@ def _total(results: Sequence[Result]) -> str:
 
 
 def cmd_check(run: Run) -> Exit:
-    """Look at each step of apply, and make none."""
+    """InstanceSummary at each step of apply, and make none."""
     job = run.job()
     found = instances_of(run, job, only_tenants=True)
     results = [*(planned(job, each) for each in found), *gone(run, job, found)]
@@ -3316,7 +3322,7 @@ def cmd_check(run: Run) -> Exit:
 
 
 def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
-    """Return what to say of tenants whose instance was set up and is not found any more."""
+    """Return results for tenants whose instance was set up and is no longer found."""
     names = set() if run.args.names else set(job.tenants) - {each.name for each in found}
     rows = ((name, job.folder(name).place()) for name in sorted(names))
     return [Result(name, place, problem=f"{clean(place.get('where'))} was not found")
@@ -3324,18 +3330,18 @@ def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
 
 
 def cmd_undo(run: Run) -> Exit:
-    """Give instances their files back. It needs no server."""
+    """Restore the files of instances. Needs no server."""
     world, names = run.world, run.args.names
     known = [each for each in tenant_folders(world) if each.place()
              and (not names or each.name in names)]
     for name in set(names) - {each.name for each in known}:
-        raise failed(f"Nothing is to be undone for {clean(name)[:80]!r}.")
+        raise failed(f"There is nothing to undo for {clean(name)[:80]!r}.")
     if not known:
         run.say("There is nothing to undo.")
     results = [Result(each.name, each.place()) for each in known]
     show(run, [(each.name, "", world.shown_path(str(each.place.get("where")))) for each in results])
     if known and not run.args.dry_run:
-        run.confirm("Give these back?")
+        run.confirm("Restore these?")
         results = [undone(each) for each in known]
         show_done(run, results)
     run.print_json({"dryRun": run.args.dry_run, "instances": [
@@ -3344,9 +3350,9 @@ def cmd_undo(run: Run) -> Exit:
 
 
 def undone(folder: Folder) -> Result:
-    """Give the instance of a tenant its files back, whatever becomes of the others."""
+    """Restore the files of a tenant's instance, and note a failure instead of raising it."""
     place = folder.place()
-    done, problem = attempt(lambda: take_back(folder, instance_at(folder.world, folder)))
+    done, problem = attempt(lambda: undo_changes(folder, instance_at(folder.world, folder)))
     return Result(folder.name, place, done=tuple(done or ()), problem=problem)
 
 
@@ -3380,49 +3386,49 @@ def cmd_show(run: Run) -> Exit:
     """Show one tenant."""
     job, name = run.job(), _known(run)
     job.check_tenant(name)
-    told = as_dict(job.server.tenant(name))
+    row = as_dict(job.server.tenant(name))
     place = job.folder(name).place()
-    rows = [(label, clean(value)) for label, value in tenant_rows(run.world, told, place) if value]
+    rows = [(label, clean(value)) for label, value in tenant_rows(run.world, row, place) if value]
     width = max(len(label) for label, _ in rows)
     run.say("\n".join([clean(name), *(f"  {label:{width}}  {value}" for label, value in rows)]))
-    run.print_json({**told, "place": place or None})
+    run.print_json({**row, "place": place or None})
     return Exit.OK
 
 
 def tenant_rows(
-    world: World, told: Mapping[str, Json], place: Mapping[str, Json]
+    world: World, row: Mapping[str, Json], place: Mapping[str, Json]
 ) -> list[tuple[str, str]]:
-    """Return what `show` says of a tenant: labels, and their texts, which may be empty."""
-    skills, env, own_tools = as_dict(told.get("skills")), told.get("env"), told.get("tools")
-    login = as_dict(told.get("login"))
+    """Return the labels and values that `show` prints for a tenant; a value may be empty."""
+    skills, env, own_tools = as_dict(row.get("skills")), row.get("env"), row.get("tools")
+    login = as_dict(row.get("login"))
     skipped = f", {skills['skipped']} left out" if skills.get("skipped") else ""
     state = skills.get("count", 0) if skills.get("enabled", True) else "off"
-    is_agent = told.get("level") == "agent" and isinstance(own_tools, list)
-    confined = "in a sandbox" if told.get("sandbox", True) else "NOT confined"
+    is_agent = row.get("level") == "agent" and isinstance(own_tools, list)
+    confined = "in a sandbox" if row.get("sandbox", True) else "NOT confined"
     return [
-        ("level", level_of(told)),
+        ("level", level_of(row)),
         ("instance", world.shown_path(str(place.get("where") or "none here"))),
-        ("asks at", str(place.get("url") or as_dict(told.get("instance")).get("url") or "")),
+        ("asks at", str(place.get("url") or as_dict(row.get("instance")).get("url") or "")),
         ("claude login", f"its own: {login.get('state')}" if login else "the server's"),
         ("variables", ", ".join(map(str, env)) if isinstance(env, list) and env else "none"),
         ("skills", f"{state}{skipped}"),
-        ("prompt", counted(len(str(told["prompt"])), "character") if told.get("prompt") else ""),
-        ("openclaw commands", str(told.get("commands")) if told.get("relay") else ""),
+        ("prompt", counted(len(str(row["prompt"])), "character") if row.get("prompt") else ""),
+        ("openclaw commands", str(row.get("commands")) if row.get("relay") else ""),
         ("claude's tools", f"{', '.join(map(str, own_tools or ()))}; {confined}" * is_agent),
-        ("obstacle", str(told.get("obstacle") or "")),
-        ("client's tools", "dropped" if told.get("clientTools") == "drop" else ""),
-        ("at the same time", str(told.get("maxConcurrent") or "")),
-        ("now", f"{told.get('running', 0)} running, {told.get('waiting', 0)} waiting"),
-        ("last used", age(told.get("lastUsed"), world.clock())),
-        ("folder", world.shown_path(str(told.get("folder") or ""))),
+        ("obstacle", str(row.get("obstacle") or "")),
+        ("client's tools", "dropped" if row.get("clientTools") == "drop" else ""),
+        ("at the same time", str(row.get("maxConcurrent") or "")),
+        ("now", f"{row.get('running', 0)} running, {row.get('waiting', 0)} waiting"),
+        ("last used", age(row.get("lastUsed"), world.clock())),
+        ("folder", world.shown_path(str(row.get("folder") or ""))),
     ]
 
 
 def _known(run: Run) -> str:
-    """Return the name that was given, which may be that of any key. Raises Problem."""
+    """Return the NAME argument; any key name is accepted. Raises Problem."""
     name = str(run.args.name)
     if clean(name) != name or not 0 < len(name) <= 64:
-        raise Problem(Exit.USAGE, f"{clean(name)[:80]!r} is no name of a key.")
+        raise Problem(Exit.USAGE, f"{clean(name)[:80]!r} is not a valid key name.")
     return name
 
 
@@ -3457,7 +3463,7 @@ def cmd_add(run: Run) -> Exit:
 
 
 def _given_secret(run: Run) -> str:
-    """Return the key in standard input. Raises Problem."""
+    """Return the key from standard input. Raises Problem."""
     secret = run.world.stdin.readline().strip()
     if not SECRET.fullmatch(secret):
         raise Problem(Exit.USAGE, "--secret-stdin takes a key of 32 to 128 letters, digits, - and "
@@ -3466,11 +3472,11 @@ def _given_secret(run: Run) -> str:
 
 
 def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
-    """Make a tenant whose instance is not touched."""
+    """Make a tenant, without changing an instance."""
     args, world, folder = run.args, run.world, job.folder(name)
     secret = args.secret or new_secret()
     if args.secret and name in job.keys:
-        raise Problem(Exit.USAGE, f"There is a key {name} already, which keeps its secret: leave "
+        raise Problem(Exit.USAGE, f"There is a key {name} already, and it keeps its secret: leave "
                                   "out --secret-stdin.")
     if name not in job.keys:
         folder.write_secret(secret)
@@ -3482,7 +3488,7 @@ def _added(run: Run, job: Job, name: str, instance: Instance | None) -> Exit:
     run.print_json({"name": name, "key": secret if name not in job.keys else None})
     if not args.json and name not in job.keys:
         world.say(secret)
-        world.note(f"This is the key of {name}. It is shown only now.")
+        world.note(f"This is the key of {name}. It will not be shown again.")
     return Exit.OK
 
 
@@ -3504,7 +3510,7 @@ def cmd_edit(run: Run) -> Exit:
     if args.dry_run:
         return run.would(name, *body)
     answer = job.server.tenant(name, "PATCH", body)
-    # The way to the instance is no field that anybody has named.
+    # The user did not name `relay`, so do not report it.
     run.say(f"{name}: {', '.join(each for each in body if each != 'relay')} changed")
     run.say("\n".join(level_notes([as_dict(answer)])))
     run.print_json(answer)
@@ -3512,22 +3518,22 @@ def cmd_edit(run: Run) -> Exit:
 
 
 def cmd_remove(run: Run) -> Exit:
-    """Undo, revoke the key, and put the tenant's folder away."""
+    """Undo, revoke the key, and move the tenant's folder to .removed."""
     args, name, job = run.args, _known(run), run.job()
     job.check_tenant(name)
     folder = job.folder(name)
-    away = "deletes its folder" if args.purge else "puts its folder away"
+    away = "deletes its folder" if args.purge else "moves its folder to .removed"
     key = "keeps its key" if args.keep_key else "revokes its key"
     if args.dry_run:
-        return run.would(name, "gives its files back", key, away)
-    run.say(f"  {name}  gives its files back, {key}, {away}")
+        return run.would(name, "restores its files", key, away)
+    run.say(f"  {name}  restores its files, {key}, {away}")
     run.confirm(f"Remove {name}?")
     if folder.place():
         result = undone(folder)
         if result.problem and not args.purge:
-            raise failed(f"{result.problem}. Nothing was removed; --purge removes it all the same.")
+            raise failed(f"{result.problem}. Nothing was removed; --purge removes it anyway.")
         run.say(result.problem)
-    # A tenant goes with its key: one request, of which no half can be left.
+    # Revoking the key removes the tenant too: one request, so nothing is left half done.
     job.server.ask("DELETE", job.server.key_path(name, "/tenant" * args.keep_key))
     if os.path.isdir(folder.path):
         put_away(folder, args.purge)
@@ -3537,7 +3543,7 @@ def cmd_remove(run: Run) -> Exit:
 
 
 def put_away(folder: Folder, is_purged: bool) -> None:
-    """Move a tenant's folder to those of removed tenants, or delete it. Raises Problem."""
+    """Move a tenant's folder to .removed, or delete it. Raises Problem."""
     try:
         with opened_folder(folder.world.tenants_folder) as at:
             if is_purged:
@@ -3546,7 +3552,7 @@ def put_away(folder: Folder, is_purged: bool) -> None:
                 stamp = stamp_of(folder.world.clock())
                 move_below(at, folder.name, f".removed/{folder.name}-{stamp}")
     except OSError as error:
-        raise failed(f"{folder.path} cannot be put away: {error.strerror}") from None
+        raise failed(f"{folder.path} cannot be removed: {error.strerror}") from None
 
 
 def cmd_login(run: Run) -> Exit:
@@ -3554,7 +3560,7 @@ def cmd_login(run: Run) -> Exit:
     world, args, name = run.world, run.args, _known(run)
     script = os.path.join(world.tree, "ocp.py")
     if not os.path.exists(script):
-        raise failed(f"{script} is not there: run `ocp keys login {name}` on the server's machine.")
+        raise failed(f"{script} is missing: run `ocp keys login {name}` on the server's machine.")
     words = [sys.executable, script, "keys", "login", name, "--url", run.server().url]
     words += ["--folder", args.folder] if args.folder else []
     words += ["--server"] * args.shared + ["--json"] * args.json
@@ -3563,7 +3569,7 @@ def cmd_login(run: Run) -> Exit:
 
 
 def cmd_gen_key(run: Run) -> Exit:
-    """Print a key, and keep nothing."""
+    """Print a new key without saving it."""
     secret = new_secret()
     run.say(secret)
     run.print_json({"key": secret})
@@ -3584,9 +3590,9 @@ def cmd_env(run: Run) -> Exit:
         return run.would(name, *sorted(changes))
     names = as_dict(job.tenants[name]).get("env")
     if changes:
-        told = as_dict(job.server.tenant(name, "PATCH", changes, "/env"))
-        names = told.get("names")
-        done = (("set", told.get("changed")), ("removed", told.get("removed")))
+        answer = as_dict(job.server.tenant(name, "PATCH", changes, "/env"))
+        names = answer.get("names")
+        done = (("set", answer.get("changed")), ("removed", answer.get("removed")))
         run.say("; ".join(f"{word}: {', '.join(each)}" for word, each in done
                           if isinstance(each, list) and each) or "Nothing was changed.")
         run.say(f"{name} has:" if names else "")
@@ -3599,21 +3605,21 @@ def cmd_env(run: Run) -> Exit:
 
 
 def _env_changes(run: Run) -> dict[str, str | None]:
-    """Return the variables that --set and --unset name; the values come from standard input, one
-    value as a whole, several one in a line. Raises Problem."""
+    """Return the changes of --set and --unset. With one --set all of standard input is the value,
+    with several each line is one value. Raises Problem."""
     args = run.args
     changes: dict[str, str | None] = dict.fromkeys(args.unset)
     if args.set and run.world.stdin.isatty():
-        run.world.note(f"Type {' and '.join(args.set)}, one in a line, then press Ctrl-D.")
+        run.world.note(f"Type {' and '.join(args.set)}, one per line, then press Ctrl-D.")
     text = run.world.stdin.read(10_000_000) if args.set else ""
     if args.set and not text:
-        raise Problem(Exit.USAGE, f"Nothing came on standard input: the value of {args.set[0]} is "
-                                  "read there, an empty line for an empty one.")
+        raise Problem(Exit.USAGE, f"Standard input is empty: write the value of {args.set[0]} "
+                                  "there, or an empty line for an empty value.")
     text = text[:-1] if text.endswith("\n") else text
     values = text.split("\n") if len(args.set) > 1 else [text]
     if args.set and len(values) != len(args.set):
-        raise Problem(Exit.USAGE, f"{counted(len(args.set), 'value')} are wanted on standard "
-                                  f"input, one in a line, and {len(values)} came.")
+        raise Problem(Exit.USAGE, f"{counted(len(args.set), 'value')} are needed on standard "
+                                  f"input, one per line, but {len(values)} came.")
     return {**changes, **dict(zip(args.set, values))}
 
 
@@ -3629,7 +3635,7 @@ def _found_env(run: Run, job: Job, name: str) -> FoundEnv:
 
 
 class Synced(NamedTuple):
-    """The skills of one tenant, and what became of them."""
+    """The sync of one tenant's skills: its steps, and the outcome."""
 
     name: str
     sides: Sides | None = None
@@ -3649,7 +3655,7 @@ class Synced(NamedTuple):
 
     @property
     def left_out(self) -> list[str]:
-        """Return lines that name what was not read."""
+        """Return lines that name the files and skills left out."""
         sides, rows = self.sides, []
         for word, found in (("here", sides.here), ("there", sides.there)) if sides else ():
             shown = [f"{path[:100]} ({reason})" for path, reason in sorted(found.left_out.items())]
@@ -3658,7 +3664,7 @@ class Synced(NamedTuple):
         return rows
 
     def summary(self, verb: str) -> list[str]:
-        """Return what to say of a pull in a few words, if anything."""
+        """Return a pull in a few words; an empty list if nothing was pulled."""
         count = sum(bool(each.action) for each in self.steps)
         return [f"skills FAILED: {self.problem}"] if self.problem else (
             [f"{counted(count, 'skill')} {verb}"] * bool(count))
@@ -3668,7 +3674,7 @@ def synced(
     job: Job, instance: Instance, direction: str, with_bundled: bool = False,
     overwrites: bool = False,
 ) -> Synced:
-    """Return what a sync of an instance has to do, or why it cannot."""
+    """Return the planned sync of an instance, or with the problem that prevents it."""
     if instance.doubt:
         return Synced(instance.name, problem=instance.doubt)
     sides, problem = attempt(
@@ -3678,23 +3684,22 @@ def synced(
 
 
 def carried(done: Synced) -> Synced:
-    """Do what a sync has to do, whatever becomes of the others."""
+    """Carry out a sync, and note a failure instead of raising it."""
     sides = done.sides
     if sides is None:
         return done
-    kept, problem = attempt(lambda: carry_skills(sides, done.steps))
+    kept, problem = attempt(lambda: copy_both_ways(sides, done.steps))
     return done._replace(kept=kept or "", problem=problem)
 
 
 def _skills(
     run: Run, direction: str, show: Callable[[Run, Synced], list[str]], writes: bool = True
 ) -> Exit:
-    """Compare the skills of tenants with those of their instances, and copy them if that is asked
-    for."""
-    job, found, told = run.job(), list[Synced](), vars(run.args)
+    """Compare the skills of tenants with those of their instances, and copy them if `writes`."""
+    job, found, args = run.job(), list[Synced](), vars(run.args)
     for instance in instances_of(run, job, only_tenants=True):
-        done = synced(job, instance, direction, told.get("bundled", False),
-                      told.get("overwrite", False))
+        done = synced(job, instance, direction, args.get("bundled", False),
+                      args.get("overwrite", False))
         found.append(carried(done) if writes and not run.args.dry_run else done)
         done = found[-1]
         lines = [clean(f"  FAILED: {done.problem}")] if done.problem else [
@@ -3707,7 +3712,7 @@ def _skills(
 
 
 def _show_steps(run: Run, done: Synced) -> list[str]:
-    """Return what was done, or is to be done."""
+    """Return lines that tell which skills were copied or, with --dry-run, would be."""
     named: dict[str, list[str]] = {}
     form = "to {}" if run.args.dry_run else "{}ed"
     for each in done.steps:
@@ -3732,7 +3737,7 @@ def _show_states(run: Run, done: Synced) -> list[str]:
 
 
 def cmd_clean(run: Run) -> Exit:
-    """Move skills that came by a sync to backup/."""
+    """Move skills that a sync has copied to backup/."""
     job, args, rows = run.job(), run.args, []
     for name in args.names or sorted(job.tenants):
         job.check_tenant(name)
@@ -3740,7 +3745,7 @@ def cmd_clean(run: Run) -> Exit:
         rows.append({"name": name, "cleaned": gone, "left": left, "backup": kept if gone else ""})
         to = f"{'to move' if args.dry_run else 'moved'} to {run.world.shown_path(kept)}"
         lines = [f"  {to}: {', '.join(gone)}"] * bool(gone)
-        lines += [f"  left, changed since or not whole: {', '.join(left)}"] * bool(left)
+        lines += [f"  left, changed since or incomplete: {', '.join(left)}"] * bool(left)
         run.say("\n".join([f"{name}:", *(lines or ["  nothing to move"])]))
     run.print_json({"tenants": rows})
     return Exit.OK
@@ -3750,7 +3755,7 @@ def cmd_clean(run: Run) -> Exit:
 
 
 def cmd_import(run: Run) -> Exit:
-    """Take the tenants of a config.yaml of cc-gateway over."""
+    """Take over the tenants of a cc-gateway config.yaml."""
     world, args = run.world, run.args
     config, job = read_gateway(args.file), run.job()
     limit, effort = (as_dict(config.get("cli")).get(each) for each in ("max_per_tenant", "effort"))
@@ -3758,7 +3763,7 @@ def cmd_import(run: Run) -> Exit:
            **({"effort": effort} if effort in ("low", "medium", "high", "max") else {})}
     skills = os.path.abspath(args.skills) if args.skills else ""
     if skills and not os.path.isdir(skills):
-        raise failed(f"--skills: {clean(skills)} is no folder.")
+        raise failed(f"--skills: {clean(skills)} is not a folder.")
     found, rows = discover(world).instances, list[Taken]()
     for row in config["tenants"]:
         tenant, steps, problem = imported(row, found), None, "two tenants have this name"
@@ -3776,7 +3781,7 @@ def cmd_import(run: Run) -> Exit:
 
 
 class Taken(NamedTuple):
-    """A tenant of the other gateway, and what is missing of it here."""
+    """A tenant of cc-gateway, and the steps of its import."""
 
     tenant: Imported
     steps: Sequence[ImportStep]
@@ -3784,18 +3789,18 @@ class Taken(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Return what is to be done, and in lines below what is to be said."""
+        """Return the steps in one line, and a line for each note."""
         what = ", ".join(word for word, _ in self.steps) or "nothing to do"
         return "\n".join([what, *self.tenant.notes])
 
     def taken(self) -> Taken:
-        """Do what is missing, whatever becomes of the others."""
+        """Carry out the steps, and note a failure instead of raising it."""
         problem = attempt(lambda: [do() for _, do in self.steps])[1]
         return self._replace(problem=self.problem or problem)
 
 
 def _end_import(run: Run, rows: Sequence[Taken], advice: list[str]) -> None:
-    """Tell what is left to do, and what is different here."""
+    """Print what the user still has to do, and how OCP differs."""
     beside = os.path.join(os.path.dirname(run.args.file), "skills")
     advice += [f"`--skills {clean(beside)}` copies the skills in that folder"] * (
         not run.args.skills and os.path.isdir(beside))
@@ -3815,7 +3820,7 @@ class Command(NamedTuple):
     name: str
     help: str
     do: Callable[[Run], Exit]
-    #: What it takes: "names", "name", "changes" (--dry-run and --yes), "setup".
+    #: Its groups of arguments, keys of ARGUMENTS.
     takes: tuple[str, ...] = ()
 
 
@@ -3827,18 +3832,18 @@ COMMANDS = (
             ("names", "changes", "setup", "setup-skills")),
     Command("apply", "write the server into the instances of tenants again", cmd_apply,
             ("names", "changes", "setup")),
-    Command("check", "look at each step of apply, and make none", cmd_check, ("names",)),
-    Command("undo", "give the files of instances back", cmd_undo, ("names", "changes")),
+    Command("check", "show what apply would do, and change nothing", cmd_check, ("names",)),
+    Command("undo", "restore the files of instances", cmd_undo, ("names", "changes")),
     Command("show", "show one tenant", cmd_show, ("name",)),
     Command("add", "make a tenant, and print its key", cmd_add,
             ("name", "changes", "setup", "add")),
     Command("login", "give a tenant a Claude login of its own", cmd_login, ("name", "login")),
     Command("edit", "change a tenant", cmd_edit, ("name", "changes", "edit")),
-    Command("remove", "undo, revoke the key, put the folder away", cmd_remove,
+    Command("remove", "undo, revoke the key, move the folder to .removed", cmd_remove,
             ("name", "changes", "remove")),
     Command("env", "show the names of a tenant's variables, or change them", cmd_env,
             ("name", "changes", "env")),
-    Command("gen-key", "print a new key, and keep nothing", cmd_gen_key),
+    Command("gen-key", "print a new key without saving it", cmd_gen_key),
     Command("import", "take over the tenants of a config.yaml of cc-gateway", cmd_import,
             ("file", "changes", "import")),
     Command("skills list", "list skills, and whether they are the same in the instance",
@@ -3851,7 +3856,7 @@ COMMANDS = (
             lambda run: _skills(run, "push", _show_steps), _SYNC),
     Command("skills bisync", "copy what is new on either side to the other",
             lambda run: _skills(run, run.args.direction, _show_steps), (*_SYNC, "bisync")),
-    Command("skills clean", "move skills that came by a sync to backup/", cmd_clean,
+    Command("skills clean", "move skills that a sync has copied to backup/", cmd_clean,
             ("names", "dry-run", "overwrite")),
 )
 
@@ -3859,7 +3864,7 @@ COMMANDS = (
 GROUPS = {"skills": "compare the skills of tenants and instances, and copy them"}
 _DRY_RUN = (("--dry-run",), {"action": "store_true", "help": "show everything and change nothing"})
 
-#: What commands take, each group an argument in a line: its names, and its options for argparse.
+#: Groups of arguments. An argument is its names, and its options for argparse.
 ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
     "names": [(("names",), {"nargs": "*", "metavar": "NAME"})],
     "name": [(("name",), {"metavar": "NAME"})],
@@ -3879,19 +3884,19 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
                          "help": "also change the .env of its compose project"}),
         (("--existing",), {"action": "store_true",
                            "help": "a key of that name becomes the tenant's, with a new secret"}),
-        (("--adopt",), {"action": "store_true", "help": "use a folder that is there already"}),
+        (("--adopt",), {"action": "store_true", "help": "use a folder that exists already"}),
         (("--skip-answer",), {"action": "store_true", "help": "send no question at the end"})],
     "dry-run": [_DRY_RUN],
     "file": [(("file",), {"metavar": "FILE"})],
     "import": [
-        (("--skills",), {"metavar": "DIR", "help": "its folder of skills, one for a tenant"}),
+        (("--skills",), {"metavar": "DIR", "help": "its skills: a folder for each tenant"}),
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for them"}),
-        (("--adopt",), {"action": "store_true", "help": "use folders that are there already"})],
+        (("--adopt",), {"action": "store_true", "help": "use folders that exist already"})],
     "skills": [
-        (("--bundled",), {"action": "store_true", "help": "also those of OpenClaw itself"})],
+        (("--bundled",), {"action": "store_true", "help": "also those that come with OpenClaw"})],
     "overwrite": [
         (("--overwrite",), {"action": "store_true",
-                            "help": "also replace what was changed on the side that is written"})],
+                            "help": "also replace skills that were changed on the target side"})],
     "bisync": [
         (("--pull",), {"dest": "direction", "action": "store_const", "const": "pull",
                        "default": "bisync", "help": "only to the tenants"}),
@@ -3904,18 +3909,18 @@ ARGUMENTS: dict[str, list[tuple[tuple[str, ...], dict[str, Any]]]] = {
         (("--apply",), {"action": "store_true", "help": "write it into the instance too"}),
         (("--container",), {"metavar": "NAME", "help": "its container"}),
         (("--local",), {"metavar": "DIR", "help": "its state folder"}),
-        (("--secret-stdin",), {"action": "store_true", "help": "the key is in standard input"})],
+        (("--secret-stdin",), {"action": "store_true", "help": "read the key on standard input"})],
     "edit": [
         (("--level",), {"choices": LEVELS, "help": "what may run on the server for it"}),
         (("--commands",), {"choices": COMMANDS_TO_RUN,
                            "help": "which commands of its OpenClaw may run"}),
-        (("--prompt",), {"metavar": "FILE", "help": "what the model is told of this tenant"}),
-        (("--no-prompt",), {"action": "store_true", "help": "tell it nothing"})],
+        (("--prompt",), {"metavar": "FILE", "help": "a file with this tenant's system prompt"}),
+        (("--no-prompt",), {"action": "store_true", "help": "remove its system prompt"})],
     "login": [
         (("--folder",), {"metavar": "PATH", "help": "a folder in which claude is logged in"}),
-        (("--shared",), {"action": "store_true", "help": "the server's own login again"})],
+        (("--shared",), {"action": "store_true", "help": "go back to the server's login"})],
     "remove": [
-        (("--keep-key",), {"action": "store_true", "help": "the key stays, without a tenant"}),
+        (("--keep-key",), {"action": "store_true", "help": "keep the key, without a tenant"}),
         (("--purge",), {
             "action": "store_true", "help": "delete its folder, even if its instance is gone"})],
     "env": [
@@ -3955,15 +3960,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def program(argv: Sequence[str], world: World) -> Exit:
-    """Do what the arguments ask for. Raises Problem, and SystemExit for wrong arguments."""
+    """Run the command in `argv`. Raises Problem, and SystemExit for wrong arguments."""
     words = list(argv)
     if not words or words[0] in ("--json", "--server"):
         words = ["list", *words]
     with contextlib.redirect_stdout(world.stdout), contextlib.redirect_stderr(world.stderr):
         args = build_parser().parse_args(words)
     do: Callable[[Run], Exit] = args.do
-    # What takes --dry-run changes something.
-    with alone(world) if vars(args).get("dry_run") is False else contextlib.nullcontext():
+    # A command with --dry-run changes something, so it needs the lock.
+    with exclusive_run(world) if vars(args).get("dry_run") is False else contextlib.nullcontext():
         return do(Run(world, args))
 
 
@@ -3984,15 +3989,15 @@ def main(argv: Sequence[str], world: World) -> int:
         world.note(f"ocp tenants: {clean(error)}")
         return int(Exit.FAILED)
     except KeyboardInterrupt:
-        world.note("\nInterrupted: run it again to go on, or `ocp tenants undo`.")
+        world.note("\nInterrupted: run it again to continue, or run `ocp tenants undo`.")
         return int(Exit.INTERRUPTED)
 
 
 def this_world() -> World:
-    """Return the world as it is."""
+    """Return the world of this process."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            # Whoever started this has closed it, as `>&-` does.
+            # The parent process has closed the stream, as `>&-` does.
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         if mode == "w":
             getattr(sys, name).reconfigure(errors="replace")

@@ -145,12 +145,12 @@ def test_a_platform_that_cannot_be_reached_is_a_warning(gateway: Gateway) -> Non
     (("add", "--channel", "telegram", "--botToken", "x", "--dmPolicy", "opn"), 2, "dmPolicy"),
     (("remove", "--channel", "telegram"), 1, "no such account"),
     (("login", "--channel", "telegram"), 2, "Telegram has no login. Talk to @BotFather"),
-    (("pairing", "approve", "ABCDEFGH"), 1, "Nobody waits"),
-    (("outbox", "retry", "3"), 1, "no part 3"),
-    (("start", "--wrong"), 2, "not understood: --wrong"),
+    (("pairing", "approve", "ABCDEFGH"), 1, "Nobody is waiting"),
+    (("outbox", "retry", "3"), 1, "no unsent part 3"),
+    (("start", "--wrong"), 2, "unknown arguments: --wrong"),
     (("nonsense",), 2, "invalid choice"),
     (("plugins", "install", "left-pad"), 2, "openclaw plugins install left-pad"),
-    (("plugins", "install", "https://127.0.0.1:1/echo.py"), 2, "has to be downloaded first"),
+    (("plugins", "install", "https://127.0.0.1:1/echo.py"), 2, "download a URL first"),
     (("plugins", "install", "/nowhere/echo.py"), 1, "/nowhere/echo.py: No such file"),
     (("plugins", "remove", "x"), 1, "no plugin x."),
 ])
@@ -172,7 +172,7 @@ def test_list_remove_version_and_outbox(gateway: Gateway) -> None:
     add(gateway)
     assert gateway.run("channels", "list").stdout == "telegram\n"
     assert json.loads(gateway.run("list", "--json").stdout) == ["telegram"]
-    assert gateway.run("outbox").stdout == "Everything is sent.\n"
+    assert gateway.run("outbox").stdout == "Everything has been sent.\n"
     assert gateway.run("version").stdout.startswith("ocp_channels ")
     assert gateway.run("remove", "--channel", "telegram").code == 2
     assert gateway.run("remove", "--channel", "telegram", "--yes", "--purge").code == 0
@@ -216,14 +216,14 @@ def test_a_refused_token_is_shown_and_does_not_end_the_gateway(gateway: Gateway)
     gateway.start()
     one = eventually(lambda: [each for each in gateway.status()["channels"]
                               if each["status"] == "failed"])[0]
-    assert one["error"] == "the token is refused: take a new one from @BotFather"
+    assert one["error"] == "the token is refused: get a new one from @BotFather"
 
 
 @pytest.mark.slow
 def test_somebody_else_who_polls_the_bot_is_reported(gateway: Gateway) -> None:
     gateway.telegram.fail("getUpdates", 409, "Conflict: terminated by other getUpdates request")
     gateway.start()
-    eventually(lambda: "somebody else polls" in str(gateway.status()["channels"]))
+    eventually(lambda: "another program polls" in str(gateway.status()["channels"]))
     assert gateway.telegram.called("deleteWebhook")
     gateway.telegram.say("hello")
     eventually(lambda: gateway.telegram.screen(1000) == ["You said: hello"])
@@ -251,7 +251,7 @@ def test_a_channel_in_a_file_of_the_owners_talks_until_the_file_changes(
     gateway.kill()
     with open(gateway.home / "channels" / "echo.py", "a") as file:
         file.write("# changed\n")
-    assert "not what was installed" in gateway.run("plugins", "list").stdout
+    assert "has changed since it was installed" in gateway.run("plugins", "list").stdout
     assert gateway.run("start").code == 2
     assert gateway.run("plugins", "remove", "echo").code == 0
 

@@ -134,7 +134,7 @@ def test_a_pause_that_is_asked_for_is_a_number_that_can_be_waited(
 def test_what_comes_from_strangers_leads_to_no_private_address(
     site: Site, http: Any, host: str
 ) -> None:
-    with pytest.raises(channels.NetworkFailed, match="private network"):
+    with pytest.raises(channels.NetworkFailed, match="not public"):
         http.call("GET", f"http://{host}:{site.port}/1", only_public=True)
 
 

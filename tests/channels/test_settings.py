@@ -75,7 +75,7 @@ def test_every_fault_is_told_at_once_with_its_place(tmp_path: Path) -> None:
         "maxTurns: 0; use a whole number from 1 to 100", "a socks proxy is not supported",
         'agentUrl: "ftp://x"', 'channels.telegram.dmPolicy: "opn"; use pairing, allowlist, open',
         'channels.telegram.apiRoot: "http://example.com"; use an https address',
-        "made-up:b: token is that of made-up:a too", "channels.made-up.accounts.c d:",
+        "made-up:b: made-up:a has the same token", "channels.made-up.accounts.c d:",
         'channels.made-up.accounts.e.dmPolicy: "open"', "channels.nothing: no such channel",
     ):
         assert expected in told, told
@@ -124,7 +124,7 @@ def test_a_word_that_would_close_a_group_is_not_overlooked(
 
 
 @pytest.mark.parametrize(("values", "expected"), [
-    ({"dmPolicy": "allowlist"}, "allowFrom: name somebody"),
+    ({"dmPolicy": "allowlist"}, "allowFrom: name at least one person"),
     ({"dmPolcy": "open"}, "did you mean dmPolicy?"),
     ({"allowfrom": ["1"]}, "did you mean allowFrom?"),
 ])
@@ -178,7 +178,7 @@ def test_a_file_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / "channels.json").chmod(0o644)
     settings = channels.parse_settings(EXAMPLE, str(tmp_path / "channels.json"), {},
                                        [ROW, *channels.ROWS])
-    assert "others can read it" in settings.warnings[0]
+    assert "other users can read it" in settings.warnings[0]
 
 
 LOGIN_ROW = ROW._replace(credentials={}, has_login=True)

@@ -442,7 +442,7 @@ def test_beyond_the_limit_of_an_hour_one_sentence_is_said(agent: FakeAgent) -> N
             chat.say(text)
             eventually(lambda: not chat.store.open_lanes())
         eventually(lambda: len(chat.channel.sent) == 2)
-        assert "enough for now" in stays(lambda: chat.channel.sent, 0.3)[1]
+        assert "The limit is 1 messages" in stays(lambda: chat.channel.sent, 0.3)[1]
 
 
 @pytest.mark.parametrize("word", ["/NEW", "/reset", "\u65b0\u5bf9\u8bdd"])

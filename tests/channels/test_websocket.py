@@ -154,7 +154,7 @@ def test_the_code_of_a_close_reaches_the_server() -> None:
 
 @pytest.mark.parametrize(("answer", "why"), [
     (b"HTTP/1.1 403 Forbidden\r\n\r\n", "403 Forbidden"),
-    (b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: AAAA\r\n\r\n", "key"),
+    (b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: AAAA\r\n\r\n", "wrong Sec-"),
     (b"HTTP/1.1 101", "broke off"),
 ])
 def test_an_answer_that_is_no_websocket_is_told(answer: bytes, why: str) -> None:

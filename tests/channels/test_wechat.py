@@ -69,7 +69,7 @@ def test_the_example_of_the_standard_is_read() -> None:
     whole = encrypted(block, KEY)
     assert whole[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
     assert channels.aes_decrypted(whole, KEY) == block
-    assert channels.aes_box() == bytes(BOX)
+    assert channels.aes_s_box() == bytes(BOX)
     assert channels.aes_round_keys(KEY) == [bytes(each) for each in round_keys(KEY)]
 
 
@@ -164,7 +164,7 @@ def test_a_new_login_is_not_overwritten_by_what_the_old_one_received(
 
     monkeypatch.setattr(channel, "_poll", polled)
     wechat.say("hello")
-    with pytest.raises(channels.Retry, match="logged in anew"):
+    with pytest.raises(channels.Retry, match="a new login was made"):
         channel.run()
     assert tools.state() == new and not tools.messages
 
@@ -399,8 +399,8 @@ def test_a_login_asks_for_the_number_on_the_phone(wechat: FakeWeChat, new: Any) 
     screen = Screen("1 1", "22")
     assert new.login(screen)["bot_token"] == wechat.token
     assert seen == [None, "1 1", "22"]
-    assert [each for each in screen.said if "another" in each] == [
-        "That is another number. Which number does the phone show?"]
+    assert [each for each in screen.said if "wrong" in each] == [
+        "That number is wrong. Which number does the phone show?"]
 
 
 @pytest.mark.parametrize(("ends", "codes"), [
@@ -412,7 +412,7 @@ def test_a_login_shows_three_codes(
     if len(ends) < 3:
         assert new.login(Screen())["owner"] == OWNER
     else:
-        with pytest.raises(channels.Fatal, match="nobody confirmed"):
+        with pytest.raises(channels.Fatal, match="login not confirmed"):
             new.login(Screen())
     assert wechat.codes_shown == codes
 

@@ -1057,7 +1057,7 @@ def test_chats_show_with_their_accounts_and_who_waits_for_approval(
             gateway.kill()
             gateway.start()
             page.evaluate("location.reload()")
-            page.sees("the token is refused: take a new one from @BotFather", "#channels")
+            page.sees("the token is refused: get a new one from @BotFather", "#channels")
             gateway.kill()
             page.evaluate("location.reload()")
             page.sees("The gateway does not run: ocp channels start -d", "#channels-hint")

@@ -120,7 +120,7 @@ def test_add_prints_the_key_alone_on_standard_output(lab: Lab) -> None:
     ran = lab.run("add", "alice", "--level", "api")
 
     assert ran.code == 0 and ran.stdout == f"{lab.server.keys['alice']['secret']}\n"
-    assert "shown only now" in ran.stderr
+    assert "will not be shown again" in ran.stderr
     assert lab.server.tenants["alice"]["profile"]["level"] == "api"
 
 
@@ -181,9 +181,9 @@ def test_add_refuses_what_is_there(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("words", "code", "reason"), [
-    (["--container", "--help"], 2, ""), (["--container=a;b"], 2, "is no container's name"),
+    (["--container", "--help"], 2, ""), (["--container=a;b"], 2, "is no container name"),
     (["--container=nobody"], 1, "There is no container nobody"),
-    (["--local=/nowhere"], 1, "is no folder")])
+    (["--local=/nowhere"], 1, "is not a folder")])
 def test_add_refuses_an_instance_that_is_none(
     lab: Lab, words: list[str], code: int, reason: str
 ) -> None:
@@ -198,7 +198,7 @@ def test_add_keeps_the_key_before_the_server_makes_it(lab: Lab) -> None:
 
     ran = lab.run("add", "alice")
 
-    assert ran.code == 1 and "no folder" in ran.stderr and not lab.server.keys
+    assert ran.code == 1 and "is a link or a file" in ran.stderr and not lab.server.keys
 
 
 def test_add_uses_a_folder_that_no_setup_made_only_when_told(lab: Lab) -> None:
@@ -416,8 +416,8 @@ def test_every_form_of_a_variable_is_taken_from_an_instance(lab: Lab) -> None:
         "A": "a", "MULTI": "one\ntwo", "FROM": "t0ken/x", "OLD": "old", "ONE": "1",
         "HERE": "/srv/alice/data", "TWO": "t0ken"}
     for line in ("GONE is left out: there is no NOBODY", "PATH is left out: could change claude",
-                 "ld_preload is left out", "a b is left out: no name",
-                 "NUMBER is left out: no text", "FILE is left out: a reference to file"):
+                 "ld_preload is left out", "a b is left out: not a valid",
+                 "NUMBER is left out: not a string", "FILE is left out: a reference to file"):
         assert line in ran.stdout
     assert "t0ken" not in ran.stdout
 
@@ -570,7 +570,7 @@ def test_a_dotenv_that_is_not_found_or_a_link_is_refused_and_nothing_is_changed(
     path = dotenv_lab(lab, None)
     path.symlink_to("/etc/passwd")
 
-    assert "is no file of its own" in lab.run("setup", "--yes", "--dotenv").stdout
+    assert "is missing or a link" in lab.run("setup", "--yes", "--dotenv").stdout
     path.unlink()
     assert "its .env was not found" in lab.run("setup", "--yes", "--dotenv").stdout
     assert not lab.server.keys

@@ -163,7 +163,7 @@ def test_a_configuration_that_cannot_be_read_is_named_and_the_others_are_listed(
 
     assert ran.code == 0 and (root / STATE[1:]).is_dir()
     assert "alice: openclaw.json" in ran.stdout
-    assert "bob: /home/node/.openclaw/openclaw.json is a link, or no file" in ran.stdout
+    assert "bob: /home/node/.openclaw/openclaw.json is a link, or not a regular file" in ran.stdout
     assert "openclaw-local  folder" in ran.stdout
 
 
@@ -286,7 +286,7 @@ def test_a_name_that_the_server_gives_to_no_key_is_made_longer(text: str) -> Non
 def test_a_name_that_no_tenant_may_have_is_refused(lab: Lab, name: str) -> None:
     ran = lab.run("add", "--", name)
 
-    assert ran.code in (2, 1) and "is no name of a tenant" in ran.stderr
+    assert ran.code in (2, 1) and "is not a valid tenant name" in ran.stderr
 
 
 def test_programs_get_no_admin_key_and_no_shell(lab: Lab) -> None:

@@ -83,7 +83,7 @@ def test_tenants_keep_their_keys_which_work_at_once(lab: Lab) -> None:
         "openclaw-openclaw-gateway-1")
     assert len(lab.server.keys["amanda-s-bot"]["secret"]) == 36
     for line in ("the variable PATH is left out", "its key is not 32 to 128 letters",
-                 "colour is not known",
+                 "colour is an unknown field",
                  "ocp settings maxConcurrent 3", "ocp settings timeout 3600000",
                  "ocp settings sessionTTL 7200000", "A model that is not known is an error"):
         assert line in ran.stdout
@@ -165,7 +165,7 @@ def test_a_working_folder_is_the_instance_if_it_is_one(lab: Lab) -> None:
 
     ran = lab.run("import", config(lab, text), "--yes")
 
-    assert "is no OpenClaw's" in ran.stdout
+    assert "is not an OpenClaw state folder" in ran.stdout
     assert lab.server.tenants["one"]["profile"]["instance"]["where"] == str(local.parent)
     assert lab.server.tenants["two"]["profile"]["instance"] is None
 
@@ -211,14 +211,14 @@ REFUSED = [
     ("a: &x 1", 1, "an anchor"), ("a: 1\nb: *x", 2, "an anchor"), ("a: !!int 1", 1, "a tag"),
     ("a: [1]", 1, "on one line"), ("a: {b: 1}", 1, "on one line"), ("a: 1\n\tb: 2", 2, "a tab"),
     ("a: 1\n\na: 2", 3, "a is there twice"), ("a: 'x", 1, "does not end on its line"),
-    ('a: "x', 1, "does not end on its line"), ('a: "x" y', 1, "in quotes"),
+    ('a: "x', 1, "does not end on its line"), ('a: "x" y', 1, "quoted string"),
     ("a: b: c", 1, "put it into quotes"), ("a: 1\n  more", 2, "deeper"), ("a: one\n two", 2, "dee"),
-    ("a", 1, "no name with a colon"), ("? a", 1, "no name with a colon"), ("a: @x", 1, "no plain"),
-    ("<<: 1", 1, "no name with a colon"), ("a: |x\n  b", 1, "no beginning"),
-    ("a:\n    b: 1\n  c: 2", 3, "deeper"), ("a: 2024-01-01", 1, "no text"),
-    ("a: .inf", 1, "no text"),
-    ("a: 1\n---\nb: 2", 2, "no name with a colon"), ('a: "\\q"', 1, "stands for nothing"),
-    ("%YAML 1.2", 1, "no name"), ("- a\nb: 1", 2, "does not belong"), ("a: - b", 1, "no plain"),
+    ("a", 1, "name and a colon"), ("? a", 1, "name and a colon"), ("a: @x", 1, "not a plain"),
+    ("<<: 1", 1, "name and a colon"), ("a: |x\n  b", 1, "invalid start"),
+    ("a:\n    b: 1\n  c: 2", 3, "deeper"), ("a: 2024-01-01", 1, "not a string"),
+    ("a: .inf", 1, "not a string"),
+    ("a: 1\n---\nb: 2", 2, "name and a colon"), ('a: "\\q"', 1, "unknown escape"),
+    ("%YAML 1.2", 1, "a name"), ("- a\nb: 1", 2, "does not belong"), ("a: - b", 1, "plain"),
     ("a:\n  - b\n   - c", 3, "deeper")]
 
 

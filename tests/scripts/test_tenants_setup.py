@@ -211,11 +211,11 @@ def test_a_stopped_container_is_set_up_and_it_says_what_is_left(lab: Lab) -> Non
     ran = lab.run("setup", "--yes")
 
     assert ran.code == 0 and (root / KEY_FILE).exists()
-    assert "stopped: the address cannot be proved" in ran.stdout
+    assert "stopped: the address cannot be tested" in ran.stdout
     assert "start it and run `ocp tenants check alice`" in ran.stdout
     assert config_of(root / CONFIG_FILE)["models"]["providers"]["claude-local"]["baseUrl"] == (
         f"http://172.17.0.1:{lab.port}/v1")
-    assert "ocp-key is left there, empty" in lab.run("undo", "--yes").stdout
+    assert "ocp-key stays there, empty" in lab.run("undo", "--yes").stdout
     assert (root / CONFIG_FILE).read_text() == CONFIG and not (root / KEY_FILE).read_text()
 
 
@@ -441,7 +441,7 @@ def test_a_key_in_the_container_that_openclaw_would_refuse_is_written_again(
 
     ran = lab.run("apply", "--yes")
 
-    assert ran.code == 0 and "the file of its key" in ran.stdout
+    assert ran.code == 0 and "its key file" in ran.stdout
     assert (root / KEY_FILE).read_text().strip() == lab.server.keys["alice"]["secret"]
     assert lab.docker.owner("alice-openclaw-gateway-1", f"/{KEY_FILE}")[2] == 0o600
     assert ["exec", "--", "alice-openclaw-gateway-1", "openclaw", "secrets", "reload"] in (
@@ -543,7 +543,7 @@ def test_while_one_run_changes_something_another_is_refused_and_may_look(
     lab: Lab, words: tuple[str, ...]
 ) -> None:
     container(lab)
-    with tenants.alone(lab.world()):
+    with tenants.exclusive_run(lab.world()):
         ran = lab.run(*words)
 
         assert ran.code == 1 and "Another `ocp tenants`" in ran.stderr and not lab.server.keys
@@ -629,7 +629,7 @@ def test_a_file_that_changes_meanwhile_is_planned_again_three_times(
     assert ran.code == code, ran
     config = config_of(root / CONFIG_FILE)
     assert "n" in config and ("models" in config) is (code == 0)
-    assert code == 0 or "was changed by something else each time" in ran.stdout
+    assert code == 0 or "another program kept changing" in ran.stdout
 
 
 @pytest.mark.parametrize("route", [
@@ -675,7 +675,7 @@ def test_a_server_without_tenants_is_to_be_updated(lab: Lab) -> None:
 
     ran = lab.run("setup", "--yes")
 
-    assert ran.code == 1 and "has no tenants: update it" in ran.stderr
+    assert ran.code == 1 and "does not support tenants: update it" in ran.stderr
 
 
 def test_a_server_that_is_not_there_and_a_wrong_key_have_their_codes(lab: Lab) -> None:
@@ -763,7 +763,7 @@ def test_a_running_gateway_of_a_folder_is_to_read_its_new_key(lab: Lab) -> None:
     assert "secrets reload" not in lab.run("setup", "--yes").stdout
     lab.server.keys["openclaw-local"]["secret"] = "x" * 40
 
-    assert "`openclaw secrets reload` lets a running gateway" in lab.run("apply", "--yes").stdout
+    assert "run `openclaw secrets reload` so that" in lab.run("apply", "--yes").stdout
 
 
 def test_undo_needs_no_server(lab: Lab) -> None:

@@ -111,8 +111,9 @@ def test_what_no_skill_may_hold_is_left_out_and_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(("home", "reason"), [
-    ("--help", "no name"), ("$(touch x)", "no name"), ("a;b", "no name"), ("n" * 65, "no name"),
-    ("1/2/3/4/5/6/7/deep", "too deep"), ("GOOD2", ""), ("Bad Name!", "no name")])
+    ("--help", "not a valid"), ("$(touch x)", "not a valid"), ("a;b", "not a valid"),
+    ("n" * 65, "not a valid"),
+    ("1/2/3/4/5/6/7/deep", "too deep"), ("GOOD2", ""), ("Bad Name!", "not a valid")])
 def test_a_skill_whose_folder_has_no_fit_name_is_left_out(home: str, reason: str) -> None:
     content = tar_of(entry("skills/good/SKILL.md"), entry(f"skills/{home}/SKILL.md"))
 
@@ -359,7 +360,7 @@ def test_a_skill_that_could_not_be_kept_whole_is_not_replaced(lab: Lab) -> None:
 
     ran = lab.run("skills", "pull", "--overwrite")
 
-    assert "something was left out" in ran.stdout
+    assert "a part was left out" in ran.stdout
     assert (own(lab) / "one/SKILL.md").read_text() == TEXT
 
 
@@ -520,7 +521,7 @@ def test_clean_moves_what_came_by_a_sync_and_is_unchanged_to_the_backup(lab: Lab
 
     ran = lab.run("skills", "clean")
 
-    assert "Z: one\n" in ran.stdout and "not whole: three, two\n" in ran.stdout
+    assert "Z: one\n" in ran.stdout and "incomplete: three, two\n" in ran.stdout
     assert sorted(os.listdir(own(lab))) == ["mine", "three", "two"]
     [kept] = (lab.ocp_home / "tenants/alice/backup").iterdir()
     assert os.listdir(kept) == ["one"]

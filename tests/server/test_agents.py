@@ -237,7 +237,7 @@ def test_where_it_cannot_be_confined_no_claude_is_started(tmp_path: Path) -> Non
         bubblewrap.unlink()
         socat.unlink()
 
-        assert "WebFetch is a tool that claude does not confine" in refusal(server, key)
+        assert "claude cannot confine the tool WebFetch" in refusal(server, key)
         change(server, "alice", tools=["Read"])
         assert "apt-get install bubblewrap socat" in refusal(server, key)
         replace(bubblewrap, "echo 'no namespaces for you' >&2; exit 1")
