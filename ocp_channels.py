@@ -5625,7 +5625,11 @@ class App:
         if not lock(self._lock_file):
             self._lock_file.close()
             raise Problem(Exit.FAILED, f"A gateway runs already; see `{PROGRAM} status`.")
-        self._store = Store(os.path.join(home, DATABASE))
+        try:
+            self._store = Store(os.path.join(home, DATABASE))
+        except OSError:
+            self._lock_file.close()
+            raise
         running: dict[str, LiveAccount] = {}
         self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"], running)
         self._callbacks = Callbacks(self._store, log, self.settings.top, running)
