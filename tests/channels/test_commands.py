@@ -13,6 +13,7 @@ import pytest
 
 from channel_rows import channels
 from fake_agent import FakeAgent, refused
+from fake_discord import FakeDiscord
 from fake_telegram import BOT_NAME, FakeTelegram
 from gateway import Gateway
 from waiting import eventually
@@ -93,6 +94,29 @@ def test_start_status_and_stop_from_several_shells(gateway: Gateway) -> None:
     assert gateway.run("status").code == 3
 
 
+def test_one_channel_stops_and_starts_while_another_goes_on(gateway: Gateway) -> None:
+    telegram = gateway.telegram
+    with FakeDiscord() as discord:
+        gateway.settings["channels"]["discord"] = {
+            "token": discord.token, "apiRoot": discord.url, "allowFrom": ["1000"]}
+        gateway.start()
+        eventually(lambda: gateway.status()["running"] == 2)
+        stop = ("channels", "stop", "--channel", "telegram")
+        assert gateway.run(*stop).stdout == "Stopped: telegram:default\n"
+        assert gateway.run(*stop).stdout.startswith("Nothing changed")
+        asked = len(telegram.called("getUpdates"))
+        telegram.say("while it was stopped")
+        discord.say("hello")
+        eventually(lambda: discord.screen(discord.dm("1000")) == ["You said: hello"])
+        assert len(telegram.called("getUpdates")) == asked and not telegram.screen(1000)
+        assert {each["id"]: each["status"] for each in gateway.status()["channels"]} == {
+            "telegram": "stopped", "discord": "running"}
+        assert gateway.run("start", "--channel", "telegram").stdout == (
+            "Started: telegram:default\n")
+        assert eventually(lambda: telegram.screen(1000) == ["You said: while it was stopped"])
+        assert len(discord.connections) == 1
+
+
 @pytest.mark.slow
 def test_one_account_stops_and_starts_while_another_goes_on(gateway: Gateway) -> None:
     add(gateway)
@@ -161,11 +185,17 @@ def test_what_cannot_be_done_says_what_to_do(
     assert done.code == code and told in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["grammy", "@openclaw/qqbot"])
-def test_packages_of_the_original_gateway_are_built_in(gateway: Gateway, name: str) -> None:
-    done = gateway.run("channels", "plugins", "install", name) if name == "" else gateway.run(
-        "plugins", "install", name)
-    assert done.code == 0 and "Built in" in done.stdout
+@pytest.mark.parametrize(("name", "channel"), [
+    ("grammy", "telegram"), ("@tencent-weixin/openclaw-weixin", "openclaw-weixin"),
+    ("@dingtalk-real-ai/dingtalk-connector", "dingtalk-connector"), ("@openclaw/qqbot", "qqbot"),
+    ("@tencent-connect/openclaw-qqbot", "qqbot")])
+def test_packages_of_the_original_gateway_are_built_in(
+    gateway: Gateway, name: str, channel: str
+) -> None:
+    done = gateway.run("channels", "plugins", "install", name)
+    assert (done.code, done.stdout) == (
+        0, f"Built in: {channel}. Nothing has to be installed.\n")
+    assert not (gateway.home / "channels").exists()
 
 
 def test_list_remove_version_and_outbox(gateway: Gateway) -> None:
