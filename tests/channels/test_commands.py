@@ -155,6 +155,39 @@ def test_a_token_that_is_refused_is_not_saved(gateway: Gateway) -> None:
     assert not (gateway.home / "channels.json").exists()
 
 
+def test_a_gateway_that_cannot_do_something_says_why_and_goes_on(tmp_path: Path) -> None:
+    home, tried = tmp_path, []
+
+    def perform(request: Json) -> Json:
+        tried.append(request)
+        if len(tried) == 1:
+            raise OSError("channels.db: database or disk is full")
+        return {"pid": 7}
+
+    control = channels.Control(str(home / "channels.sock"), perform)
+    real, failures = control._socket, [OSError("Too many open files"), RuntimeError("no thread")]
+
+    class Full:
+        """A socket that fails as one does on a machine that has nothing left."""
+
+        def accept(self) -> Any:
+            if failures:
+                raise failures.pop()
+            return real.accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    control._socket = Full()
+    thread = channels.spawn(control.run)
+    assert channels.ask_gateway(str(home), {"do": "status"}) == {
+        "error": "The gateway cannot do that: channels.db: database or disk is full"}
+    assert channels.ask_gateway(str(home), {"do": "end"}) == {"pid": 7} and not failures
+    control.end()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_a_platform_that_cannot_be_reached_is_a_warning(gateway: Gateway) -> None:
     done = gateway.run("add", "--channel", "telegram", "--token", "1:some-token", "--apiRoot",
                        "http://127.0.0.1:1")

@@ -1,5 +1,5 @@
-"""A gateway with every platform, each of which sends what no platform should: it goes on with all of
-them, and keeps nothing of that."""
+"""A gateway with every platform, each of which sends what no platform should: it goes on with all
+of them, and keeps nothing of that."""
 
 from __future__ import annotations
 

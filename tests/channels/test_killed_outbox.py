@@ -1,5 +1,5 @@
 """What kill -9 leaves behind of an answer in parts, some of which the platform takes only after the
-next message: every part comes, in order, and twice only where nobody can tell whether it was sent."""
+next message: every part comes, in order, and twice only where nobody can tell whether it went."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ def answer_in_parts(request: Request) -> Reply:
     return whole({"choices": [{"message": {"content": "\n\n".join(paragraphs)}}]})
 
 
+def wanted_parts(number: int) -> list[str]:
+    """What is to be read of a story, by marks."""
+    return [*(f"[{number}.{part}]" for part in range(PARTS)), f"You said: go on {number}"]
+
+
 class Story:
     """Somebody asks, and goes on when he has read as much as comes without that."""
 
@@ -78,9 +83,8 @@ class Story:
 
     def parts(self) -> list[str]:
         """The parts on the screen, by their marks, in order."""
-        marks = [f"[{self._number}.{part}]" for part in range(PARTS)]
-        return [mark for text in self.screen() for mark in [*marks, f"You said: go on {self._number}"]
-                if mark in text]
+        marks = wanted_parts(self._number)
+        return [mark for text in self.screen() for mark in marks if mark in text]
 
 
 class Kill(NamedTuple):
@@ -139,7 +143,7 @@ def stories(platform: Platform, steps: range) -> Iterator[tuple[int, Kill, list[
 def test_every_part_of_an_answer_comes_wherever_the_gateway_was_killed(platform: Platform) -> None:
     every, states = by_depth(40, 24, 1), set[str]()
     for number, kill, parts in stories(platform, range(9, 300, every)):
-        wanted = [*(f"[{number}.{part}]" for part in range(PARTS)), f"You said: go on {number}"]
+        wanted = wanted_parts(number)
         assert list(dict.fromkeys(parts)) == wanted, kill
         for mark in wanted:
             may_be_doubled = mark in kill.being_sent and not platform.knows_parts

@@ -454,3 +454,152 @@ def test_commands_in_any_case_and_in_chinese(chat: Chat, word: str) -> None:
 def test_stop_without_a_turn_is_answered_at_once(chat: Chat) -> None:
     chat.say("/stop")
     assert eventually(lambda: chat.channel.sent == ["There is nothing to stop."], timeout_s=5)
+
+
+def test_an_answer_of_which_a_part_is_held_is_held_to_its_end(agent: FakeAgent) -> None:
+    paragraphs = [f"{chr(97 + n)}" * 250 + "\n\n" for n in range(6)]
+    with Chat(agent.url, row=BUDGET_ROW._replace(budget=10)) as chat:
+        chat.channel.failures.put(SendFailed("held", "-2"))
+        agent.enqueue(streamed(*paragraphs, pause_s=0.1))
+        chat.say("much")
+        eventually(lambda: not chat.store.open_lanes() and not chat.app.lanes.count())
+        assert {status for status, _ in chat.outbox()} == {"held"} and not chat.channel.sent
+        chat.say("again")
+        eventually(lambda: chat.channel.sent[-1:] == ["You said: again"])
+        assert "".join(chat.channel.sent[:-1]).replace("\n", "") == "".join(paragraphs).replace(
+            "\n", "")
+
+
+def test_a_chat_that_always_has_to_wait_does_not_hold_up_another(chat: Chat) -> None:
+    send, refused_chats = chat.channel.send, []
+
+    def send_to_others(route: Any, part: Any) -> str:
+        if route["to"] == "slow":
+            refused_chats.append(1)
+            raise SendFailed("wait", "slow down", 0.05)
+        return str(send(route, part))
+
+    chat.channel.send = send_to_others  # type: ignore[method-assign]
+    chat.say("one", chat="slow")
+    eventually(lambda: len(refused_chats) > 1)
+    for number in range(3):
+        chat.say(f"m{number}", chat=f"other{number}")
+    assert eventually(lambda: sorted(chat.channel.sent) == [
+        f"You said: m{number}" for number in range(3)])
+
+
+def test_a_message_that_cannot_be_read_does_not_hold_up_other_chats(chat: Chat) -> None:
+    with chat.store.transaction():
+        for number, content in enumerate(("no JSON", '{"of": "a newer version"}', "[]"), 1):
+            chat.store.put_in(chat.live.id, f"odd{number}", message(id=str(number)))
+            chat.store.run("UPDATE inbox SET message=? WHERE id=?", content, number)
+    chat.say("hello", id="9")
+    eventually(lambda: chat.channel.sent == ["You said: hello"])
+    assert (chat.folder / "channels.log").read_text().count("a turn failed") >= 3
+
+
+def test_a_part_whose_route_cannot_be_read_does_not_hold_up_other_chats(chat: Chat) -> None:
+    chat.store.put_out(chat.live.id, "odd", 0, [channels.OutRow("a", {})])
+    chat.store.run("UPDATE outbox SET route='no JSON'")
+    chat.say("hello")
+    assert eventually(lambda: chat.channel.sent == ["You said: hello"])
+
+
+def test_a_machine_without_a_thread_left_answers_later(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = threading.Thread.start, [1, 1]
+
+    def start_later(thread: threading.Thread) -> None:
+        if thread.name == "turn" and failures:
+            failures.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(channels, "_RETRY_TURN_S", 0.1)
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    chat.say("hello")
+    assert eventually(lambda: chat.channel.sent == ["You said: hello"]) and not failures
+
+
+def test_halves_of_characters_in_errors_and_names_are_no_fault(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Chat(agent.url) as chat:
+        chat.store.run("INSERT INTO people VALUES (?,'1000','','{}','','',1,0)", chat.live.id)
+        agent.enqueue(refused(401, "invalid_api_key", "why \ud83d"))
+        chat.channel.failures.put(SendFailed("wait", "later \ud800", 0.1))
+        chat.say("hello")
+        assert "why ?" in eventually(lambda: chat.channel.sent)[0]
+        monkeypatch.setattr(agent, "models", ["sonnet", "half-\udc00"])
+        chat.say("/model")
+        assert "half-\ufffd" in eventually(lambda: chat.channel.sent[1:])[0]
+
+
+@pytest.mark.parametrize("text", ["```\n```", "\n \n", "****\n\n```py\n```\n\nhi"])
+def test_no_part_of_an_answer_shows_nothing(chat: Chat, agent: FakeAgent, text: str) -> None:
+    agent.enqueue(streamed(text))
+    chat.say("hello")
+    sent = eventually(lambda: chat.channel.sent)
+    assert sent == ["I have nothing to say to that." if "hi" not in text else text]
+
+
+def test_a_pause_that_is_asked_for_is_kept_by_typing_too(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=ROW._replace(typing_every_s=0.05)) as chat:
+        called: list[float] = []
+
+        def refuse_to_type(route: Any, is_over: bool = False) -> None:
+            if not is_over:
+                called.append(time.monotonic())
+                raise SendFailed("wait", "slow down", 0.6)
+
+        chat.channel.type = refuse_to_type  # type: ignore[method-assign]
+        agent.enqueue(streamed("a", "b", pause_s=1.5))
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent == ["ab"])
+    assert 2 <= len(called) <= 3
+    assert all(later - sooner >= 0.6 for sooner, later in zip(called, called[1:]))
+
+
+EDIT_ROW = ROW._replace(can_edit=True, edit_every_s=0.05, limit=500)
+
+
+def test_what_was_shown_of_a_longer_answer_before_a_restart_is_taken_back(
+    agent: FakeAgent,
+) -> None:
+    lane = "made-up:default:1000"
+    with Chat(agent.url, row=EDIT_ROW) as chat:
+        chat.app.lanes.nudge(lane, 60.0)
+        with chat.store.transaction():
+            chat.store.put_in(chat.live.id, lane, message("old"))
+            chat.store.run("UPDATE inbox SET attempts=1, progress=?",
+                           '{"shown": [["7", "long"], ["8", "longer"], ["9", "the longest"]]}')
+        chat.app.lanes.nudge(lane)
+        eventually(lambda: len(chat.channel.sent) == 3)
+        assert chat.channel.sent == [("7", "You said: old"), *(
+            (number, channels._WITHDRAWN) for number in "89")]
+
+
+def test_lanes_and_chats_that_are_quiet_are_forgotten(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=ROW._replace(pace_s=0.01), allowFrom=["*"], dmPolicy="open") as chat:
+        for number in range(20):
+            chat.say("hello", sender=str(number))
+            chat.say("/stop", sender=str(number))
+        eventually(lambda: not chat.store.open_lanes() and not chat.app.lanes.count())
+        eventually(lambda: not chat.store.next_out(chat.live.id))
+        time.sleep(0.4)
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent[-1] == "You said: hello")
+        assert len(chat.app.lanes._quiet_s) <= 1 and len(chat.live.sender._pace_s) <= 1
+
+
+def test_an_account_that_has_failed_is_not_running_because_something_was_heard(
+    chat: Chat,
+) -> None:
+    for status in ("failed", "login needed", "stopped"):
+        chat.live.status, chat.live.why = status, "why"
+        chat.live.note_frame()
+        assert (chat.live.status, chat.live.why) == (status, "why")
+    chat.live.status = "retrying"
+    chat.live.note_frame()
+    assert (chat.live.status, chat.live.why) == ("running", "")

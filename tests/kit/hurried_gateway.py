@@ -1,5 +1,6 @@
-"""ocp_channels.py with shorter pauses, where a test would have to wait for long. Its arguments are the
-pauses, such as _DRAIN_S=1, and then those of ocp_channels.py."""
+"""ocp_channels.py with shorter pauses, where a test would have to wait for long.
+
+Its arguments are the pauses, such as _DRAIN_S=1, and then those of ocp_channels.py."""
 
 from __future__ import annotations
 
