@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -44,6 +45,11 @@ def gateway() -> Iterator[Gateway]:
         finally:
             made.run("stop")
             made.__exit__()
+
+
+def all_have(count: int, *agents: FakeAgent) -> bool:
+    """Whether each of these agents has been called so often."""
+    return all(len(agent.headers) == count for agent in agents)
 
 
 def add(gateway: Gateway, *more: str) -> str:
@@ -316,15 +322,108 @@ def test_a_channel_in_a_file_of_the_owners_talks_until_the_file_changes(
         file.write("# changed\n")
     assert "not what was installed" in gateway.run("plugins", "list").stdout
     assert gateway.run("start").code == 2
+    (gateway.home / "channels" / "unknown.py").write_text(PLUGIN.replace("echo", "unknown"))
+    gateway.settings["channels"] = {"telegram": {"botToken": gateway.telegram.token,
+                                                 "apiRoot": gateway.telegram.url}}
+    answer.unlink()
+    gateway.start()
+    status = gateway.run("status").stdout
+    assert "plugin echo.py is not loaded: its content is not what was installed" in status
+    assert "plugin unknown.py is not loaded: its content is not what was installed" in status
+    assert not answer.exists()
+    gateway.kill()
     assert gateway.run("plugins", "remove", "echo").code == 0
 
 
 def test_the_file_of_the_original_gateway_is_used_in_place(gateway: Gateway) -> None:
     path = gateway.home / ".openclaw-channel-gateway" / "ocg.json"
     path.parent.mkdir()
+    gateway.settings["_mine"] = "kept"
     path.write_text(json.dumps(gateway.settings))
+    path.chmod(0o600)
     assert gateway.run("list").stdout == "telegram\n"
+    assert "Saved telegram:default" in add(gateway, "--allowFrom", "1000")
+    assert json.loads(path.read_text())["_mine"] == "kept"
+    assert gateway.run("start", "-d", "--log-dir", str(gateway.home)).code == 0
+    assert f"settings {path}, agent {gateway.agent.url}" in gateway.log
+    gateway.telegram.say("hello")
+    eventually(lambda: gateway.telegram.screen(1000) == ["You said: hello"])
     assert not (gateway.home / "channels.json").exists()
+
+
+#: In the form of the original gateway's example: comments at every level, and no credentials yet.
+EXAMPLE = {
+    "_comment": "Copy it to ~/.openclaw-channel-gateway/ocg.json",
+    "agentUrl": "http://127.0.0.1:11434/v1/chat/completions", "_agentUrl": "any agent",
+    "channels": {
+        "_comment": "one object for each channel",
+        "telegram": {"_help": "@BotFather", "enabled": True, "botToken": "YOUR_BOT_TOKEN_HERE"},
+        "openclaw-weixin": {"_help": "channels login", "enabled": True}},
+}
+
+
+def test_the_example_of_the_original_gateway_says_what_each_channel_lacks(
+    gateway: Gateway,
+) -> None:
+    path = gateway.home / "channels.json"
+    path.write_text(json.dumps(EXAMPLE))
+    path.chmod(0o600)
+    assert gateway.run("list").stdout == "telegram\nopenclaw-weixin\n"
+    gateway.settings = EXAMPLE
+    gateway.start()
+    status = gateway.status()
+    assert (status["configured"], status["running"]) == (2, 0)
+    told = eventually(lambda: "login needed  not logged in" in (
+        text := gateway.run("status").stdout) and text)
+    assert "telegram  not configured  botToken missing" in told
+    assert "run ocp channels login --channel openclaw-weixin" in told
+    del EXAMPLE["channels"]["openclaw-weixin"]  # type: ignore[attr-defined]
+    gateway.kill()
+    gateway.write()
+    done = gateway.run("start")
+    assert done.code == 2 and "telegram:default: not configured (botToken)" in done.stderr
+
+
+def test_a_start_tells_every_fault_of_the_settings_at_once(gateway: Gateway) -> None:
+    gateway.settings = {
+        "agentUrl": "ftp://x", "maxTurns": "many", "proxy": "socks5://x", "verbose": [],
+        "channels": {
+            "telegram": {"botToken": "a", "dmPolicy": "opn", "apiRoot": "http://example.com",
+                         "accounts": {"b": {"botToken": "a"}, "c": {"dmPolicy": "open"},
+                                      "d": {"dmPolicy": "allowlist"}, "e": {"dmPolcy": "open"}}},
+            "discord": {"accounts": {"a b": {}}}, "nothing": {}, "qq": 7}}
+    gateway.write()
+    done = gateway.run("start")
+    assert done.code == 2 and not done.stdout
+    for place in ("agentUrl", "maxTurns", "proxy", "verbose", "channels.telegram.dmPolicy",
+                  "channels.telegram.apiRoot", "telegram:b: botToken is that of",
+                  "channels.telegram.accounts.c.dmPolicy", "channels.telegram.accounts.d.allowFrom",
+                  "channels.telegram.accounts.e.dmPolcy", "channels.discord.accounts.a b",
+                  "channels.nothing", "channels.qq"):
+        assert f"{place}" in done.stderr, done.stderr
+    (gateway.home / "channels.json").write_text('{"channels": {\n"telegram" 7}}')
+    done = gateway.run("start")
+    assert done.code == 2 and "not JSON at line 2, column" in done.stderr
+
+
+def test_the_key_of_one_agent_is_never_sent_to_another(gateway: Gateway) -> None:
+    own = gateway.settings["channels"]["telegram"]
+    with FakeAgent() as other, FakeDiscord() as discord:
+        gateway.settings["apiKey"] = "key-of-the-first"
+        gateway.settings["channels"]["discord"] = {
+            "token": discord.token, "apiRoot": discord.url, "allowFrom": own["allowFrom"],
+            "agentUrl": other.url}
+        gateway.start()
+        eventually(lambda: gateway.status()["running"] == 2)
+        for count, text in enumerate(("/model", "hello"), 1):
+            gateway.telegram.say(text)
+            discord.say(text)
+            eventually(functools.partial(all_have, count, gateway.agent, other))
+        assert [each["authorization"] for each in gateway.agent.headers] == [
+            "Bearer key-of-the-first"] * 2
+        assert not any("authorization" in each for each in other.headers)
+        assert "key-of-the-first" not in str([other.headers, other.requests])
+        assert "channels.discord.agentUrl: no key is sent there" in gateway.log
 
 
 def test_everything_on_disk_is_for_the_owner_alone(gateway: Gateway) -> None:
