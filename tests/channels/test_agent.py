@@ -39,8 +39,13 @@ def lines_of(data: bytes) -> Iterable[bytes]:
     return data.splitlines(keepends=True)
 
 
+def test_a_stream_that_comes_byte_by_byte_gives_the_same_text(agent: FakeAgent) -> None:
+    agent.enqueue(raw_stream([(0.001, STREAM[place:place + 1]) for place in range(len(STREAM))]))
+    assert answer_of(agent) == TEXT
+
+
 def test_a_stream_cut_at_every_byte_gives_the_same_text(agent: FakeAgent) -> None:
-    for cut in range(1, len(STREAM), by_depth(29, 17, 3)):
+    for cut in range(1, len(STREAM), by_depth(49, 37, 1)):
         agent.enqueue(raw_stream([(0.0, STREAM[:cut]), (0.001, STREAM[cut:])]))
         assert answer_of(agent) == TEXT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 import threading
 import time
@@ -33,6 +34,7 @@ def chat(agent: FakeAgent) -> Iterator[Chat]:
 def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> None:
     agent.most_running = 0
     with Chat(agent.url, {"maxTurns": 2}, allowFrom=["*"], dmPolicy="open") as chat:
+        agent.enqueue(*[streamed("an ", "answer", pause_s=0.1)] * 12)
         for number in range(30):
             chat.say(f"m{number:02}", sender=str(number % 5))
         eventually(lambda: not chat.store.open_lanes())
@@ -40,7 +42,8 @@ def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> Non
             asked = "".join(request.text for request in agent.requests
                             if request.body["user"].endswith(f":{sender}"))
             assert asked.replace("\n", "") == "".join(f"m{n:02}" for n in range(sender, 30, 5))
-        assert agent.most_running <= 2
+        assert agent.most_running == 2
+        agent._replies.clear()
 
 
 def test_what_was_asked_before_a_kill_is_asked_again_without_what_came_later(
@@ -228,6 +231,53 @@ def test_a_failure_is_told_with_a_reference_that_the_log_has(chat: Chat, agent: 
     reference = text.rpartition("(")[2].rstrip(")")
     assert text.startswith("The assistant needs its owner.") and "wrong" not in text
     assert f"ref={reference}" in (chat.folder / "channels.log").read_text()
+
+
+UNREACHABLE = r"The assistant is not reachable right now\. \((?P<ref>\w+)\)"
+NEEDS_OWNER = r"The assistant needs its owner\. \((?P<ref>\w+)\)"
+CANNOT = r"The assistant cannot take this\. \((?P<ref>\w+)\)"
+
+
+@pytest.mark.parametrize("is_owner", [False, True], ids=["stranger", "owner"])
+@pytest.mark.parametrize(("replies", "text", "more"), [
+    (None, UNREACHABLE, " .*Is OCP running\\? ocp status"),
+    ([streamed("", "never", pause_s=30)], UNREACHABLE, " It took too long\\. Is OCP running\\?.*"),
+    ([refused(500, "x", "why")], UNREACHABLE, " why Is OCP running\\? ocp status"),
+    ([refused(502, "x", "why")] * 4, UNREACHABLE, " why Is OCP running\\? ocp status"),
+    ([refused(401, "upstream_login_required", "why")], NEEDS_OWNER, " why"),
+    ([refused(401, "invalid_api_key", "why")], NEEDS_OWNER, " why"),
+    ([refused(403, "x", "why")], NEEDS_OWNER, " why"),
+    ([refused(503, "claude_unavailable", "why")] * 4, NEEDS_OWNER, " why"),
+    ([refused(429, "insufficient_quota", "why", Retry_After="7200")],
+     r"The limit is used up until \d\d:\d\d\.", ""),
+    ([refused(404, "model_not_found", "why")],
+     'There is no model "sonnet"; /model lists them.', ""),
+    ([refused(400, "context_length_exceeded", "why")] * 2,
+     "This conversation is too long; /new begins another.", ""),
+    ([refused(422, "x", "why")], CANNOT, " why"),
+    ([streamed("")], "I have nothing to say to that.", ""),
+    ([streamed("as far as here", end=b"")],
+     r"as far as here\n\n\(cut off, (?P<ref>\w+)\)", ""),
+])
+def test_what_a_person_reads_of_each_failure_and_its_owner_besides(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, is_owner: bool, replies: Any, text: str,
+    more: str
+) -> None:
+    monkeypatch.setattr(channels, "_RETRY_WAITS_S", (0.0, 0.0, 0.0))
+    url = agent.url if replies else "http://127.0.0.1:1"
+    with Chat(url, agentTimeout=1) as chat:
+        chat.store.run("INSERT INTO people VALUES (?,'1000','','{}','','',?,0)", chat.live.id,
+                       is_owner)
+        agent.enqueue(*replies or [])
+        chat.say("hello")
+        read = eventually(lambda: chat.channel.sent)[0]
+        found = re.fullmatch(text + more * is_owner, read)
+        assert found, read
+        log = (chat.folder / "channels.log").read_text()
+        if "ref" in found.groupdict():
+            assert f"ref={found['ref']}" in log
+        assert is_owner or "why" not in read
+        assert stays(lambda: len(chat.channel.sent), 0.1) == 1
 
 
 def test_an_answer_that_breaks_off_is_kept_and_says_so(chat: Chat, agent: FakeAgent) -> None:
