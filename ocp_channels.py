@@ -1298,7 +1298,6 @@ class Connector:
             each.strip().lower().lstrip(".") for each in
             (environ.get("NO_PROXY", "") or environ.get("no_proxy", "")).split(",") if each.strip()
         ]
-        self._tls = ssl.create_default_context()
 
     def connect(
         self, target: Target, timeout_s: float, *, only_public: bool = False
@@ -1312,7 +1311,7 @@ class Connector:
         try:
             sock.settimeout(timeout_s)
             if target.is_tls:
-                sock = self._tls.wrap_socket(sock, server_hostname=target.host)
+                sock = trusted_servers().wrap_socket(sock, server_hostname=target.host)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         except (OSError, ValueError) as problem:
             sock.close()
@@ -1340,6 +1339,13 @@ class Connector:
             name in ("*", host, f"{host}:{target.port}") or host.endswith(f".{name}")
             for name in self._straight
         )
+
+
+@functools.lru_cache(maxsize=1)
+def trusted_servers() -> ssl.SSLContext:
+    """Return which servers TLS trusts. It is one for all accounts, and made when it is needed: to
+    read the system's certificates takes a while, and they take a megabyte."""
+    return ssl.create_default_context()
 
 
 def open_socket(host: str, port: int, only_public: bool) -> socket.socket:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import socket
 import socketserver
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 
 from channel_tools import FakeTools, channels, receiving
 from fake_discord import FakeDiscord
+from tls_files import write_tls_files
 from waiting import eventually
 
 
@@ -145,6 +148,21 @@ def test_a_platform_behind_a_proxy_is_heard_and_answered_through_it(is_setting: 
             http.close()
         assert discord.screen("91000") == ["hi"] and not discord.faults
         assert set(proxy.asked) == set(hosts)
+
+
+def test_a_server_is_asked_by_tls_only_if_its_certificate_is_trusted(
+    site: Site, http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_tls_files(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files["OCP_TLS_CERT"], files["OCP_TLS_KEY"])
+    site.server.socket = context.wrap_socket(site.server.socket, server_side=True)
+    url = f"https://localhost:{site.port}/3"
+    with pytest.raises(channels.NetworkFailed, match="its certificate is not valid"):
+        http.call("GET", url)
+    trusting = ssl.create_default_context(cafile=files["OCP_TLS_CERT"])
+    monkeypatch.setattr(channels, "trusted_servers", lambda: trusting)
+    assert [http.call("GET", url).body for _ in range(2)] == [b"xxx"] * 2
 
 
 def test_hosts_of_no_proxy_go_straight() -> None:
