@@ -5773,10 +5773,14 @@ class App:
             for name in [each for each in self._accounts if each not in known]:
                 if self._accounts[name].stop.is_set():
                     del self._accounts[name]
-            if any(each.settings["async"] for each in self.settings.accounts):
-                self._callbacks.start()
+            self._listen(self.settings)
             return [each.id for each in self.settings.accounts
                     if is_chosen(each, channel, account) and self._start(each)]
+
+    def _listen(self, settings: Settings) -> None:
+        """Listen for callbacks if an account wants them. Raises Problem."""
+        if any(each.settings["async"] for each in settings.accounts):
+            self._callbacks.start()
 
     def _start(self, account: Account) -> bool:
         old = self._accounts.get(account.id)
@@ -5847,7 +5851,7 @@ class App:
         try:
             if wish == "restart":
                 # Settings that cannot be used must not end what runs.
-                self._load()
+                self._listen(self._load())
             stopped = self.stop_accounts(channel, account) if wish != "start" else []
             started = self.start_accounts(channel, account) if wish != "stop" else []
         except (SettingsError, Problem) as problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import sqlite3
 import threading
 import time
@@ -476,6 +477,18 @@ def test_settings_that_cannot_be_used_do_not_end_what_runs(chat: Chat) -> None:
     chat.path.write_text("{not JSON")
     assert "not JSON" in chat.app.perform({"do": "restart"})["error"]
     assert chat.app.status()["running"] == 1
+
+
+def test_a_port_for_callbacks_that_is_taken_does_not_end_what_runs(agent: FakeAgent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Chat(agent.url, {"callbackPort": port}) as chat:
+            chat.path.write_text(chat.path.read_text().replace(
+                '"allowFrom"', '"async": true, "allowFrom"'))
+            assert f"callbackPort {port}" in chat.app.perform({"do": "restart"})["error"]
+            assert chat.app.status()["running"] == 1
+            chat.say("hello")
+            assert eventually(lambda: chat.channel.sent == ["You said: hello"])
 
 
 def test_what_a_stranger_writes_is_not_kept(chat: Chat) -> None:
