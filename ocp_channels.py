@@ -167,8 +167,9 @@ _DAY_S, _MONTH_S = 86_400.0, 31 * 86_400.0
 
 
 def clean(text: object) -> str:
-    """Return `text` with "?" for control characters, which could steer a terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", "?", str(text))
+    """Return `text` with "?" for control characters, which could steer a terminal, and for
+    surrogates, which cannot be stored."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "?", str(text))
 
 
 def encodable(text: str, alone: str = "replace") -> str:
@@ -1111,13 +1112,17 @@ class Store:
 
     def put_out(self, account: str, chat: str, answer: int, parts: list[OutRow]) -> None:
         """Put the parts of an answer into the outbox. `answer` is the inbox id of the message that
-        it answers, 0 if there is none."""
+        it answers, 0 if there is none. No part overtakes a part of the same answer that is held."""
+        is_held = bool(answer and self.rows(
+            "SELECT 1 FROM outbox WHERE account=? AND chat=? AND answer=? AND status='held'",
+            account, chat, answer))
         for number, part in enumerate(parts, 1):
             self.run(
                 "INSERT INTO outbox (account, chat, answer, route, text, is_last, nonce, edit_id,"
                 " status, at_s) VALUES (?,?,?,?,?,?,?,?,?,?)", account, chat, answer,
-                compact(part.route), part.text, number == len(parts), secrets.token_hex(10),
-                part.edit_id, part.status, self._clock())
+                compact(part.route), encodable(part.text), number == len(parts),
+                secrets.token_hex(10), part.edit_id, "held" if is_held else part.status,
+                self._clock())
 
     def next_out(self, account: str) -> list[sqlite3.Row]:
         """Return each chat's oldest unsent part."""
@@ -1294,7 +1299,6 @@ class Connector:
             each.strip().lower().lstrip(".") for each in
             (environ.get("NO_PROXY", "") or environ.get("no_proxy", "")).split(",") if each.strip()
         ]
-        self._tls = ssl.create_default_context()
 
     def connect(
         self, target: Target, timeout_s: float, *, only_public: bool = False
@@ -1308,7 +1312,7 @@ class Connector:
         try:
             sock.settimeout(timeout_s)
             if target.is_tls:
-                sock = self._tls.wrap_socket(sock, server_hostname=target.host)
+                sock = trusted_servers().wrap_socket(sock, server_hostname=target.host)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         except (OSError, ValueError) as problem:
             sock.close()
@@ -1336,6 +1340,13 @@ class Connector:
             name in ("*", host, f"{host}:{target.port}") or host.endswith(f".{name}")
             for name in self._no_proxy
         )
+
+
+@functools.lru_cache(maxsize=1)
+def trusted_servers() -> ssl.SSLContext:
+    """Return which servers TLS trusts. It is one for all accounts, and made when it is needed: to
+    read the system's certificates takes a while, and they take a megabyte."""
+    return ssl.create_default_context()
 
 
 def open_socket(host: str, port: int, only_public: bool) -> socket.socket:
@@ -3124,6 +3135,8 @@ _QQ_MENTION = re.compile(r"<@!?([\w-]+)>")
 _QQ_FACE = re.compile(r'<faceType=[^>]*?ext="([^">]*)"[^>]*>')
 _QQ_LINK = re.compile(r"://|(?<=\w)\.(?=[A-Za-z]{2})")
 _QQ_MARKDOWN = Markup(link=lambda label, url: f"[{label or url}]({url})")
+#: After these letters of a text, what would ring for somebody, or for everybody, is torn.
+_QQ_CALLS = re.compile(r"@(?=everyone)|<(?=@|qqbot-at-)")
 
 
 class QQPlace(NamedTuple):
@@ -3254,7 +3267,7 @@ class QQ(OpcodeChannel):
         """Send a part and return the id of its message. Raises SendFailed."""
         # Guilds accept Markdown only from some bots, and not in replies.
         is_marked = self._is_markdown and not part.is_plain and route["path"].startswith("/v2/")
-        text = self.render(part.text) if is_marked else render(part.text, PLAIN)
+        text = self.render(part.text) if is_marked else without_calls(render(part.text, PLAIN))
         # The same number when a part is sent again in the same form, another in another form,
         # because a refused message may count as sent.
         number = int(part.nonce[:6], 16) * 8 + 2 * is_marked
@@ -3311,7 +3324,12 @@ class QQ(OpcodeChannel):
 
     def render(self, markdown: str) -> str:
         """Return the text as Markdown, or as plain text if this bot may not send Markdown."""
-        return render(markdown, _QQ_MARKDOWN if self._is_markdown else PLAIN)
+        return without_calls(render(markdown, _QQ_MARKDOWN if self._is_markdown else PLAIN))
+
+
+def without_calls(text: str) -> str:
+    """Return a text for QQ that looks the same and notifies nobody."""
+    return _QQ_CALLS.sub(lambda found: f"{found[0]}\u200b", text)
 
 
 def _qq_face(found: re.Match[str]) -> str:
@@ -4391,7 +4409,8 @@ def stream_texts(lines: Iterable[bytes]) -> Iterator[str]:
     """Yield the texts of server-sent events. Raises AgentFailed."""
     data: list[str] = []
     is_over, size, left = False, 0, _MAX_ANSWER_CHARS
-    for line in lines:
+    # Some agents leave the empty line after the last event out.
+    for line in itertools.chain(lines, (b"",)):
         text = line.decode("utf-8", "replace").rstrip("\r\n")
         if text.startswith("data:"):
             data.append(text[5:])
@@ -4684,7 +4703,7 @@ class _CallbackHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_POST = do_OPTIONS = do_GET = do_PUT = do_DELETE = do_HEAD = _answer  # noqa: N815
+    do_POST = do_OPTIONS = do_GET = do_PUT = do_PATCH = do_DELETE = do_HEAD = _answer  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
         """Write nothing: the path contains the token."""
@@ -4709,8 +4728,13 @@ _AWAITED_TYPING_S = 60.0
 _RETRY_PAUSES_S = (1.0, 5.0, 30.0, 120.0, 600.0)
 #: The minimum for a pause that a platform asks for, and the maximum pause between two tries.
 _MIN_HOLD_S, _MAX_RETRY_PAUSE_S = 0.2, 3600.0
+#: How much later than the parts of other chats a part is sent for which the platform asked for a
+#: pause.
+_AFTER_OTHERS_S = 0.2
 _GIVE_UP_S = 6 * 3600.0
 _MORE = "(more: write anything)"
+#: Replaces a message that is no longer part of the answer.
+_WITHDRAWN = "(The answer ends above.)"
 #: Half of a surrogate pair: JSON can split a character.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_QUOTED_CHARS = 500
@@ -4811,9 +4835,10 @@ class LiveAccount(Tools):
             wake()
 
     def note_frame(self) -> None:
-        """Record that the platform has sent something."""
+        """Record that the platform has sent something. A failed account stays failed: an earlier
+        connection may still deliver something, and so may a probe."""
         self.last_frame_s = time.time()
-        if self.status != "running" and not self.stop.is_set():
+        if self.status in ("starting", "retrying") and not self.stop.is_set():
             self.status, self.why = "running", ""
             self.log("info", "running")
             self.sender.nudge()
@@ -4852,8 +4877,10 @@ class LiveAccount(Tools):
         limit -= len(_MORE) + 2 if row.budget else 0
         # Markup is less than three quarters of a text, so a text above 4 * limit need not be
         # rendered to know that it does not fit.
-        return split_markdown(text, lambda part: len(part) <= 4 * limit and channel.length(
+        parts = split_markdown(text, lambda part: len(part) <= 4 * limit and channel.length(
             channel.render(part)) <= limit)
+        # A message in which nothing shows, such as an empty fence, is taken by no platform.
+        return [part for part in parts if render(part, PLAIN).strip()]
 
     def route(self, message: Message, is_first: bool) -> Json:
         """Return the route for a part of an answer, with whether to quote the message."""
@@ -4944,11 +4971,12 @@ class Sender(Loop):
         return wait_s
 
     def _send(self, row: sqlite3.Row) -> None:
-        channel, route = self._live.channel, json.loads(row["route"])
+        channel = self._live.channel
         if row["id"] not in self._unmarked:
             self._store.set_out(row["id"], "sending")
             part = Part(row["text"], bool(row["is_last"]), row["nonce"], bool(row["is_plain"]))
             try:
+                route = json.loads(row["route"])
                 if row["edit_id"]:
                     channel.edit(route, row["edit_id"], part)
                 else:
@@ -4958,7 +4986,9 @@ class Sender(Loop):
                     "later", f"{type(problem).__name__}: {problem}"))
                 return
             self._unmarked.add(row["id"])
-            self._pace_s[row["chat"]] = time.monotonic() + self._live.account.row.pace_s
+            now_s = time.monotonic()
+            self._pace_s = {chat: s for chat, s in self._pace_s.items() if s > now_s}
+            self._pace_s[row["chat"]] = now_s + self._live.account.row.pace_s
         self._store.set_out(row["id"], "sent")
         self._unmarked.discard(row["id"])
 
@@ -4968,7 +4998,9 @@ class Sender(Loop):
         self._live.log("warning", "not sent", part=row["id"], kind=kind, why=failed)
         if kind == "wait":
             self._live.hold(failed.after_s)
-            store.set_out(row["id"], "pending", 0.0, str(failed))
+            # After the others: one chat that always has to wait must not hold them up for good.
+            due_s = time.time() + max(_MIN_HOLD_S, failed.after_s) + _AFTER_OTHERS_S
+            store.set_out(row["id"], "pending", due_s, str(failed))
         elif kind == "held":
             store.run("UPDATE outbox SET status='held' WHERE account=? AND chat=? AND id>=? AND"
                       " status IN ('pending','sending')", row["account"], row["chat"], row["id"])
@@ -5019,8 +5051,14 @@ class Lanes(Loop):
             return len(self._running)
 
     def _do_due(self) -> float:
-        wait_s = 60.0
-        for lane, account in self._store.open_lanes():
+        wait_s, lanes = 60.0, self._store.open_lanes()
+        with self._lock:
+            # Of a lane in which nothing waits any more nothing has to be known.
+            open_now = {lane for lane, _ in lanes}
+            now_s = time.monotonic()
+            self._quiet_s = {lane: s for lane, s in self._quiet_s.items()
+                             if lane in open_now or s > now_s}
+        for lane, account in lanes:
             live = self.accounts.get(account)
             with self._lock:
                 if self._is_over.is_set() or len(self._running) >= self._most:
@@ -5028,25 +5066,44 @@ class Lanes(Loop):
                 if live is None or live.stop.is_set() or lane in self._running:
                     continue
                 due_s = self._quiet_s.get(lane, 0.0) - time.monotonic()
-            batch = batch_of(self._store.waiting(lane)) if due_s <= 0 else []
-            if batch:
-                turn = Turn(live, lane, batch)
-                with self._lock:
-                    self._running[lane] = turn
-                    self._quiet_s.pop(lane, None)
-                threading.Thread(target=self._run, args=(lane, turn), name="turn",
-                                 daemon=True).start()
-            elif due_s > 0:
+            if due_s > 0:
                 wait_s = min(wait_s, due_s)
+                continue
+            try:
+                self._begin(live, lane)
+            except Exception as problem:  # A fault in one lane must not hold up the others.
+                self._failed(lane, problem)
+                wait_s = min(wait_s, _RETRY_TURN_S)
         return wait_s
+
+    def _begin(self, live: LiveAccount, lane: str) -> None:
+        """Begin the turn that is due in a lane."""
+        batch = batch_of(self._store.waiting(lane))
+        if not batch:
+            return
+        turn = Turn(live, lane, batch)
+        with self._lock:
+            self._running[lane] = turn
+            self._quiet_s.pop(lane, None)
+        try:
+            threading.Thread(target=self._run, args=(lane, turn), name="turn", daemon=True).start()
+        except RuntimeError:
+            # The machine has no thread left.
+            with self._lock:
+                del self._running[lane]
+            raise
+
+    def _failed(self, lane: str, problem: Exception) -> None:
+        """Log that a turn failed, and let the lane be looked at again after a while."""
+        self._log.event("error", "a turn failed", lane=lane, kind=type(problem).__name__,
+                        why=problem)
+        self.nudge(lane, _RETRY_TURN_S)
 
     def _run(self, lane: str, turn: Turn) -> None:
         try:
             turn.run()
         except Exception as problem:  # A fault in one turn must not end the others.
-            self._log.event("error", "a turn failed", lane=lane, kind=type(problem).__name__,
-                            why=problem)
-            self.nudge(lane, _RETRY_TURN_S)
+            self._failed(lane, problem)
         finally:
             with self._lock:
                 del self._running[lane]
@@ -5158,7 +5215,10 @@ class Edits(Growth):
         rows = super().rest(text)
         edits = [row._replace(edit_id=shown[0]) for row, shown in zip(rows, self._shown)
                  if shown[1] != row.text]
-        return edits + rows[len(self._shown):]
+        # The answer that was begun before a restart may have been longer.
+        over = [OutRow(_WITHDRAWN, self._live.route(self._turn.message, False), shown[0])
+                for shown in self._shown[len(rows):] if shown[1] != _WITHDRAWN]
+        return edits + over + rows[len(self._shown):]
 
 
 class Blocks(Growth):
@@ -5275,7 +5335,8 @@ class Turn:
         growth = self._growth()
         try:
             content = self._ask(content, growth)
-            reply = self._text.rstrip() or "I have nothing to say to that."
+            reply = self._text.rstrip() if render(self._text, PLAIN).strip() else (
+                "I have nothing to say to that.")
         except AgentFailed as failed:
             reply = "" if self._ended else self._failure(failed)
             # An unanswered question is not remembered.
@@ -5363,8 +5424,16 @@ class Turn:
     def _type(self, *, is_over: bool = False) -> None:
         # A failure of "typing" must not prevent the answer.
         with contextlib.suppress(Exception):
-            if self.live.account.row.typing_every_s:
-                self.live.channel.type(self.message.route, is_over)
+            is_held = time.monotonic() < self.live.hold_until_s
+            if self.live.account.row.typing_every_s and (is_over or not is_held):
+                self._type_or_hold(is_over)
+
+    def _type_or_hold(self, is_over: bool) -> None:
+        try:
+            self.live.channel.type(self.message.route, is_over)
+        except SendFailed as failed:
+            if failed.kind == "wait":
+                self.live.hold(failed.after_s)
 
     def type_until_called(self) -> None:
         """Show "typing" while a callback is awaited."""
@@ -5632,7 +5701,11 @@ class App:
         if not lock(self._lock_file):
             self._lock_file.close()
             raise Problem(Exit.FAILED, f"A gateway runs already; see `{PROGRAM} status`.")
-        self._store = Store(os.path.join(home, DATABASE))
+        try:
+            self._store = Store(os.path.join(home, DATABASE))
+        except OSError:
+            self._lock_file.close()
+            raise
         running: dict[str, LiveAccount] = {}
         self.lanes = Lanes(self._store, log, self.settings.top["maxTurns"], running)
         self._callbacks = Callbacks(self._store, log, self.settings.top, running)
@@ -5709,10 +5782,14 @@ class App:
             for name in [each for each in self._accounts if each not in known]:
                 if self._accounts[name].stop.is_set():
                     del self._accounts[name]
-            if any(each.settings["async"] for each in self.settings.accounts):
-                self._callbacks.start()
+            self._listen(self.settings)
             return [each.id for each in self.settings.accounts
                     if is_chosen(each, channel, account) and self._start(each)]
+
+    def _listen(self, settings: Settings) -> None:
+        """Listen for callbacks if an account wants them. Raises Problem."""
+        if any(each.settings["async"] for each in settings.accounts):
+            self._callbacks.start()
 
     def _start(self, account: Account) -> bool:
         old = self._accounts.get(account.id)
@@ -5784,7 +5861,7 @@ class App:
         try:
             if action == "restart":
                 # Invalid settings must not stop what is running.
-                self._load()
+                self._listen(self._load())
             stopped = self.stop_accounts(channel, account) if action != "start" else []
             started = self.start_accounts(channel, account) if action != "stop" else []
         except (SettingsError, Problem) as problem:
@@ -5879,6 +5956,7 @@ class Control:
         """Listen, for this user only. The caller holds the lock, so an existing socket file is
         stale. Raises Problem."""
         self._path, self._perform = path, perform
+        self._is_over = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -5896,20 +5974,28 @@ class Control:
 
     def run(self) -> None:
         """Answer requests until the end."""
-        with contextlib.suppress(OSError):
-            while True:
+        while not self._is_over.is_set():
+            try:
                 peer = self._socket.accept()[0]
                 spawn(functools.partial(self._answer, peer))
+            except (OSError, RuntimeError):
+                # The machine has no descriptor or no thread left, or this is the end.
+                self._is_over.wait(1.0)
 
     def _answer(self, peer: socket.socket) -> None:
         with peer, contextlib.suppress(OSError):
             peer.settimeout(_SOCKET_TIMEOUT_S)
             with peer.makefile("rb") as file:
-                answer = self._perform(json_object(file.readline(65_536)))
+                request = json_object(file.readline(65_536))
+            try:
+                answer = self._perform(request)
+            except Exception as problem:  # Whoever waits has to be told.
+                answer = {"error": f"The gateway cannot do that: {reason_of(problem)}"}
             peer.sendall(compact(answer).encode("ascii") + b"\n")
 
     def end(self) -> None:
         """Stop answering, and remove the socket."""
+        self._is_over.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

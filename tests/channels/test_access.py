@@ -153,6 +153,27 @@ def test_what_was_counted_while_the_clock_was_wrong_refuses_nobody(
     assert not access.judge(one, message()).reason
 
 
+@pytest.mark.parametrize(("most", "is_owner"), [(2, True), (0, False)])
+def test_the_owner_and_an_account_without_a_limit_are_never_refused(
+    access: Any, store: Any, most: int, is_owner: bool
+) -> None:
+    one = account(allowFrom=["*"], dmPolicy="open", perSenderHour=most)
+    store.run("INSERT INTO people VALUES (?,'1000','','{}','','',?,0)", one.id, is_owner)
+    for number in range(100):
+        assert access.judge(one, message(id=str(number))) == channels.Verdict()
+        store.put_in(one.id, "lane", message(), is_done=True)
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"allowFrom": []}, {"groupAllowFrom": []}, {"allowFrom": ["1000"], "groupAllowFrom": []},
+    {"allowFrom": ["*"], "groupAllowFrom": []}, {"groups": {"*": {"allowFrom": []}}},
+])
+def test_an_empty_list_is_nobody_however_open_a_group_is(access: Any, values: Any) -> None:
+    written = message(chat="-5", kind="group", group="-5", place="-5", is_mentioned=True)
+    one = account(groupPolicy="open", requireMention=False, **values)
+    assert access.judge(one, written).reason == "not in groupAllowFrom"
+
+
 def test_beyond_the_limit_of_an_hour_one_sentence_and_then_silence(
     access: Any, store: Any, now: Now
 ) -> None:

@@ -39,8 +39,13 @@ def lines_of(data: bytes) -> Iterable[bytes]:
     return data.splitlines(keepends=True)
 
 
+def test_a_stream_that_comes_byte_by_byte_gives_the_same_text(agent: FakeAgent) -> None:
+    agent.enqueue(raw_stream([(0.001, STREAM[place:place + 1]) for place in range(len(STREAM))]))
+    assert answer_of(agent) == TEXT
+
+
 def test_a_stream_cut_at_every_byte_gives_the_same_text(agent: FakeAgent) -> None:
-    for cut in range(1, len(STREAM), by_depth(29, 17, 3)):
+    for cut in range(1, len(STREAM), by_depth(49, 37, 1)):
         agent.enqueue(raw_stream([(0.0, STREAM[:cut]), (0.001, STREAM[cut:])]))
         assert answer_of(agent) == TEXT
 
@@ -51,13 +56,15 @@ def test_a_stream_cut_at_every_byte_gives_the_same_text(agent: FakeAgent) -> Non
     b'data: {"choices":[{"delta":{"reasoning_content":"hm"}}]}\n\n' + chunk("Hi")
     + b"data: [DONE]\n\n",
     b"data: no json\n\ndata: 3\n\ndata: {}\n\n" + chunk("Hi") + b"data: [DONE]\n\n",
+    chunk("Hi") + b"data: [DONE]\n", chunk("Hi") + b"data: [DONE]",
+    b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n',
 ])
 def test_forms_of_a_stream(data: bytes) -> None:
     assert "".join(channels.stream_texts(lines_of(data))) == "Hi"
 
 
 @pytest.mark.parametrize(("data", "code"), [
-    (chunk("Hi"), "cut_off"),
+    (chunk("Hi"), "cut_off"), (chunk("Hi") + b'data: {"choices": [{"del', "cut_off"),
     (chunk("Hi") + b'data: {"error": {"message": "m", "code": "c"}}\n\n', "c"),
 ])
 def test_a_stream_that_breaks_off_is_a_failure_after_its_text(data: bytes, code: str) -> None:

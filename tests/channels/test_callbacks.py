@@ -82,7 +82,8 @@ def test_forms_of_a_reply(reply: Any, text: str) -> None:
     ("POST", "", {"token": TOKEN}, 400, "the token belongs in the path"),
     ("POST", "/abc", {"reply": "a"}, 404, "not found"),
     ("POST", f"/{TOKEN.replace('0', 'A')}", {"reply": "a"}, 404, "not found"),
-    ("GET", f"/{TOKEN}", None, 405, "use POST"),
+    ("GET", f"/{TOKEN}", None, 405, "use POST"), ("PATCH", f"/{TOKEN}", None, 405, "use POST"),
+    ("PUT", "/abc", None, 404, "not found"),
     ("POST", f"/{TOKEN}", b"x" * 1_048_577, 413, "more than"),
     ("POST", f"/{TOKEN}", b"no json", 400, "not a JSON object"),
     ("POST", f"/{TOKEN}", [1], 400, "not a JSON object"),
@@ -110,6 +111,37 @@ def test_a_call_has_to_be_signed_where_there_is_a_secret(signed: Chat, agent: Fa
     other = hmac.new(b"secret", b'{"reply": "b"}', hashlib.sha256).hexdigest()
     assert call(url, body, headers={"X-OCG-Signature": f"sha256={other}"})[0] == 401
     assert call(url, body, headers={"X-OCG-Signature": f"sha256={right.upper()}"})[0] == 200
+
+
+def test_what_is_wrong_with_a_call_is_told_in_the_order_of_its_checks(
+    signed: Chat, agent: FakeAgent
+) -> None:
+    url = ask(signed, agent)
+    base, large = url.rpartition("/")[0], b"x" * 1_048_577
+
+    def status_of(path: str, body: bytes, *, is_signed: bool = False, method: str = "POST") -> int:
+        digest = hmac.new(b"secret", body, hashlib.sha256).hexdigest()
+        headers = {"X-OCG-Signature": f"sha256={digest}"} if is_signed else {}
+        return call(base + path, body, method, headers)[0]
+
+    good, token = b'{"reply": "a"}', f"/{url.rpartition('/')[2]}"
+    assert [
+        status_of(token, large, method="OPTIONS"), status_of("", large), status_of("/abc", large),
+        status_of(token, large, method="GET"), status_of(token, large),
+        status_of(token, b"no json"), status_of(f"/{TOKEN}", b"no json", is_signed=True),
+        status_of(f"/{TOKEN}", good, is_signed=True), status_of(token, good, is_signed=True),
+        status_of(token, good, is_signed=True)] == [
+        204, 400, 404, 405, 413, 401, 400, 404, 200, 404]
+
+
+def test_pages_of_other_sites_may_call(chat: Chat, agent: FakeAgent) -> None:
+    http = channels.Http(channels.Connector("", {}))
+    for method, body in (("OPTIONS", None), ("POST", {"reply": "a"}), ("POST", {"reply": "a"})):
+        headers = http.call(method, ask(chat, agent), body).headers
+        assert headers["access-control-allow-origin"] == "*"
+        assert headers["access-control-allow-methods"] == "POST, OPTIONS"
+        assert headers["access-control-allow-headers"] == "Content-Type, X-OCG-Signature"
+    http.close()
 
 
 def test_of_two_calls_at_once_one_is_taken(chat: Chat, agent: FakeAgent) -> None:

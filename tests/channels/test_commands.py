@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from channel_rows import channels
 from fake_agent import FakeAgent, refused
+from fake_discord import FakeDiscord
 from fake_telegram import BOT_NAME, FakeTelegram
 from gateway import Gateway
 from waiting import eventually
@@ -43,6 +45,11 @@ def gateway() -> Iterator[Gateway]:
         finally:
             made.run("stop")
             made.__exit__()
+
+
+def all_have(count: int, *agents: FakeAgent) -> bool:
+    """Whether each of these agents has been called so often."""
+    return all(len(agent.headers) == count for agent in agents)
 
 
 def add(gateway: Gateway, *more: str) -> str:
@@ -93,6 +100,29 @@ def test_start_status_and_stop_from_several_shells(gateway: Gateway) -> None:
     assert gateway.run("status").code == 3
 
 
+def test_one_channel_stops_and_starts_while_another_goes_on(gateway: Gateway) -> None:
+    telegram = gateway.telegram
+    with FakeDiscord() as discord:
+        gateway.settings["channels"]["discord"] = {
+            "token": discord.token, "apiRoot": discord.url, "allowFrom": ["1000"]}
+        gateway.start()
+        eventually(lambda: gateway.status()["running"] == 2)
+        stop = ("channels", "stop", "--channel", "telegram")
+        assert gateway.run(*stop).stdout == "Stopped: telegram:default\n"
+        assert gateway.run(*stop).stdout.startswith("Nothing changed")
+        asked = len(telegram.called("getUpdates"))
+        telegram.say("while it was stopped")
+        discord.say("hello")
+        eventually(lambda: discord.screen(discord.dm("1000")) == ["You said: hello"])
+        assert len(telegram.called("getUpdates")) == asked and not telegram.screen(1000)
+        assert {each["id"]: each["status"] for each in gateway.status()["channels"]} == {
+            "telegram": "stopped", "discord": "running"}
+        assert gateway.run("start", "--channel", "telegram").stdout == (
+            "Started: telegram:default\n")
+        assert eventually(lambda: telegram.screen(1000) == ["You said: while it was stopped"])
+        assert len(discord.connections) == 1
+
+
 @pytest.mark.slow
 def test_one_account_stops_and_starts_while_another_goes_on(gateway: Gateway) -> None:
     add(gateway)
@@ -131,6 +161,39 @@ def test_a_token_that_is_refused_is_not_saved(gateway: Gateway) -> None:
     assert not (gateway.home / "channels.json").exists()
 
 
+def test_a_gateway_that_cannot_do_something_says_why_and_goes_on(tmp_path: Path) -> None:
+    home, tried = tmp_path, []
+
+    def perform(request: Json) -> Json:
+        tried.append(request)
+        if len(tried) == 1:
+            raise OSError("channels.db: database or disk is full")
+        return {"pid": 7}
+
+    control = channels.Control(str(home / "channels.sock"), perform)
+    real, failures = control._socket, [OSError("Too many open files"), RuntimeError("no thread")]
+
+    class Full:
+        """A socket that fails as one does on a machine that has nothing left."""
+
+        def accept(self) -> Any:
+            if failures:
+                raise failures.pop()
+            return real.accept()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    control._socket = Full()
+    thread = channels.spawn(control.run)
+    assert channels.ask_gateway(str(home), {"do": "status"}) == {
+        "error": "The gateway cannot do that: channels.db: database or disk is full"}
+    assert channels.ask_gateway(str(home), {"do": "end"}) == {"pid": 7} and not failures
+    control.end()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_a_platform_that_cannot_be_reached_is_a_warning(gateway: Gateway) -> None:
     done = gateway.run("add", "--channel", "telegram", "--token", "1:some-token", "--apiRoot",
                        "http://127.0.0.1:1")
@@ -161,11 +224,17 @@ def test_what_cannot_be_done_says_what_to_do(
     assert done.code == code and told in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["grammy", "@openclaw/qqbot"])
-def test_packages_of_the_original_gateway_are_built_in(gateway: Gateway, name: str) -> None:
-    done = gateway.run("channels", "plugins", "install", name) if name == "" else gateway.run(
-        "plugins", "install", name)
-    assert done.code == 0 and "Built in" in done.stdout
+@pytest.mark.parametrize(("name", "channel"), [
+    ("grammy", "telegram"), ("@tencent-weixin/openclaw-weixin", "openclaw-weixin"),
+    ("@dingtalk-real-ai/dingtalk-connector", "dingtalk-connector"), ("@openclaw/qqbot", "qqbot"),
+    ("@tencent-connect/openclaw-qqbot", "qqbot")])
+def test_packages_of_the_original_gateway_are_built_in(
+    gateway: Gateway, name: str, channel: str
+) -> None:
+    done = gateway.run("channels", "plugins", "install", name)
+    assert (done.code, done.stdout) == (
+        0, f"Built in: {channel}. Nothing has to be installed.\n")
+    assert not (gateway.home / "channels").exists()
 
 
 def test_list_remove_version_and_outbox(gateway: Gateway) -> None:
@@ -253,15 +322,108 @@ def test_a_channel_in_a_file_of_the_owners_talks_until_the_file_changes(
         file.write("# changed\n")
     assert "has changed since it was installed" in gateway.run("plugins", "list").stdout
     assert gateway.run("start").code == 2
+    (gateway.home / "channels" / "unknown.py").write_text(PLUGIN.replace("echo", "unknown"))
+    gateway.settings["channels"] = {"telegram": {"botToken": gateway.telegram.token,
+                                                 "apiRoot": gateway.telegram.url}}
+    answer.unlink()
+    gateway.start()
+    status = gateway.run("status").stdout
+    assert "plugin echo.py is not loaded: its content is not what was installed" in status
+    assert "plugin unknown.py is not loaded: its content is not what was installed" in status
+    assert not answer.exists()
+    gateway.kill()
     assert gateway.run("plugins", "remove", "echo").code == 0
 
 
 def test_the_file_of_the_original_gateway_is_used_in_place(gateway: Gateway) -> None:
     path = gateway.home / ".openclaw-channel-gateway" / "ocg.json"
     path.parent.mkdir()
+    gateway.settings["_mine"] = "kept"
     path.write_text(json.dumps(gateway.settings))
+    path.chmod(0o600)
     assert gateway.run("list").stdout == "telegram\n"
+    assert "Saved telegram:default" in add(gateway, "--allowFrom", "1000")
+    assert json.loads(path.read_text())["_mine"] == "kept"
+    assert gateway.run("start", "-d", "--log-dir", str(gateway.home)).code == 0
+    assert f"settings {path}, agent {gateway.agent.url}" in gateway.log
+    gateway.telegram.say("hello")
+    eventually(lambda: gateway.telegram.screen(1000) == ["You said: hello"])
     assert not (gateway.home / "channels.json").exists()
+
+
+#: In the form of the original gateway's example: comments at every level, and no credentials yet.
+EXAMPLE = {
+    "_comment": "Copy it to ~/.openclaw-channel-gateway/ocg.json",
+    "agentUrl": "http://127.0.0.1:11434/v1/chat/completions", "_agentUrl": "any agent",
+    "channels": {
+        "_comment": "one object for each channel",
+        "telegram": {"_help": "@BotFather", "enabled": True, "botToken": "YOUR_BOT_TOKEN_HERE"},
+        "openclaw-weixin": {"_help": "channels login", "enabled": True}},
+}
+
+
+def test_the_example_of_the_original_gateway_says_what_each_channel_lacks(
+    gateway: Gateway,
+) -> None:
+    path = gateway.home / "channels.json"
+    path.write_text(json.dumps(EXAMPLE))
+    path.chmod(0o600)
+    assert gateway.run("list").stdout == "telegram\nopenclaw-weixin\n"
+    gateway.settings = EXAMPLE
+    gateway.start()
+    status = gateway.status()
+    assert (status["configured"], status["running"]) == (2, 0)
+    told = eventually(lambda: "login needed  not logged in" in (
+        text := gateway.run("status").stdout) and text)
+    assert "telegram  not configured  botToken missing" in told
+    assert "run ocp channels login --channel openclaw-weixin" in told
+    del EXAMPLE["channels"]["openclaw-weixin"]  # type: ignore[attr-defined]
+    gateway.kill()
+    gateway.write()
+    done = gateway.run("start")
+    assert done.code == 2 and "telegram:default: not configured (botToken)" in done.stderr
+
+
+def test_a_start_tells_every_fault_of_the_settings_at_once(gateway: Gateway) -> None:
+    gateway.settings = {
+        "agentUrl": "ftp://x", "maxTurns": "many", "proxy": "socks5://x", "verbose": [],
+        "channels": {
+            "telegram": {"botToken": "a", "dmPolicy": "opn", "apiRoot": "http://example.com",
+                         "accounts": {"b": {"botToken": "a"}, "c": {"dmPolicy": "open"},
+                                      "d": {"dmPolicy": "allowlist"}, "e": {"dmPolcy": "open"}}},
+            "discord": {"accounts": {"a b": {}}}, "nothing": {}, "qq": 7}}
+    gateway.write()
+    done = gateway.run("start")
+    assert done.code == 2 and not done.stdout
+    for place in ("agentUrl", "maxTurns", "proxy", "verbose", "channels.telegram.dmPolicy",
+                  "channels.telegram.apiRoot", "telegram:b: botToken is that of",
+                  "channels.telegram.accounts.c.dmPolicy", "channels.telegram.accounts.d.allowFrom",
+                  "channels.telegram.accounts.e.dmPolcy", "channels.discord.accounts.a b",
+                  "channels.nothing", "channels.qq"):
+        assert f"{place}" in done.stderr, done.stderr
+    (gateway.home / "channels.json").write_text('{"channels": {\n"telegram" 7}}')
+    done = gateway.run("start")
+    assert done.code == 2 and "not JSON at line 2, column" in done.stderr
+
+
+def test_the_key_of_one_agent_is_never_sent_to_another(gateway: Gateway) -> None:
+    own = gateway.settings["channels"]["telegram"]
+    with FakeAgent() as other, FakeDiscord() as discord:
+        gateway.settings["apiKey"] = "key-of-the-first"
+        gateway.settings["channels"]["discord"] = {
+            "token": discord.token, "apiRoot": discord.url, "allowFrom": own["allowFrom"],
+            "agentUrl": other.url}
+        gateway.start()
+        eventually(lambda: gateway.status()["running"] == 2)
+        for count, text in enumerate(("/model", "hello"), 1):
+            gateway.telegram.say(text)
+            discord.say(text)
+            eventually(functools.partial(all_have, count, gateway.agent, other))
+        assert [each["authorization"] for each in gateway.agent.headers] == [
+            "Bearer key-of-the-first"] * 2
+        assert not any("authorization" in each for each in other.headers)
+        assert "key-of-the-first" not in str([other.headers, other.requests])
+        assert "channels.discord.agentUrl: no key is sent there" in gateway.log
 
 
 def test_everything_on_disk_is_for_the_owner_alone(gateway: Gateway) -> None:

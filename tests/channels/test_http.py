@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import socketserver
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 
-from channel_rows import channels
+from channel_tools import FakeTools, channels, receiving
+from fake_discord import FakeDiscord
+from tls_files import write_tls_files
 from waiting import eventually
 
 
@@ -76,6 +82,87 @@ def test_a_proxy_is_asked_with_its_password_and_loopback_goes_straight(site: Sit
     assert http.call("GET", f"{site.url}/2").body == b"xx"
     assert [path for path, _ in site.heads] == ["platform.test:80", "/3", "/2"]
     http.close()
+
+
+class Tunnels:
+    """A proxy that knows nothing but CONNECT, and where each host is."""
+
+    def __init__(self, hosts: dict[str, int]) -> None:
+        #: What it was asked to connect to.
+        self.asked: list[str] = []
+        tunnels = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            rbufsize = 0
+
+            def handle(self) -> None:
+                place = self.rfile.readline().split()[1].decode()
+                while self.rfile.readline().strip():
+                    pass
+                tunnels.asked.append(place)
+                with socket.create_connection(("127.0.0.1", hosts[place])) as other:
+                    self.request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    back = threading.Thread(target=pump, args=(other, self.request))
+                    back.start()
+                    pump(self.request, other)
+                    back.join()
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> Tunnels:
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Pass on what comes, and the end of it."""
+    with contextlib.suppress(OSError):
+        while piece := source.recv(65_536):
+            target.sendall(piece)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("is_setting", [True, False])
+def test_a_platform_behind_a_proxy_is_heard_and_answered_through_it(is_setting: bool) -> None:
+    with FakeDiscord() as discord:
+        hosts = {"api.test:80": int(discord.url.rpartition(":")[2]),
+                 "gateway.test:80": discord.gateway.port}
+        discord.gateway.url = "ws://gateway.test"
+        tools = FakeTools(token=discord.token, apiRoot="http://api.test")
+        with Tunnels(hosts) as proxy:
+            connector = channels.Connector(proxy.url if is_setting else "", {
+                "HTTPS_PROXY": "http://127.0.0.1:1" if is_setting else proxy.url})
+            http = channels.Http(connector)
+            channel = channels.Discord(tools, http)
+            with receiving(channel, tools):
+                discord.say("hello")
+                eventually(lambda: tools.texts() == ["hello"])
+                channel.send(tools.messages[0].route, channels.Part("hi", True, "nonce"))
+            http.close()
+        assert discord.screen("91000") == ["hi"] and not discord.faults
+        assert set(proxy.asked) == set(hosts)
+
+
+def test_a_server_is_asked_by_tls_only_if_its_certificate_is_trusted(
+    site: Site, http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_tls_files(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files["OCP_TLS_CERT"], files["OCP_TLS_KEY"])
+    site.server.socket = context.wrap_socket(site.server.socket, server_side=True)
+    url = f"https://localhost:{site.port}/3"
+    with pytest.raises(channels.NetworkFailed, match="its certificate is not valid"):
+        http.call("GET", url)
+    trusting = ssl.create_default_context(cafile=files["OCP_TLS_CERT"])
+    monkeypatch.setattr(channels, "trusted_servers", lambda: trusting)
+    assert [http.call("GET", url).body for _ in range(2)] == [b"xxx"] * 2
 
 
 def test_hosts_of_no_proxy_go_straight() -> None:

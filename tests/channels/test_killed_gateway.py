@@ -11,7 +11,7 @@ from typing import Iterator
 
 import pytest
 
-from depth import by_depth
+from depth import by_depth, rest
 from fake_agent import FakeAgent, streamed
 from fake_telegram import FakeTelegram
 from forks import forker
@@ -122,6 +122,27 @@ def test_the_end_waits_for_an_answer_that_is_being_written(gateway: Gateway) -> 
     assert gateway.terminate() == 0
     assert gateway.telegram.screen(1000) == ["at last"]
     assert not (gateway.home / "channels.sock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pauses", [["_DRAIN_S=0.5"], *rest([])], ids=["short", "as it is"])
+def test_an_answer_that_the_end_does_not_wait_for_is_asked_for_again_in_its_preview(
+    gateway: Gateway, pauses: list[str]
+) -> None:
+    telegram, agent = gateway.telegram, gateway.agent
+    words = [f"This is sentence {n}. " for n in range(20)]
+    agent.enqueue(streamed("".join(words[:3]), "never", pause_s=60), streamed(*words))
+    gateway.start(pauses=pauses)
+    telegram.say("tell me")
+    eventually(lambda: "shown" in str(gateway.rows("SELECT progress FROM inbox")))
+    assert gateway.terminate() == 0
+    assert agent.cut == 1 and "sentence 19" not in telegram.screen(1000)[0]
+    assert gateway.rows("SELECT is_done, attempts FROM inbox") == [(0, 1)]
+    telegram.say("and then?")
+    gateway.start(pauses=pauses)
+    eventually(lambda: telegram.screen(1000) == ["".join(words).strip(), "You said: and then?"])
+    assert agent.asked() == ["tell me", "tell me", "and then?"]
+    assert len(telegram.called("sendMessage")) == 2 and telegram.called("editMessageText")
 
 
 def test_what_was_written_meanwhile_is_answered_at_the_start(gateway: Gateway) -> None:

@@ -323,6 +323,18 @@ def test_links_that_are_not_allowed_are_broken_up(
     assert "links were broken up" in tools.events
 
 
+@pytest.mark.parametrize("is_plain", [False, True])
+@pytest.mark.parametrize("call", [
+    "@everyone", "<@PERSON>", "<@!7>", '<qqbot-at-user id="7" />', "<qqbot-at-everyone />"])
+def test_no_answer_rings_for_anybody(
+    qq: FakeQQ, channel: Any, heard: Any, call: str, is_plain: bool
+) -> None:
+    channel.send(heard.route, part(f"hi {call} and me@example.com", is_plain=is_plain))
+    (shown,) = qq.screen("PERSON")
+    assert call not in shown and shown.replace("\u200b", "") == f"hi {call} and me@example.com"
+    assert "me@example" in shown
+
+
 @pytest.mark.parametrize(("status", "body", "kind"), [
     (400, {"code": 22009}, "held"), (400, {"code": 40034102}, "held"),
     (400, {"err_code": 40034025}, "held"), (400, {"code": 1, "message": "msg_id is odd"}, "held"),

@@ -15,11 +15,12 @@ def test_a_long_answer_comes_in_five_messages_and_the_rest_with_the_next_ones() 
                               groups={"GROUP": {}})
         with Gateway(None, agent, channels={"qq": account}) as gateway:
             eventually(lambda: gateway.rows("SELECT 1 FROM states"))
-            agent.enqueue(streamed(*(f"{each}\n\n" for each in paragraphs), pause_s=0.05))
+            # It takes so long that "typing" is shown, which counts as a message.
+            agent.enqueue(streamed(*(f"{each}\n\n" for each in paragraphs), pause_s=0.2))
             qq.say("tell me everything")
             eventually(lambda: "write anything" in "".join(qq.screen("PERSON")))
             first = stays(lambda: qq.screen("PERSON"), 0.3)
-            assert len(first) + len(qq.typed) <= 5
+            assert len(first) + len(qq.typed) <= 5 and qq.typed == ["PERSON"]
             qq.drop()
             qq.say("go on")
             eventually(lambda: "You said: go on" in qq.screen("PERSON"))

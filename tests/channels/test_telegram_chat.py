@@ -117,12 +117,35 @@ def test_a_preview_that_outgrows_a_message_goes_on_in_the_next_one(shared: Gatew
 
 @pytest.mark.slow
 def test_a_pause_that_telegram_asks_for_costs_no_answer(shared: Gateway) -> None:
-    telegram = shared.telegram
-    telegram.fail("editMessageText", 429, "Too Many Requests: retry after 1", retry_after=1)
-    shared.agent.enqueue(streamed(*("some words come " for _ in range(7)), "END", pause_s=0.4))
+    telegram, before = shared.telegram, len(shared.telegram.calls)
+    telegram.fail("editMessageText", 429, "Too Many Requests: retry after 2", retry_after=2)
+    shared.agent.enqueue(streamed(*("some words come " for _ in range(7)), "END", pause_s=0.7))
     telegram.say("tell me", sender=10)
     eventually(lambda: telegram.screen(10) and telegram.screen(10)[0].endswith("END"))
-    assert len(telegram.screen(10)) == 1
+    assert stays(lambda: len(telegram.screen(10)), 0.3) == 1
+    calls = [call for call in telegram.calls[before:] if call.method != "getUpdates"]
+    refused_at = [call.method for call in calls].index("editMessageText")
+    # Nothing at all is sent meanwhile, also no "typing".
+    assert calls[refused_at + 1].at_s - calls[refused_at].at_s >= 2
+    texts = [call.body["text"] for call in calls[refused_at:] if "text" in call.body]
+    assert sum(text.endswith("END") for text in texts) == 1
+
+
+@pytest.mark.exhaustive
+def test_typing_is_shown_without_a_gap_for_as_long_as_an_answer_takes(shared: Gateway) -> None:
+    telegram, before = shared.telegram, len(shared.telegram.calls)
+
+    def typed() -> list[float]:
+        return [call.at_s for call in telegram.calls[before:] if call.method == "sendChatAction"]
+
+    shared.agent.enqueue(streamed("", "at last", pause_s=12))
+    telegram.say("hello", sender=23)
+    eventually(lambda: telegram.screen(23) == ["at last"])
+    shown, over_s = typed(), telegram.calls[-1].at_s
+    # Telegram shows it for five seconds.
+    assert all(later - sooner < 5 for sooner, later in zip(shown, [*shown[1:], over_s]))
+    assert 3 <= len(shown) <= 4
+    assert stays(lambda: len(typed()), 5) == len(shown)
 
 
 def test_markup_that_telegram_refuses_is_sent_as_plain_text(shared: Gateway) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 import sqlite3
 import threading
 import time
@@ -33,6 +35,7 @@ def chat(agent: FakeAgent) -> Iterator[Chat]:
 def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> None:
     agent.most_running = 0
     with Chat(agent.url, {"maxTurns": 2}, allowFrom=["*"], dmPolicy="open") as chat:
+        agent.enqueue(*[streamed("an ", "answer", pause_s=0.1)] * 12)
         for number in range(30):
             chat.say(f"m{number:02}", sender=str(number % 5))
         eventually(lambda: not chat.store.open_lanes())
@@ -40,7 +43,8 @@ def test_thirty_messages_in_five_chats_keep_their_order(agent: FakeAgent) -> Non
             asked = "".join(request.text for request in agent.requests
                             if request.body["user"].endswith(f":{sender}"))
             assert asked.replace("\n", "") == "".join(f"m{n:02}" for n in range(sender, 30, 5))
-        assert agent.most_running <= 2
+        assert agent.most_running == 2
+        agent._replies.clear()
 
 
 def test_what_was_asked_before_a_kill_is_asked_again_without_what_came_later(
@@ -228,6 +232,53 @@ def test_a_failure_is_told_with_a_reference_that_the_log_has(chat: Chat, agent: 
     reference = text.rpartition("(")[2].rstrip(")")
     assert text.startswith("The assistant needs its owner.") and "wrong" not in text
     assert f"ref={reference}" in (chat.folder / "channels.log").read_text()
+
+
+UNREACHABLE = r"The assistant is not reachable right now\. \((?P<ref>\w+)\)"
+NEEDS_OWNER = r"The assistant needs its owner\. \((?P<ref>\w+)\)"
+CANNOT = r"The assistant cannot take this\. \((?P<ref>\w+)\)"
+
+
+@pytest.mark.parametrize("is_owner", [False, True], ids=["stranger", "owner"])
+@pytest.mark.parametrize(("replies", "text", "more"), [
+    (None, UNREACHABLE, " .*Is OCP running\\? ocp status"),
+    ([streamed("", "never", pause_s=30)], UNREACHABLE, " It took too long\\. Is OCP running\\?.*"),
+    ([refused(500, "x", "why")], UNREACHABLE, " why Is OCP running\\? ocp status"),
+    ([refused(502, "x", "why")] * 4, UNREACHABLE, " why Is OCP running\\? ocp status"),
+    ([refused(401, "upstream_login_required", "why")], NEEDS_OWNER, " why"),
+    ([refused(401, "invalid_api_key", "why")], NEEDS_OWNER, " why"),
+    ([refused(403, "x", "why")], NEEDS_OWNER, " why"),
+    ([refused(503, "claude_unavailable", "why")] * 4, NEEDS_OWNER, " why"),
+    ([refused(429, "insufficient_quota", "why", Retry_After="7200")],
+     r"The limit is used up until \d\d:\d\d\.", ""),
+    ([refused(404, "model_not_found", "why")],
+     'There is no model "sonnet"; /model lists them.', ""),
+    ([refused(400, "context_length_exceeded", "why")] * 2,
+     "This conversation is too long; /new begins another.", ""),
+    ([refused(422, "x", "why")], CANNOT, " why"),
+    ([streamed("")], "I have nothing to say to that.", ""),
+    ([streamed("as far as here", end=b"")],
+     r"as far as here\n\n\(cut off, (?P<ref>\w+)\)", ""),
+])
+def test_what_a_person_reads_of_each_failure_and_its_owner_besides(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch, is_owner: bool, replies: Any, text: str,
+    more: str
+) -> None:
+    monkeypatch.setattr(channels, "_RETRY_WAITS_S", (0.0, 0.0, 0.0))
+    url = agent.url if replies else "http://127.0.0.1:1"
+    with Chat(url, agentTimeout=1) as chat:
+        chat.store.run("INSERT INTO people VALUES (?,'1000','','{}','','',?,0)", chat.live.id,
+                       is_owner)
+        agent.enqueue(*replies or [])
+        chat.say("hello")
+        read = eventually(lambda: chat.channel.sent)[0]
+        found = re.fullmatch(text + more * is_owner, read)
+        assert found, read
+        log = (chat.folder / "channels.log").read_text()
+        if "ref" in found.groupdict():
+            assert f"ref={found['ref']}" in log
+        assert is_owner or "why" not in read
+        assert stays(lambda: len(chat.channel.sent), 0.1) == 1
 
 
 def test_an_answer_that_breaks_off_is_kept_and_says_so(chat: Chat, agent: FakeAgent) -> None:
@@ -428,6 +479,18 @@ def test_settings_that_cannot_be_used_do_not_end_what_runs(chat: Chat) -> None:
     assert chat.app.status()["running"] == 1
 
 
+def test_a_port_for_callbacks_that_is_taken_does_not_end_what_runs(agent: FakeAgent) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Chat(agent.url, {"callbackPort": port}) as chat:
+            chat.path.write_text(chat.path.read_text().replace(
+                '"allowFrom"', '"async": true, "allowFrom"'))
+            assert f"callbackPort {port}" in chat.app.perform({"do": "restart"})["error"]
+            assert chat.app.status()["running"] == 1
+            chat.say("hello")
+            assert eventually(lambda: chat.channel.sent == ["You said: hello"])
+
+
 def test_what_a_stranger_writes_is_not_kept(chat: Chat) -> None:
     chat.say("a private matter", sender="77")
     eventually(lambda: chat.channel.sent)
@@ -454,3 +517,152 @@ def test_commands_in_any_case_and_in_chinese(chat: Chat, word: str) -> None:
 def test_stop_without_a_turn_is_answered_at_once(chat: Chat) -> None:
     chat.say("/stop")
     assert eventually(lambda: chat.channel.sent == ["There is nothing to stop."], timeout_s=5)
+
+
+def test_an_answer_of_which_a_part_is_held_is_held_to_its_end(agent: FakeAgent) -> None:
+    paragraphs = [f"{chr(97 + n)}" * 250 + "\n\n" for n in range(6)]
+    with Chat(agent.url, row=BUDGET_ROW._replace(budget=10)) as chat:
+        chat.channel.failures.put(SendFailed("held", "-2"))
+        agent.enqueue(streamed(*paragraphs, pause_s=0.1))
+        chat.say("much")
+        eventually(lambda: not chat.store.open_lanes() and not chat.app.lanes.count())
+        assert {status for status, _ in chat.outbox()} == {"held"} and not chat.channel.sent
+        chat.say("again")
+        eventually(lambda: chat.channel.sent[-1:] == ["You said: again"])
+        assert "".join(chat.channel.sent[:-1]).replace("\n", "") == "".join(paragraphs).replace(
+            "\n", "")
+
+
+def test_a_chat_that_always_has_to_wait_does_not_hold_up_another(chat: Chat) -> None:
+    send, refused_chats = chat.channel.send, []
+
+    def send_to_others(route: Any, part: Any) -> str:
+        if route["to"] == "slow":
+            refused_chats.append(1)
+            raise SendFailed("wait", "slow down", 0.05)
+        return str(send(route, part))
+
+    chat.channel.send = send_to_others  # type: ignore[method-assign]
+    chat.say("one", chat="slow")
+    eventually(lambda: len(refused_chats) > 1)
+    for number in range(3):
+        chat.say(f"m{number}", chat=f"other{number}")
+    assert eventually(lambda: sorted(chat.channel.sent) == [
+        f"You said: m{number}" for number in range(3)])
+
+
+def test_a_message_that_cannot_be_read_does_not_hold_up_other_chats(chat: Chat) -> None:
+    with chat.store.transaction():
+        for number, content in enumerate(("no JSON", '{"of": "a newer version"}', "[]"), 1):
+            chat.store.put_in(chat.live.id, f"odd{number}", message(id=str(number)))
+            chat.store.run("UPDATE inbox SET message=? WHERE id=?", content, number)
+    chat.say("hello", id="9")
+    eventually(lambda: chat.channel.sent == ["You said: hello"])
+    assert (chat.folder / "channels.log").read_text().count("a turn failed") >= 3
+
+
+def test_a_part_whose_route_cannot_be_read_does_not_hold_up_other_chats(chat: Chat) -> None:
+    chat.store.put_out(chat.live.id, "odd", 0, [channels.OutRow("a", {})])
+    chat.store.run("UPDATE outbox SET route='no JSON'")
+    chat.say("hello")
+    assert eventually(lambda: chat.channel.sent == ["You said: hello"])
+
+
+def test_a_machine_without_a_thread_left_answers_later(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = threading.Thread.start, [1, 1]
+
+    def start_later(thread: threading.Thread) -> None:
+        if thread.name == "turn" and failures:
+            failures.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(channels, "_RETRY_TURN_S", 0.1)
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    chat.say("hello")
+    assert eventually(lambda: chat.channel.sent == ["You said: hello"]) and not failures
+
+
+def test_halves_of_characters_in_errors_and_names_are_no_fault(
+    agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Chat(agent.url) as chat:
+        chat.store.run("INSERT INTO people VALUES (?,'1000','','{}','','',1,0)", chat.live.id)
+        agent.enqueue(refused(401, "invalid_api_key", "why \ud83d"))
+        chat.channel.failures.put(SendFailed("wait", "later \ud800", 0.1))
+        chat.say("hello")
+        assert "why ?" in eventually(lambda: chat.channel.sent)[0]
+        monkeypatch.setattr(agent, "models", ["sonnet", "half-\udc00"])
+        chat.say("/model")
+        assert "half-\ufffd" in eventually(lambda: chat.channel.sent[1:])[0]
+
+
+@pytest.mark.parametrize("text", ["```\n```", "\n \n", "****\n\n```py\n```\n\nhi"])
+def test_no_part_of_an_answer_shows_nothing(chat: Chat, agent: FakeAgent, text: str) -> None:
+    agent.enqueue(streamed(text))
+    chat.say("hello")
+    sent = eventually(lambda: chat.channel.sent)
+    assert sent == ["I have nothing to say to that." if "hi" not in text else text]
+
+
+def test_a_pause_that_is_asked_for_is_kept_by_typing_too(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=ROW._replace(typing_every_s=0.05)) as chat:
+        called: list[float] = []
+
+        def refuse_to_type(route: Any, is_over: bool = False) -> None:
+            if not is_over:
+                called.append(time.monotonic())
+                raise SendFailed("wait", "slow down", 0.6)
+
+        chat.channel.type = refuse_to_type  # type: ignore[method-assign]
+        agent.enqueue(streamed("a", "b", pause_s=1.5))
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent == ["ab"])
+    assert 2 <= len(called) <= 3
+    assert all(later - sooner >= 0.6 for sooner, later in zip(called, called[1:]))
+
+
+EDIT_ROW = ROW._replace(can_edit=True, edit_every_s=0.05, limit=500)
+
+
+def test_what_was_shown_of_a_longer_answer_before_a_restart_is_taken_back(
+    agent: FakeAgent,
+) -> None:
+    lane = "made-up:default:1000"
+    with Chat(agent.url, row=EDIT_ROW) as chat:
+        chat.app.lanes.nudge(lane, 60.0)
+        with chat.store.transaction():
+            chat.store.put_in(chat.live.id, lane, message("old"))
+            chat.store.run("UPDATE inbox SET attempts=1, progress=?",
+                           '{"shown": [["7", "long"], ["8", "longer"], ["9", "the longest"]]}')
+        chat.app.lanes.nudge(lane)
+        eventually(lambda: len(chat.channel.sent) == 3)
+        assert chat.channel.sent == [("7", "You said: old"), *(
+            (number, channels._WITHDRAWN) for number in "89")]
+
+
+def test_lanes_and_chats_that_are_quiet_are_forgotten(agent: FakeAgent) -> None:
+    with Chat(agent.url, row=ROW._replace(pace_s=0.01), allowFrom=["*"], dmPolicy="open") as chat:
+        for number in range(20):
+            chat.say("hello", sender=str(number))
+            chat.say("/stop", sender=str(number))
+        eventually(lambda: not chat.store.open_lanes() and not chat.app.lanes.count())
+        eventually(lambda: not chat.store.next_out(chat.live.id))
+        time.sleep(0.4)
+        chat.say("hello")
+        eventually(lambda: chat.channel.sent[-1] == "You said: hello")
+        assert len(chat.app.lanes._quiet_s) <= 1 and len(chat.live.sender._pace_s) <= 1
+
+
+def test_an_account_that_has_failed_is_not_running_because_something_was_heard(
+    chat: Chat,
+) -> None:
+    for status in ("failed", "login needed", "stopped"):
+        chat.live.status, chat.live.why = status, "why"
+        chat.live.note_frame()
+        assert (chat.live.status, chat.live.why) == (status, "why")
+    chat.live.status = "retrying"
+    chat.live.note_frame()
+    assert (chat.live.status, chat.live.why) == ("running", "")

@@ -96,25 +96,43 @@ def test_what_wechat_does_not_take_comes_with_the_next_message(
 def test_a_login_on_a_terminal_shows_a_code_and_asks_for_the_number(tmp_path: Path) -> None:
     with FakeWeChat() as wechat:
         wechat.login_states = [
-            {"status": "wait"}, {"status": "expired"}, {"status": "scaned"},
-            lambda query: {"status": "need_verifycode"},
-            lambda query: {"status": "scaned" if query.get("verify_code") == "42" else "expired"}]
+            {"status": "wait"}, {"status": "expired"},
+            {"status": "scaned"}, asked_for_a_number("41"), asked_for_a_number("42"),
+            lambda query: {"status": "verify_code_blocked" * (query["verify_code"] == "42")},
+            {"status": "scaned_but_redirect", "redirect_host": wechat.url.rpartition("/")[2]},
+            {"status": "scaned"}]
         settings = {"channels": {"wechat": wechat.settings()}}
         (tmp_path / "channels.json").write_text(json.dumps(settings))
-        child, terminal = pty.fork()
-        if not child:
-            os.execve(sys.executable, [sys.executable, str(SCRIPT), "login", "--channel", "wechat"],
-                      {**clean_env(), "OCP_HOME": str(tmp_path), "COLUMNS": "100", "LINES": "40"})
-        shown = b""
-        with os.fdopen(terminal, "r+b", buffering=0) as screen:
-            # Linux ends the reading of a terminal that nobody has open with an error.
-            with contextlib.suppress(OSError):
-                while piece := screen.read(65_536):
-                    shown += piece
-                    if b"Which number" in piece:
-                        screen.write(b"42\n")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    text = shown.decode()
-    assert text.count("https://liteapp.weixin.qq.com/q/") == 2 and "\u2588" in text
-    assert "Scanned; confirm it on the phone." in text and "Saved openclaw-weixin:default" in text
-    assert wechat.token not in text and not wechat.faults
+        text = login_on_a_terminal(tmp_path, "41", "42")
+        assert text.count("https://liteapp.weixin.qq.com/q/") == 3 and "\u2588" in text
+        assert text.count("Which number does the phone show?") == 2
+        assert "That number is wrong. Which" in text
+        assert text.count("The code is not valid any more.") == 2
+        assert "Scanned; confirm it on the phone." in text
+        assert "Saved openclaw-weixin:default" in text and not wechat.login_states
+        wechat.login_states = [{"status": "binded_redirect"}]
+        assert "It is connected already." in login_on_a_terminal(tmp_path)
+        assert wechat.token not in text and not wechat.faults and wechat.logins == 1
+
+
+def asked_for_a_number(number: str) -> Any:
+    """A state of a login in which the phone shows a number that nobody has typed yet."""
+    return lambda query: {"status": "need_verifycode" * (query.get("verify_code") != number)}
+
+
+def login_on_a_terminal(home: Path, *numbers: str) -> str:
+    """What is on the terminal after a login that asks for these numbers."""
+    child, terminal = pty.fork()
+    if not child:
+        os.execve(sys.executable, [sys.executable, str(SCRIPT), "login", "--channel", "wechat"],
+                  {**clean_env(), "OCP_HOME": str(home), "COLUMNS": "100", "LINES": "40"})
+    shown, left = b"", list(numbers)
+    with os.fdopen(terminal, "r+b", buffering=0) as screen:
+        # Linux ends the reading of a terminal that nobody has open with an error.
+        with contextlib.suppress(OSError):
+            while piece := screen.read(65_536):
+                shown += piece
+                if b"Which number" in piece:
+                    screen.write(left.pop(0).encode() + b"\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and not left
+    return shown.decode()

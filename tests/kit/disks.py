@@ -1,4 +1,4 @@
-"""Disks that a test may fill up under a running server."""
+"""Disks that a test may fill up under a running program."""
 from __future__ import annotations
 
 import contextlib
@@ -7,9 +7,14 @@ import resource
 import sqlite3
 import subprocess
 from pathlib import Path
-from typing import Union
+from typing import Protocol, Union
 
-from server import Server
+
+class Running(Protocol):
+    """A program that runs."""
+
+    @property
+    def pid(self) -> int: ...
 
 
 def may_mount() -> bool:
@@ -34,7 +39,7 @@ class SmallDisk:
     def _run(self, *command: str) -> None:
         subprocess.run(command, check=True, capture_output=True)
 
-    def fill(self, server: Server) -> None:
+    def fill(self, program: Running) -> None:
         file = os.open(self._folder / "filler", os.O_WRONLY | os.O_CREAT)
         try:
             while True:
@@ -44,7 +49,7 @@ class SmallDisk:
         finally:
             os.close(file)
 
-    def free(self, server: Server) -> None:
+    def free(self, program: Running) -> None:
         (self._folder / "filler").unlink()
 
     def lock(self) -> None:
@@ -55,27 +60,27 @@ class SmallDisk:
 
 
 class ShortFiles:
-    """Where no disk can be mounted: the server's files may not grow beyond their size.
+    """Where no disk can be mounted: the program's files may not grow beyond their size.
 
     A reader keeps the write-ahead log from being begun anew, so that every row needs room."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "ocp.db"
+    def __init__(self, folder: Path, database: str = "ocp.db") -> None:
+        self._path = folder / database
         self._reader: sqlite3.Connection | None = None
 
-    def fill(self, server: Server) -> None:
+    def fill(self, program: Running) -> None:
         with contextlib.closing(sqlite3.connect(self._path)) as writer:
             self._reader = sqlite3.connect(self._path)
             self._reader.execute("BEGIN")
-            self._reader.execute("SELECT COUNT(*) FROM usage").fetchone()
+            self._reader.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
             writer.execute("CREATE TABLE filler (text TEXT)")
             writer.execute("INSERT INTO filler VALUES (zeroblob(3000000))")
             writer.commit()
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
+        resource.prlimit(program.pid, resource.RLIMIT_FSIZE, (1_500_000, resource.RLIM_INFINITY))
 
-    def free(self, server: Server) -> None:
+    def free(self, program: Running) -> None:
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, unlimited)
+        resource.prlimit(program.pid, resource.RLIMIT_FSIZE, unlimited)
         self.close()
 
     def close(self) -> None:

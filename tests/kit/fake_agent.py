@@ -71,6 +71,8 @@ class FakeAgent:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        #: The headers of every call, also of those that ask for models.
+        self.headers: list[dict[str, str]] = []
         #: How many answers are being sent, and the most at once.
         self.running = self.most_running = 0
         #: How many answers the other side cut off.
@@ -124,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     agent: FakeAgent
 
     def do_GET(self) -> None:  # noqa: N802
+        self.agent.headers.append({name.lower(): text for name, text in self.headers.items()})
         data = json.dumps({"data": [{"id": name} for name in self.agent.models]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
@@ -133,6 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:  # noqa: N802
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         headers = {name.lower(): value for name, value in self.headers.items()}
+        self.agent.headers.append(headers)
         reply = self.agent.take(Request(headers, body))
         is_cut = False
         try:

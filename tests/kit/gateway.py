@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 from fake_agent import FakeAgent
 from fake_telegram import FakeTelegram
@@ -21,6 +21,7 @@ from waiting import eventually
 
 Json = Any
 SCRIPT = REPO / "ocp_channels.py"
+HURRIED = Path(__file__).with_name("hurried_gateway.py")
 
 
 class Gateway:
@@ -62,14 +63,15 @@ class Gateway:
         path.write_text(json.dumps(self.settings))
         path.chmod(0o600)
 
-    def start(self, *arguments: str) -> Gateway:
-        """Start it in the foreground, and wait until it runs."""
+    def start(self, *arguments: str, pauses: Sequence[str] = ()) -> Gateway:
+        """Start it in the foreground, and wait until it runs. `pauses` are other ones than its own,
+        such as "_DRAIN_S=1"."""
         self.write()
         # A killed one leaves its socket behind.
         (self.home / "channels.sock").unlink(missing_ok=True)
         nothing = Path(os.devnull)
-        self.process = forker(SCRIPT).fork(["start", "--log-file", *arguments], self.env, self.home,
-                                           nothing, nothing)
+        self.process = forker(HURRIED if pauses else SCRIPT).fork(
+            [*pauses, "start", "--log-file", *arguments], self.env, self.home, nothing, nothing)
         eventually(lambda: (self.home / "channels.sock").exists())
         return self
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from pathlib import Path
+
+import pytest
 
 from project import REPO, load_script
 
@@ -31,6 +35,60 @@ def test_the_page_has_every_setting() -> None:
         PAGE.write_text(re.sub(r"(?s)<!-- settings -->.*<!-- end settings -->",
                                lambda _: wanted, text))
     assert wanted in PAGE.read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The pieces of the page in this language."""
+    return re.findall(rf"(?s)```{language}\n(.*?)```", PAGE.read_text())
+
+
+def test_each_file_of_settings_on_the_page_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "work.token").write_text("2:two\n")
+    found = [channels.parse_settings(json.loads(each), "", {"TELEGRAM_BOT_TOKEN": "1:one"},
+                                     channels.ROWS) for each in blocks("json")]
+    assert len(found) == 2 and not any(each.warnings for each in found)
+    assert found[0].top["apiKey"] == "THE KEY"
+    assert [(each.name, each.settings["botToken"], each.settings["model"])
+            for each in found[1].accounts] == [
+        ("default", "1:one", "sonnet"), ("work", "2:two", "opus")]
+
+
+def test_the_settings_for_groups_on_the_page_let_their_person_in() -> None:
+    """Each platform's section says what to write beside its credentials."""
+    sections = dict(re.findall(r"(?ms)^## (Telegram|Discord|QQ|DingTalk)\n(.*?)(?=^## )",
+                               PAGE.read_text()))
+    rows = {row.label: row for row in channels.ROWS}
+    assert len(sections) == 4
+    for label, text in sections.items():
+        bare = re.sub(r"\s+", " ", text)
+        places, people = (re.search(pattern, bare) for pattern in (
+            r'`("(?:groups|guilds)": \{.*?\})`', r'`("groupAllowFrom": \[.*?\])`'))
+        assert places and people, label
+        values = {**dict.fromkeys(rows[label].credentials, "x"),
+                  **json.loads(f"{{{places[1]}, {people[1]}}}")}
+        one = channels.parse_settings({"channels": {rows[label].id: values}}, "", {},
+                                      channels.ROWS).accounts[0]
+        (group, inner), = (one.settings.get("guilds") or one.settings["groups"]).items()
+        place = next(iter(inner.get("channels", {group: {}})))
+        asked = channels.Message("1", place, "group", one.settings["groupAllowFrom"][0], "", "hi",
+                                 True, "", (), 0.0, {}, group, place)
+        assert channels.judge_group(one, asked).reason == "", label
+
+
+def test_the_plugin_on_the_page_is_a_channel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source,) = blocks("python")
+    plugins = channels.Plugins(str(tmp_path))
+    plugins.put("echo.py", source.encode())
+    (row,), refused = plugins.load()
+    assert not refused and row.id == "echo"
+    part = channels.Part("hello", True, "nonce")
+    assert row.make(channels.Tools({}, {}), None).send({}, part)
+    assert capsys.readouterr().out == "hello\n"
 
 
 def test_the_page_has_every_command_and_channel() -> None:
