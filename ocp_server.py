@@ -14567,6 +14567,8 @@ _SANDBOX_PROBE_TIMEOUT_S = 10
 _SHOWN_LOGINS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 #: Where a claude's own temporary folder is made. The paths of sockets in it must stay short.
 _TEMPORARY_PATH = "/tmp"
+#: Where Linux tells the processes and their environments.
+_PROCESSES_PATH = "/proc"
 
 
 class Agent(NamedTuple):
@@ -14682,6 +14684,42 @@ def make_folders(path: str, *names: str) -> None:
             os.close(descriptor)
 
 
+def temporary_prefix(home: str) -> str:
+    """Return how the names of the temporary folders begin that the server of this state folder
+    makes."""
+    return f"ocp-{hashlib.sha256(os.fsencode(os.path.realpath(home))).hexdigest()[:8]}-"
+
+
+def _used_temporary_folders() -> set[str]:
+    """Return the TMPDIR of each process of this user. Raise OSError where nothing tells them."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir(_PROCESSES_PATH)):
+        # It may have ended, or belong to another user.
+        with contextlib.suppress(OSError), open(f"{_PROCESSES_PATH}/{pid}/environ", "rb") as file:
+            found |= set(re.findall(rb"(?:^|\0)TMPDIR=([^\0]*)", file.read()))
+    return set(map(os.fsdecode, found))
+
+
+def remove_temporary_folders(home: str) -> None:
+    """Remove the temporary folders that a server of this state folder left when it was killed.
+    Only the server that has the state folder may call this. A folder that a process uses stays."""
+    try:
+        with os.scandir(_TEMPORARY_PATH) as entries:
+            left = [
+                entry.path for entry in entries
+                if entry.name.startswith(temporary_prefix(home))
+                # Others may write here too: what belongs to them, and links, are not ours.
+                and entry.is_dir(follow_symlinks=False)
+                and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+            ]
+        used = _used_temporary_folders() if left else set()
+    except OSError:
+        return
+    for path in left:
+        if path not in used:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class Agents:
     """Makes what agents need, and says why one cannot be confined."""
 
@@ -14765,7 +14803,8 @@ class Agents:
             env["CLAUDE_CODE_RESTRICTED"] = ""
             return Launch(agent.work, agent_arguments(agent, ()), env)
         try:
-            temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
+            prefix = temporary_prefix(self._home)
+            temporary = tempfile.mkdtemp(prefix=prefix, dir=_TEMPORARY_PATH)
         except OSError as problem:
             raise StorageFailed(
                 f"No folder can be made in {_TEMPORARY_PATH} ({problem.strerror})."
@@ -19245,6 +19284,11 @@ class StateFolder:
                 )
         return dataclasses.replace(config, admin_key=key)
 
+    @property
+    def is_locked(self) -> bool:
+        """Return whether no other server has this folder."""
+        return self._lock is not None
+
     def announce_stop(self) -> None:
         """Let a server that starts in this folder wait for this one."""
         if self._lock is not None:
@@ -20996,6 +21040,8 @@ class App:
             self._take_report, self.clock, self.keys.all,
         )
         self.agents = starter.agents
+        if self.state_folder.is_locked:
+            remove_temporary_folders(self.config.home_path)
         return starter
 
     def _own_tools(self, environ: Mapping[str, str]) -> OwnTools:
