@@ -15706,7 +15706,7 @@ class Gate:
 
     def _admit_waiting(self) -> None:
         """Admit waiting slots while there is room. The caller holds the lock."""
-        while sum(self._running.values()) < self._config.max_concurrent:
+        while self._has_place():
             scope = next((s for s, slots in self._queues.items() if self._has_room(slots[0])), None)
             if scope is None:
                 return
@@ -15717,6 +15717,12 @@ class Gate:
                 self._queues[scope] = slots
             self._running[scope] += 1
             slot.decide(None)
+
+    def _has_place(self) -> bool:
+        """Return whether one more answer may run, whoever asks for it. If all that run wait for
+        own tools, one more may, because the tools may be waiting for it."""
+        running, maximum = sum(self._running.values()), self._config.max_concurrent
+        return running < maximum or running == maximum == sum(self._lent.values())
 
     def _has_room(self, slot: Slot) -> bool:
         """Return whether the slot's caller may have one more answer at a time. One key never gets
@@ -15731,7 +15737,8 @@ class Gate:
     def lend(self, slot: Slot, count: int) -> None:
         """Count a running slot out of its caller's limit while an own tool works for it, so that
         the tool can ask this server with the same key; count it in again with -1. It stays one of
-        the server's running requests. See `_has_room` for several of one caller."""
+        the server's running requests; but see `_has_place`, and `_has_room` for several of one
+        caller."""
         with self._lock:
             self._lent[slot.scope] += count
             if not self._lent[slot.scope]:
@@ -21395,9 +21402,9 @@ class Router:
         raise NotFound(f"There is no path {one_line(path, 80)}; /openapi.json lists all paths.")
 
 
-def allowed_methods(matches: list[Match]) -> list[str]:
-    """Return the methods of a path; empty = the path does not exist."""
-    methods = [route.method for route, _ in matches]
+def allowed_methods(matches: Iterable[Match]) -> list[str]:
+    """Return the methods of a path, each once; empty = the path does not exist."""
+    methods = list(dict.fromkeys(route.method for route, _ in matches))
     if "GET" in methods:
         methods.append("HEAD")
     return [*methods, "OPTIONS"] if methods else []
@@ -22036,6 +22043,9 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
             raise
 
     def _answer_options(self, exchange: Exchange, matches: list[Match]) -> None:
+        if exchange.target == "*":
+            # Asks for the server as a whole.
+            matches = [(route, {}) for route in self.server.routes]
         allowed = ", ".join(allowed_methods(matches))
         if not allowed:
             raise NotFound(f"There is no path {one_line(exchange.path, 80)}.")
@@ -24842,14 +24852,12 @@ class DemoClaude:
         self._write = write
         self._max_tokens = 10**9
         self._limit = UNREACHED_LIMIT
+        self._stops: list[str] = []
 
     def read(self, line: Json) -> None:
         """Answer one line of input."""
         if line.get("type") == "control_request":
-            settings = line.get("request", {}).get("settings", {})
-            limit = settings.get("env", {}).get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")
-            self._max_tokens = int(limit) if limit else self._max_tokens
-            self._limit = settings.get("env", {}).get(BLOCKING_LIMIT, self._limit)
+            self._set(line.get("request", {}).get("settings", {}).get("env", {}))
             response = {"subtype": "success", "request_id": line.get("request_id")}
             # The demo keeps no conversation, so every rewind succeeds.
             self._print("control_response", response={**response, "response": {"rewound": True}})
@@ -24860,6 +24868,20 @@ class DemoClaude:
         elif line.get("type") == "user":
             self._answer(line.get("message", {}).get("content"))
 
+    def _set(self, env: Json) -> None:
+        """Take the settings that change an answer; those that are missing stay."""
+        limit, extra = env.get("CLAUDE_CODE_MAX_OUTPUT_TOKENS"), env.get("CLAUDE_CODE_EXTRA_BODY")
+        self._max_tokens = int(limit) if limit else self._max_tokens
+        self._limit = env.get(BLOCKING_LIMIT, self._limit)
+        if extra:
+            self._stops = _object(from_json(extra)).get("stop_sequences", [])
+
+    def _until_stop(self, reply: str) -> tuple[str, str | None]:
+        """Return a reply up to its first stop sequence, and that; None = it has none."""
+        found = [(reply.find(stop), stop) for stop in self._stops if stop in reply]
+        end, stop = min(found, default=(len(reply), None))
+        return reply[:end], stop
+
     def _answer(self, content: object) -> None:
         blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
         prompt = " ".join(str(block.get("text", "")) for block in blocks if "text" in block)
@@ -24867,6 +24889,7 @@ class DemoClaude:
             "This is the demo of OCP: no model was asked and no account is used. "
             f"You wrote: {one_line(prompt, 200)}"
         )
+        reply, stop = self._until_stop(reply)
         words = re.findall(r"\S+\s*", reply)
         sent = words[: self._max_tokens]
         usage = {"input_tokens": len(prompt.split()), "output_tokens": len(sent)}
@@ -24879,8 +24902,12 @@ class DemoClaude:
             delta = {"type": "text_delta", "text": word}
             self._print_event("content_block_delta", index=0, delta=delta)
         self._print_event("content_block_stop", index=0)
-        reason = "end_turn" if len(sent) == len(words) else "max_tokens"
-        self._print_event("message_delta", delta={"stop_reason": reason}, usage=usage)
+        end: Json = {"stop_reason": "end_turn"}
+        if len(sent) < len(words):
+            end = {"stop_reason": "max_tokens"}
+        elif stop is not None:
+            end = {"stop_reason": "stop_sequence", "stop_sequence": stop}
+        self._print_event("message_delta", delta=end, usage=usage)
         self._print_event("message_stop")
         self._print_result(num_turns=1)
 

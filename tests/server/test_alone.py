@@ -228,6 +228,18 @@ def test_the_demo_keeps_a_limit_and_a_history(demo: Serving) -> None:
     assert "third" in last and "first" not in last
 
 
+def test_the_demo_ends_an_answer_at_the_first_stop_sequence(demo: Serving) -> None:
+    stopped = demo.ask("hello", stop=["account", "no model"]).json()["choices"][0]
+    both = [demo.ask("hello", stop=["no model"], max_tokens=count).json()["choices"][0]
+            for count in (2, 99)]
+    other = demo.ask("hello", stop=["nothing of the answer"]).json()["choices"][0]
+
+    assert stopped["message"]["content"] == "This is the demo of OCP: "
+    assert [each["finish_reason"] for each in (stopped, *both, other)] == [
+        "stop", "length", "stop", "stop"]
+    assert other["message"]["content"].endswith("hello")
+
+
 def test_the_demo_has_a_history_and_a_plan_to_look_at(demo: Serving) -> None:
     usage = demo.get("/api/usage?all=true&hours=720")
     plan = demo.get("/usage")["plan"]
