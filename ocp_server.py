@@ -2986,7 +2986,8 @@ def load_models(folder: str) -> Models:
         if not isinstance(source, dict):
             raise ValueError("is not a JSON object")
         return Models(source)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        # The latter where this file is in an archive.
         return Models(BUILTIN_MODELS)
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ConfigError(f"models.json cannot be used: {problem!r}") from problem
@@ -25463,7 +25464,9 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     if options.print_settings:
         print(settings_markdown())
     here = os.path.abspath(__file__)
-    demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
+    # An archive is run as a whole.
+    program = here if os.path.isfile(here) else os.path.dirname(here)
+    demo_command = (sys.executable, "-I", "-S", program, _DEMO_FLAG) if options.demo else ()
     environment = Environment({}, "", {})
     try:
         environment = environment_of(options, environ)

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +159,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A running demo for all tests that leave it as it is."""
     with Alone(tmp_path_factory.mktemp("demo")).serving("--demo") as running:
         yield running
+
+
+def test_it_serves_out_of_an_archive_too(alone: Alone) -> None:
+    archive = alone.script.with_name("ocp.zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(alone.script, "__main__.pyc")
+    alone.script = archive
+
+    with alone.serving("--demo") as running:
+        assert "You wrote: hello" in content_of(running.ask("hello"))
+        assert http_call(running.port, "GET", "/dashboard").status == 200
 
 
 # ---------------------------------------------------------------------------
