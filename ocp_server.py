@@ -5312,7 +5312,9 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     domain, so such names are rejected. In mode none, where a request over loopback has admin
     rights, names of the local network are rejected too: any device in it may announce them.
     """
-    name = host_name(host)
+    written = host_name(host)
+    # A dot at the end keeps resolvers from trying the name in other domains first.
+    name = written[:-1] if written.endswith(".") else written
     if name in machine_names() or name in config.own_names:
         return True
     if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
@@ -5322,7 +5324,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    return "." not in name or name.endswith(_LOCAL_SUFFIXES)
+    return "." not in written or name.endswith(_LOCAL_SUFFIXES)
 
 
 def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
@@ -21885,7 +21887,7 @@ class Exchange:
         """Return the body. Raises BadRequest, TooLarge, RequestTimeout, MemoryFull, ClientGone."""
         if self._length is not None:
             self._bodies.check_size(self._length)
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
         expects = self.headers.get("Expect", "").lower() == "100-continue"
         if expects and self.response.version == "HTTP/1.1":
