@@ -10577,9 +10577,15 @@ def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
         return [Fields({"role": "user", "content": value}, "input")]
     return [
         Fields(parsing.item(item.required_text("id")), item.path)
-        if item.text("type") == "item_reference" else item
-        for item in fields.objects("input")
+        if _is_reference(item) else item for item in fields.objects("input")
     ]
+
+
+def _is_reference(item: Fields) -> bool:
+    """Return whether an item stands for a stored one. Its type may be missing."""
+    kind = item.text("type")
+    return kind == "item_reference" or (
+        kind is None and item.has("id") and not item.has("role") and not item.has("content"))
 
 
 def stored_item(item: Fields) -> Json:
@@ -10878,6 +10884,17 @@ class ResponseFormat(NamedTuple):
     user_items: list[Json] = []
 
 
+def _tool_definition(entry: Fields) -> tuple[Fields, str]:
+    """Return the fields that define a tool, and its type. Some clients send the tools of the other
+    APIs: without a type, or with the definition in a field of its own."""
+    nested = entry.child("function") or entry.child("custom")
+    kind = entry.text("type") or ("function" if nested or entry.has("name") else "")
+    if kind == "custom" and entry.has("input_schema"):
+        kind = "function"
+    is_nested = nested is not None and kind in ("function", "custom") and not entry.has("name")
+    return (nested if nested is not None and is_nested else entry), kind
+
+
 class ResponsesDialect(Dialect):
     """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
 
@@ -10947,7 +10964,7 @@ class ResponsesDialect(Dialect):
         fields, reader = context.fields, ToolReader(context)
         forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._tool_entries(fields):
-            kind = entry.text("type") or ""
+            entry, kind = _tool_definition(entry)
             if is_web_search(kind):
                 reader.add_web_search(entry)
                 continue
@@ -10971,7 +10988,8 @@ class ResponsesDialect(Dialect):
             return freeform_tool(entry, qualified_name(space, entry.required_text("name")))
         if kind == "function":
             name = qualified_name(space, entry.required_text("name"))
-            return read_tool(entry, name, "parameters")
+            schema = "input_schema" if entry.has("input_schema") else "parameters"
+            return read_tool(entry, name, schema)
         return None
 
     def _tool_entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
