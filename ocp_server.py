@@ -8749,9 +8749,21 @@ _TOOL_FIELDS = (
 )
 
 
-def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
-    """Return a client's tool. Raises BadRequest for an invalid schema, because claude would
-    silently drop the tool, or all tools."""
+def tool_definition(entry: Fields) -> tuple[Fields, str]:
+    """Return the fields that define a tool, and its type. Some clients send the tools of the other
+    APIs: without a type, or with the definition in a field of its own."""
+    nested = entry.child("function") or entry.child("custom")
+    kind = entry.text("type") or ("function" if nested or entry.has("name") else "")
+    if kind == "custom" and entry.has("input_schema"):
+        kind = "function"
+    is_nested = nested is not None and kind in ("function", "custom") and not entry.has("name")
+    return (nested if nested is not None and is_nested else entry), kind
+
+
+def read_tool(entry: Fields, name: str) -> Tool:
+    """Return a client's tool, with its schema as OpenAI or as Anthropic names it. Raises BadRequest
+    for an invalid schema, because claude would silently drop the tool, or all tools."""
+    schema_field = "input_schema" if entry.has("input_schema") else "parameters"
     value = entry.value(schema_field)
     with contextlib.suppress(ValueError):
         # Some clients send the schema as its JSON text.
@@ -9878,10 +9890,10 @@ class ChatDialect(Dialect):
             elif definition is entry and not entry.has("name"):
                 raise entry.invalid("function", "an object")
             else:
-                tool = read_tool(definition, definition.required_text("name"), schema)
+                tool = read_tool(definition, definition.required_text("name"))
                 reader.add(tool, *([entry] if definition is entry else [entry, definition]))
         for entry in fields.objects("functions"):
-            reader.add(read_tool(entry, entry.required_text("name"), "parameters"))
+            reader.add(read_tool(entry, entry.required_text("name")))
         if isinstance(fields.object.get("web_search_options"), dict):
             options = fields.value("web_search_options")
             reader.add_web_search(Fields(options, "web_search_options"))
@@ -10276,10 +10288,10 @@ class MessagesDialect(Dialect):
         goes to the context; the others are recorded as ignored."""
         reader = ToolReader(context)
         for entry in self._offered(context):
-            if entry.text("type") in (None, "custom"):
-                name = entry.required_text("name")
-                reader.add(read_tool(entry, name, "input_schema"), entry)
-            elif is_web_search(entry.text("type")):
+            entry, kind = tool_definition(entry)
+            if kind in ("", "custom", "function"):
+                reader.add(read_tool(entry, entry.required_text("name")), entry)
+            elif is_web_search(kind):
                 reader.add_web_search(entry)
             else:
                 context.ignore(entry.path)
@@ -10884,17 +10896,6 @@ class ResponseFormat(NamedTuple):
     user_items: list[Json] = []
 
 
-def _tool_definition(entry: Fields) -> tuple[Fields, str]:
-    """Return the fields that define a tool, and its type. Some clients send the tools of the other
-    APIs: without a type, or with the definition in a field of its own."""
-    nested = entry.child("function") or entry.child("custom")
-    kind = entry.text("type") or ("function" if nested or entry.has("name") else "")
-    if kind == "custom" and entry.has("input_schema"):
-        kind = "function"
-    is_nested = nested is not None and kind in ("function", "custom") and not entry.has("name")
-    return (nested if nested is not None and is_nested else entry), kind
-
-
 class ResponsesDialect(Dialect):
     """POST /v1/responses: OpenAI's API in which prompts and answers are lists of items."""
 
@@ -10964,7 +10965,7 @@ class ResponsesDialect(Dialect):
         fields, reader = context.fields, ToolReader(context)
         forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._tool_entries(fields):
-            entry, kind = _tool_definition(entry)
+            entry, kind = tool_definition(entry)
             if is_web_search(kind):
                 reader.add_web_search(entry)
                 continue
@@ -10988,8 +10989,7 @@ class ResponsesDialect(Dialect):
             return freeform_tool(entry, qualified_name(space, entry.required_text("name")))
         if kind == "function":
             name = qualified_name(space, entry.required_text("name"))
-            schema = "input_schema" if entry.has("input_schema") else "parameters"
-            return read_tool(entry, name, schema)
+            return read_tool(entry, name)
         return None
 
     def _tool_entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
