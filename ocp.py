@@ -194,10 +194,11 @@ KEY_FIELDS = (
 )
 _UNIT_WORDS = {"": "requests", "tokens": "tokens", "usd": "USD at the API's list price"}
 _SPANS = {"daily": "day", "weekly": "week", "monthly": "month"}
-QUOTA_FIELDS = tuple(
-    argument(f"--{name}", metavar="USD" if kind == "usd" else "N",
-             help=f"{_UNIT_WORDS[kind]} a {_SPANS[span]}; none = no limit")
-    for name, _ in QUOTAS for kind, _, span in (name.rpartition("-"),)
+QUOTA_FIELDS = (
+    *(argument(f"--{name}", metavar="USD" if kind == "usd" else "N",
+               help=f"{_UNIT_WORDS[kind]} a {_SPANS[span]}; none = no limit")
+      for name, _ in QUOTAS for kind, _, span in (name.rpartition("-"),)),
+    argument("--model", metavar="MODEL", help="these quotas are for this model only"),
 )
 
 ALL_KEYS = flag("--all", help="the revoked ones too")
@@ -207,14 +208,13 @@ KEY_ACTIONS = (
     Command("add", "create a key; its secret is shown only once",
             (argument("name", metavar="NAME", help="its name, such as that of the device"),
              *KEY_FIELDS, *QUOTA_FIELDS, JSON),
-            examples=("keys add laptop", "keys add phone --expiry 90d --daily 200")),
+            examples=("keys add laptop", "keys add phone --expiry 90d --daily 200",
+                      "keys add tv --model opus --daily 20")),
     Command("show", "show one key and its quotas", (KEY, JSON), examples=("keys show laptop",)),
-    Command("quota", "show or change the quotas of a key", (
-        KEY, *QUOTA_FIELDS,
-        argument("--model", metavar="MODEL", help="change the quotas for this model only"), JSON,
-    ), examples=("keys quota laptop", "keys quota laptop --daily 200 --tokens-weekly none",
-                 "keys quota laptop --usd-monthly 20",
-                 "keys quota laptop --model opus --usd-daily 1.50")),
+    Command("quota", "show or change the quotas of a key", (KEY, *QUOTA_FIELDS, JSON),
+            examples=("keys quota laptop", "keys quota laptop --daily 200 --tokens-weekly none",
+                      "keys quota laptop --usd-monthly 20",
+                      "keys quota laptop --model opus --usd-daily 1.50")),
     Command("edit", "change what a key may do", (KEY, *KEY_FIELDS, JSON),
             examples=("keys edit laptop --expiry never --models sonnet,haiku",)),
     Command("rename", "give a key another name",
@@ -2542,6 +2542,17 @@ def _quota_fields(args: argparse.Namespace) -> dict[str, float | None]:
     return found
 
 
+def _quota_model(args: argparse.Namespace) -> str:
+    """Return the model that the quotas are for; empty = all. Raises Problem."""
+    if args.model is None:
+        return ""
+    model: str = args.model.strip().lower()
+    if not model or not _quota_fields(args):
+        raise Problem(Exit.USAGE, "--model needs a model and a quota, such as "
+                      "--model opus --usd-daily 1.50.")
+    return model
+
+
 def cmd_keys(env: Env, args: argparse.Namespace) -> Exit:
     return read(env, args, "/api/keys", show_all_keys if args.all else show_keys)
 
@@ -2588,8 +2599,9 @@ def _print_secret(env: Env, args: argparse.Namespace, answer: Answer) -> Exit:
 
 def cmd_keys_add(env: Env, args: argparse.Namespace) -> Exit:
     body = {"name": args.name, **_key_fields(args)}
-    quotas = _quota_fields(args)
-    body.update({"quota": quotas} if quotas else {})
+    quotas, model = _quota_fields(args), _quota_model(args)
+    if quotas:
+        body.update({"modelQuotas": {model: quotas}} if model else {"quota": quotas})
     return _print_secret(env, args, find_server(env).ask("POST", "/api/keys", body))
 
 
@@ -2617,15 +2629,13 @@ def cmd_keys_show(env: Env, args: argparse.Namespace) -> Exit:
 
 
 def cmd_keys_quota(env: Env, args: argparse.Namespace) -> Exit:
-    path, quotas = _key_path(args.key) + "/quota", _quota_fields(args)
-    if args.model and quotas:
-        server, model = find_server(env), args.model.strip().lower()
+    path, quotas, model = _key_path(args.key) + "/quota", _quota_fields(args), _quota_model(args)
+    if model:
+        server = find_server(env)
         limits = server.ask("GET", _key_path(args.key)).value.get("modelQuotas") or {}
         limits[model] = {name: limit for name, limit in {
             **(limits.get(model) or {}), **quotas}.items() if limit is not None}
         server.ask("PATCH", _key_path(args.key), {"modelQuotas": limits})
-    elif args.model:
-        raise Problem(Exit.USAGE, "--model needs a quota, such as --usd-daily 1.50.")
     elif quotas:
         find_server(env).ask("PATCH", path, quotas)
     return read(env, args, path, show_quota)

@@ -2986,7 +2986,8 @@ def load_models(folder: str) -> Models:
         if not isinstance(source, dict):
             raise ValueError("is not a JSON object")
         return Models(source)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        # The latter where this file is in an archive.
         return Models(BUILTIN_MODELS)
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ConfigError(f"models.json cannot be used: {problem!r}") from problem
@@ -5310,7 +5311,9 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     domain, so such names are rejected. In mode none, where a request over loopback has admin
     rights, names of the local network are rejected too: any device in it may announce them.
     """
-    name = host_name(host)
+    written = host_name(host)
+    # A dot at the end keeps resolvers from trying the name in other domains first.
+    name = written[:-1] if written.endswith(".") else written
     if name in machine_names() or name in config.own_names:
         return True
     if name == "localhost" or name.endswith(".localhost") or is_loopback(name):
@@ -5320,7 +5323,7 @@ def is_own_host(config: Config, host: str, peer: str) -> bool:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    return "." not in name or name.endswith(_LOCAL_SUFFIXES)
+    return "." not in written or name.endswith(_LOCAL_SUFFIXES)
 
 
 def check_origin(config: Config, origin: str, host: str, content_type: str, peer: str) -> None:
@@ -6495,8 +6498,8 @@ MAX_SCHEMA_LEVELS = 100
 MAX_SCHEMA_VALUES = 100_000
 #: The property that holds an answer whose schema does not describe a plain object.
 WRAPPER_NAME = "value"
-#: Schemas up to this size are cached from one request to the next. Parsed, the 256 in the cache need
-#: eleven times their size: 45 MB at most.
+#: Schemas up to this size are cached from one request to the next. The 256 in the cache need eleven
+#: times their size when parsed: 45 MB at most.
 _MAX_CACHED_BYTES = 16 * 1024
 #: The longest note in a description about keywords that were removed.
 _MAX_NOTE_CHARS = 300
@@ -8744,9 +8747,21 @@ _TOOL_FIELDS = (
 )
 
 
-def read_tool(entry: Fields, name: str, schema_field: str) -> Tool:
-    """Return a client's tool. Raises BadRequest for an invalid schema, because claude would
-    silently drop the tool, or all tools."""
+def tool_definition(entry: Fields) -> tuple[Fields, str]:
+    """Return the fields that define a tool, and its type. Some clients send the tools of the other
+    APIs: without a type, or with the definition in a field of its own."""
+    nested = entry.child("function") or entry.child("custom")
+    kind = entry.text("type") or ("function" if nested or entry.has("name") else "")
+    if kind == "custom" and entry.has("input_schema"):
+        kind = "function"
+    is_nested = nested is not None and kind in ("function", "custom") and not entry.has("name")
+    return (nested if nested is not None and is_nested else entry), kind
+
+
+def read_tool(entry: Fields, name: str) -> Tool:
+    """Return a client's tool, with its schema as OpenAI or as Anthropic names it. Raises BadRequest
+    for an invalid schema, because claude would silently drop the tool, or all tools."""
+    schema_field = "input_schema" if entry.has("input_schema") else "parameters"
     value = entry.value(schema_field)
     with contextlib.suppress(ValueError):
         # Some clients send the schema as its JSON text.
@@ -9873,10 +9888,10 @@ class ChatDialect(Dialect):
             elif definition is entry and not entry.has("name"):
                 raise entry.invalid("function", "an object")
             else:
-                tool = read_tool(definition, definition.required_text("name"), schema)
+                tool = read_tool(definition, definition.required_text("name"))
                 reader.add(tool, *([entry] if definition is entry else [entry, definition]))
         for entry in fields.objects("functions"):
-            reader.add(read_tool(entry, entry.required_text("name"), "parameters"))
+            reader.add(read_tool(entry, entry.required_text("name")))
         if isinstance(fields.object.get("web_search_options"), dict):
             options = fields.value("web_search_options")
             reader.add_web_search(Fields(options, "web_search_options"))
@@ -10271,10 +10286,10 @@ class MessagesDialect(Dialect):
         goes to the context; the others are recorded as ignored."""
         reader = ToolReader(context)
         for entry in self._offered(context):
-            if entry.text("type") in (None, "custom"):
-                name = entry.required_text("name")
-                reader.add(read_tool(entry, name, "input_schema"), entry)
-            elif is_web_search(entry.text("type")):
+            entry, kind = tool_definition(entry)
+            if kind in ("", "custom", "function"):
+                reader.add(read_tool(entry, entry.required_text("name")), entry)
+            elif is_web_search(kind):
                 reader.add_web_search(entry)
             else:
                 context.ignore(entry.path)
@@ -10572,9 +10587,15 @@ def input_items(fields: Fields, parsing: ParseEnvironment) -> list[Fields]:
         return [Fields({"role": "user", "content": value}, "input")]
     return [
         Fields(parsing.item(item.required_text("id")), item.path)
-        if item.text("type") == "item_reference" else item
-        for item in fields.objects("input")
+        if _is_reference(item) else item for item in fields.objects("input")
     ]
+
+
+def _is_reference(item: Fields) -> bool:
+    """Return whether an item stands for a stored one. Its type may be missing."""
+    kind = item.text("type")
+    return kind == "item_reference" or (
+        kind is None and item.has("id") and not item.has("role") and not item.has("content"))
 
 
 def stored_item(item: Fields) -> Json:
@@ -10942,7 +10963,7 @@ class ResponsesDialect(Dialect):
         fields, reader = context.fields, ToolReader(context)
         forms: dict[str, tuple[CallForm, Json]] = {}
         for entry, space in self._tool_entries(fields):
-            kind = entry.text("type") or ""
+            entry, kind = tool_definition(entry)
             if is_web_search(kind):
                 reader.add_web_search(entry)
                 continue
@@ -10966,7 +10987,7 @@ class ResponsesDialect(Dialect):
             return freeform_tool(entry, qualified_name(space, entry.required_text("name")))
         if kind == "function":
             name = qualified_name(space, entry.required_text("name"))
-            return read_tool(entry, name, "parameters")
+            return read_tool(entry, name)
         return None
 
     def _tool_entries(self, fields: Fields) -> Iterator[tuple[Fields, str]]:
@@ -14565,6 +14586,8 @@ _SANDBOX_PROBE_TIMEOUT_S = 10
 _SHOWN_LOGINS = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 #: Where the temporary folder of a process is made. Paths of sockets in it must stay short.
 _TEMPORARY_PATH = "/tmp"
+#: Where Linux tells the processes and their environments.
+_PROCESSES_PATH = "/proc"
 
 
 class Agent(NamedTuple):
@@ -14680,6 +14703,42 @@ def make_folders(path: str, *names: str) -> None:
             os.close(descriptor)
 
 
+def temporary_prefix(home: str) -> str:
+    """Return how the names of the temporary folders begin that the server of this state folder
+    makes."""
+    return f"ocp-{hashlib.sha256(os.fsencode(os.path.realpath(home))).hexdigest()[:8]}-"
+
+
+def _used_temporary_folders() -> set[str]:
+    """Return the TMPDIR of each process of this user. Raise OSError where nothing tells them."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir(_PROCESSES_PATH)):
+        # It may have ended, or belong to another user.
+        with contextlib.suppress(OSError), open(f"{_PROCESSES_PATH}/{pid}/environ", "rb") as file:
+            found |= set(re.findall(rb"(?:^|\0)TMPDIR=([^\0]*)", file.read()))
+    return set(map(os.fsdecode, found))
+
+
+def remove_temporary_folders(home: str) -> None:
+    """Remove the temporary folders that a server of this state folder left when it was killed.
+    Only the server that has the state folder may call this. A folder that a process uses stays."""
+    try:
+        with os.scandir(_TEMPORARY_PATH) as entries:
+            left = [
+                entry.path for entry in entries
+                if entry.name.startswith(temporary_prefix(home))
+                # Others may write here too: what belongs to them, and links, are not ours.
+                and entry.is_dir(follow_symlinks=False)
+                and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+            ]
+        used = _used_temporary_folders() if left else set()
+    except OSError:
+        return
+    for path in left:
+        if path not in used:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 class Agents:
     """Prepares the start of agents, and checks whether they can be confined."""
 
@@ -14763,7 +14822,8 @@ class Agents:
             env["CLAUDE_CODE_RESTRICTED"] = ""
             return Launch(agent.work, agent_arguments(agent, ()), env)
         try:
-            temporary = tempfile.mkdtemp(prefix="ocp-", dir=_TEMPORARY_PATH)
+            prefix = temporary_prefix(self._home)
+            temporary = tempfile.mkdtemp(prefix=prefix, dir=_TEMPORARY_PATH)
         except OSError as problem:
             raise StorageFailed(
                 f"No folder can be created in {_TEMPORARY_PATH} ({problem.strerror})."
@@ -15665,7 +15725,7 @@ class Gate:
 
     def _admit_waiting(self) -> None:
         """Admit waiting slots while there is room. The caller holds the lock."""
-        while sum(self._running.values()) < self._config.max_concurrent:
+        while self._has_place():
             scope = next((s for s, slots in self._queues.items() if self._has_room(slots[0])), None)
             if scope is None:
                 return
@@ -15676,6 +15736,12 @@ class Gate:
                 self._queues[scope] = slots
             self._running[scope] += 1
             slot.decide(None)
+
+    def _has_place(self) -> bool:
+        """Return whether one more answer may run, whoever asks for it. If all that run wait for
+        own tools, one more may, because the tools may be waiting for it."""
+        running, maximum = sum(self._running.values()), self._config.max_concurrent
+        return running < maximum or running == maximum == sum(self._lent.values())
 
     def _has_room(self, slot: Slot) -> bool:
         """Return whether the slot's caller may have one more answer at a time. One key never gets
@@ -15690,7 +15756,8 @@ class Gate:
     def lend(self, slot: Slot, count: int) -> None:
         """Count a running slot out of its caller's limit while an own tool works for it, so that
         the tool can ask this server with the same key; count it in again with -1. It stays one of
-        the server's running requests. See `_has_room` for several of one caller."""
+        the server's running requests; but see `_has_place`, and `_has_room` for several of one
+        caller."""
         with self._lock:
             self._lent[slot.scope] += count
             if not self._lent[slot.scope]:
@@ -19243,6 +19310,11 @@ class StateFolder:
                 )
         return dataclasses.replace(config, admin_key=key)
 
+    @property
+    def is_locked(self) -> bool:
+        """Return whether no other server has this folder."""
+        return self._lock is not None
+
     def announce_stop(self) -> None:
         """Let a server that starts in this folder wait for this one."""
         if self._lock is not None:
@@ -20994,6 +21066,8 @@ class App:
             self._take_report, self.clock, self.keys.all,
         )
         self.agents = starter.agents
+        if self.state_folder.is_locked:
+            remove_temporary_folders(self.config.home_path)
         return starter
 
     def _own_tools(self, environ: Mapping[str, str]) -> OwnTools:
@@ -21348,9 +21422,9 @@ class Router:
         raise NotFound(f"There is no path {one_line(path, 80)}; /openapi.json lists all paths.")
 
 
-def allowed_methods(matches: list[Match]) -> list[str]:
-    """Return the methods of a path; empty = the path does not exist."""
-    methods = [route.method for route, _ in matches]
+def allowed_methods(matches: Iterable[Match]) -> list[str]:
+    """Return the methods of a path, each once; empty = the path does not exist."""
+    methods = list(dict.fromkeys(route.method for route, _ in matches))
     if "GET" in methods:
         methods.append("HEAD")
     return [*methods, "OPTIONS"] if methods else []
@@ -21830,7 +21904,7 @@ class Exchange:
         """Return the body. Raises BadRequest, TooLarge, RequestTimeout, MemoryFull, ClientGone."""
         if self._length is not None:
             self._bodies.check_size(self._length)
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if self.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
             raise BadRequest("Compressed bodies are not supported: send the body uncompressed.")
         expects = self.headers.get("Expect", "").lower() == "100-continue"
         if expects and self.response.version == "HTTP/1.1":
@@ -21989,6 +22063,9 @@ class ConnectionHandler(socketserver.BaseRequestHandler):
             raise
 
     def _answer_options(self, exchange: Exchange, matches: list[Match]) -> None:
+        if exchange.target == "*":
+            # Asks for the server as a whole.
+            matches = [(route, {}) for route in self.server.routes]
         allowed = ", ".join(allowed_methods(matches))
         if not allowed:
             raise NotFound(f"There is no path {one_line(exchange.path, 80)}.")
@@ -24795,14 +24872,12 @@ class DemoClaude:
         self._write = write
         self._max_tokens = 10**9
         self._limit = UNREACHED_LIMIT
+        self._stops: list[str] = []
 
     def read(self, line: Json) -> None:
         """Answer one line of input."""
         if line.get("type") == "control_request":
-            settings = line.get("request", {}).get("settings", {})
-            limit = settings.get("env", {}).get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")
-            self._max_tokens = int(limit) if limit else self._max_tokens
-            self._limit = settings.get("env", {}).get(BLOCKING_LIMIT, self._limit)
+            self._set(line.get("request", {}).get("settings", {}).get("env", {}))
             response = {"subtype": "success", "request_id": line.get("request_id")}
             # The demo keeps no conversation, so every rewind succeeds.
             self._print("control_response", response={**response, "response": {"rewound": True}})
@@ -24813,6 +24888,20 @@ class DemoClaude:
         elif line.get("type") == "user":
             self._answer(line.get("message", {}).get("content"))
 
+    def _set(self, env: Json) -> None:
+        """Take the settings that change an answer; those that are missing stay."""
+        limit, extra = env.get("CLAUDE_CODE_MAX_OUTPUT_TOKENS"), env.get("CLAUDE_CODE_EXTRA_BODY")
+        self._max_tokens = int(limit) if limit else self._max_tokens
+        self._limit = env.get(BLOCKING_LIMIT, self._limit)
+        if extra:
+            self._stops = _object(from_json(extra)).get("stop_sequences", [])
+
+    def _until_stop(self, reply: str) -> tuple[str, str | None]:
+        """Return a reply up to its first stop sequence, and that; None = it has none."""
+        found = [(reply.find(stop), stop) for stop in self._stops if stop in reply]
+        end, stop = min(found, default=(len(reply), None))
+        return reply[:end], stop
+
     def _answer(self, content: object) -> None:
         blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
         prompt = " ".join(str(block.get("text", "")) for block in blocks if "text" in block)
@@ -24820,6 +24909,7 @@ class DemoClaude:
             "This is the demo of OCP: no model was asked and no account is used. "
             f"You wrote: {one_line(prompt, 200)}"
         )
+        reply, stop = self._until_stop(reply)
         words = re.findall(r"\S+\s*", reply)
         sent = words[: self._max_tokens]
         usage = {"input_tokens": len(prompt.split()), "output_tokens": len(sent)}
@@ -24832,8 +24922,12 @@ class DemoClaude:
             delta = {"type": "text_delta", "text": word}
             self._print_event("content_block_delta", index=0, delta=delta)
         self._print_event("content_block_stop", index=0)
-        reason = "end_turn" if len(sent) == len(words) else "max_tokens"
-        self._print_event("message_delta", delta={"stop_reason": reason}, usage=usage)
+        end: Json = {"stop_reason": "end_turn"}
+        if len(sent) < len(words):
+            end = {"stop_reason": "max_tokens"}
+        elif stop is not None:
+            end = {"stop_reason": "stop_sequence", "stop_sequence": stop}
+        self._print_event("message_delta", delta=end, usage=usage)
         self._print_event("message_stop")
         self._print_result(num_turns=1)
 
@@ -25389,7 +25483,9 @@ def main(arguments: list[str], environ: Mapping[str, str]) -> int:
     if options.print_settings:
         print(settings_markdown())
     here = os.path.abspath(__file__)
-    demo_command = (sys.executable, "-I", "-S", here, _DEMO_FLAG) if options.demo else ()
+    # An archive is run as a whole.
+    program = here if os.path.isfile(here) else os.path.dirname(here)
+    demo_command = (sys.executable, "-I", "-S", program, _DEMO_FLAG) if options.demo else ()
     environment = Environment({}, "", {})
     try:
         environment = environment_of(options, environ)

@@ -475,6 +475,15 @@ def test_a_new_key_is_printed_first_and_alone(tmp_path: Path) -> None:
         "quota": {"daily": 50, "tokensWeekly": None}}
 
 
+def test_a_key_is_made_with_limits_for_a_single_model(tmp_path: Path) -> None:
+    with stub_server({"POST /api/keys": (201, {"id": 3, "key": "ocp_s", "name": "tv"})}) as server:
+        run(tmp_path, server.url, "keys", "add", "tv", "--model", " Opus", "--usd-daily", "1.50",
+            "--models", "opus,haiku")
+        body = server.requests[0].body
+    assert body == {
+        "name": "tv", "models": ["opus", "haiku"], "modelQuotas": {"opus": {"usdDaily": 1.5}}}
+
+
 def test_a_new_key_is_not_lost_in_an_answer_that_is_not_understood(tmp_path: Path) -> None:
     with stub_server({"POST /api/keys": (201, '{"secret": "ocp_lost?"}')}) as server:
         found = run(tmp_path, server.url, "keys", "add", "x")
@@ -1081,6 +1090,7 @@ def test_failures_of_ask_are_told_apart(tmp_path: Path) -> None:
     ["completion", "tcsh"], ["restart", "everything"], ["keys", "edit", "1"],
     ["keys", "quota", "1", "--daily", "-1"], ["keys", "quota", "1", "--usd-daily", "-1"],
     ["keys", "quota", "1", "--usd-daily", "1.2345678"], ["keys", "quota", "1", "--model", "opus"],
+    ["keys", "quota", "1", "--model", "", "--daily", "5"], ["keys", "add", "x", "--model", "opus"],
     ["keys", "quota", "1", "--usd-daily", "nan"], ["keys", "edit", "1", "--soft-percent", "0"],
     ["keys", "edit", "1", "--soft-percent", "101"], ["update", "--list"], ["health", "extra"],
     ["update", "--rollback", "--target", "v1.0.0"], ["health", "--js"], ["connect"],

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from chat import error_of
 from http_client import Reply
 from keys import MULTI, as_admin, ask_as, new_key
+from processes import processes_with
 from project import load_script
 from rig import environment
 from server import Server, running_server
@@ -147,6 +150,53 @@ def test_a_process_has_a_temporary_folder_that_ends_with_it(house: Server) -> No
 
     eventually(lambda: not any(path.exists() for path in paths))
     assert house.home.exists()
+
+
+def test_temporary_folders_that_a_killed_server_left_are_removed_at_the_next_start(
+        tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        left = Path(start_of(server, ask(server, tenant(server)))["env"]["TMPDIR"])
+        (left / "link").symlink_to(server.home)
+        (left / "closed").mkdir(0)
+        server.kill()
+    assert eventually(lambda: not processes_with(server.place.folder))
+    assert left.is_dir()
+    prefix = left.name.rpartition("-")[0]
+    with foreign_folders(prefix, tmp_path) as foreign, used_folder(prefix) as used, \
+            running_server(tmp_path / "server", env=KEEPING):
+        assert not left.exists()
+        assert [path for path in [*foreign, used] if not path.exists()] == []
+        assert (tmp_path / "server" / "home").is_dir()
+
+
+@contextmanager
+def foreign_folders(prefix: str, target: Path) -> Iterator[list[Path]]:
+    """What is not the server's beside its temporary folders: a link, a file, and a folder of a
+    server with another state folder."""
+    link, file, other = (Path(f"/tmp/{name}-{os.getpid()}") for name in (
+        f"{prefix}-link", f"{prefix}-file", "ocp-0badbeef-other"))
+    link.symlink_to(target)
+    file.touch()
+    other.mkdir(0o700)
+    try:
+        yield [link, file, other]
+    finally:
+        link.unlink()
+        file.unlink()
+        other.rmdir()
+
+
+@contextmanager
+def used_folder(prefix: str) -> Iterator[Path]:
+    """A temporary folder of the server that a process still uses."""
+    path = Path(f"/tmp/{prefix}-used-{os.getpid()}")
+    path.mkdir(0o700)
+    env = {**os.environ, "TMPDIR": str(path)}
+    try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, env=env):
+            yield path
+    finally:
+        path.rmdir()
 
 
 def test_a_private_path_below_the_systems_is_hidden_by_name() -> None:

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running
 
 
+def test_it_serves_out_of_an_archive_too(alone: Alone) -> None:
+    archive = alone.script.with_name("ocp.zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(alone.script, "__main__.pyc")
+    alone.script = archive
+
+    with alone.serving("--demo") as running:
+        assert "You wrote: hello" in content_of(running.ask("hello"))
+        assert http_call(running.port, "GET", "/dashboard").status == 200
+
+
 # ---------------------------------------------------------------------------
 # The demo
 # ---------------------------------------------------------------------------
@@ -226,6 +238,18 @@ def test_the_demo_keeps_a_limit_and_a_history(demo: Serving) -> None:
 
     assert (len(cut["message"]["content"].split()), cut["finish_reason"]) == (3, "length")
     assert "third" in last and "first" not in last
+
+
+def test_the_demo_ends_an_answer_at_the_first_stop_sequence(demo: Serving) -> None:
+    stopped = demo.ask("hello", stop=["account", "no model"]).json()["choices"][0]
+    both = [demo.ask("hello", stop=["no model"], max_tokens=count).json()["choices"][0]
+            for count in (2, 99)]
+    other = demo.ask("hello", stop=["nothing of the answer"]).json()["choices"][0]
+
+    assert stopped["message"]["content"] == "This is the demo of OCP: "
+    assert [each["finish_reason"] for each in (stopped, *both, other)] == [
+        "stop", "length", "stop", "stop"]
+    assert other["message"]["content"].endswith("hello")
 
 
 def test_the_demo_has_a_history_and_a_plan_to_look_at(demo: Serving) -> None:

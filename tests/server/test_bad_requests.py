@@ -402,7 +402,7 @@ BAD_HEADS = {
     "lower case method": (head("get", "/health"), 405),
     "unknown method, unknown path": (head("BREW", "/coffee"), 404),
     "connect": (head("CONNECT", "example.com:443"), 404),
-    "options star": (head("OPTIONS", "*"), 404),
+    "get star": (head("GET", "*"), 404),
 }
 
 

@@ -820,6 +820,18 @@ def test_options_is_answered_with_the_methods(chat: Server) -> None:
     assert reply.headers["Allow"] == "POST, OPTIONS"
 
 
+def test_options_of_the_whole_server_is_answered_with_all_methods(chat: Server) -> None:
+    foreign = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    reply, refused = (chat.call("OPTIONS", "*", headers=headers) for headers in ({}, foreign))
+
+    assert (reply.status, reply.body) == (204, b"")
+    assert set(reply.headers["Allow"].split(", ")) == {
+        "GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+    assert reply.headers["Allow"].count("POST") == 1
+    assert not [name for name in reply.headers if name.startswith("Access-Control-")]
+    assert refused.status == 403
+
+
 def test_one_connection_serves_many_requests(chat: Server) -> None:
     with RawConnection(chat.port) as wire:
         replies = []

@@ -158,6 +158,8 @@ REFUSED: dict[str, tuple[bytes, int]] = {
     "many headers": (get(*[b"X: 1\r\n"] * 100), 431),
     "many empty lines": (b"\r\n" * 40_000, 431),
     "connect": (head("CONNECT", "example.com:443"), 404),
+    "host with a name and a dot alone": (get(host=b"Host: evil.\r\n"), 403),
+    "host of another domain, with a dot at its end": (get(host=b"Host: evil.example.\r\n"), 403),
     "address of another host": (head("GET", "http://evil.example/v1/models"), 403),
     "origin that says nothing": (get(b"Origin: null\r\n"), 403),
     "origin without a host to compare it with": (
@@ -175,6 +177,12 @@ TAKEN: dict[str, bytes] = {
     "no space before a value": get(host=b"Host:localhost\r\n"),
     "utf-8 in a value": get("X: \u00fc\u2026\r\n".encode()),
     "empty value": get(b"X:\r\n"),
+    "host with a dot at its end": get(host=b"Host: localhost.:3456\r\n"),
+    "host in capitals, with an empty port": get(host=b"Host: LocalHost:\r\n"),
+    "no content coding": sent_as(LENGTH, "Content-Encoding:"),
+    "content coding in capitals": sent_as(LENGTH, "Content-Encoding: IDENTITY"),
+    "upgrade to http/2 that Java asks for": sent_as(
+        LENGTH, "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA"),
     "whole address": head("GET", "http://localhost/v1/models"),
     "slashes too many": head("GET", "///v1//models"),
     "length": post(HELLO),

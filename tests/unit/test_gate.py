@@ -384,6 +384,23 @@ def test_a_request_that_waits_for_an_own_tool_leaves_the_place_of_its_caller_onl
             assert not further.runs
 
 
+@pytest.mark.parametrize("maximum", [1, 2, 3])
+def test_a_server_whose_requests_all_wait_for_own_tools_has_one_place_more(maximum: int) -> None:
+    door = Door(running=maximum, waiting=20)
+
+    with contextlib.ExitStack() as stack:
+        names = "abcdef"[:maximum]
+        slots = [door.line_up(stack, name, most=1) for name in names]
+        asked = [door.line_up(stack, name, most=1) for name in names]
+        for slot in slots[:-1]:
+            stack.enter_context(slot.lent())
+        assert not any(runs(*asked))
+        with slots[-1].lent():
+            assert runs(*asked) == [True] + [False] * (maximum - 1)
+            with asked[0].lent():
+                assert sum(runs(*asked)) == 1
+
+
 def test_a_caller_whose_requests_all_wait_for_own_tools_gets_one_place_more() -> None:
     door = Door(running=8, waiting=20)
 

@@ -326,6 +326,19 @@ def test_a_change_of_what_is_no_tool_of_the_client_is_named_as_ignored(tool: obj
     assert found.ignored == ("messages[1].content[0]",)
 
 
+@pytest.mark.parametrize("tool", [
+    {"type": "function", "function": {
+        "name": "weather", "description": "Tells it.", "parameters": SCHEMA}},
+    {"type": "function", "name": "weather", "description": "Tells it.", "parameters": SCHEMA},
+    {"name": "weather", "description": "Tells it.", "parameters": SCHEMA},
+], ids=str)
+def test_a_tool_in_the_form_of_another_api_is_the_same_tool(tool: Json) -> None:
+    found = turn(tools=[tool])
+
+    assert found.tools == (ocp.Tool("weather", "Tells it.", SCHEMA),)
+    assert found.ignored == ()
+
+
 def test_tools_that_anthropic_would_run_are_named_as_ignored() -> None:
     found = turn(tools=[{"type": "web_search_20250305", "name": "web_search"}, *TOOLS])
 

@@ -662,7 +662,9 @@ def test_a_reference_stands_for_its_item() -> None:
         "rs_1": {"id": "rs_1", "type": "reasoning", "summary": []},
         "fc_1": {"id": "fc_1", **CALLED},
     }
-    given = [{"type": "item_reference", "id": item_id} for item_id in ("rs_1", "msg_1", "fc_1")]
+    # The API's types leave out the type, or let it be null.
+    given: Json = [{"type": "item_reference", "id": "rs_1"}, {"id": "msg_1"},
+                   {"type": None, "id": "fc_1"}]
 
     read: list[str] = []
 
@@ -734,6 +736,26 @@ def test_a_shell_in_a_container_of_openai_s_is_not_offered() -> None:
 
     assert [tool.name for tool in found.tools] == ["weather", "clock"]
     assert found.ignored == ("tools[0]", "tools[].strict")
+
+
+@pytest.mark.parametrize("tool", [
+    {"type": "function", "function": TOOLS[0]}, {"function": TOOLS[0]},
+    {key: value for key, value in TOOLS[0].items() if key != "type"},
+    {"name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
+    {"type": "custom", "name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
+], ids=str)
+def test_a_tool_in_the_form_of_another_api_is_the_same_tool(tool: Json) -> None:
+    found = turn(tools=[tool])
+
+    assert found.tools == (ocp.Tool("weather", "Tells it.", SCHEMA),)
+    assert not [path for path in found.ignored if path.startswith("tools")]
+
+
+def test_a_custom_tool_in_the_form_of_chat_completions_is_the_same_tool() -> None:
+    plain = {"name": "patch", "description": "Changes files.", "format": {"type": "text"}}
+    nested, flat = ({"type": "custom", "custom": plain}, {"type": "custom", **plain})
+
+    assert turn(tools=[nested]).tools == turn(tools=[flat]).tools != ()
 
 
 def test_tools_of_other_types_are_named_as_ignored() -> None:
