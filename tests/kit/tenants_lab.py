@@ -16,6 +16,7 @@ import pytest
 
 import fake_docker
 from fake_docker import FakeDocker
+from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, FakeServer, fake_server
 from processes import Ran
 from project import REPO, load_script
@@ -169,3 +170,13 @@ def tenants_lab(
         if quick:
             patch.setattr(tenants, "Running", Quick)
         yield Lab(folder, server)
+
+
+@contextmanager
+def real_docker_lab(folder: Path) -> Iterator[Lab]:
+    """A Lab whose docker is docker's own client, over a stand-in for its daemon."""
+    if real_client() is None:
+        pytest.skip("the docker client is not installed")
+    with tenants_lab(folder, quick=False) as lab, fake_engine(folder, lab.docker) as environ:
+        lab.environ.update(environ)
+        yield lab

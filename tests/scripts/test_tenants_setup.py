@@ -12,10 +12,9 @@ import pytest
 
 from depth import by_depth
 from fake_docker import CONFIG, NODE_UID
-from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, fake_server
 from project import REPO
-from tenants_lab import Lab, tenants, tenants_lab
+from tenants_lab import Lab, real_docker_lab, tenants, tenants_lab
 from tls_files import CERT, write_tls_files
 
 STATE = "home/node/.openclaw"
@@ -848,12 +847,10 @@ def test_after_an_end_at_any_step_of_undo_the_next_one_gives_back(lab: Lab) -> N
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(real_client() is None, reason="the docker client is not installed")
 def test_the_real_docker_client_does_the_same_over_a_stand_in_for_its_daemon(
     tmp_path: Path
 ) -> None:
-    with tenants_lab(tmp_path, quick=False) as lab, fake_engine(tmp_path, lab.docker) as environ:
-        lab.environ.update(environ)
+    with real_docker_lab(tmp_path) as lab:
         root = container(lab)
         missing = container(lab, "bob", config=None, is_running=False)
 
