@@ -2782,7 +2782,11 @@ def load_record(folder: str) -> Record:
         for path, fields in found["files"].items():
             done = [Applied(tuple(each.pop("path")), **each) for each in fields.pop("done")]
             record.files[path] = FileRecord(done=[_as_loaded(each) for each in done], **fields)
-    except (UnsafeEdit, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except UnsafeEdit as problem:
+        raise Problem(
+            Exit.FAILED, f"{record.path} {problem}, so earlier changes are unknown: let "
+                         "yourself read it, and run this again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise Problem(
             Exit.FAILED,
             f"{record.path} is damaged, so earlier changes are unknown: repair it, or move it away "
@@ -2935,6 +2939,7 @@ def plan_edit(step: FileStep, tool: str, context: Context, record: Record) -> Ed
     if content is not None and fitting == text and not _has_leftovers(entry, text, changes):
         return None
     check_writable(step.path)
+    check_recordable(record)
     base, _ = original_content(content, entry, record)
     original = decoded(base)
     if step.command and entry:
@@ -3042,6 +3047,14 @@ def check_writable(path: str) -> None:
         folder = os.path.dirname(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UnsafeEdit("lies in a folder that cannot be written to")
+
+
+def check_recordable(record: Record) -> None:
+    """Raise UnsafeEdit where a change cannot be recorded, without which nothing could undo it."""
+    try:
+        check_writable(record.path)
+    except UnsafeEdit as problem:
+        raise UnsafeEdit(f"could not be undone: {record.path} {problem}") from None
 
 
 def plan_sync(machine: Machine, url: str, models: Sequence[Model]) -> tuple[list[str], Edit | None]:
@@ -3176,30 +3189,42 @@ class Writer:
         except UnsafeEdit as problem:
             self.failures.append(f"{shown} {problem}")
         except OSError as problem:
-            self.failures.append(f"{shown} cannot be written: {problem.strerror}")
+            # It may be the record or a copy that cannot be written, and not the file itself.
+            at = problem.filename if isinstance(problem.filename, str) else ""
+            where = f"{self._machine.shown_path(at)}: " if at else ""
+            self.failures.append(f"{shown} is not changed: {where}{problem.strerror}")
 
     def _change(self, edit: Edit) -> None:
         entry = edit.entry
         assert entry is not None
-        if edit.base is not None:
-            copy_path = os.path.join(self._record.folder, entry.base)
-            make_private(os.path.dirname(copy_path))
-            write_whole(copy_path, edit.base, 0o600)
-        folder = os.path.dirname(os.path.realpath(edit.path))
-        entry.folders = entry.folders or make_folders(folder)
         earlier = self._earlier[edit.path] = self._record.files.get(edit.path)
-        self._record.set(edit.path, entry)
         try:
+            if edit.base is not None:
+                copy_path = os.path.join(self._record.folder, entry.base)
+                make_private(os.path.dirname(copy_path))
+                write_whole(copy_path, edit.base, 0o600)
+            folder = os.path.dirname(os.path.realpath(edit.path))
+            entry.folders = entry.folders or make_folders(folder)
+            self._record.set(edit.path, entry)
             self._replace(edit)
             if edit.command:
                 entry.after_digest = digest(read_bytes(edit.path))
                 self._record.save()
         except (OSError, UnsafeEdit):
-            self._record.set(edit.path, earlier)
+            self._forget(edit.path, entry, earlier)
             raise
         if earlier is not None and earlier.base != entry.base:
             self._record.delete_copy(earlier)
         self.written.append(edit.path)
+
+    def _forget(self, path: str, entry: FileRecord, earlier: FileRecord | None) -> None:
+        """Take the entry and the copy of a change back that could not be made."""
+        # On a full disk the record may not be written either: it then tells of a change that is
+        # not in the file, and undo finds nothing to remove.
+        with contextlib.suppress(OSError):
+            self._record.set(path, earlier)
+        if earlier is None or earlier.base != entry.base:
+            self._record.delete_copy(entry)
 
     def _replace(self, edit: Edit) -> None:
         """Write the new content of a file. Raises UnsafeEdit or OSError."""
@@ -3359,15 +3384,23 @@ def diff_of(edit: Edit, key: str) -> list[str]:
     return [] if edit.tool == OWN_FILES else [masked(line, key) for line in new_lines(edit)]
 
 
-def show_edit(edit: Edit, machine: Machine, key: str, limit: int) -> str:
+def shortened(line: str) -> str:
+    """Return the beginning of a line, such as that of a file with all in one line."""
+    return line if len(line) <= 200 else (
+        f"{line[:160]}... ({len(line)} characters; --dry-run shows all)")
+
+
+def show_edit(edit: Edit, machine: Machine, key: str, all_lines: bool) -> str:
     """Return one file and the lines that would change in it."""
+    limit = 10_000 if all_lines else SHOWN_LINES
     how = {"create": "new", "remove": "removed", "change": "changed"}[action_of(edit)]
     lines = [f"  {machine.shown_path(edit.path)}  ({tool_title(edit.tool)}; {how}) {edit.why}"]
     if edit.command:
         lines.append(f"      through: {shlex.join(edit.command)}")
     lines += [f"      {note}" for note in edit.notes]
     diff = [] if edit.after is None else diff_of(edit, key)
-    lines += [f"      {clean(line)}" for line in diff[:limit]]
+    shown = diff[:limit] if all_lines else map(shortened, diff[:limit])
+    lines += [f"      {clean(line)}" for line in shown]
     if len(diff) > limit:
         lines.append(f"      ... {counted(len(diff) - limit, 'more line')}; --dry-run shows all")
     return "\n".join(lines)
@@ -3387,8 +3420,11 @@ def show_summary(plan: Plan) -> list[str]:
 
 def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
     """Return a plan as text, the summary first."""
-    limit = 10_000 if all_lines else SHOWN_LINES
-    parts = show_summary(plan) + [show_edit(edit, machine, key, limit) for edit in plan.edits]
+    parts = show_summary(plan) + [show_edit(edit, machine, key, all_lines) for edit in plan.edits]
+    has_key = os.path.exists(machine.key_file) or machine.key_file in [
+        edit.path for edit in plan.edits]
+    known = f" (the key is in {machine.shown_path(machine.key_file)})" if has_key else (
+        " (with the whole key)")
     if plan.session:
         parts.append("  launchctl: " + " ".join(step.name for step in plan.session))
     for tool, path in plan.settled:
@@ -3399,8 +3435,7 @@ def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
         parts.append(f"  {machine.shown_path(each.path)}  ({tool_title(each.tool)}) "
                      f"is not changed: it {each.reason}.")
         if each.snippet:
-            known = f" (the key is in {machine.shown_path(machine.key_file)})" if key else ""
-            parts.append(f"      Add this by hand{known}:")
+            parts.append(f"      Add this by hand{known if key else ''}:")
             parts += [f"        {clean(line)}" for line in masked(each.snippet, key).splitlines()]
     return "\n".join(parts)
 
@@ -3638,7 +3673,7 @@ class Run:
         is_here = next(tool for tool in TOOLS if tool.name == "openclaw").is_here(machine)
         names, edit = self._plan_sync(url) if is_here else ([], None)
         if edit is not None:
-            self.say(show_edit(edit, machine, "", 10_000))
+            self.say(show_edit(edit, machine, "", True))
             copy_path = "" if args.dry_run else writer.sync(edit, time.strftime("%Y%m%d-%H%M%S"))
             self.say(f"Copy of the original: {machine.shown_path(copy_path)}" if copy_path else "")
         elif is_here:

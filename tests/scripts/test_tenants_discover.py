@@ -91,6 +91,16 @@ def test_local_folders_are_found_with_a_configuration_or_a_workspace(lab: Lab) -
     assert lab.names() == ["openclaw-local", "space", "work"]
 
 
+def test_a_link_to_another_state_folder_is_no_second_instance(lab: Lab) -> None:
+    lab.local(".openclaw-work")
+    (lab.home / ".openclaw").symlink_to(".openclaw-work")
+    (lab.home / "elsewhere").mkdir()
+    (lab.home / "elsewhere/openclaw.json").write_text("{}")
+    (lab.home / ".openclaw-moved").symlink_to("elsewhere")
+
+    assert lab.names() == ["moved", "work"]
+
+
 def test_a_folder_that_a_container_mounts_is_the_containers(lab: Lab) -> None:
     lab.local(".openclaw")
     lab.docker.compose("alice", mounts=[
