@@ -3054,7 +3054,8 @@ def check_recordable(record: Record) -> None:
     try:
         check_writable(record.path)
     except UnsafeEdit as problem:
-        raise UnsafeEdit(f"could not be undone: {record.path} {problem}") from None
+        raise UnsafeEdit(f"could not be undone, because {record.path} {problem}: let yourself "
+                         "write there, and run this again") from None
 
 
 def plan_sync(machine: Machine, url: str, models: Sequence[Model]) -> tuple[list[str], Edit | None]:

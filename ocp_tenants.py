@@ -323,8 +323,11 @@ def reason_of(problem: Exception) -> str:
     return str(problem).rstrip(".")
 
 
-#: Variables that no program started from here is given: the keys of this server.
-_OWN_SECRETS = ("OCP_ADMIN_KEY", "OCP_CONNECT_KEY")
+#: Variables that no program started from here is given, and no file of an instance can name: the
+#: keys and the login of this server.
+_OWN_SECRETS = (
+    "OCP_ADMIN_KEY", "OCP_CONNECT_KEY", "PROXY_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN",
+    "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 
 
 @dataclasses.dataclass
@@ -381,7 +384,7 @@ class Ran(NamedTuple):
     @property
     def json(self) -> Json:
         """Return the JSON value that it printed, None for anything else."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(self.text)
         return None
 
@@ -2822,6 +2825,11 @@ _YAML_WORDS: Mapping[str, bool | None] = {
     "false": False, "False": False, "FALSE": False}
 
 
+#: How many lists and mappings may be in one another, and how long a number may be; what is longer
+#: is a text.
+_YAML_DEPTH, _YAML_NUMBER_CHARS = 50, 400
+
+
 class YamlReader:
     """The values of a YAML file with mappings, lists, and texts in one line or in a block."""
 
@@ -2829,7 +2837,7 @@ class YamlReader:
         self._lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
         if not self._lines[-1]:
             self._lines.pop()
-        self._at = 0
+        self._at = self._depth = 0
 
     def _fault(self, reason: str) -> Problem:
         return failed(f"line {self._at + 1}: {reason}")
@@ -2854,7 +2862,12 @@ class YamlReader:
         return value
 
     def _block(self, indent: int) -> Json:
-        return self._list(indent) if _is_item(self._next()[1]) else self._mapping(indent)
+        if self._depth >= _YAML_DEPTH:
+            raise self._fault("nested too deeply")
+        self._depth += 1
+        value = self._list(indent) if _is_item(self._next()[1]) else self._mapping(indent)
+        self._depth -= 1
+        return value
 
     def _mapping(self, indent: int) -> dict[str, Json]:
         found: dict[str, Json] = {}
@@ -2948,6 +2961,8 @@ def _plain(text: str) -> Json:
     """Return the value of a text without quotes, as YAML 1.2 has it."""
     if text in _YAML_WORDS:
         return _YAML_WORDS[text]
+    if len(text) > _YAML_NUMBER_CHARS:
+        return text
     if re.fullmatch(r"[-+]?(?:0b[01]+|0o[0-7]+|0x[0-9a-fA-F]+)", text):
         return int(text, 0)
     if not re.fullmatch(r"(?:[-+]?[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", text):
@@ -3619,7 +3634,8 @@ def cmd_edit(run: Run) -> Exit:
     body = profile_of(job.folder(name).place(), args.level or "", args.commands or "")
     if args.prompt is not None:
         try:
-            with open(args.prompt, encoding="utf-8") as file:
+            # Windows begins a text with a byte order mark, which is none of it.
+            with open(args.prompt, encoding="utf-8-sig") as file:
                 body["prompt"] = file.read(200_000)
         except (OSError, ValueError) as error:
             raise failed(f"--prompt: {clean(args.prompt)} cannot be read: {error}") from None

@@ -157,6 +157,10 @@ class Lab:
     def everything(self) -> dict[str, tuple[int, bytes]]:
         return self.tree_of(self.home, self.ocp_home, self.docker.folder)
 
+    def times(self) -> dict[str, int]:
+        """When each file was written: one that is written again with its content has another."""
+        return {path: os.stat(path).st_mtime_ns for path in self.everything()}
+
 
 @contextmanager
 def tenants_lab(

@@ -535,7 +535,7 @@ def test_where_no_record_can_be_written_no_file_is_changed_and_all_is_shown(
     shown = connect.show_plan(plan, home.machine, KEY, False)
 
     assert not plan.edits and home.files() == before
-    assert "~/.aider.conf.yml  (Aider) is not changed: it could not be undone: " in shown
+    assert "~/.aider.conf.yml  (Aider) is not changed: it could not be undone, " in shown
     assert "connect.json lies in a folder that cannot be written to" in shown
     assert "the key is in" not in shown and "Add this by hand (with the whole key)" in shown
 

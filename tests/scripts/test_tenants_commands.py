@@ -261,6 +261,9 @@ def test_edit_changes_fields_and_takes_the_prompt_from_a_file(lab: Lab, tmp_path
 
     profile = lab.server.tenants["alice"]["profile"]
     assert ran.code == 0 and profile["prompt"] == "You act for Alice.\n"
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfOne.\r\nTwo.")
+    lab.run("edit", "alice", "--prompt", str(tmp_path / "prompt"))
+    assert lab.server.tenants["alice"]["profile"]["prompt"] == "One.\nTwo."
     lab.run("edit", "alice", "--no-prompt")
     assert lab.server.tenants["alice"]["profile"]["prompt"] == ""
     assert lab.run("edit", "alice").code == 2

@@ -98,13 +98,13 @@ def test_a_second_setup_writes_nothing(lab: Lab) -> None:
     container(lab)
     lab.local()
     lab.run("setup", "--yes")
-    before, calls = lab.everything(), len(lab.server.calls)
+    before, times, calls = lab.everything(), lab.times(), len(lab.server.calls)
     lab.docker.forget_calls()
 
     ran = lab.run("setup", "--yes")
 
     assert ran.code == 0 and ran.stdout.count("  as it should be\n") == 2, ran
-    assert lab.everything() == before
+    assert lab.everything() == before and lab.times() == times
     assert {call.method for call in lab.server.calls[calls:]} == {"GET"}
     assert not [call for call in lab.docker.calls() if call[:3] == ["cp", "--", "-"]]
 

@@ -295,12 +295,12 @@ def test_skills_of_all_places_are_pulled_private_and_whole(lab: Lab) -> None:
 def test_a_second_sync_writes_nothing(lab: Lab) -> None:
     skill(alice(lab) / SKILLS / "one")
     lab.run("skills", "pull")
-    before = lab.everything()
+    before, times = lab.everything(), lab.times()
     lab.docker.forget_calls()
 
     for action in ("pull", "push", "bisync"):
         assert "1 skill the same" in lab.run("skills", action).stdout
-    assert lab.everything() == before
+    assert lab.everything() == before and lab.times() == times
     assert {call[0] for call in lab.docker.calls()} == {"ps", "inspect", "cp"}
     assert not [call for call in lab.docker.calls() if call[:3] == ["cp", "--", "-"]]
 

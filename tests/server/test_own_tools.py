@@ -123,29 +123,18 @@ def test_the_messages_around_a_command_are_one_answer(
 ) -> None:
     key = tenant(house)
     relay.does("print('no jobs'); sys.exit(3)")
+    house.write_scenario([
+        [*LOOKING[0], {"finish": "tool_use", "usage": {"output_tokens": 70}}],
+        [*LOOKING[1], {"finish": "end_turn", "usage": {"output_tokens": 9}}]])
 
     body = dialect.body("What is in my cron?", stream=stream)
     answer = dialect.read_answer(house.call("POST", dialect.path, body, bearer(key)))
 
     assert (answer.text, answer.finish) == ("Let me look.\n\nThere are none.", "stop")
     assert list(answer.calls) == []
+    # The usage is that of the last round, whose prompt has all before it.
+    assert 9 in (answer.usage or {}).values()
     assert results(house) == ["no jobs\n[exit code 3]"]
-
-
-@pytest.mark.parametrize("dialect", [CHAT, *rest(MESSAGES, RESPONSES)], ids=dialect_name)
-@both_ways
-def test_the_usage_of_an_answer_around_a_command_is_that_of_its_last_round(
-    house: Server, dialect: Dialect, stream: bool
-) -> None:
-    key = tenant(house)
-    house.write_scenario([
-        [*LOOKING[0], {"finish": "tool_use", "usage": {"input_tokens": 100, "output_tokens": 7}}],
-        [*LOOKING[1], {"finish": "end_turn", "usage": {"input_tokens": 200, "output_tokens": 9}}]])
-
-    body = dialect.body("What is in my cron?", stream=stream)
-    answer = dialect.read_answer(house.call("POST", dialect.path, body, bearer(key)))
-
-    assert answer.usage == {}
 
 
 def test_the_text_before_a_command_is_there_while_it_runs(
