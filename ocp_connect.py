@@ -299,7 +299,7 @@ def this_machine() -> Machine:
 
 
 def read_bytes(path: str) -> bytes | None:
-    """Return the content of a file, None if it does not exist. Raise UnsafeEdit if it cannot be
+    """Return the content of a file, None if it does not exist. Raises UnsafeEdit if it cannot be
     read."""
     try:
         with open(path, "rb", opener=_open_nonblocking) as file:
@@ -318,7 +318,7 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 
 def decoded(content: bytes | None) -> str:
-    """Return the text of a file, empty for a missing one. Raise UnsafeEdit if it is not UTF-8."""
+    """Return the text of a file, empty for a missing one. Raises UnsafeEdit if it is not UTF-8."""
     try:
         return (content or b"").decode("utf-8")
     except UnicodeDecodeError:
@@ -326,17 +326,17 @@ def decoded(content: bytes | None) -> str:
 
 
 def read_text(path: str) -> str:
-    """Return the text of a file, empty for a missing one. Raise UnsafeEdit."""
+    """Return the text of a file, empty for a missing one. Raises UnsafeEdit."""
     return decoded(read_bytes(path))
 
 
 def make_private(folder: str) -> None:
-    """Make a folder that only this user can read. Raise OSError."""
+    """Make a folder that only this user can read. Raises OSError."""
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
 
 def write_whole(path: str, content: bytes, mode: int) -> None:
-    """Replace a file in one step, and where possible keep its owner. Raise OSError."""
+    """Replace a file in one step, and where possible keep its owner. Raises OSError."""
     real = os.path.realpath(path)
     descriptor, draft = tempfile.mkstemp(dir=os.path.dirname(real), prefix=".ocp-")
     try:
@@ -546,12 +546,12 @@ def is_blank(text: str) -> bool:
 
 
 def json_load(text: str) -> Json:
-    """Return the value of a text. Raise UnsafeEdit."""
+    """Return the value of a text. Raises UnsafeEdit."""
     return {} if is_blank(text) else JsonReader(text).document().value
 
 
 def json_comments(text: str) -> list[str]:
-    """Return the comments of a text in their order. Raise UnsafeEdit."""
+    """Return the comments of a text in their order. Raises UnsafeEdit."""
     reader = JsonReader(text)
     if not is_blank(text):
         reader.document()
@@ -559,7 +559,7 @@ def json_comments(text: str) -> list[str]:
 
 
 def json_find(text: str, path: tuple[str, ...]) -> Json:
-    """Return the value at a path, None where there is none. Raise UnsafeEdit."""
+    """Return the value at a path, None where there is none. Raises UnsafeEdit."""
     value = json_load(text)
     for name in path:
         if not isinstance(value, dict) or name not in value:
@@ -602,7 +602,7 @@ def json_render(value: Json, unit: str, indent: str, newline: str) -> str:
 
 
 def json_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    """Return a text with the value at a path. Raise UnsafeEdit."""
+    """Return a text with the value at a path. Raises UnsafeEdit."""
     newline = newline_of(text)
     if is_blank(text):
         text += "{" + newline + "}" + newline
@@ -651,7 +651,7 @@ def _json_insert(text: str, node: Node, key: str, value: Json, unit: str) -> str
 
 
 def json_drop(text: str, path: tuple[str, ...]) -> str:
-    """Return a text without the member at a path, which must exist. Raise UnsafeEdit."""
+    """Return a text without the member at a path, which must exist. Raises UnsafeEdit."""
     parent = JsonReader(text).document()
     for name in path[:-1]:
         found = parent.member(name)
@@ -725,7 +725,7 @@ def _toml_value_end(text: str, at: int) -> int:
 
 
 def toml_statements(text: str) -> list[Statement]:
-    """Return the statements of a text in their order. Raise UnsafeEdit."""
+    """Return the statements of a text in their order. Raises UnsafeEdit."""
     found: list[Statement] = []
     table: tuple[str, ...] = ()
     counts: dict[tuple[str, ...], int] = {}
@@ -767,7 +767,7 @@ def _toml_table(
 
 
 def toml_load(text: str) -> Json:
-    """Return every value by its full dotted path. Raise UnsafeEdit."""
+    """Return every value by its full dotted path. Raises UnsafeEdit."""
     found: dict[str, Json] = {}
     statements = toml_statements(text)
     values = {each.path for each in statements if each.path[-1] != "[]"}
@@ -790,7 +790,7 @@ def _toml_plain(source: str) -> Json:
 
 
 def toml_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    """Return a text with this value for a key before the first table. Raise UnsafeEdit."""
+    """Return a text with this value for a key before the first table. Raises UnsafeEdit."""
     newline, top = newline_of(text), len(text) - len(text.lstrip("\ufeff"))
     for each in toml_statements(text):
         if each.path[-1] == "[]":
@@ -804,7 +804,7 @@ def toml_put(text: str, path: tuple[str, ...], value: Json) -> str:
 
 
 def toml_drop(text: str, path: tuple[str, ...]) -> str:
-    """Return a text without a key before the first table, which must exist. Raise UnsafeEdit."""
+    """Return a text without a key before the first table, which must exist. Raises UnsafeEdit."""
     (found,) = (each for each in toml_statements(text) if each.path == path)
     return text[:line_start(text, found.start)] + text[line_end(text, found.end):]
 
@@ -835,7 +835,7 @@ _YAML_KEPT_NEWLINES = re.compile(r"[|>]\+")
 
 
 def yaml_entries(text: str) -> list[Entry]:
-    """Return the keys of the outermost level in their order. Raise UnsafeEdit."""
+    """Return the keys of the outermost level in their order. Raises UnsafeEdit."""
     starts: list[tuple[str, str, int, int]] = []
     at = 0
     for number, line in enumerate(text.splitlines(keepends=True), 1):
@@ -868,7 +868,7 @@ def _yaml_belongs(line: str, inside: bool) -> bool:
 
 
 def yaml_load(text: str) -> Json:
-    """Return the value of each key; the items of a list without keys as "". Raise UnsafeEdit."""
+    """Return the value of each key; the items of a list without keys as "". Raises UnsafeEdit."""
     entries = yaml_entries(text)
     found = {each.key: _yaml_body(text, each) for each in entries}
     items = _yaml_significant(text[: entries[0].start] if entries else text)
@@ -898,7 +898,7 @@ def _yaml_body(text: str, entry: Entry) -> Json:
 
 
 def yaml_put(text: str, path: tuple[str, ...], value: Json) -> str:
-    """Return a text with this value for a key of the outermost level. Raise UnsafeEdit."""
+    """Return a text with this value for a key of the outermost level. Raises UnsafeEdit."""
     (name,) = path
     check_has_keys(text)
     entry = yaml_entry(text, name)
@@ -916,7 +916,7 @@ def yaml_put(text: str, path: tuple[str, ...], value: Json) -> str:
 
 
 def yaml_end(text: str) -> str:
-    """Return the newline that a text needs before another line. Raise UnsafeEdit where it would
+    """Return the newline that a text needs before another line. Raises UnsafeEdit where it would
     become part of a value."""
     if not text or text.endswith("\n"):
         return ""
@@ -934,7 +934,7 @@ def check_has_keys(text: str) -> None:
 
 
 def yaml_drop(text: str, path: tuple[str, ...]) -> str:
-    """Return a text without the line of a key, which must exist. Raise UnsafeEdit."""
+    """Return a text without the line of a key, which must exist. Raises UnsafeEdit."""
     found = yaml_entry(text, path[0])
     assert found is not None
     return text[:found.start] + text[line_end(text, found.value_at):]
@@ -995,7 +995,7 @@ class Format(NamedTuple):
     keeps_line_ends: bool = True
 
     def find(self, text: str, path: tuple[str, ...]) -> Json:
-        """Return the value at a path, None where there is none. Raise UnsafeEdit."""
+        """Return the value at a path, None where there is none. Raises UnsafeEdit."""
         return json_find(text, path) if self.nested else self.load(text).get(".".join(path))
 
 
@@ -1012,7 +1012,7 @@ FORMATS = {
 
 
 def block_of(text: str) -> re.Match[str] | None:
-    """Return the block of OCP. Raise UnsafeEdit when its markers are damaged."""
+    """Return the block of OCP. Raises UnsafeEdit when its markers are damaged."""
     begins, ends = text.count(BEGIN), text.count(END)
     match = _BLOCK.search(text)
     if (begins, ends) != ((1, 1) if match else (0, 0)):
@@ -1048,7 +1048,7 @@ def variable_lines(text: str) -> list[tuple[int, str]]:
 
 
 def put_block(text: str, block: Block, newline: str) -> str:
-    """Return a text with this block: where it was, else where it belongs. Raise UnsafeEdit."""
+    """Return a text with this block: where it was, else where it belongs. Raises UnsafeEdit."""
 
     def lines(indent: str) -> str:
         inner = (BEGIN, *block.lines, END)
@@ -1081,7 +1081,7 @@ def _check_is_list(text: str) -> None:
 
 
 def _put_items(text: str, key: str, lines: Callable[[str], str]) -> str:
-    """Return a YAML text with more items in the list of a key. Raise UnsafeEdit."""
+    """Return a YAML text with more items in the list of a key. Raises UnsafeEdit."""
     newline = newline_of(text)
     check_has_keys(text)
     found = yaml_entry(text, key)
@@ -1128,7 +1128,7 @@ def drop_block(text: str, under: str | None) -> str:
 
 def apply_changes(text: str, kind: str, changes: Sequence[Change]) -> str:
     """Return a text with all changes, verified to have them and no other difference. A Block has
-    to be the last. Raise UnsafeEdit."""
+    to be the last. Raises UnsafeEdit."""
     form = FORMATS[kind]
     wanted = copy.deepcopy(form.load(text))
     result = text
@@ -1188,7 +1188,7 @@ def remove_changes(
     text: str, kind: str, applied: Sequence[Applied], under: str | None, has_block: bool
 ) -> tuple[str, list[str]]:
     """Return a text without what was added, and the paths that were kept because their value was
-    changed since. Raise UnsafeEdit."""
+    changed since. Raises UnsafeEdit."""
     form, kept = FORMATS[kind], []
     for each in reversed(applied):
         now = form.find(text, each.path)
@@ -1284,7 +1284,7 @@ class Server(NamedTuple):
 
 def server_address(host: str, port: int | None, https: bool) -> str:
     """Return the address of a server given as a name, HOST:PORT or an address, which may go on with
-    a path. Raise Problem."""
+    a path. Raises Problem."""
     text = host.strip()
     # An https address without a port means what it means in a browser.
     default_port = 443 if text.startswith("https://") else DEFAULT_PORT
@@ -1314,7 +1314,7 @@ def path_prefix(path: str) -> str:
 
 
 def checked_key(key: str, source: str) -> str:
-    """Return a key that every file and header can carry. Raise Problem for any other."""
+    """Return a key that every file and header can carry. Raises Problem for any other."""
     key = key.strip()
     if not KEY_PATTERN.fullmatch(key):
         raise Problem(
@@ -1364,7 +1364,7 @@ def fetch_json(
 ) -> Json:
     """Return the JSON value that a server answers, within this time and MAX_ANSWER_BYTES. No
     redirect is followed, so that the key reaches this address only. With a certificate (PEM) the
-    server has to have that one. Raise HttpProblem."""
+    server has to have that one. Raises HttpProblem."""
     try:
         with time_limit(timeout_s):
             status, text = _exchange(method, url, timeout_s, key, body, certificate)
@@ -1391,7 +1391,7 @@ def _exchange(
     method: str, url: str, timeout_s: float, key: str, body: object, certificate: str
 ) -> tuple[int, bytes]:
     """Return the status and the body of an answer; a body above the limit is not read to its end.
-    Raise OSError, HTTPException or ValueError."""
+    Raises OSError, HTTPException or ValueError."""
     parts = urllib.parse.urlsplit(url)
     connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
     if parts.scheme == "https":
@@ -1469,7 +1469,7 @@ _PEM = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFI
 
 
 def pinned_certificate(url: str, fingerprint: str) -> str:
-    """Return the certificate (PEM) of a server, whose key has to have this fingerprint. Raise
+    """Return the certificate (PEM) of a server, whose key has to have this fingerprint. Raises
     Problem."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https":
@@ -1506,7 +1506,7 @@ def fingerprint(text: str) -> str:
 
 
 def _refusal(status: int, text: bytes) -> HttpProblem:
-    """Return the problem that a status stands for. Raise RecursionError."""
+    """Return the problem that a status stands for. Raises RecursionError."""
     if status < 400:
         return HttpProblem("refused", f"it redirects to another address ({status})", status)
     kind = "denied" if status in (401, 403) else "upstream" if status >= 500 else "refused"
@@ -1524,7 +1524,7 @@ def _bounded_number(digits: str) -> int | float:
 
 
 def ask_health(url: str, certificate: str = "") -> Mapping[str, Json]:
-    """Return what GET /health says. Raise Problem."""
+    """Return what GET /health says. Raises Problem."""
     reason = "its /health is not that of OCP"
     try:
         health = fetch_json("GET", f"{url}/health", FETCH_TIMEOUT_S, certificate=certificate)
@@ -1565,7 +1565,7 @@ def untrusted(url: str, reason: str, certificate: str) -> Problem:
 
 
 def ask_models(url: str, key: str, certificate: str = "") -> tuple[Model, ...]:
-    """Return the models that a key may use. Raise HttpProblem."""
+    """Return the models that a key may use. Raises HttpProblem."""
     listed = fetch_json(
         "GET", f"{url}/v1/models", FETCH_TIMEOUT_S, key, certificate=certificate)
     rows = listed.get("data") if isinstance(listed, dict) else None
@@ -1584,7 +1584,7 @@ def ask_models(url: str, key: str, certificate: str = "") -> tuple[Model, ...]:
 
 
 def model_of(row: Mapping[str, Json], name: str, context: str, output: str) -> Model:
-    """Return the model of a row, given the names of the fields that differ between lists. Raise
+    """Return the model of a row, given the names of the fields that differ between lists. Raises
     ValueError for a size that is not a number of tokens."""
     efforts = row.get("efforts")
     efforts = efforts if isinstance(efforts, list) else []
@@ -1602,7 +1602,7 @@ def model_name(text: str) -> str:
 
 
 def token_count(row: Mapping[str, Json], name: str, default: int) -> int:
-    """Return a number of tokens, the default where there is none. Raise ValueError."""
+    """Return a number of tokens, the default where there is none. Raises ValueError."""
     value = row.get(name)
     if value is None:
         return default
@@ -1613,7 +1613,7 @@ def token_count(row: Mapping[str, Json], name: str, default: int) -> int:
 
 
 def models_in(path: str) -> tuple[Model, ...] | None:
-    """Return the models of a models.json; None if there is no such file. Raise Problem."""
+    """Return the models of a models.json; None if there is no such file. Raises Problem."""
     try:
         content = read_bytes(path)
         rows = json.loads(content)["models"] if content is not None else None
@@ -1628,7 +1628,7 @@ def probe(
     certificate: str = "",
 ) -> tuple[Server, Mapping[str, Json]]:
     """Return the server and what its /health says. `key` is the one on the command line; without
-    one `saved_key` is tried, then others, then `ask_key` asks the user. Raise Problem."""
+    one `saved_key` is tried, then others, then `ask_key` asks the user. Raises Problem."""
     health = ask_health(url, certificate)
     keys = [key] if key else [saved_key, anonymous_key(url, health), ""]
     # A server that wants a key would list a request without one among its failures.
@@ -1655,7 +1655,7 @@ def probe(
 
 
 def anonymous_key(url: str, health: Mapping[str, Json]) -> str:
-    """Return the key that a server gives to everybody, empty if none. Raise Problem."""
+    """Return the key that a server gives to everybody, empty if none. Raises Problem."""
     shown = health.get("anonymousKey") or ""
     if shown and not (isinstance(shown, str) and KEY_PATTERN.fullmatch(shown)):
         raise Problem(
@@ -1666,7 +1666,7 @@ def anonymous_key(url: str, health: Mapping[str, Json]) -> str:
 
 
 def try_request(server: Server) -> str:
-    """Return the text of one real answer from the cheapest model. Raise HttpProblem."""
+    """Return the text of one real answer from the cheapest model. Raises HttpProblem."""
     body = {
         "model": server.cheapest.id, "max_tokens": 32,
         "messages": [{"role": "user", "content": "Reply with the word OK."}],
@@ -1786,7 +1786,7 @@ def with_name(
     """Return the context with OCP's name among the providers of a file, and the notes about it. The
     name is the given one, else that of an earlier run, else the first of NAME, NAME-2 and so on
     that is not the user's. `address` returns the server of an entry, "" if unknown: an entry for
-    this server belongs to OCP. Raise Problem if the given name is taken."""
+    this server belongs to OCP. Raises Problem if the given name is taken."""
     now, original = _providers_of(context, path, providers)
 
     def is_taken(name: str) -> bool:
@@ -2215,7 +2215,7 @@ def aider_steps(context: Context) -> list[Step]:
 
 def codex_providers(text: str) -> Mapping[str, Json]:
     """Return the providers of Codex's configuration: for each its statements, and whether they
-    stand in OCP's block. Raise UnsafeEdit."""
+    stand in OCP's block. Raises UnsafeEdit."""
     block = block_of(text)
     start, end = block.span() if block else (0, 0)
     found: dict[str, Json] = {}
@@ -2474,7 +2474,7 @@ def openclaw_provider(context: Context, secret: str, present: Json) -> list[Chan
 
 
 def openclaw_steps(context: Context) -> list[Step]:
-    """Add the provider, and choose the default model. Raise Problem."""
+    """Add the provider, and choose the default model. Raises Problem."""
     machine, path = context.machine, openclaw_config(context.machine)
     url = context.openclaw_url or context.server.url
     context = dataclasses.replace(context, server=context.server._replace(url=url))
@@ -2605,7 +2605,7 @@ def _openclaw_hints(context: Context) -> list[Step]:
 
 
 def openclaw_names(text: str, url: str) -> list[str]:
-    """Return the providers of a configuration that lead to this server. Raise UnsafeEdit."""
+    """Return the providers of a configuration that lead to this server. Raises UnsafeEdit."""
     providers = providers_at(*_OPENCLAW_PROVIDERS)(text)
     return [name for name, entry in providers.items() if isinstance(entry, dict)
             and same_server(str(entry.get("baseUrl")), url)]
@@ -2738,7 +2738,7 @@ class Record:
         return os.path.join(self.folder, "connect.json")
 
     def copy_of(self, entry: FileRecord) -> bytes | None:
-        """Return the original of a file. Raise UnsafeEdit if the copy is lost."""
+        """Return the original of a file. Raises UnsafeEdit if the copy is lost."""
         if not entry.base:
             return None
         content = read_bytes(os.path.join(self.folder, entry.base))
@@ -2751,14 +2751,14 @@ class Record:
             delete_if_possible(os.path.join(self.folder, entry.base))
 
     def set(self, path: str, entry: FileRecord | None) -> None:
-        """Save the entry of a file; None removes it. Raise OSError."""
+        """Save the entry of a file; None removes it. Raises OSError."""
         self.files.pop(path, None)
         if entry is not None:
             self.files[path] = entry
         self.save()
 
     def save(self) -> None:
-        """Write the record. Raise OSError."""
+        """Write the record. Raises OSError."""
         shown = {
             "version": 1, "url": self.url, "keyUrl": self.key_url, "session": self.session,
             "files": {path: {**dataclasses.asdict(entry),
@@ -2770,7 +2770,7 @@ class Record:
 
 
 def load_record(folder: str) -> Record:
-    """Return the record of this user, an empty one if there is none. Raise Problem."""
+    """Return the record of this user, an empty one if there is none. Raises Problem."""
     record = Record(folder)
     try:
         content = read_bytes(record.path)
@@ -2782,7 +2782,11 @@ def load_record(folder: str) -> Record:
         for path, fields in found["files"].items():
             done = [Applied(tuple(each.pop("path")), **each) for each in fields.pop("done")]
             record.files[path] = FileRecord(done=[_as_loaded(each) for each in done], **fields)
-    except (UnsafeEdit, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except UnsafeEdit as problem:
+        raise Problem(
+            Exit.FAILED, f"{record.path} {problem}, so earlier changes are unknown: let "
+                         "yourself read it, and run this again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise Problem(
             Exit.FAILED,
             f"{record.path} is damaged, so earlier changes are unknown: repair it, or move it away "
@@ -2801,7 +2805,7 @@ def original_content(
     content: bytes | None, entry: FileRecord | None, record: Record
 ) -> tuple[bytes | None, list[str]]:
     """Return a file without OCP's changes, and what was kept in it because it was changed since.
-    Raise UnsafeEdit."""
+    Raises UnsafeEdit."""
     if entry is None or content is None or digest(content) == entry.base_digest:
         return content, []
     if digest(content) == entry.after_digest:
@@ -2911,7 +2915,7 @@ def _plan_file(plan: Plan, context: Context, tool: str, step: FileStep, record: 
 
 
 def why_unchanged(step: FileStep, context: Context, record: Record) -> str:
-    """Return why a file gets nothing of OCP, empty if it gets something. Raise UnsafeEdit."""
+    """Return why a file gets nothing of OCP, empty if it gets something. Raises UnsafeEdit."""
     content = read_bytes(step.path)
     changes, note = wanted_changes(
         step, decoded(content), content, record.files.get(step.path), context.role)
@@ -2921,7 +2925,7 @@ def why_unchanged(step: FileStep, context: Context, record: Record) -> str:
 
 
 def plan_edit(step: FileStep, tool: str, context: Context, record: Record) -> Edit | None:
-    """Return the edit of one file, None if it is up to date. Raise UnsafeEdit."""
+    """Return the edit of one file, None if it is up to date. Raises UnsafeEdit."""
     entry = record.files.get(step.path)
     content = read_bytes(step.path)
     text = decoded(content)
@@ -2935,6 +2939,7 @@ def plan_edit(step: FileStep, tool: str, context: Context, record: Record) -> Ed
     if content is not None and fitting == text and not _has_leftovers(entry, text, changes):
         return None
     check_writable(step.path)
+    check_recordable(record)
     base, _ = original_content(content, entry, record)
     original = decoded(base)
     if step.command and entry:
@@ -2956,7 +2961,7 @@ def plan_edit(step: FileStep, tool: str, context: Context, record: Record) -> Ed
 def wanted_changes(
     step: FileStep, text: str, content: bytes | None, entry: FileRecord | None, role: Role
 ) -> tuple[tuple[Change, ...], str]:
-    """Return the changes to make, and a note about the user's default that stays. Raise
+    """Return the changes to make, and a note about the user's default that stays. Raises
     UnsafeEdit."""
     defaults = [change for change in step.changes if isinstance(change, (SetValue, WholeFile))
                 and change.is_default]
@@ -2976,7 +2981,7 @@ def _users_choice(
     kind: str, change: SetValue | WholeFile, text: str, content: bytes | None,
     entry: FileRecord | None,
 ) -> str:
-    """Return what the user has set where a change would set OCP; empty if nothing. Raise
+    """Return what the user has set where a change would set OCP; empty if nothing. Raises
     UnsafeEdit."""
     if isinstance(change, WholeFile):
         is_ours = entry is not None and digest(content) == entry.after_digest
@@ -3006,7 +3011,7 @@ def record_entry(
     step: FileStep, tool: str, changes: Sequence[Change], base: bytes | None, after: str,
     earlier: FileRecord | None,
 ) -> FileRecord:
-    """Return the entry of the record for a file. Raise UnsafeEdit."""
+    """Return the entry of the record for a file. Raises UnsafeEdit."""
     form, text = FORMATS[step.kind], decoded(base)
     done = []
     for change in changes:
@@ -3044,9 +3049,18 @@ def check_writable(path: str) -> None:
         raise UnsafeEdit("lies in a folder that cannot be written to")
 
 
+def check_recordable(record: Record) -> None:
+    """Raise UnsafeEdit where a change cannot be recorded, without which nothing could undo it."""
+    try:
+        check_writable(record.path)
+    except UnsafeEdit as problem:
+        raise UnsafeEdit(f"could not be undone, because {record.path} {problem}: let yourself "
+                         "write there, and run this again") from None
+
+
 def plan_sync(machine: Machine, url: str, models: Sequence[Model]) -> tuple[list[str], Edit | None]:
     """Return the providers in OpenClaw that lead to this server, and the edit that updates their
-    models, None if they are up to date. Raise UnsafeEdit."""
+    models, None if they are up to date. Raises UnsafeEdit."""
     path = openclaw_config(machine)
     content = read_bytes(path)
     text = decoded(content)
@@ -3094,7 +3108,7 @@ def plan_undo(record: Record, tools: Sequence[str]) -> Plan:
 
 
 def make_folders(folder: str) -> list[str]:
-    """Make a folder and its missing parents; return them, innermost first. Raise OSError."""
+    """Make a folder and its missing parents; return them, innermost first. Raises OSError."""
     missing: list[str] = []
     while not os.path.isdir(folder):
         missing.append(folder)
@@ -3176,33 +3190,45 @@ class Writer:
         except UnsafeEdit as problem:
             self.failures.append(f"{shown} {problem}")
         except OSError as problem:
-            self.failures.append(f"{shown} cannot be written: {problem.strerror}")
+            # It may be the record or a copy that cannot be written, and not the file itself.
+            at = problem.filename if isinstance(problem.filename, str) else ""
+            where = f"{self._machine.shown_path(at)}: " if at else ""
+            self.failures.append(f"{shown} is not changed: {where}{problem.strerror}")
 
     def _change(self, edit: Edit) -> None:
         entry = edit.entry
         assert entry is not None
-        if edit.base is not None:
-            copy_path = os.path.join(self._record.folder, entry.base)
-            make_private(os.path.dirname(copy_path))
-            write_whole(copy_path, edit.base, 0o600)
-        folder = os.path.dirname(os.path.realpath(edit.path))
-        entry.folders = entry.folders or make_folders(folder)
         earlier = self._earlier[edit.path] = self._record.files.get(edit.path)
-        self._record.set(edit.path, entry)
         try:
+            if edit.base is not None:
+                copy_path = os.path.join(self._record.folder, entry.base)
+                make_private(os.path.dirname(copy_path))
+                write_whole(copy_path, edit.base, 0o600)
+            folder = os.path.dirname(os.path.realpath(edit.path))
+            entry.folders = entry.folders or make_folders(folder)
+            self._record.set(edit.path, entry)
             self._replace(edit)
             if edit.command:
                 entry.after_digest = digest(read_bytes(edit.path))
                 self._record.save()
         except (OSError, UnsafeEdit):
-            self._record.set(edit.path, earlier)
+            self._forget(edit.path, entry, earlier)
             raise
         if earlier is not None and earlier.base != entry.base:
             self._record.delete_copy(earlier)
         self.written.append(edit.path)
 
+    def _forget(self, path: str, entry: FileRecord, earlier: FileRecord | None) -> None:
+        """Take the entry and the copy of a change back that could not be made."""
+        # On a full disk the record may not be written either: it then tells of a change that is
+        # not in the file, and undo finds nothing to remove.
+        with contextlib.suppress(OSError):
+            self._record.set(path, earlier)
+        if earlier is None or earlier.base != entry.base:
+            self._record.delete_copy(entry)
+
     def _replace(self, edit: Edit) -> None:
-        """Write the new content of a file. Raise UnsafeEdit or OSError."""
+        """Write the new content of a file. Raises UnsafeEdit or OSError."""
         assert edit.after is not None
         if edit.command:
             self._run_tool(edit)
@@ -3217,7 +3243,7 @@ class Writer:
         return 0o600 if has_key else 0o644
 
     def _run_tool(self, edit: Edit) -> None:
-        """Let the tool make the change. Raise UnsafeEdit."""
+        """Let the tool make the change. Raises UnsafeEdit."""
         sides = [json_load(decoded(side)) for side in (edit.before, edit.after)]
         patch = json.dumps(merge_patch(*sides))
         ran = self._machine.run(*edit.command, stdin=patch, timeout_s=120)
@@ -3267,7 +3293,7 @@ class Writer:
                           f"not known: {earlier}")
 
     def _take_back(self, edits: Sequence[Edit]) -> None:
-        """Give files and record what they had before this run. Raise OSError."""
+        """Give files and record what they had before this run. Raises OSError."""
         for edit in edits:
             earlier = self._earlier[edit.path]
             self._restore(edit._replace(before=read_bytes(edit.path), after=edit.before))
@@ -3276,7 +3302,7 @@ class Writer:
             self.written = [path for path in self.written if path != edit.path]
 
     def _restore(self, edit: Edit) -> None:
-        """Write the original of a file and remove its entry from the record. Raise OSError."""
+        """Write the original of a file and remove its entry from the record. Raises OSError."""
         entry = self._record.files.get(edit.path)
         if edit.after is None:
             with contextlib.suppress(FileNotFoundError):
@@ -3359,15 +3385,23 @@ def diff_of(edit: Edit, key: str) -> list[str]:
     return [] if edit.tool == OWN_FILES else [masked(line, key) for line in new_lines(edit)]
 
 
-def show_edit(edit: Edit, machine: Machine, key: str, limit: int) -> str:
+def shortened(line: str) -> str:
+    """Return the beginning of a line, such as that of a file with all in one line."""
+    return line if len(line) <= 200 else (
+        f"{line[:160]}... ({len(line)} characters; --dry-run shows all)")
+
+
+def show_edit(edit: Edit, machine: Machine, key: str, all_lines: bool) -> str:
     """Return one file and the lines that would change in it."""
+    limit = 10_000 if all_lines else SHOWN_LINES
     how = {"create": "new", "remove": "removed", "change": "changed"}[action_of(edit)]
     lines = [f"  {machine.shown_path(edit.path)}  ({tool_title(edit.tool)}; {how}) {edit.why}"]
     if edit.command:
         lines.append(f"      through: {shlex.join(edit.command)}")
     lines += [f"      {note}" for note in edit.notes]
     diff = [] if edit.after is None else diff_of(edit, key)
-    lines += [f"      {clean(line)}" for line in diff[:limit]]
+    shown = diff[:limit] if all_lines else map(shortened, diff[:limit])
+    lines += [f"      {clean(line)}" for line in shown]
     if len(diff) > limit:
         lines.append(f"      ... {counted(len(diff) - limit, 'more line')}; --dry-run shows all")
     return "\n".join(lines)
@@ -3387,8 +3421,11 @@ def show_summary(plan: Plan) -> list[str]:
 
 def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
     """Return a plan as text, the summary first."""
-    limit = 10_000 if all_lines else SHOWN_LINES
-    parts = show_summary(plan) + [show_edit(edit, machine, key, limit) for edit in plan.edits]
+    parts = show_summary(plan) + [show_edit(edit, machine, key, all_lines) for edit in plan.edits]
+    has_key = os.path.exists(machine.key_file) or machine.key_file in [
+        edit.path for edit in plan.edits]
+    known = f" (the key is in {machine.shown_path(machine.key_file)})" if has_key else (
+        " (with the whole key)")
     if plan.session:
         parts.append("  launchctl: " + " ".join(step.name for step in plan.session))
     for tool, path in plan.settled:
@@ -3399,8 +3436,7 @@ def show_plan(plan: Plan, machine: Machine, key: str, all_lines: bool) -> str:
         parts.append(f"  {machine.shown_path(each.path)}  ({tool_title(each.tool)}) "
                      f"is not changed: it {each.reason}.")
         if each.snippet:
-            known = f" (the key is in {machine.shown_path(machine.key_file)})" if key else ""
-            parts.append(f"      Add this by hand{known}:")
+            parts.append(f"      Add this by hand{known if key else ''}:")
             parts += [f"        {clean(line)}" for line in masked(each.snippet, key).splitlines()]
     return "\n".join(parts)
 
@@ -3596,7 +3632,7 @@ class Run:
             print(json.dumps(value, indent=2))
 
     def confirm(self, question: str) -> bool:
-        """Return whether to go on. Raise Problem if nobody can be asked."""
+        """Return whether to go on. Raises Problem if nobody can be asked."""
         if self.args.yes:
             return True
         answer = self.terminal.ask(f"{question} [Y/n] ")
@@ -3631,14 +3667,14 @@ class Run:
         return Exit.OK if complete else Exit.FAILED
 
     def sync(self) -> Exit:
-        """Update the list of models in OpenClaw. Raise Problem."""
+        """Update the list of models in OpenClaw. Raises Problem."""
         machine, args = self.machine, self.args
         url = server_address(args.host or "127.0.0.1", args.port, args.https)
         writer = Writer(machine, self.record, "")
         is_here = next(tool for tool in TOOLS if tool.name == "openclaw").is_here(machine)
         names, edit = self._plan_sync(url) if is_here else ([], None)
         if edit is not None:
-            self.say(show_edit(edit, machine, "", 10_000))
+            self.say(show_edit(edit, machine, "", True))
             copy_path = "" if args.dry_run else writer.sync(edit, time.strftime("%Y%m%d-%H%M%S"))
             self.say(f"Copy of the original: {machine.shown_path(copy_path)}" if copy_path else "")
         elif is_here:
@@ -3654,7 +3690,7 @@ class Run:
         return Exit.FAILED if writer.failures else Exit.OK
 
     def _plan_sync(self, url: str) -> tuple[list[str], Edit | None]:
-        """Return what plan_sync returns. Raise Problem."""
+        """Return what plan_sync returns. Raises Problem."""
         try:
             return plan_sync(self.machine, url, self._current_models(url))
         except UnsafeEdit as problem:
@@ -3663,7 +3699,7 @@ class Run:
 
     def _current_models(self, url: str) -> tuple[Model, ...]:
         """Return the models of the file beside this script if the server is on this machine, else
-        those that the server lists. Raise Problem."""
+        those that the server lists. Raises Problem."""
         is_here = is_this_machine(urllib.parse.urlsplit(url).hostname or "")
         found = models_in(os.path.join(HERE, "models.json")) if HERE and is_here else None
         return found or self._probe(url)[0].models
@@ -3740,7 +3776,7 @@ class Run:
         return checked_key(given, "OCP_CONNECT_KEY") if given else ""
 
     def _probe(self, url: str) -> tuple[Server, Mapping[str, Json]]:
-        """Return the server with a key that it accepts, and what its /health says. Raise
+        """Return the server with a key that it accepts, and what its /health says. Raises
         Problem."""
         saved = self.machine.saved_key() if self.record.key_url == url else ""
         saved = saved if KEY_PATTERN.fullmatch(saved) else ""
@@ -3766,14 +3802,14 @@ class Run:
             tool.name in only if only else self.args.all or tool.is_here(self.machine))]
 
     def _original_text(self, path: str) -> str:
-        """Return a file's text without OCP's changes. Raise UnsafeEdit."""
+        """Return a file's text without OCP's changes. Raises UnsafeEdit."""
         original, _ = original_content(
             read_bytes(path), self.record.files.get(path), self.record)
         return decoded(original)
 
 
 def program(argv: Sequence[str], machine: Machine, terminal: Terminal) -> Exit:
-    """Do what the arguments ask for. Raise Problem."""
+    """Do what the arguments ask for. Raises Problem."""
     args = build_parser().parse_args(argv)
     if args.host in ("undo", "list"):
         setattr(args, args.host, True)

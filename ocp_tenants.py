@@ -15,8 +15,8 @@ that change something accept --dry-run; all accept --json.
 
 The server is --server, or OCP_URL, or this machine with the port CLAUDE_PROXY_PORT, or the one
 that the installer wrote into ~/.ocp/install.json, or http://127.0.0.1:3456. The admin key is
-OCP_ADMIN_KEY, or the content of ~/.ocp/admin-key. OCP_HOME replaces ~/.ocp. OCP_DOCKER names
-another client, such as podman.
+OCP_ADMIN_KEY, or that of the service's ocp.env, or the content of ~/.ocp/admin-key. OCP_HOME
+replaces ~/.ocp. OCP_DOCKER names another client, such as podman.
 
 Exit codes: 0 done; 1 failed, the message says why; 2 wrong usage; 3 no server answers;
 4 the admin key is missing or wrong; 130 interrupted.
@@ -53,6 +53,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -157,6 +158,38 @@ def read_record(path: str) -> dict[str, Any] | None:
     if record.get("version") != 1:
         raise ValueError(f"{path} was written by another version of OCP: use its scripts.")
     return record
+# --- end shared
+
+
+# --- shared: env_file
+_ASSIGNMENT = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+
+
+def unquoted(text: str) -> str:
+    """Return the value that `text`, what follows the = of a line, means to systemd and sh."""
+    found = []
+    quote = ""
+    characters = iter(text.strip())
+    for character in characters:
+        if character == quote:
+            quote = ""
+        elif quote == "'":
+            found.append(character)
+        elif character == "\\":
+            following = next(characters, "")
+            is_kept = quote == '"' and following not in ('"', "\\", "$", "`")
+            found.append("\\" + following if is_kept else following)
+        elif not quote and character in "'\"":
+            quote = character
+        else:
+            found.append(character)
+    return "".join(found)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """Return the settings in the text of an environment file, such as ocp.env."""
+    matches = (_ASSIGNMENT.fullmatch(line) for line in text.split("\n"))
+    return {match[1]: unquoted(match[2]) for match in matches if match}
 # --- end shared
 
 
@@ -284,11 +317,17 @@ def dicts_in(value: Json) -> list[dict[str, Json]]:
 
 def reason_of(problem: Exception) -> str:
     """Return why an item failed, in a form to print after the item's name."""
+    if isinstance(problem, OSError) and problem.strerror:
+        at = f"{clean(problem.filename)}: " if isinstance(problem.filename, str) else ""
+        return f"{at}{problem.strerror}"
     return str(problem).rstrip(".")
 
 
-#: Variables withheld from every child program: the keys of this server.
-_OWN_SECRETS = ("OCP_ADMIN_KEY", "OCP_CONNECT_KEY")
+#: Variables withheld from every child program, which no file of an instance can name either: the
+#: keys and the login of this server.
+_OWN_SECRETS = (
+    "OCP_ADMIN_KEY", "OCP_CONNECT_KEY", "PROXY_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN",
+    "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 
 
 @dataclasses.dataclass
@@ -345,7 +384,7 @@ class Ran(NamedTuple):
     @property
     def json(self) -> Json:
         """Return the JSON value that it printed, None if it printed no JSON."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(self.text)
         return None
 
@@ -505,8 +544,9 @@ class Server(NamedTuple):
     """The OCP server, and requests to it."""
 
     url: str
-    #: The admin key.
+    #: The admin key, and where it would be read on this machine; empty where there is none.
     key: str
+    key_source: str = ""
 
     def ask(
         self, method: str, path: str, body: object = None, key: str = "", timeout_s: float = 15.0
@@ -522,11 +562,19 @@ class Server(NamedTuple):
                 raise Problem(Exit.UNREACHABLE, f"Cannot connect to {self.url}: {message}.\n"
                               "Start the server with `ocp start`.") from None
             if problem.kind == "denied":
-                raise Problem(Exit.DENIED, f"{self.url} refused: {message}.\nIts admin key is "
-                              "taken from OCP_ADMIN_KEY, or from ~/.ocp/admin-key.",
+                advice = "" if key else f"\n{self._key_advice}"
+                raise Problem(Exit.DENIED, f"{self.url} refused: {message}.{advice}",
                               problem.body) from None
             raise Problem(Exit.FAILED, f"{self.url} answered {problem.status}: {message}.",
                           problem.body) from None
+
+    @property
+    def _key_advice(self) -> str:
+        if self.key:
+            return "The admin key that was sent is not this server's: see OCP_ADMIN_KEY."
+        return "No admin key was sent: set OCP_ADMIN_KEY" + (
+            f"; there is none to read in {self.key_source}." if self.key_source else
+            ", because the server is another machine.")
 
     def certificate(self) -> str:
         """Return the certificate (PEM) that the server presents. Raises Problem."""
@@ -566,15 +614,23 @@ def find_server(world: World, named: str = "") -> Server:
     source, text = next((pair for pair in given if pair[1].strip()), ("", DEFAULT_URL))
     url = parse_url(text, source)
     key = world.environ.get("OCP_ADMIN_KEY", "").strip()
+    key_source = ""
     if not key and (is_loopback(url) or source == "install.json"):
         # The admin key in the file belongs to this machine's server: never send it elsewhere.
-        folder = str(record.get("data_dir") or world.ocp_home)
-        with contextlib.suppress(OSError, ValueError):
-            with open(os.path.join(folder, "admin-key"), encoding="utf-8") as file:
-                key = file.read(10_000).strip()
+        key_source = os.path.join(str(record.get("data_dir") or world.ocp_home), "admin-key")
+        settings = settings_of(text_at(str(record.get("env_file") or "")))
+        key = settings.get("OCP_ADMIN_KEY", "").strip() or text_at(key_source).strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise Problem(Exit.USAGE, "The admin key contains spaces or characters outside ASCII.")
-    return Server(url, key)
+    return Server(url, key, key_source)
+
+
+def text_at(path: str) -> str:
+    """Return the text of a small file, empty if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(path, encoding="utf-8") as file:
+            return file.read(1_000_000)
+    return ""
 
 
 # ==== 3. Files ===============================================================
@@ -756,6 +812,17 @@ class Folder(NamedTuple):
         with contextlib.suppress(FileNotFoundError), self.opened(*folders) as at:
             remove_below(at, name)
 
+    @property
+    def is_only_begun(self) -> bool:
+        """Return whether it holds nothing but what a run leaves that ended at its first step.
+        Raises Problem."""
+        for parts in (), ("instance",):
+            with contextlib.suppress(FileNotFoundError), self.opened(*parts) as at:
+                names = set(os.listdir(at)) - ({"instance"} if not parts else set())
+                if not all(name.endswith(DRAFT) for name in names):
+                    return False
+        return True
+
     def secret(self) -> str:
         """Return the saved key, empty if there is none."""
         text = self.read("key").decode("utf-8", "replace").strip()
@@ -793,8 +860,12 @@ def make_folders(folder: str) -> None:
 def exclusive_run(world: World) -> Iterator[None]:
     """Lock the folder of the tenants for this run. Raises Problem if another run holds the lock,
     OSError."""
-    make_folders(world.tenants_folder)
-    with opened_folder(world.tenants_folder) as at:
+    with contextlib.ExitStack() as held:
+        try:
+            make_folders(world.tenants_folder)
+            at = held.enter_context(opened_folder(world.tenants_folder))
+        except OSError as error:
+            raise failed(f"{world.tenants_folder} cannot be used: {reason_of(error)}.") from None
         try:
             fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -842,6 +913,12 @@ class Docker(NamedTuple):
     def program(self) -> str:
         return self.world.environ.get("OCP_DOCKER", "").strip() or "docker"
 
+    @property
+    def is_there(self) -> bool:
+        """Return whether there is such a program."""
+        path = self.world.environ.get("PATH", os.defpath)
+        return shutil.which(self.program, path=path) is not None
+
     def run(self, *words: str, stdin: bytes = b"", timeout_s: float = 15.0) -> Ran:
         """Run the client. Never raises."""
         return run_words([self.program, *words], self.world.child_environ, stdin, timeout_s)
@@ -851,8 +928,7 @@ class Docker(NamedTuple):
 
         Uses `inspect`, because `docker ps` with a format would compute the size of each."""
         listed = self.run("ps", "--no-trunc", "--quiet", "--all")
-        if listed.code is None and shutil.which(
-                self.program, path=self.world.environ.get("PATH", os.defpath)) is None:
+        if listed.code is None and not self.is_there:
             return [], f"there is no program {clean(self.program)}"
         ids = [word for word in listed.text.split() if re.fullmatch(r"[0-9a-f]{12,64}", word)]
         if listed.code != 0 or not ids:
@@ -1225,14 +1301,16 @@ def is_state_folder(path: str) -> bool:
 
 
 def folder_instances(world: World) -> list[Instance]:
-    """Return the instances in ~/.openclaw and ~/.openclaw-NAME."""
-    found = []
-    for entry in sorted(os.listdir(world.home)):
-        match = re.fullmatch(r"\.openclaw(?:-([A-Za-z0-9_-]{1,64}))?", entry)
-        folder = os.path.join(world.home, entry)
+    """Return the instances in ~/.openclaw and ~/.openclaw-NAME. Raises OSError."""
+    found: dict[str, Instance] = {}
+    folders = [os.path.join(world.home, entry) for entry in sorted(os.listdir(world.home))]
+    # A link to another of these folders is no second instance.
+    for folder in sorted(folders, key=os.path.islink):
+        match = re.fullmatch(r"\.openclaw(?:-([A-Za-z0-9_-]{1,64}))?", os.path.basename(folder))
         if match and is_state_folder(folder):
-            found.append(folder_instance(folder, fitted_name(match[1] or "local")))
-    return found
+            found.setdefault(os.path.realpath(folder),
+                             folder_instance(folder, fitted_name(match[1] or "local")))
+    return list(found.values())
 
 
 class Discovery(NamedTuple):
@@ -1288,17 +1366,18 @@ def with_doubts(instances: Sequence[Instance], known: set[str]) -> list[Instance
     return found
 
 
-def choose(instances: Sequence[Instance], names: Sequence[str]) -> list[Instance]:
+def choose(found: Discovery, names: Sequence[str]) -> list[Instance]:
     """Return the instances with these names, or all if no name is given. Raises Problem for an
     unknown name."""
-    known = {each.name for each in instances}
+    known = {each.name for each in found.instances}
+    hidden = f" Containers are not listed: {found.docker_error}." * bool(found.docker_error)
     for name in names:
         if name not in known:
             shown = clean(name)[:80]
-            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`. For an "
-                         f"instance with another name: ocp tenants add {shown} --apply "
-                         "--container NAME, or --local DIR.")
-    return [each for each in instances if not names or each.name in names]
+            raise failed(f"There is no instance {shown!r} here: see `ocp tenants discover`.{hidden}"
+                         " For an instance with another name: ocp tenants add "
+                         f"{shown} --apply --container NAME, or --local DIR.")
+    return [each for each in found.instances if not names or each.name in names]
 
 
 def named_instance(
@@ -1451,6 +1530,11 @@ class Job(NamedTuple):
             raise failed(f"{clean(name)[:80]!r} is not a valid folder name.")
         return Folder(self.world, folder)
 
+    def place(self, name: str) -> dict[str, Json]:
+        """Return where the instance of a tenant is, as Instance.place; empty if it has none.
+        Raises Problem."""
+        return self.folder(name).place() or as_dict(self.tenants[name].get("instance"))
+
     def check_tenant(self, name: str) -> None:
         """Raise Problem if there is no tenant of this name."""
         if name not in self.tenants:
@@ -1515,13 +1599,15 @@ def is_secret_of(server: Server, secret: str, name: str) -> bool:
 
 def start_job(world: World, server: Server, options: Options) -> Job:
     """Return a job with the server's current keys and tenants. Raises Problem if the server does
-    not answer, refuses the admin key, has no tenant API, or is not in mode multi."""
+    not answer, refuses the admin key, has no tenant API, is a demo, or is not in mode multi."""
     health = as_dict(server.ask("GET", "/health"))
     if "version" not in health or "authMode" not in health:
         raise failed(f"{server.url} is not an OCP server: name the right address with --server.")
     if health["authMode"] != "multi":
         raise failed(f"{server.url} is in mode {clean(health['authMode'])}, which ignores keys: "
                      "set CLAUDE_AUTH_MODE=multi and restart it.")
+    if health.get("demo") is True:
+        raise failed(f"{server.url} is a demo, which has no tenants: start it without --demo.")
     try:
         tenants = server.tenants()
     except Problem as problem:
@@ -1694,8 +1780,21 @@ def refuse_foreign(job: Job, name: str) -> None:
     """Raise Problem if a new tenant's folder already exists and no setup has made it."""
     folder = job.folder(name)
     if name not in job.tenants and os.path.isdir(folder.path) and not (
-            folder.secret() or folder.place() or job.options.adopt):
+            folder.secret() or folder.place() or job.options.adopt or folder.is_only_begun):
         raise failed(f"{folder.path} exists without a tenant: --adopt uses it")
+
+
+def refuse_taken(job: Job, name: str, instance: Instance) -> None:
+    """Raise Problem if the instance for a tenant of this name is that of another tenant."""
+    places = {other: job.place(other) for other in job.tenants if other != name}
+    is_in_doubt = any(place.get("kind") == "container" for place in places.values())
+    rows = Docker(job.world).containers()[0] if is_in_doubt else []
+    for other, place in places.items():
+        known = known_instance(other, place, rows)
+        if known and (known.where == instance.where or known.host_state_dir and (
+                known.host_state_dir == instance.host_state_dir)):
+            raise failed(f"{instance.where} is the instance of the tenant {clean(other)}. "
+                         f"`ocp tenants remove {clean(other)}` gives it back")
 
 
 def key_state(job: Job, instance: Instance, folder: Folder) -> str:
@@ -2731,6 +2830,11 @@ _YAML_WORDS: Mapping[str, bool | None] = {
     "false": False, "False": False, "FALSE": False}
 
 
+#: How many lists and mappings may be in one another, and how long a number may be; what is longer
+#: is a text.
+_YAML_DEPTH, _YAML_NUMBER_CHARS = 50, 400
+
+
 class YamlReader:
     """A reader of YAML with mappings, lists, and strings on one line or in a block."""
 
@@ -2738,7 +2842,7 @@ class YamlReader:
         self._lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
         if not self._lines[-1]:
             self._lines.pop()
-        self._at = 0
+        self._at = self._depth = 0
 
     def _fault(self, reason: str) -> Problem:
         return failed(f"line {self._at + 1}: {reason}")
@@ -2763,7 +2867,12 @@ class YamlReader:
         return value
 
     def _block(self, indent: int) -> Json:
-        return self._list(indent) if _is_item(self._next()[1]) else self._mapping(indent)
+        if self._depth >= _YAML_DEPTH:
+            raise self._fault("nested too deeply")
+        self._depth += 1
+        value = self._list(indent) if _is_item(self._next()[1]) else self._mapping(indent)
+        self._depth -= 1
+        return value
 
     def _mapping(self, indent: int) -> dict[str, Json]:
         found: dict[str, Json] = {}
@@ -2857,6 +2966,8 @@ def _plain(text: str) -> Json:
     """Return the value of an unquoted scalar by the rules of YAML 1.2."""
     if text in _YAML_WORDS:
         return _YAML_WORDS[text]
+    if len(text) > _YAML_NUMBER_CHARS:
+        return text
     if re.fullmatch(r"[-+]?(?:0b[01]+|0o[0-7]+|0x[0-9a-fA-F]+)", text):
         return int(text, 0)
     if not re.fullmatch(r"(?:[-+]?[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", text):
@@ -2978,6 +3089,15 @@ def imported(row: Mapping[str, Json], found: Sequence[Instance]) -> Imported:
     return Imported(name, origin, secret, values, instance, tuple(notes))
 
 
+def doubled(tenant: Imported, others: Sequence[Imported]) -> str:
+    """Return what a tenant has in common with an earlier one, empty if nothing."""
+    if tenant.name in [each.name for each in others]:
+        return "two tenants have this name"
+    where = tenant.instance and tenant.instance.where
+    return f"two tenants have the instance {where}" if where and where in [
+        each.instance.where for each in others if each.instance] else ""
+
+
 #: One step of an import: its description, and the function that does it.
 ImportStep = tuple[str, Callable[[], object]]
 
@@ -2992,6 +3112,8 @@ def import_steps(
     if name in job.keys and not is_secret_of(job.server, secret, name):
         raise failed(f"there is a key {name} already, with another secret")
     refuse_foreign(job, name)
+    if tenant.instance:
+        refuse_taken(job, name, tenant.instance)
     word = "its key" if tenant.secret else "a new key"
     body = {**key, "name": name, "secret": secret}
     if name not in job.keys:
@@ -3145,20 +3267,43 @@ def level_notes(rows: Iterable[Mapping[str, Json]]) -> list[str]:
             for row in rows if row.get("levelInForce") not in (None, row.get("level"))]
 
 
-def instances_of(run: Run, job: Job, only_tenants: bool) -> list[Instance]:
-    """Return the instances that the arguments name. Raises Problem."""
+def instances_of(run: Run, job: Job, only_tenants: bool) -> tuple[list[Instance], list[Result]]:
+    """Return the instances that the arguments name, and why those of other tenants are not found.
+    Raises Problem."""
+    world, names = run.world, run.args.names
     # A key that was renamed keeps the folder of its first name.
-    names = {job.folder(name).name: name for name in job.tenants}
-    found = discover(run.world, {
-        folder: job.tenants[name].get("instance") for folder, name in names.items()})
-    if found.docker_error:
-        run.say(f"Containers are not touched: {found.docker_error}")
-    instances = [each._replace(name=names.get(each.name, each.name)) for each in found.instances]
+    keys = {job.folder(name).name: name for name in job.tenants}
+    found = discover(world, {folder: job.place(name) for folder, name in keys.items()})
+    instances = [each._replace(name=keys.get(each.name, each.name)) for each in found.instances]
     if only_tenants:
-        for name in run.args.names:
+        for name in names:
             job.check_tenant(name)
         instances = [each for each in instances if each.name in job.tenants]
-    return choose(instances, run.args.names)
+    elif found.docker_error and Docker(world).is_there:
+        run.say(f"Containers are not touched: {found.docker_error}")
+    lost = lost_instances(job, {each.name for each in instances}, found.docker_error)
+    # What is gone for good is no matter of setup.
+    lost = [each for each in lost if (not names or each.name in names) and (
+        only_tenants or found.docker_error and each.place.get("kind") == "container")]
+    wanted = [name for name in names if name not in [each.name for each in lost]]
+    found = found._replace(instances=instances)
+    return (choose(found, wanted) if wanted or not names else []), lost
+
+
+def lost_instances(job: Job, found: set[str], docker_error: str) -> list[Result]:
+    """Return what to say of tenants that have an instance which is not among those found."""
+    lost = []
+    for name in sorted(set(job.tenants) - found):
+        place = job.place(name)
+        is_hidden = docker_error and place.get("kind") == "container"
+        reason = f"cannot be looked at: {docker_error}" if is_hidden else "was not found"
+        if place:
+            lost.append(Result(name, place, problem=f"{clean(place.get('where'))} {reason}"))
+    return lost
+
+
+#: Said where no tenant has an instance on this machine.
+NO_INSTANCE = "No tenant has an instance here: see `ocp tenants discover`."
 
 
 def attempt(do: Callable[[], Value]) -> tuple[Value | None, str]:
@@ -3272,12 +3417,14 @@ def cmd_apply(run: Run) -> Exit:
 def _set_up(run: Run, only_tenants: bool) -> Exit:
     job, is_dry = run.job(), run.args.dry_run
     run.say(f"Server {job.server.url}, mode multi")
-    results = [planned(job, each) for each in instances_of(run, job, only_tenants)]
+    found, lost = instances_of(run, job, only_tenants)
+    results = [*(planned(job, each) for each in found), *lost]
     if not only_tenants and not run.args.no_skills:
         results = [each._replace(skills=each.plan and synced(job, each.plan.instance, "pull"))
                    for each in results]
     if not results:
-        run.say("No OpenClaw was found here: see `ocp tenants discover`.")
+        run.say(NO_INSTANCE if only_tenants else
+                "No OpenClaw was found here: see `ocp tenants discover`.")
     show(run, [(each.name, each.problem, each.words(is_dry)) for each in results])
     if not is_dry and not all(each.is_empty for each in results):
         run.confirm("Do this?")
@@ -3310,23 +3457,16 @@ def _total(results: Sequence[Result]) -> str:
 
 
 def cmd_check(run: Run) -> Exit:
-    """InstanceSummary at each step of apply, and make none."""
+    """Report what each step of apply would do, and do none of it."""
     job = run.job()
-    found = instances_of(run, job, only_tenants=True)
-    results = [*(planned(job, each) for each in found), *gone(run, job, found)]
+    found, lost = instances_of(run, job, only_tenants=True)
+    results = [*(planned(job, each) for each in found), *lost]
     show(run, [(each.name, each.problem, each.words()) for each in results])
+    run.say("" if results else NO_INSTANCE)
     are_good = [each.plan is not None and each.plan.is_empty for each in results]
     run.print_json({"server": job.server.url, "instances": [
         {**each.as_json(), "ok": is_good} for each, is_good in zip(results, are_good)]})
     return Exit.OK if all(are_good) else Exit.FAILED
-
-
-def gone(run: Run, job: Job, found: Sequence[Instance]) -> list[Result]:
-    """Return results for tenants whose instance was set up and is no longer found."""
-    names = set() if run.args.names else set(job.tenants) - {each.name for each in found}
-    rows = ((name, job.folder(name).place()) for name in sorted(names))
-    return [Result(name, place, problem=f"{clean(place.get('where'))} was not found")
-            for name, place in rows if place]
 
 
 def cmd_undo(run: Run) -> Exit:
@@ -3443,8 +3583,10 @@ def cmd_add(run: Run) -> Exit:
         raise failed(f"There is a key {name} already: `ocp tenants add {name} --existing` makes it "
                      "a tenant.")
     instance = named_instance(world, name, args.container or "", args.local or "")
+    if instance:
+        refuse_taken(job, name, instance)
     if args.apply:
-        instance = instance or choose(discover(world).instances, [name])[0]
+        instance = instance or choose(discover(world), [name])[0]
         result = planned(job, instance)
         if result.problem:
             raise failed(result.problem)
@@ -3498,7 +3640,8 @@ def cmd_edit(run: Run) -> Exit:
     body = profile_of(job.folder(name).place(), args.level or "", args.commands or "")
     if args.prompt is not None:
         try:
-            with open(args.prompt, encoding="utf-8") as file:
+            # Windows begins a text with a byte order mark, which is none of it.
+            with open(args.prompt, encoding="utf-8-sig") as file:
                 body["prompt"] = file.read(200_000)
         except (OSError, ValueError) as error:
             raise failed(f"--prompt: {clean(args.prompt)} cannot be read: {error}") from None
@@ -3627,7 +3770,7 @@ def _found_env(run: Run, job: Job, name: str) -> FoundEnv:
     """Return the variables of a tenant's instance. Raises Problem."""
     world, folder = run.world, job.folder(name)
     instance = instance_at(world, folder) if folder.place() else choose(
-        discover(world).instances, [name])[0]
+        discover(world), [name])[0]
     return env_of(world, instance, run.args.container_env)
 
 
@@ -3696,17 +3839,19 @@ def _skills(
     run: Run, direction: str, show: Callable[[Run, Synced], list[str]], writes: bool = True
 ) -> Exit:
     """Compare the skills of tenants with those of their instances, and copy them if `writes`."""
-    job, found, args = run.job(), list[Synced](), vars(run.args)
-    for instance in instances_of(run, job, only_tenants=True):
-        done = synced(job, instance, direction, args.get("bundled", False),
-                      args.get("overwrite", False))
-        found.append(carried(done) if writes and not run.args.dry_run else done)
-        done = found[-1]
+    job, args, found = run.job(), vars(run.args), list[Synced]()
+    instances, lost = instances_of(run, job, only_tenants=True)
+    changes = carried if writes and not run.args.dry_run else lambda done: done
+    rows = (changes(synced(job, each, direction, args.get("bundled", False),
+                           args.get("overwrite", False))) for each in instances)
+    unread = (Synced(each.name, problem=each.problem) for each in lost)
+    for done in itertools.chain(unread, rows):
+        found.append(done)
         lines = [clean(f"  FAILED: {done.problem}")] if done.problem else [
             *show(run, done), *done.left_out] or ["  no skills"]
-        run.say("\n".join([f"{instance.name}:", *lines]))
+        run.say("\n".join([f"{done.name}:", *lines]))
     if not found:
-        run.say("No tenant has an instance here: see `ocp tenants discover`.")
+        run.say(NO_INSTANCE)
     run.print_json({"tenants": [each.as_json() for each in found]})
     return Exit.FAILED if any(each.problem for each in found) else Exit.OK
 
@@ -3766,8 +3911,9 @@ def cmd_import(run: Run) -> Exit:
         raise failed(f"--skills: {clean(skills)} is not a folder.")
     found, rows = discover(world).instances, list[Taken]()
     for row in config["tenants"]:
-        tenant, steps, problem = imported(row, found), None, "two tenants have this name"
-        if tenant.name not in [other.tenant.name for other in rows]:
+        tenant, steps = imported(row, found), None
+        problem = doubled(tenant, [each.tenant for each in rows])
+        if not problem:
             steps, problem = attempt(functools.partial(import_steps, job, tenant, key, skills))
         rows.append(Taken(tenant, steps or [], problem))
     show(run, [(each.tenant.name, each.problem, each.words) for each in rows])
@@ -3967,9 +4113,16 @@ def program(argv: Sequence[str], world: World) -> Exit:
     with contextlib.redirect_stdout(world.stdout), contextlib.redirect_stderr(world.stderr):
         args = build_parser().parse_args(words)
     do: Callable[[Run], Exit] = args.do
-    # A command with --dry-run changes something, so it needs the lock.
-    with exclusive_run(world) if vars(args).get("dry_run") is False else contextlib.nullcontext():
+    with exclusive_run(world) if changes_something(args) else contextlib.nullcontext():
         return do(Run(world, args))
+
+
+def changes_something(args: argparse.Namespace) -> bool:
+    """Return whether a command line may change something: with it no other such command runs."""
+    if vars(args).get("dry_run") is not False:
+        return False
+    # Without these, `env` lists names.
+    return args.do is not cmd_env or bool(args.set or args.unset or args.take_over)
 
 
 def main(argv: Sequence[str], world: World) -> int:
@@ -3986,7 +4139,7 @@ def main(argv: Sequence[str], world: World) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return int(Exit.FAILED)
     except OSError as error:
-        world.note(f"ocp tenants: {clean(error)}")
+        world.note(f"ocp tenants: {clean(reason_of(error))}")
         return int(Exit.FAILED)
     except KeyboardInterrupt:
         world.note("\nInterrupted: run it again to continue, or run `ocp tenants undo`.")

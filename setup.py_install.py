@@ -290,6 +290,14 @@ def drain_s(text: str) -> float:
 # --- end shared
 
 
+# --- shared: os_reason
+def os_reason(error: OSError) -> str:
+    """Return an error of the system in words: the file, where it is known, and the reason."""
+    where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+    return f"{where}{error.strerror}" if error.strerror else str(error)
+# --- end shared
+
+
 # --- shared: confirm
 def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
     """Ask before something is changed, unless the user said --yes.
@@ -1845,10 +1853,14 @@ def apply(
     host: Host, actions: Iterable[Action], record: Record, say: Callable[[str], None],
     performer: Performer = perform,
 ) -> None:
-    """Perform what is not done, each action recorded before. Raises StepFailed, OSError."""
+    """Perform what is not done, each action recorded before. Raises StepFailed, OSError, and
+    Problem where nothing can be recorded."""
     planned = list(actions)
     record.adopt(planned)
-    record.save(complete=False)
+    try:
+        record.save(complete=False)
+    except OSError as error:
+        raise Problem(Exit.FAILED, f"{os_reason(error)}\nNothing was changed.") from None
     for action in planned:
         if is_done(action):
             continue
@@ -2063,7 +2075,7 @@ def prepare(host: Host, options: argparse.Namespace) -> Job:
     try:
         return _prepared(host, options)
     except OSError as error:
-        raise refused(f"{error}\nNothing was changed.") from None
+        raise refused(f"{os_reason(error)}\nNothing was changed.") from None
 
 
 def _prepared(host: Host, options: argparse.Namespace) -> Job:
@@ -2263,8 +2275,9 @@ def main(arguments: list[str], host: Host) -> int:
         print(f"setup: {problem}", file=sys.stderr)
         return problem.code
     except (StepFailed, OSError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else error
         print(
-            f"setup: {error}\nWhat was done so far is in the record: run this again to go on, "
+            f"setup: {reason}\nWhat was done so far is in the record: run this again to go on, "
             "or uninstall.py to undo it.", file=sys.stderr,
         )
         return Exit.FAILED

@@ -190,6 +190,14 @@ def read_record(path: str) -> dict[str, Any] | None:
 # --- end shared
 
 
+# --- shared: os_reason
+def os_reason(error: OSError) -> str:
+    """Return an error of the system in words: the file, where it is known, and the reason."""
+    where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+    return f"{where}{error.strerror}" if error.strerror else str(error)
+# --- end shared
+
+
 # --- shared: confirm
 def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
     """Ask before something is changed, unless the user said --yes.
@@ -695,7 +703,7 @@ def main(arguments: list[str], environ: Mapping[str, str], system: str) -> int:
         print(f"uninstall: {problem}", file=sys.stderr)
         return problem.code
     except OSError as error:
-        print(f"uninstall: {error}", file=sys.stderr)
+        print(f"uninstall: {os_reason(error)}", file=sys.stderr)
         return Exit.FAILED
     except KeyboardInterrupt:
         print("\nuninstall: interrupted; run this again to go on.", file=sys.stderr)

@@ -57,6 +57,7 @@ class FakeServer:
         self.folder = folder
         self.mode = "multi"
         self.has_tenants = True
+        self.is_demo = False
         #: The highest level that works.
         self.bound = "agent"
         #: By name: {"id", "name", "secret", "maxConcurrent"}.
@@ -98,7 +99,8 @@ class FakeServer:
 
     def health(self, call: Call) -> tuple[int, Json]:
         return 200, {
-            "status": "ok", "version": "1.0.0", "demo": False, "authMode": self.mode, "fix": None,
+            "status": "ok", "version": "1.0.0", "demo": self.is_demo, "authMode": self.mode,
+            "fix": None,
             "uptime": round((time.monotonic() - self.started) * 1000),
             "stats": {"totalRequests": 0, "activeRequests": 0},
             "tenantCount": len(self.tenants), "tlsFingerprint": self.fingerprint}

@@ -16,6 +16,7 @@ import pytest
 
 import fake_docker
 from fake_docker import FakeDocker
+from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, FakeServer, fake_server
 from processes import Ran
 from project import REPO, load_script
@@ -156,6 +157,10 @@ class Lab:
     def everything(self) -> dict[str, tuple[int, bytes]]:
         return self.tree_of(self.home, self.ocp_home, self.docker.folder)
 
+    def times(self) -> dict[str, int]:
+        """When each file was written: one that is written again with its content has another."""
+        return {path: os.stat(path).st_mtime_ns for path in self.everything()}
+
 
 @contextmanager
 def tenants_lab(
@@ -169,3 +174,13 @@ def tenants_lab(
         if quick:
             patch.setattr(tenants, "Running", Quick)
         yield Lab(folder, server)
+
+
+@contextmanager
+def real_docker_lab(folder: Path) -> Iterator[Lab]:
+    """A Lab whose docker is docker's own client, over a stand-in for its daemon."""
+    if real_client() is None:
+        pytest.skip("the docker client is not installed")
+    with tenants_lab(folder, quick=False) as lab, fake_engine(folder, lab.docker) as environ:
+        lab.environ.update(environ)
+        yield lab

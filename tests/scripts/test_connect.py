@@ -506,6 +506,71 @@ def test_a_broken_record_stops_everything(home: Home) -> None:
         connect.load_record(home.machine.state_folder)
 
 
+def test_a_record_that_cannot_be_read_is_not_called_damaged(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = home.put(".config/ocp/connect.json", "{}")
+
+    def opened(path: str, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(connect, "open", opened, raising=False)
+
+    with pytest.raises(connect.Problem, match="cannot be read .Permission denied., so earlier"):
+        connect.load_record(home.machine.state_folder)
+    assert record.read_text() == "{}"
+
+
+def test_where_no_record_can_be_written_no_file_is_changed_and_all_is_shown(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.put(".aider.conf.yml", "dark-mode: true\n")
+    state, access = home.folder / ".config", os.access
+    state.mkdir(exist_ok=True)
+    monkeypatch.setattr(connect.os, "access", lambda path, mode: (
+        not str(path).startswith(str(state)) and access(path, mode)))
+    before = home.files()
+
+    plan = home.plan("aider")
+    shown = connect.show_plan(plan, home.machine, KEY, False)
+
+    assert not plan.edits and home.files() == before
+    assert "~/.aider.conf.yml  (Aider) is not changed: it could not be undone, " in shown
+    assert "connect.json lies in a folder that cannot be written to" in shown
+    assert "the key is in" not in shown and "Add this by hand (with the whole key)" in shown
+
+
+def test_what_stops_a_change_is_named_and_not_the_file_that_is_well(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.put(".aider.conf.yml", "dark-mode: true\n")
+    before, write = home.files(), connect.write_whole
+
+    def full(path: str, *more: Any) -> None:
+        if path.endswith("connect.json"):
+            raise OSError(28, "No space left on device", path)
+        write(path, *more)
+
+    monkeypatch.setattr(connect, "write_whole", full)
+    writer = connect.Writer(home.machine, connect.load_record(home.machine.state_folder), KEY)
+    writer.connect(home.plan("aider"), "url")
+
+    assert ("~/.aider.conf.yml is not changed: ~/.config/ocp/connect.json: No space left on device"
+            in writer.failures)
+    # No copy is left of a file that was not changed.
+    assert home.files() == before
+
+
+def test_of_a_long_line_the_beginning_is_shown_unless_all_is_asked_for(home: Home) -> None:
+    home.put(".openclaw/openclaw.json", "{a: 1}")
+    plan = home.plan("openclaw")
+
+    short, whole = (connect.show_plan(plan, home.machine, KEY, each) for each in (False, True))
+
+    assert max(map(len, short.splitlines())) < 250 and "characters; --dry-run shows all" in short
+    assert "characters; --dry-run" not in whole and max(map(len, whole.splitlines())) > 1000
+
+
 def test_a_lost_copy_is_said_and_the_file_stays(home: Home) -> None:
     path = home.put(".aider.conf.yml", "dark-mode: true\n")
     home.connect("aider")

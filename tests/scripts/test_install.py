@@ -956,6 +956,23 @@ def test_what_cannot_be_looked_at_is_said_before_anything_is_done(quick: Install
     assert "Nothing was changed" in done.stderr and "run this again" not in done.stderr
 
 
+def test_where_nothing_can_be_recorded_nothing_is_done_and_it_says_so(
+    quick: InstallMachine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: str, *_: Json) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(setup, "write_whole", refuse)
+    arguments = ["--yes", "--no-start", "--port", str(quick.port)]
+
+    assert setup.main(arguments, quick.host("Linux", uid=os.getuid())) == 1
+
+    said = capsys.readouterr().err
+    assert f"setup: {quick.ocp}/install.json: Permission denied\nNothing was changed." in said
+    assert "done so far" not in said and not [
+        path for path in quick.ocp.rglob("*") if path.is_file()]
+
+
 def test_a_line_that_sets_nothing_is_told_before_anything_is_done(quick: InstallMachine) -> None:
     quick.ocp.mkdir()
     (quick.ocp / "ocp.env").write_text("CLAUDE_BIND=127.0.0.1\nCLAUDE_AUTH_MODE multi\n")

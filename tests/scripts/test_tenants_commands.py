@@ -192,6 +192,29 @@ def test_add_refuses_an_instance_that_is_none(
     assert ran.code == code and reason in ran.stderr and not lab.server.keys
 
 
+@pytest.mark.parametrize("apply", [("--apply", "--yes"), ()])
+@pytest.mark.parametrize(("option", "place", "owner"), [
+    ("--local", "~/.openclaw", "openclaw-local"), ("--local", "~/link", "openclaw-local"),
+    ("--local", "~/mounted", "alice"), ("--container", "alice-openclaw-gateway-1", "alice")])
+def test_add_refuses_the_instance_of_another_tenant(
+    lab: Lab, option: str, place: str, owner: str, apply: tuple[str, ...]
+) -> None:
+    lab.local()
+    (lab.home / "mounted").mkdir()
+    container(lab, mounts=[{"Type": "bind", "Source": str(lab.home / "mounted"),
+                            "Destination": f"/{STATE}"}])
+    lab.run("setup", "--yes")
+    (lab.home / "link").symlink_to(lab.home / ".openclaw")
+    before = lab.everything()
+
+    ran = lab.run("add", "bob", option, place, *apply)
+
+    assert ran.code == 1 and f"is the instance of the tenant {owner}" in ran.stderr, ran
+    assert lab.everything() == before and "bob" not in lab.server.keys
+    assert lab.run("remove", owner, "--yes").code == 0
+    assert lab.run("add", "bob", option, place, *apply).code == 0
+
+
 def test_add_keeps_the_key_before_the_server_makes_it(lab: Lab) -> None:
     (lab.ocp_home / "tenants").mkdir()
     (lab.ocp_home / "tenants/alice").write_text("in the way")
@@ -238,6 +261,9 @@ def test_edit_changes_fields_and_takes_the_prompt_from_a_file(lab: Lab, tmp_path
 
     profile = lab.server.tenants["alice"]["profile"]
     assert ran.code == 0 and profile["prompt"] == "You act for Alice.\n"
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfOne.\r\nTwo.")
+    lab.run("edit", "alice", "--prompt", str(tmp_path / "prompt"))
+    assert lab.server.tenants["alice"]["profile"]["prompt"] == "One.\nTwo."
     lab.run("edit", "alice", "--no-prompt")
     assert lab.server.tenants["alice"]["profile"]["prompt"] == ""
     assert lab.run("edit", "alice").code == 2
@@ -357,6 +383,16 @@ def test_a_tenant_whose_key_has_any_name_can_be_shown_and_removed(lab: Lab) -> N
     assert lab.run("remove", "Alice B!", "--yes").code == 0 and not lab.server.keys
     for name in ("", "a\nb", "x" * 65):
         assert lab.run("show", name).code == 2
+
+
+@pytest.mark.parametrize("words", [("check",), ("apply", "--yes"), ("skills", "list")])
+def test_a_command_for_instances_says_so_where_no_tenant_has_one(
+    lab: Lab, words: tuple[str, ...]
+) -> None:
+    lab.local()
+    lab.run("add", "alice")
+
+    assert "No tenant has an instance here: see `ocp tenants discover`" in lab.run(*words).stdout
 
 
 def test_without_a_command_tenants_are_listed(lab: Lab) -> None:

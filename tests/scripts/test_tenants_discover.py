@@ -91,6 +91,16 @@ def test_local_folders_are_found_with_a_configuration_or_a_workspace(lab: Lab) -
     assert lab.names() == ["openclaw-local", "space", "work"]
 
 
+def test_a_link_to_another_state_folder_is_no_second_instance(lab: Lab) -> None:
+    lab.local(".openclaw-work")
+    (lab.home / ".openclaw").symlink_to(".openclaw-work")
+    (lab.home / "elsewhere").mkdir()
+    (lab.home / "elsewhere/openclaw.json").write_text("{}")
+    (lab.home / ".openclaw-moved").symlink_to("elsewhere")
+
+    assert lab.names() == ["moved", "work"]
+
+
 def test_a_folder_that_a_container_mounts_is_the_containers(lab: Lab) -> None:
     lab.local(".openclaw")
     lab.docker.compose("alice", mounts=[
@@ -236,6 +246,10 @@ def test_another_client_is_used_where_it_is_named(lab: Lab) -> None:
     assert lab.names() == ["alice"]
 
 
+def test_an_output_without_end_of_nesting_is_no_json() -> None:
+    assert tenants.Ran(0, b"[" * 100_000, "").json is None
+
+
 # ---------------------------------------------------------------------------
 # Names from outside
 # ---------------------------------------------------------------------------
@@ -262,6 +276,16 @@ def test_a_container_whose_name_none_may_have_is_not_listed(lab: Lab, text: str)
 
     assert lab.names() == []
     assert all(word != text for call in lab.docker.calls() for word in call)
+
+
+@pytest.mark.parametrize("text", [each for each in HOSTILE if len(each) < 200])
+def test_a_folder_of_any_name_makes_a_harmless_name_or_none(lab: Lab, text: str) -> None:
+    lab.local(f".openclaw-{text}".replace("/", "_"))
+
+    found = lab.json("discover")["instances"]
+
+    assert all(tenants.TENANT_NAME.fullmatch(each["name"]) for each in found)
+    assert not Path("x").exists() and not list(lab.home.rglob("x"))
 
 
 @pytest.mark.parametrize("path", ["state", "/a/../../etc", "/a\nb", "/a//b", "-x", ""])
@@ -291,7 +315,8 @@ def test_a_name_that_no_tenant_may_have_is_refused(lab: Lab, name: str) -> None:
 
 def test_programs_get_no_admin_key_and_no_shell(lab: Lab) -> None:
     world = lab.world()
-    world.environ = {**world.environ, "OCP_CONNECT_KEY": "x"}
+    secrets = {"OCP_ADMIN_KEY", "OCP_CONNECT_KEY", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY"}
+    world.environ = {**world.environ, **dict.fromkeys(secrets, "x")}
 
-    assert not {"OCP_ADMIN_KEY", "OCP_CONNECT_KEY"} & set(world.child_environ)
+    assert not secrets & set(world.child_environ)
     assert "shell=" not in (REPO / "ocp_tenants.py").read_text()

@@ -219,7 +219,8 @@ REFUSED = [
     ("a: .inf", 1, "not a string"),
     ("a: 1\n---\nb: 2", 2, "name and a colon"), ('a: "\\q"', 1, "unknown escape"),
     ("%YAML 1.2", 1, "a name"), ("- a\nb: 1", 2, "does not belong"), ("a: - b", 1, "plain"),
-    ("a:\n  - b\n   - c", 3, "deeper")]
+    ("a:\n  - b\n   - c", 3, "deeper"), ("- " * 5000 + "a", 1, "nested too deeply"),
+    ("".join(" " * depth + "a:\n" for depth in range(99)), 51, "nested too deeply")]
 
 
 @pytest.mark.parametrize(("text", "line", "reason"), REFUSED)
@@ -246,6 +247,30 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_commands_to_do_it_by_han
 
 def test_a_file_that_is_not_there_is_named(lab: Lab) -> None:
     assert "There is no file /nowhere." in lab.run("import", "/nowhere").stderr
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 9000, "1e" + "9" * 5000])
+def test_a_number_that_no_program_can_hold_is_a_text(lab: Lab, number: str) -> None:
+    text = f"tenants:\n  - name: one\n    api_key: {KEY}\n    env:\n      A: {number}\n"
+
+    assert lab.run("import", config(lab, text), "--yes").code == 0
+    assert lab.server.tenants["one"]["env"] == {"A": number}
+
+
+def test_an_instance_of_another_tenant_is_not_taken_over(lab: Lab) -> None:
+    local = lab.local()
+    lab.run("setup", "--yes")
+    row = f"  - name: NAME\n    api_key: KEY\n    working_dir: {local.parent}\n"
+    text = "tenants:\n" + row.replace("NAME", "one").replace("KEY", KEY)
+
+    ran = lab.run("import", config(lab, text), "--yes")
+
+    assert ran.code == 1 and "is the instance of the tenant openclaw-local" in ran.stdout
+    lab.run("remove", "openclaw-local", "--yes")
+    text += row.replace("NAME", "two").replace("KEY", OTHER_KEY)
+    ran = lab.run("import", config(lab, text), "--yes")
+    assert ran.code == 1 and "two  FAILED: two tenants have the instance" in ran.stdout
+    assert list(lab.server.tenants) == ["one"]
 
 
 def test_documents_by_hand_are_read_too() -> None:

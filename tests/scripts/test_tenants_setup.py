@@ -12,10 +12,9 @@ import pytest
 
 from depth import by_depth
 from fake_docker import CONFIG, NODE_UID
-from fake_engine import fake_engine, real_client
 from fake_tenants_api import ADMIN, fake_server
 from project import REPO
-from tenants_lab import Lab, tenants, tenants_lab
+from tenants_lab import Lab, real_docker_lab, tenants, tenants_lab
 from tls_files import CERT, write_tls_files
 
 STATE = "home/node/.openclaw"
@@ -99,13 +98,13 @@ def test_a_second_setup_writes_nothing(lab: Lab) -> None:
     container(lab)
     lab.local()
     lab.run("setup", "--yes")
-    before, calls = lab.everything(), len(lab.server.calls)
+    before, times, calls = lab.everything(), lab.times(), len(lab.server.calls)
     lab.docker.forget_calls()
 
     ran = lab.run("setup", "--yes")
 
     assert ran.code == 0 and ran.stdout.count("  as it should be\n") == 2, ran
-    assert lab.everything() == before
+    assert lab.everything() == before and lab.times() == times
     assert {call.method for call in lab.server.calls[calls:]} == {"GET"}
     assert not [call for call in lab.docker.calls() if call[:3] == ["cp", "--", "-"]]
 
@@ -551,6 +550,47 @@ def test_while_one_run_changes_something_another_is_refused_and_may_look(
     assert lab.run(*words).code == 0
 
 
+#: Command lines that only look, for a tenant alice.
+LOOKING = (
+    ("list",), ("discover",), ("check",), ("show", "alice"), ("env", "alice"), ("gen-key",),
+    ("skills", "list"), ("skills", "diff"), ("setup", "--dry-run"), ("apply", "--dry-run"),
+    ("undo", "--dry-run"), ("add", "bob", "--dry-run"), ("edit", "alice", "--no-prompt",
+                                                        "--dry-run"),
+    ("remove", "alice", "--dry-run"), ("env", "alice", "--unset", "A", "--dry-run"),
+    ("skills", "pull", "--dry-run"), ("skills", "clean", "--dry-run"))
+
+
+@pytest.mark.parametrize("words", LOOKING, ids=" ".join)
+def test_a_command_that_only_looks_waits_for_nobody_and_writes_nothing(
+    lab: Lab, words: tuple[str, ...]
+) -> None:
+    container(lab)
+    lab.run("setup", "--yes")
+    with tenants.alone(lab.world()):
+        before = lab.everything()
+
+        ran = lab.run(*words)
+
+        assert ran.code == 0 and lab.everything() == before, ran
+
+
+@pytest.mark.parametrize("words", [("setup", "--yes"), ("add", "alice")])
+def test_a_disk_that_is_full_at_the_first_step_leaves_nothing_that_stops_the_next_run(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    container(lab)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tenants, "move_below", full)
+        assert lab.run(*words).code == 1
+    assert list((lab.ocp_home / "tenants/alice").rglob(f"*{tenants.DRAFT}"))
+
+    assert lab.run(*words).code == 0 and "alice" in lab.server.keys
+
+
 def test_a_full_disk_stops_one_instance_and_no_other(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -567,7 +607,7 @@ def test_a_full_disk_stops_one_instance_and_no_other(
 
     ran = lab.run("setup", "--yes")
 
-    assert ran.code == 1 and "alice  FAILED: [Errno 28] No space left" in ran.stdout
+    assert ran.code == 1 and "alice  FAILED: No space left on device" in ran.stdout
     assert list(lab.server.keys) == ["bob"]
 
 
@@ -670,6 +710,17 @@ def test_a_server_in_another_mode_is_refused_first(lab: Lab, mode: str, words: s
     assert ran.code == 1 and words in ran.stderr and not lab.docker.calls()
 
 
+def test_a_demo_is_refused_before_anything_is_changed(lab: Lab) -> None:
+    lab.local()
+    lab.server.is_demo = True
+    before = lab.tree_of(lab.home, lab.ocp_home)
+
+    ran = lab.run("setup", "--yes")
+
+    assert ran.code == 1 and "is a demo, which has no tenants" in ran.stderr
+    assert lab.tree_of(lab.home, lab.ocp_home) == before and not lab.server.keys
+
+
 def test_a_server_without_tenants_is_to_be_updated(lab: Lab) -> None:
     lab.server.has_tenants = False
 
@@ -683,6 +734,40 @@ def test_a_server_that_is_not_there_and_a_wrong_key_have_their_codes(lab: Lab) -
     assert lab.run("setup", "--yes").code == 4
     lab.environ["OCP_URL"] = "http://127.0.0.1:1"
     assert lab.run("setup", "--yes").code == 3
+
+
+def test_the_admin_key_of_the_services_settings_is_used(lab: Lab) -> None:
+    del lab.environ["OCP_ADMIN_KEY"]
+    settings = lab.ocp_home / "ocp.env"
+    settings.write_text(f"OCP_ADMIN_KEY='{ADMIN}'\n")
+    (lab.ocp_home / "install.json").write_text(json.dumps({
+        "version": 1, "actions": [], "url": lab.server.url, "data_dir": str(lab.ocp_home),
+        "env_file": str(settings)}))
+
+    assert lab.run("list").code == 0
+    settings.write_text("")
+    (lab.ocp_home / "admin-key").write_text(f"{ADMIN}\n")
+    assert lab.run("list").code == 0
+
+
+def test_a_missing_admin_key_is_told_with_the_place_where_it_was_looked_for(lab: Lab) -> None:
+    lab.environ["OCP_ADMIN_KEY"] = "wrong"
+    assert "that was sent is not this server's" in lab.run("list").stderr
+    del lab.environ["OCP_ADMIN_KEY"]
+
+    ran = lab.run("list")
+
+    assert ran.code == 4
+    assert f"there is none to read in {lab.ocp_home / 'admin-key'}." in ran.stderr
+
+
+def test_a_folder_of_tenants_that_cannot_be_made_is_named(lab: Lab) -> None:
+    (lab.ocp_home / "tenants").write_text("in the way")
+
+    ran = lab.run("setup", "--yes")
+
+    assert ran.code == 1 and f"{lab.ocp_home / 'tenants'} cannot be used: " in ran.stderr, ran
+    assert lab.run("list").code == 0
 
 
 @pytest.mark.parametrize(("break_it", "reason"), [
@@ -719,6 +804,58 @@ def test_undo_says_what_it_cannot_reach_and_goes_on_with_the_others(lab: Lab) ->
     assert ran.code == 1
     assert "FAILED: its container alice-openclaw-gateway-1 is gone" in ran.stdout
     assert local.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("words", [
+    ("apply", "--yes"), ("apply", "alice", "--yes"), ("check",), ("skills", "pull"),
+    ("skills", "diff", "alice"), ("setup", "--yes")])
+def test_a_tenant_whose_container_cannot_be_looked_at_has_failed_and_no_other(
+    lab: Lab, words: tuple[str, ...]
+) -> None:
+    container(lab)
+    lab.local()
+    lab.run("setup", "--yes")
+    lab.docker.fail(("^ps", 1, "Cannot connect to the Docker daemon at unix:///x."))
+
+    ran = lab.run(*words)
+
+    assert ran.code == 1 and ran.stdout.count("FAILED") == 1, ran
+    assert "alice-openclaw-gateway-1 cannot be looked at: Cannot connect to the" in ran.stdout
+    assert ("openclaw-local" in ran.stdout) is ("alice" not in words)
+
+
+@pytest.mark.parametrize("words", [
+    ("setup", "--yes"), ("apply", "--yes"), ("check",), ("skills", "list"), ("import", "c.yaml")])
+def test_docker_that_is_not_there_is_not_told_where_no_tenant_has_a_container(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(lab.home)
+    Path("c.yaml").write_text("tenants: []\n")
+    lab.local()
+    lab.environ["PATH"] = str(lab.home)
+    lab.run("setup", "--yes")
+
+    ran = lab.run(*words)
+
+    assert ran.code == 0 and "docker" not in ran.stdout + ran.stderr, ran
+
+
+def test_docker_that_is_not_there_is_told_where_an_instance_is_looked_for(lab: Lab) -> None:
+    lab.environ["PATH"] = str(lab.home)
+    lab.run("add", "alice")
+
+    ran = lab.run("apply", "alice", "--yes")
+
+    assert ran.code == 1 and "not listed: there is no program docker. If it has" in ran.stderr
+
+
+def test_setup_says_that_containers_are_not_touched_if_docker_is_there_and_fails(lab: Lab) -> None:
+    lab.local()
+    lab.docker.fail(("^ps", 1, "permission denied"))
+
+    ran = lab.run("setup", "--yes")
+
+    assert ran.code == 0 and "Containers are not touched: permission denied" in ran.stdout
 
 
 def test_undo_finds_a_container_that_was_renamed(lab: Lab) -> None:
@@ -790,8 +927,8 @@ class Killed(BaseException):
 
 
 def killing(lab: Lab, patch: pytest.MonkeyPatch, at: int) -> list[int]:
-    """Let the program end at its n-th step: a program started, a request sent, a file written.
-    Returns the list that grows by each step."""
+    """Let the program end at its n-th step: a program started, a request sent, a file written or
+    renamed. Returns the list that grows by each step."""
     steps: list[int] = []
 
     def counted(original: Any) -> Any:
@@ -802,7 +939,7 @@ def killing(lab: Lab, patch: pytest.MonkeyPatch, at: int) -> list[int]:
             return original(*args, **more)
         return do
 
-    for name in ("Running", "http_json", "write_whole"):
+    for name in ("Running", "http_json", "write_whole", "write_below", "move_below"):
         patch.setattr(tenants, name, counted(getattr(tenants, name)))
     return steps
 
@@ -823,7 +960,7 @@ def test_after_an_end_at_any_step_of_setup_the_next_one_heals_and_undo_gives_bac
 ) -> None:
     root, local = container(lab), lab.local(text="{a: 1, // mine\n}\n")
     before = lab.tree_of(root, lab.home)
-    for number, at in enumerate(range(0, 200, by_depth(9, 4, 1))):
+    for number, at in enumerate(range(0, 300, by_depth(13, 6, 1))):
         was_killed = run_killed(lab, at, "setup", "--yes")
         if number % 2:
             assert lab.run("setup", "--yes").code == 0, at
@@ -848,12 +985,10 @@ def test_after_an_end_at_any_step_of_undo_the_next_one_gives_back(lab: Lab) -> N
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(real_client() is None, reason="the docker client is not installed")
 def test_the_real_docker_client_does_the_same_over_a_stand_in_for_its_daemon(
     tmp_path: Path
 ) -> None:
-    with tenants_lab(tmp_path, quick=False) as lab, fake_engine(tmp_path, lab.docker) as environ:
-        lab.environ.update(environ)
+    with real_docker_lab(tmp_path) as lab:
         root = container(lab)
         missing = container(lab, "bob", config=None, is_running=False)
 

@@ -16,9 +16,8 @@ import pytest
 
 from depth import by_depth
 from fake_docker import NODE_UID
-from fake_engine import fake_engine, real_client
 from project import REPO
-from tenants_lab import Lab, tenants, tenants_lab
+from tenants_lab import Lab, real_docker_lab, tenants, tenants_lab
 
 STATE = "home/node/.openclaw"
 SKILLS = f"{STATE}/workspace/skills"
@@ -297,12 +296,12 @@ def test_skills_of_all_places_are_pulled_private_and_whole(lab: Lab) -> None:
 def test_a_second_sync_writes_nothing(lab: Lab) -> None:
     skill(alice(lab) / SKILLS / "one")
     lab.run("skills", "pull")
-    before = lab.everything()
+    before, times = lab.everything(), lab.times()
     lab.docker.forget_calls()
 
     for action in ("pull", "push", "bisync"):
         assert "1 skill the same" in lab.run("skills", action).stdout
-    assert lab.everything() == before
+    assert lab.everything() == before and lab.times() == times
     assert {call[0] for call in lab.docker.calls()} == {"ps", "inspect", "cp"}
     assert not [call for call in lab.docker.calls() if call[:3] == ["cp", "--", "-"]]
 
@@ -608,12 +607,10 @@ def test_after_an_end_at_any_step_a_skill_is_whole_and_the_next_run_goes_on(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(real_client() is None, reason="the docker client is not installed")
 def test_the_real_docker_client_copies_skills_over_a_stand_in_for_its_daemon(
     tmp_path: Path
 ) -> None:
-    with tenants_lab(tmp_path, quick=False) as lab, fake_engine(tmp_path, lab.docker) as environ:
-        lab.environ.update(environ)
+    with real_docker_lab(tmp_path) as lab:
         root = alice(lab)
         skill(root / SKILLS / "one")
 

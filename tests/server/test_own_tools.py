@@ -123,12 +123,17 @@ def test_the_messages_around_a_command_are_one_answer(
 ) -> None:
     key = tenant(house)
     relay.does("print('no jobs'); sys.exit(3)")
+    house.write_scenario([
+        [*LOOKING[0], {"finish": "tool_use", "usage": {"output_tokens": 70}}],
+        [*LOOKING[1], {"finish": "end_turn", "usage": {"output_tokens": 9}}]])
 
     body = dialect.body("What is in my cron?", stream=stream)
     answer = dialect.read_answer(house.call("POST", dialect.path, body, bearer(key)))
 
     assert (answer.text, answer.finish) == ("Let me look.\n\nThere are none.", "stop")
     assert list(answer.calls) == []
+    # The usage is that of the last round, whose prompt has all before it.
+    assert 9 in (answer.usage or {}).values()
     assert results(house) == ["no jobs\n[exit code 3]"]
 
 
