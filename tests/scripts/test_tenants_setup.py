@@ -566,7 +566,7 @@ def test_a_command_that_only_looks_waits_for_nobody_and_writes_nothing(
 ) -> None:
     container(lab)
     lab.run("setup", "--yes")
-    with tenants.alone(lab.world()):
+    with tenants.exclusive_run(lab.world()):
         before = lab.everything()
 
         ran = lab.run(*words)
@@ -846,7 +846,7 @@ def test_docker_that_is_not_there_is_told_where_an_instance_is_looked_for(lab: L
 
     ran = lab.run("apply", "alice", "--yes")
 
-    assert ran.code == 1 and "not listed: there is no program docker. If it has" in ran.stderr
+    assert ran.code == 1 and "not listed: there is no program docker. For an" in ran.stderr
 
 
 def test_setup_says_that_containers_are_not_touched_if_docker_is_there_and_fails(lab: Lab) -> None:
