@@ -193,6 +193,14 @@ def settings_of(text: str) -> dict[str, str]:
 # --- end shared
 
 
+# --- shared: os_reason
+def os_reason(error: OSError) -> str:
+    """Return an error of the system in words: the file, where it is known, and the reason."""
+    where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+    return f"{where}{error.strerror}" if error.strerror else str(error)
+# --- end shared
+
+
 # --- shared: confirm
 def confirm(question: str, yes: bool, stdin: TextIO | None, stdout: TextIO) -> None:
     """Ask before something is changed, unless the user said --yes.
@@ -317,10 +325,7 @@ def dicts_in(value: Json) -> list[dict[str, Json]]:
 
 def reason_of(problem: Exception) -> str:
     """Return why an item failed, in a form to print after the item's name."""
-    if isinstance(problem, OSError) and problem.strerror:
-        at = f"{clean(problem.filename)}: " if isinstance(problem.filename, str) else ""
-        return f"{at}{problem.strerror}"
-    return str(problem).rstrip(".")
+    return (os_reason(problem) if isinstance(problem, OSError) else str(problem)).rstrip(".")
 
 
 #: Variables withheld from every child program, which no file of an instance can name either: the
@@ -3297,8 +3302,8 @@ def lost_instances(job: Job, found: set[str], docker_error: str) -> list[Result]
         place = job.place(name)
         is_hidden = docker_error and place.get("kind") == "container"
         reason = f"cannot be looked at: {docker_error}" if is_hidden else "was not found"
-        if place:
-            lost.append(Result(name, place, problem=f"{clean(place.get('where'))} {reason}"))
+        if place.get("where"):
+            lost.append(Result(name, place, problem=f"{clean(place['where'])} {reason}"))
     return lost
 
 
