@@ -1344,15 +1344,13 @@ class Connector:
 
 @functools.lru_cache(maxsize=1)
 def trusted_servers() -> ssl.SSLContext:
-    """Return which servers TLS trusts. It is one for all accounts, and made when it is needed: to
-    read the system's certificates takes a while, and they take a megabyte."""
+    """Return whom TLS trusts, one for all accounts: to read it takes a while and a megabyte."""
     return ssl.create_default_context()
 
 
 def open_socket(host: str, port: int, only_public: bool) -> socket.socket:
-    """Return a socket to the first address that answers, IPv4 first, because IPv6 is often broken.
-
-    Raises OSError."""
+    """Return a socket to the first address that answers. Raises OSError. IPv4 is tried first,
+    because IPv6 is often broken."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     found.sort(key=lambda each: each[0] != socket.AF_INET)
     failure = OSError("no IP address found")
@@ -1400,8 +1398,7 @@ def read_head(sock: socket.socket) -> list[str]:
 def is_public(address: str) -> bool:
     """Return whether an IP address is public, or one of a fake-IP proxy."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    parsed = mapped or parsed
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
     return parsed.is_global or parsed in _FAKE_IP_RANGE
 
 

@@ -53,7 +53,7 @@ SECTION_LINES = {
 }
 #: The same of ocp_channels.py.
 CHANNELS_SECTION_LINES = {
-    "Small tools": 90, "Contracts": 180, "Settings": 360, "Log": 60, "Store": 230, "HTTP": 350,
+    "Small tools": 90, "Contracts": 180, "Settings": 360, "Log": 60, "Store": 230, "HTTP": 345,
     "WebSocket": 190, "QR code": 190, "Text": 220, "Opcode gateway": 200, "Telegram": 280,
     "Discord": 200, "QQ": 220, "DingTalk": 280, "WeChat": 320, "Channel table": 10, "Access": 130,
     "Agent": 240, "Callbacks": 180, "Turns": 780, "App": 280, "Plugins": 70, "Command line": 620,
