@@ -236,7 +236,7 @@ def test_a_failure_is_told_with_a_reference_that_the_log_has(chat: Chat, agent: 
 
 UNREACHABLE = r"The assistant is not reachable right now\. \((?P<ref>\w+)\)"
 NEEDS_OWNER = r"The assistant needs its owner\. \((?P<ref>\w+)\)"
-CANNOT = r"The assistant cannot take this\. \((?P<ref>\w+)\)"
+CANNOT = r"The assistant cannot process this\. \((?P<ref>\w+)\)"
 
 
 @pytest.mark.parametrize("is_owner", [False, True], ids=["stranger", "owner"])
