@@ -36,7 +36,7 @@ def test_dingtalk_stream_reads_all_that_the_fake_says(tmp_path: Path) -> None:
             dingtalk.emit(dingtalk.message(msgtype="richText", content=rich))
             eventually(lambda: not dingtalk.unanswered)
             dingtalk.say("stop")
-            output, _ = process.communicate(timeout=50)
+            output, _ = process.communicate(timeout=200)
         finally:
             process.kill()
             process.communicate()

@@ -40,7 +40,7 @@ def test_discord_py_reads_all_that_the_fake_says() -> None:
             eventually(lambda: discord.called("PATCH", "messages")[1:])
             discord.has_content_intent = False
             discord.say("stop", sender="9")
-            output, _ = process.communicate(timeout=50)
+            output, _ = process.communicate(timeout=200)
         finally:
             process.kill()
             process.communicate()

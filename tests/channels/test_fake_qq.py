@@ -35,7 +35,7 @@ def test_botpy_reads_all_that_the_fake_says(tmp_path: Path) -> None:
             qq.say("act")
             eventually(lambda: len(qq.screen("PERSON")) == 5)
             qq.say("stop")
-            output, _ = process.communicate(timeout=50)
+            output, _ = process.communicate(timeout=200)
         finally:
             process.kill()
             process.communicate()

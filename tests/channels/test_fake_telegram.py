@@ -32,7 +32,7 @@ def test_python_telegram_bot_reads_all_that_the_fake_says() -> None:
         telegram.fail_later("getUpdates", 409, "Conflict: terminated by other request", skip=3)
         done = subprocess.run(
             [str(CLIENT), str(REPO / "tests/kit/drive_telegram.py"), telegram.url, telegram.token],
-            capture_output=True, text=True, timeout=60)
+            capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     failures = found.pop("failures")

@@ -36,7 +36,7 @@ def test_the_plugin_reads_all_that_the_fake_says(tmp_path: Path) -> None:
             second = wechat.emit([wechat.photo(data, b"k" * 16)])
             third = wechat.emit([{
                 "type": 1, "text_item": {"text": "and?"}, "ref_msg": {"title": "before"}}])
-            output, _ = process.communicate(timeout=50)
+            output, _ = process.communicate(timeout=200)
         finally:
             process.kill()
             process.communicate()

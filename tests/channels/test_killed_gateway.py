@@ -45,7 +45,7 @@ def killed_at(gateway: Gateway, step: int) -> str:
     process = forker(KILLED).fork([str(step), str(file), "start"], gateway.env, gateway.home,
                                   nothing, nothing)
     try:
-        eventually(lambda: process.poll() is not None or is_all_done(gateway))
+        eventually(lambda: process.poll() is not None or is_all_done(gateway), timeout_s=100)
     finally:
         process.kill()
         process.wait()

@@ -34,8 +34,8 @@ MOMENTS: dict[str, stub.Reply] = {
     "in the text": stub.hang("Half ", seconds=600),
     "before the first token": stub.hang(seconds=600),
     "before the headers": stub.text("Late.", delay_s=600),
-    "in its thoughts": stub.thinking("Let me think about it.", "Done.", gap_s=1),
-    "in the arguments of a call": stub.tool_calls([("weather", ARGUMENTS)], gap_s=1),
+    "in its thoughts": stub.thinking("Let me think about it.", "Done.", gap_s=20),
+    "in the arguments of a call": stub.tool_calls([("weather", ARGUMENTS)], gap_s=20),
     "after a call, before the next": stub.tool_calls(
         [("weather", {}), ("weather", ARGUMENTS)], gap_s=0.4),
 }

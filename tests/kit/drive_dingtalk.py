@@ -50,7 +50,7 @@ async def drive(client_id: str, secret: str) -> None:
     judge = Judge()
     client.register_callback_handler(ChatbotMessage.TOPIC, judge)
     running = asyncio.create_task(client.start())
-    await asyncio.wait_for(judge.is_done.wait(), 40)
+    await asyncio.wait_for(judge.is_done.wait(), 150)
     assert not running.done()
     # The answer to the last message goes out after its handler.
     await asyncio.sleep(0.3)

@@ -81,7 +81,7 @@ async def drive(rest: str, gateway: str, token: str) -> dict[str, Any]:
     discord.http.Route.BASE = rest
     discord.gateway.DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(gateway)
     judge = Judge()
-    await asyncio.wait_for(judge.start(token), 40)
+    await asyncio.wait_for(judge.start(token), 150)
     found: dict[str, Any] = judge.found
     found["failures"] = []
     for wrong in ("wrong", token):

@@ -93,7 +93,7 @@ async def drive(url: str, app_id: str, secret: str) -> dict[str, Any]:
     lead_to(url)
     judge = Judge()
     running = asyncio.create_task(judge.start(app_id, secret))
-    await asyncio.wait_for(judge.is_done.wait(), 40)
+    await asyncio.wait_for(judge.is_done.wait(), 150)
     running.cancel()
     other = Judge()
     try:

@@ -53,7 +53,8 @@ def new_key(server: Server, **fields: Json) -> dict[str, Json]:
 
 def ask_as(server: Server, key: str, text: Json = "hi", **fields: Json) -> Reply:
     """A chat request of whoever holds this key, and its complete answer."""
-    return server.call("POST", CHAT_PATH, question(text, **fields), bearer(key))
+    return server.call(
+        "POST", CHAT_PATH, question(text, **fields), bearer(key), timeout_s=240)
 
 
 def key_in_place(
