@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -17,7 +16,7 @@ from programs import client_folders, find_client, how_to_install
 #: A decoder, and a node that runs it, if they are installed.
 DECODERS = [path for folder in client_folders()
             for path in folder.glob("node_modules/jsqr/dist/jsQR.js")]
-NODE = find_client("node") or shutil.which("node")
+NODE = find_client("node")
 #: Reads codes, rows of zeros and ones, as a camera sees them: four points for a module.
 DECODE = """
 const jsQR = require(process.argv[1]);

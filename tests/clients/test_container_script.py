@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from project import clean_env, free_port, load_script
 from server import running_server
 from tls_files import CERT, write_tls_files
 
-#: OpenClaw's own, or the machine's.
-NODE = find_client("node") or shutil.which("node")
+NODE = find_client("node")
 ADMIN_KEY = "admin-0123456789abcdef"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Optional
@@ -71,10 +72,14 @@ def client_folders() -> list[Path]:
 def find_client(name: str) -> Optional[Path]:
     """The path of a client, None if it is nowhere.
 
-    Only what was installed for the tests is taken, whatever else the machine has."""
+    Only what was installed for the tests is taken, whatever else the machine has; but any node
+    runs the clients that came without one."""
     places = ("node_modules/.bin", "bin")
     paths = [folder / place / name for folder in client_folders() for place in places]
-    return next((path for path in paths if path.exists()), None)
+    found = next((path for path in paths if path.exists()), None)
+    if found is None and name == "node" and (other := shutil.which(name)):
+        return Path(other)
+    return found
 
 
 def how_to_install(name: str) -> str:
