@@ -20,6 +20,7 @@ import pytest
 import stub_api
 from chat import content_of
 from claude_driver import ClaudeDriver
+from depth import rest
 from keys import MULTI, as_admin, ask_as, new_key
 from programs import real_claude_env
 from project import clean_env, load_script
@@ -341,7 +342,7 @@ def test_an_older_claude_runs_what_git_is_told_outside_of_its_sandbox(
 
 
 @NEEDS_SANDBOX
-@pytest.mark.parametrize("level", ["agent", "tools", "api"])
+@pytest.mark.parametrize("level", ["agent", *rest("tools", "api")])
 def test_a_hostile_skill_runs_nothing_and_shows_nothing_of_the_server(
     house: House, tmp_path: Path, level: str
 ) -> None:

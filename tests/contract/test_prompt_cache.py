@@ -227,7 +227,8 @@ def sent(rig: Rig, talk: Conversation, path: str) -> tuple[Conversation, Body]:
     return before, cached_part(rig.last_body())
 
 
-@pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model", [NEWEST_MODEL, MODEL])
 def test_a_process_that_drops_questions_sends_what_another_one_would(
     rig: Rig, model: str
 ) -> None:

@@ -130,7 +130,7 @@ def test_secrets_of_tenants_get_nowhere_and_what_they_say_only_to_their_own(
             try:
                 replies = in_parallel([
                     lambda who=who: [send(rig, who, number) for number in
-                                     range(by_depth(5, 15, 150))] for who in people])
+                                     range(by_depth(5, 8, 150))] for who in people])
             finally:
                 end.set()
 
