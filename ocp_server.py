@@ -8752,10 +8752,10 @@ def tool_definition(entry: Fields) -> tuple[Fields, str]:
     APIs: without a type, or with the definition in a field of its own."""
     nested = entry.child("function") or entry.child("custom")
     kind = entry.text("type") or ("function" if nested or entry.has("name") else "")
-    if kind == "custom" and entry.has("input_schema"):
+    if entry.has("input_schema"):
+        # Anthropic's form. Cursor gives it the type "custom", which OpenAI has for free text.
         kind = "function"
-    is_nested = nested is not None and kind in ("function", "custom") and not entry.has("name")
-    return (nested if nested is not None and is_nested else entry), kind
+    return (nested or entry if kind in ("function", "custom") else entry), kind
 
 
 def read_tool(entry: Fields, name: str) -> Tool:
@@ -9872,18 +9872,14 @@ class ChatDialect(Dialect):
         fields, reader = context.fields, ToolReader(context)
         custom: set[str] = set()
         for entry in fields.objects("tools"):
-            freeform = entry.child("custom")
-            definition = entry.child("function") or entry
-            # Cursor sends Anthropic's form: type "custom" with a schema in `input_schema`.
-            schema = "input_schema" if entry.has("input_schema") else "parameters"
-            if entry.text("type") == "custom" and schema == "parameters":
-                freeform = freeform or entry
-                name = freeform.required_text("name")
-                reader.add(freeform_tool(freeform, name))
+            definition, kind = tool_definition(entry)
+            if kind == "custom":
+                name = definition.required_text("name")
+                reader.add(freeform_tool(definition, name))
                 custom.add(name)
-            elif is_web_search(entry.text("type")) and schema == "parameters":
+            elif is_web_search(kind):
                 reader.add_web_search(entry)
-            elif entry.text("type") not in (None, "function") and schema == "parameters":
+            elif kind not in ("", "function"):
                 context.ignore(entry.path)
             elif definition is entry and not entry.has("name"):
                 raise entry.invalid("function", "an object")

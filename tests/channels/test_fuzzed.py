@@ -14,13 +14,11 @@ import pytest
 
 from depth import by_depth
 from fake_agent import FakeAgent
-from fake_dingtalk import FakeDingTalk
-from fake_discord import BOT_ID, FakeDiscord
-from fake_qq import FakeQQ
-from fake_telegram import FakeTelegram
-from fake_wechat import OWNER, FakeWeChat
+from fake_discord import BOT_ID
+from fake_wechat import OWNER
 from gateway import Gateway
 from junk import JUNK, mutated
+from platforms import Platforms
 from waiting import eventually
 
 Json = Any
@@ -31,23 +29,14 @@ COUNT = by_depth(40, 70, 1000)
 MOST_GROWTH_BYTES = 2_000_000
 
 
-class Fuzzed:
+class Fuzzed(Platforms):
     """The platforms, and a gateway that runs between them and an agent."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
+        super().__init__(stack)
         self._chance = random.Random(13)
-        enter = stack.enter_context
-        self.telegram, self.discord = enter(FakeTelegram()), enter(FakeDiscord())
-        self.qq, self.dingtalk = enter(FakeQQ()), enter(FakeDingTalk())
-        self.wechat, agent = enter(FakeWeChat()), enter(FakeAgent())
-        self.gateway = Gateway(None, agent, channels={
-            "telegram": {"botToken": self.telegram.token, "apiRoot": self.telegram.url,
-                         "allowFrom": ["1000"]},
-            "discord": {"token": self.discord.token, "apiRoot": self.discord.url,
-                        "allowFrom": ["1000"]},
-            "qqbot": self.qq.settings(allowFrom=["PERSON"]),
-            "dingtalk-connector": self.dingtalk.settings(allowFrom=["staff1"]),
-            "openclaw-weixin": self.wechat.settings(allowFrom=[OWNER])})
+        agent = stack.enter_context(FakeAgent())
+        self.gateway = Gateway(None, agent, channels=self.settings())
         stack.callback(self.gateway.__exit__)
         self.gateway.write()
         assert self.gateway.run("login", "--channel", "openclaw-weixin").code == 0

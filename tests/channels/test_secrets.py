@@ -10,28 +10,23 @@ import pytest
 
 from channel_rows import channels
 from fake_agent import FakeAgent, Reply, Request, refused, whole
-from fake_dingtalk import FakeDingTalk
-from fake_discord import FakeDiscord
-from fake_qq import FakeQQ
 from fake_telegram import FakeTelegram
-from fake_wechat import OWNER, FakeWeChat
+from fake_wechat import OWNER
 from gateway import Gateway
+from platforms import Platforms
 from processes import descendants, of_process
 from waiting import eventually
 
 Json = Any
 
 
-class Everything:
+class Everything(Platforms):
     """Each platform, and a gateway with an account of each, and some that do not get on."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        enter = stack.enter_context
-        self.telegram = enter(FakeTelegram())
-        self.later = enter(FakeTelegram("77:token-of-the-later"))
-        self.discord, self.qq = enter(FakeDiscord()), enter(FakeQQ())
-        self.dingtalk, self.wechat = enter(FakeDingTalk()), enter(FakeWeChat())
-        self.agent = enter(FakeAgent())
+        super().__init__(stack)
+        self.later = stack.enter_context(FakeTelegram("77:token-of-the-later"))
+        self.agent = stack.enter_context(FakeAgent())
         accounts = {
             "later": {"botToken": self.later.token, "apiRoot": self.later.url, "async": True,
                       "allowFrom": ["1000"]},
@@ -40,14 +35,7 @@ class Everything:
             "wrong": {"botToken": "1:token-of-the-wrong", "apiRoot": self.telegram.url}}
         self.gateway = Gateway(None, self.agent, {
             "apiKey": "key-of-the-agent", "callbackSecret": "secret-of-calls", "callbackPort": 0,
-        }, channels={
-            "telegram": {"botToken": self.telegram.token, "apiRoot": self.telegram.url,
-                         "allowFrom": ["1000"], "accounts": accounts},
-            "discord": {"token": self.discord.token, "apiRoot": self.discord.url,
-                        "allowFrom": ["1000"]},
-            "qqbot": self.qq.settings(allowFrom=["PERSON"]),
-            "dingtalk-connector": self.dingtalk.settings(allowFrom=["staff1"]),
-            "openclaw-weixin": self.wechat.settings(allowFrom=[OWNER])})
+        }, channels=self.settings(accounts=accounts))
         stack.callback(self.gateway.__exit__)
         stack.callback(self.gateway.run, "stop")
 

@@ -329,6 +329,8 @@ def test_a_change_of_what_is_no_tool_of_the_client_is_named_as_ignored(tool: obj
 @pytest.mark.parametrize("tool", [
     {"type": "function", "function": {
         "name": "weather", "description": "Tells it.", "parameters": SCHEMA}},
+    {"type": "function", "name": "weather", "function": {
+        "name": "weather", "description": "Tells it.", "parameters": SCHEMA}},
     {"type": "function", "name": "weather", "description": "Tells it.", "parameters": SCHEMA},
     {"name": "weather", "description": "Tells it.", "parameters": SCHEMA},
 ], ids=str)

@@ -740,6 +740,7 @@ def test_a_shell_in_a_container_of_openai_s_is_not_offered() -> None:
 
 @pytest.mark.parametrize("tool", [
     {"type": "function", "function": TOOLS[0]}, {"function": TOOLS[0]},
+    {"type": "function", "name": "weather", "function": TOOLS[0]},
     {key: value for key, value in TOOLS[0].items() if key != "type"},
     {"name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
     {"type": "custom", "name": "weather", "description": "Tells it.", "input_schema": SCHEMA},
