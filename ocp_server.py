@@ -14787,7 +14787,7 @@ class Agents:
 
     def _sandbox_obstacle(self, environ: Mapping[str, str]) -> str:
         if not sys.platform.startswith("linux"):
-            return "The sandbox works on Linux only."
+            return "OCP confines agents on Linux only."
         paths = [shutil.which(name, path=environ.get("PATH")) for name in _SANDBOX_PROGRAMS]
         for name, path in zip(_SANDBOX_PROGRAMS, paths):
             if path is None:
