@@ -13657,7 +13657,8 @@ _ACCOUNT_FIELDS = (
     "organizationRateLimitTier", "seatTier",
 )
 #: Without any of these claude fetches the profile, and gets the e-mail address with it. A new login
-#: may lack some: the profile of its account did not have them.
+#: may lack some, because the profile of its account does. A login that was copied without
+#: .claude.json lacks all.
 _NEEDED_ACCOUNT_FIELDS: Json = {
     "billingType": None, "accountCreatedAt": None, "subscriptionCreatedAt": None,
     "ccOnboardingFlags": {},
@@ -13752,8 +13753,9 @@ class ClaudeFolder:
         found = _json_object_of(path)
         account = _object(_json_object_of(self._source).get("oauthAccount"))
         known = {name: account[name] for name in _ACCOUNT_FIELDS if name in account}
-        wanted: Json = {**(_NEEDED_ACCOUNT_FIELDS if account else {}), **known}
-        wanted["profileFetchedAt"] = _FETCHED_IN_2100_MS
+        wanted: Json = {
+            **_NEEDED_ACCOUNT_FIELDS, **known, "profileFetchedAt": _FETCHED_IN_2100_MS,
+        }
         if found.get("oauthAccount") != wanted or not found.get("hasCompletedOnboarding"):
             updated = {**found, "hasCompletedOnboarding": True, "oauthAccount": wanted}
             write_private(path, to_json(updated).decode("utf-8"))

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
+
 from chat import CHAT_PATH, question
+from depth import rest
 from http_client import Reply
 from rig import Claude, Rig, running_rig
 from tls_proxy import Tunnel
@@ -90,6 +93,28 @@ def test_a_login_lands_where_its_owner_has_it_and_is_used_from_then_on(
         files = [path for path in rig.server.ocp_home.rglob("*") if path.is_file()]
         texts = rig.server.output + "".join(path.read_text(errors="replace") for path in files)
         assert TOKENS["access_token"] not in texts and CODE not in texts
+
+
+@pytest.mark.differs_by_version
+@pytest.mark.parametrize("expires_at_ms", [4_102_444_800_000, *rest(1_700_000_000_000)])
+def test_a_login_that_was_copied_without_its_account_fetches_no_address(
+    claude: Claude, tmp_path: Path, expires_at_ms: int
+) -> None:
+    with logged_out(tmp_path, claude, TOKENS) as (rig, tunnel):
+        (rig.server.home / ".claude").mkdir(exist_ok=True)
+        login = {"accessToken": "sk-ant-oat01-old", "refreshToken": "sk-ant-ort01-old",
+                 "expiresAt": expires_at_ms, "scopes": ["user:inference", "user:profile"]}
+        (rig.server.home / ".claude" / ".credentials.json").write_text(
+            json.dumps({"claudeAiOauth": login}))
+        for text in ("Hello.", "What is my e-mail address?", "And now?"):
+            answered = rig.server.call("POST", CHAT_PATH, question(text))
+            assert answered.status == 200, answered.text
+        assert all("owner@example.com" not in json.dumps(body) for body in rig.bodies())
+        # A renewed login may have a new profile, but never puts its address into the folder.
+        is_renewed = f"POST https://platform.claude.com{TOKEN_PATH}" in tunnel.asked
+        assert is_renewed or f"GET {PROFILE_URL}" not in tunnel.asked
+        own = json.loads((rig.server.ocp_home / "claude" / ".claude.json").read_text())
+        assert "emailAddress" not in own["oauthAccount"]
 
 
 def test_a_code_that_the_hosts_refuse_is_not_a_failure_of_the_network(

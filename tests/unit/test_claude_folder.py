@@ -77,7 +77,10 @@ def test_without_an_account_claude_is_kept_from_asking_for_one(
 
     found.environment()
 
-    assert written(tmp_path)["oauthAccount"] == FETCHED_IN_2100
+    assert written(tmp_path)["oauthAccount"] == {
+        "billingType": None, "accountCreatedAt": None, "subscriptionCreatedAt": None,
+        "ccOnboardingFlags": {}, **FETCHED_IN_2100,
+    }
 
 
 def test_what_claude_keeps_there_itself_stays_but_never_an_address(tmp_path: Path) -> None:
