@@ -2666,6 +2666,7 @@ _CANONICAL_FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
+@functools.lru_cache(maxsize=1024)
 def canonical_name(name: str) -> str:
     """Return the form of a model's name in which names are compared."""
     text = name.strip().lower()
@@ -13770,13 +13771,14 @@ def _json_object_of(path: str) -> Json:
         return {}
 
 
-#: The watchdog's program. It ends the remaining process groups when its input closes.
-_WATCHDOG_SOURCE = """
-import os, signal, sys, time
+#: The watchdog's program. It ends the remaining process groups when its input closes. It imports
+#: nothing that takes long to start.
+_WATCHDOG_SOURCE = f"""
+import os, sys, time
 groups = set()
 for line in sys.stdin:
     (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-for number in (signal.SIGINT, signal.SIGKILL):
+for number in ({signal.SIGINT:d}, {signal.SIGKILL:d}):
     for group in groups:
         try:
             os.killpg(group, number)
@@ -14720,11 +14722,12 @@ def _used_temporary_folders() -> set[str]:
 def remove_temporary_folders(home: str) -> None:
     """Remove the temporary folders that a server of this state folder left when it was killed.
     Only the server that has the state folder may call this. A folder that a process uses stays."""
+    prefix = temporary_prefix(home)
     try:
         with os.scandir(_TEMPORARY_PATH) as entries:
             left = [
                 entry.path for entry in entries
-                if entry.name.startswith(temporary_prefix(home))
+                if entry.name.startswith(prefix)
                 # Others may write here too: what belongs to them, and links, are not ours.
                 and entry.is_dir(follow_symlinks=False)
                 and entry.stat(follow_symlinks=False).st_uid == os.getuid()
@@ -21369,23 +21372,19 @@ class Route(NamedTuple):
         return f"{name}_{self.dialect.name}" if name == "answer" and self.dialect else name
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)))
-
-
 #: A route, and the arguments that a path has for its names in braces, percent-decoded.
 Match = tuple[Route, dict[str, str]]
 
 
 class Router:
-    """The routes: those without arguments by their paths, the others with compiled patterns."""
+    """The routes: those without arguments by their paths, the others with their segments."""
 
     def __init__(self, routes: tuple[Route, ...]) -> None:
         self._fixed: dict[str, list[Match]] = {}
-        self._patterns: list[tuple[re.Pattern[str], Route]] = []
+        self._segments: list[tuple[list[str], Route]] = []
         for route in routes:
             if "{" in route.path:
-                self._patterns.append((_pattern(route.path), route))
+                self._segments.append((route.path.split("/"), route))
             else:
                 self._fixed.setdefault(route.path, []).append((route, {}))
 
@@ -21398,15 +21397,10 @@ class Router:
         fixed = [*self._fixed.get(path, ()), *self._fixed.get("/v1" + path, ())]
         if fixed:
             return fixed
-        matches = []
-        for pattern, route in self._patterns:
-            match = pattern.fullmatch(path) or pattern.fullmatch("/v1" + path)
-            if match:
-                arguments = {
-                    name: _percent_decode(value) for name, value in match.groupdict().items()
-                }
-                matches.append((route, arguments))
-        return matches
+        given = [path.split("/"), f"/v1{path}".split("/")]
+        found = ((route, _arguments(wanted, segments))
+                 for wanted, route in self._segments for segments in given)
+        return [(route, arguments) for route, arguments in found if arguments is not None]
 
     def choose(self, method: str, path: str, matches: list[Match]) -> Match:
         """Return the match for this method. Raises NotFound, MethodNotAllowed."""
@@ -21426,6 +21420,20 @@ def allowed_methods(matches: Iterable[Match]) -> list[str]:
     if "GET" in methods:
         methods.append("HEAD")
     return [*methods, "OPTIONS"] if methods else []
+
+
+def _arguments(wanted: list[str], given: list[str]) -> dict[str, str] | None:
+    """Return what a path has for the names in braces of a route, both as their segments; None if
+    the path is another one. Raises BadRequest."""
+    if len(wanted) != len(given):
+        return None
+    values = {}
+    for segment, value in zip(wanted, given):
+        if segment.startswith("{"):
+            values[segment[1:-1]] = value
+        elif segment != value:
+            return None
+    return {name: _percent_decode(value) for name, value in values.items()}
 
 
 def _percent_decode(text: str) -> str:
