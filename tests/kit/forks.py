@@ -14,6 +14,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Forker:
         # Guards the pipes. Held for one request and its reply.
         self._lock = threading.Lock()
         # Whoever compiles a script keeps 40 MB of what that takes, and so would every fork.
-        subprocess.run([sys.executable, "-m", "py_compile", str(script)], env=clean_env(),
+        subprocess.run([sys.executable, "-m", "compileall", "-q", str(script)], env=clean_env(),
                        check=True)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "error::ResourceWarning", __file__, str(script)],
@@ -91,6 +92,20 @@ def forker(script: Path) -> Forker:
     return started
 
 
+def wait_for_end(pid: int, timeout_s: float) -> None:
+    """Return when a process has ended, or after this time; or soon, where no system tells of the
+    end of another's child."""
+    if not hasattr(os, "pidfd_open"):
+        time.sleep(0.005)
+        return
+    # It is still there: nobody has asked for its exit code.
+    descriptor = os.pidfd_open(pid)
+    try:
+        select.select([descriptor], [], [], timeout_s)
+    finally:
+        os.close(descriptor)
+
+
 class Fork:
     """A fork, with those methods of subprocess.Popen that tests use."""
 
@@ -110,9 +125,10 @@ class Fork:
             code = self.poll()
             if code is not None:
                 return code
-            if time.monotonic() > deadline_s:
+            left_s = deadline_s - time.monotonic()
+            if left_s < 0:
                 raise subprocess.TimeoutExpired(repr(self), timeout)
-            time.sleep(0.005)
+            wait_for_end(self.pid, left_s)
 
     def send_signal(self, number: int) -> None:
         # Its number is nobody else's as long as nobody has asked for its exit code.

@@ -15,7 +15,7 @@ def eventually(check: Callable[[], Found], timeout_s: float = 25) -> Found:
 
     Raises AssertionError when there was none in time. That is long for a busy machine, and less
     than the pauses of the server that a test may want to tell from at once."""
-    deadline_s = time.monotonic() + timeout_s
+    begun_s = time.monotonic()
     while True:
         failure: Optional[AssertionError] = None
         try:
@@ -24,9 +24,11 @@ def eventually(check: Callable[[], Found], timeout_s: float = 25) -> Found:
                 return found
         except AssertionError as error:
             failure = error
-        if time.monotonic() > deadline_s:
+        waited_s = time.monotonic() - begun_s
+        if waited_s > timeout_s:
             raise failure or AssertionError(f"not within {timeout_s} s: {check}")
-        time.sleep(0.01)
+        # A check may cost more than the moment between two: the longer it takes, the fewer.
+        time.sleep(min(max(0.01, waited_s / 10), 0.1))
 #: A turn has to be over within a second; the rest is for a busy machine.
 SOON_S = 10.0
 
