@@ -17,7 +17,7 @@ HOW_TO_INSTALL = (
 #: Where it puts the clients, each folder with node_modules/.bin or bin.
 CLIENT_FOLDERS = (
     ".agents", ".agents/codex", ".agents/python", ".agents/instructor", ".agents/aider",
-    ".openclaw", ".qr", ".channels")
+    ".openclaw", ".schemathesis", ".qr", ".channels")
 #: Client, or a library for Python -> its folder in .ci/versions.txt.
 CLIENTS = {
     "codex": ".agents/codex",
@@ -39,6 +39,7 @@ CLIENTS = {
     "litellm": ".agents/aider",
     "openclaw": ".openclaw",
     "node": ".openclaw",
+    "schemathesis": ".schemathesis",
     "jsqr": ".qr",
     # python-telegram-bot
     "telegram": ".channels",
