@@ -7,9 +7,9 @@ from typing import Iterator
 import pytest
 
 import browser
-from rig_fixtures import claude, rig, rigs, shared_rig
+from rig_fixtures import claude, rig, shared_rig
 
-__all__ = ["chrome", "claude", "rig", "rigs", "shared_rig"]
+__all__ = ["chrome", "claude", "rig", "shared_rig"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ Json = Any
 Body = Mapping[str, Json]
 
 # No agent asks for the same model with the same thinking twice: a spare would idle.
-RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 
 #: An agent that has not ended by then never will.
 RUN_TIMEOUT_S = 300
@@ -300,11 +299,11 @@ def test_codex_goes_on_with_another_sandbox(desk: AgentDesk) -> None:
 def test_codex_gives_its_thinking_back_after_a_restart_of_the_server(
     claude: Claude, tmp_path: Path
 ) -> None:
-    with running_rig(tmp_path / "rig", claude, **RIG_SETTINGS) as rig:
+    with running_rig(tmp_path / "rig", claude) as rig:
         desk = AgentDesk(rig, tmp_path)
         rig.script(stub.thinking("Hm, let me see.", AFTER))
         assert run_codex(desk).code == 0
-    with running_rig(tmp_path / "rig", claude, **RIG_SETTINGS) as desk.rig:
+    with running_rig(tmp_path / "rig", claude) as desk.rig:
         ran = run_codex(desk, resume=("resume", "--last"))
         assert ran.code == 0, ran
         (thought, said), = [blocks for role, blocks in turns(desk.rig.only_body())
@@ -536,6 +535,7 @@ def test_the_model_sees_the_tools_of_claude_code(claude_code_body: Body) -> None
     assert {"Agent", "Bash", "Edit", "Read", "Write"} <= offered(claude_code_body)
 
 
+@pytest.mark.exhaustive
 def test_the_header_of_claude_code_does_not_swallow_its_system_prompt(
     claude_code_body: Body,
 ) -> None:

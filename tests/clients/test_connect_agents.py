@@ -189,6 +189,7 @@ TAKEN = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("tool", ["codex", *rest("opencode")])
 def test_a_program_finds_ocp_beside_a_provider_of_the_same_name(
     desk: ConnectDesk, tool: str
@@ -296,6 +297,7 @@ print(answer.content[0].text)
 """}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "library", ["openai", *rest("anthropic", "langchain_openai", "litellm")])
 def test_a_library_trusts_the_certificate_in_a_new_shell(

@@ -144,6 +144,7 @@ def test_the_overview_shows_state_plan_and_usage(chrome: browser.Browser, busy: 
         page.sees("chat", "#speeds")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_chart_is_redrawn_by_model_and_read_with_the_arrow_keys(
     chrome: browser.Browser, busy: BusyServer
@@ -456,6 +457,7 @@ def test_a_hidden_page_rests_and_goes_on_when_it_is_seen_again(
         page.sees("Live", "#link")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_key_that_expires_soon_has_the_time_too(
     chrome: browser.Browser, busy: BusyServer
@@ -678,6 +680,7 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
             assert HOSTILE in page.text("#version")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 @pytest.mark.parametrize("width", [320, *rest(768, 1440)])
 def test_no_view_is_wider_than_the_page(
@@ -696,6 +699,7 @@ def test_no_view_is_wider_than_the_page(
         assert box[0] >= 0 and box[1] <= width
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_headings_landmarks_and_names_are_there(chrome: browser.Browser, busy: BusyServer) -> None:
     with opened(chrome, busy.server) as page:
@@ -954,6 +958,7 @@ def test_a_server_without_keys_shows_the_command_at_once_and_keeps_the_focus_ins
         page.until("document.activeElement.id === 'connect'")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_arrow_keys_go_from_tab_to_tab(chrome: browser.Browser, busy: BusyServer) -> None:
     with opened(chrome, busy.server) as page:
@@ -979,6 +984,7 @@ FORECASTS = (
 )
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_pace_of_a_window_is_told_in_words(chrome: browser.Browser, busy: BusyServer) -> None:
     with opened(chrome, busy.server) as page:
@@ -1064,6 +1070,7 @@ def test_chats_show_with_their_accounts_and_who_waits_for_approval(
             page.sees("No account runs.", "#channels")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_newer_release_that_was_found_is_told(chrome: browser.Browser, tmp_path: Path) -> None:
     with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:
@@ -1082,6 +1089,7 @@ def test_a_newer_release_that_was_found_is_told(chrome: browser.Browser, tmp_pat
     assert (told[1], told[3]) == ("", "")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_copying_works_without_a_clipboard_too(chrome: browser.Browser, tmp_path: Path) -> None:
     with running_server(tmp_path, ANSWER) as server, opened(chrome, server, key="") as page:

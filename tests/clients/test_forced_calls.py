@@ -23,7 +23,6 @@ Json = Any
 
 pytestmark = pytest.mark.parametrize("claude", each_claude()[-1:], indirect=True)
 
-RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 #: An alias, as users write it, and what it stands for.
 MODEL, MODEL_ID = "sonnet", "claude-sonnet-5-5"
 QUESTION = "How warm is it in Rome?"

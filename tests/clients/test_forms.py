@@ -29,7 +29,6 @@ pydantic = pytest.importorskip("pydantic", reason="the pydantic package is not i
 Json = Any
 Body = Mapping[str, Json]
 
-RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 QUESTION = "How is the weather in Rome?"
 ASKED: Json = [{"role": "user", "content": QUESTION}]
 #: A program that has not ended by then never will.

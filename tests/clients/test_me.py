@@ -369,6 +369,7 @@ def test_a_server_that_is_away_is_told_and_found_again(
 HOSTILE = "<img src=x onerror=window.broken=1>\"'`${broken}</script>"
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None:
     env = {**ENV, "OCP_INSTANCE_NAME": HOSTILE}
@@ -389,6 +390,7 @@ def test_hostile_names_are_text(chrome: browser.Browser, tmp_path: Path) -> None
         assert page.evaluate("[window.broken, document.images.length]") == [None, 0]
 
 
+@pytest.mark.exhaustive
 @needs_browser
 @pytest.mark.parametrize("width", [320, *rest(360, 768, 1440)])
 def test_the_page_is_not_wider_than_its_window(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rig_fixtures import claude, rig, rigs, shared_rig
+from rig_fixtures import claude, rig, shared_rig
 
-__all__ = ["claude", "rig", "rigs", "shared_rig"]
+__all__ = ["claude", "rig", "shared_rig"]

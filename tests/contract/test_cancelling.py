@@ -25,7 +25,7 @@ from upstream import turns
 Json = Any
 
 RIG_SETTINGS = {
-    "CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "2"}
+    "CLAUDE_MAX_RETRIES": "1"}
 WEATHER = Tool("weather")
 ARGUMENTS = {"city": "a city with a long name"}
 
@@ -71,6 +71,7 @@ def is_kept(rig: Rig) -> bool:
     return bool(rig.server.log_entries("answer_abandoned")[-1]["process_kept"])
 
 
+@pytest.mark.exhaustive
 @each_moment
 def test_a_first_question_leaves_no_trace(rig: Rig, moment: str) -> None:
     fields = {"tools": CHAT.tools([WEATHER])} if "call" in moment else {}
@@ -96,6 +97,7 @@ def without_question(body: Mapping[str, Json]) -> Json:
     return text.replace("Secret?", "Two?")
 
 
+@pytest.mark.exhaustive
 @each_moment
 def test_a_conversation_is_as_it_was_before_the_question(rig: Rig, moment: str) -> None:
     fields = {"tools": CHAT.tools([WEATHER])} if "call" in moment else {}

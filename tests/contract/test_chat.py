@@ -32,7 +32,6 @@ Json = Any
 
 # Each request has another model or comes at once: a spare would cost more than it saves. And most
 # have no successor, so a process is better rewound for the next one than kept.
-RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "2"}
 
 #: Two images of one pixel.
 BLACK = (
@@ -118,7 +117,6 @@ def test_instructions_are_apart_and_in_order(rig: Rig, model: str) -> None:
     assert turns(body) == [("user", ["one"]), ("assistant", ["eins"]), ("user", [late, "two"])]
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize(("model", "count"), [
     (MODEL, 3), (NEWEST_MODEL, 3), *rest((MODEL, 1), (MODEL, 10))])
 def test_history_is_the_same_turns_upstream(rig: Rig, model: str, count: int) -> None:
@@ -321,7 +319,7 @@ def without_identity(body: Mapping[str, Json]) -> dict[str, Json]:
 @pytest.mark.exhaustive
 def test_the_operators_prompt_follows_the_clients(claude: Claude, tmp_path: Path) -> None:
     with running_rig(
-            tmp_path, claude, CLAUDE_SYSTEM_PROMPT="Operator.", OCP_WARM_PROCESSES="0") as rig:
+            tmp_path, claude, CLAUDE_SYSTEM_PROMPT="Operator.") as rig:
         rig.ask([system("Client."), user("Hi")])
         rig.ask("Hi")
         assert [system_texts(body) for body in rig.bodies()] == [
@@ -411,7 +409,7 @@ def test_the_api_is_asked_for_the_model_that_was_named(
 
 def test_a_question_of_one_line_costs_at_most_2252_bytes(claude: Claude) -> None:
     with tempfile.TemporaryDirectory(prefix="ocp") as folder, running_rig(
-            Path(folder), claude, OCP_DEFAULT_MODEL=None, OCP_WARM_PROCESSES="0") as rig:
+            Path(folder), claude, OCP_DEFAULT_MODEL=None) as rig:
         for model in ("claude-sonnet-5", "claude-haiku-4-5"):
             rig.ask("What is the capital of France?", model)
         sizes = [recorded.size_bytes for recorded in rig.stub.requests]

@@ -117,6 +117,7 @@ AGENT_ITEMS = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_items_of_tools_that_are_not_offered_reach_the_model(rig: Rig) -> None:
     history = [{"role": "user", "content": "Look."}, *AGENT_ITEMS,
                {"role": "user", "content": "And?"}]
@@ -138,6 +139,7 @@ def test_items_of_tools_that_are_not_offered_reach_the_model(rig: Rig) -> None:
         '[web_search_call]\n{"action":{"type":"search","query":"owls"}}', "And?"]
 
 
+@pytest.mark.exhaustive
 @WHOLE_AND_STREAMED
 def test_a_shell_that_the_client_runs_is_called_by_its_own_item(
     rig: Rig, streams: bool
@@ -173,6 +175,7 @@ def test_a_call_of_a_custom_tool_is_gone_on_from_by_the_id(rig: Rig) -> None:
     assert second.json()["output"][0]["content"][0]["text"] == "Done."
 
 
+@pytest.mark.exhaustive
 def test_a_conversation_is_compacted_where_it_is_held(rig: Rig) -> None:
     rig.script(stub.tool_calls([("edit", {"input": PATCH})]), stub.text("Done."),
                stub.text("The file was patched."), stub.text("Nothing is left."))

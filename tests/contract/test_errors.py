@@ -20,7 +20,7 @@ from upstream import turns
 
 Json = Any
 
-RIG_SETTINGS = {"CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0"}
+RIG_SETTINGS = {"CLAUDE_MAX_RETRIES": "1"}
 # Most cases were asked together, by a fixture.
 pytestmark = pytest.mark.each_case
 
@@ -231,6 +231,7 @@ def test_a_used_up_plan_says_when_it_resets(
     assert len(rig.bodies()) == 2
 
 
+@pytest.mark.exhaustive
 def test_what_heals_within_claudes_retries_is_never_seen(rig: Rig) -> None:
     seen = outcomes(rig, {
         f"{status}": [stub.error(status, "For a moment"), stub.text("Fine.")]
@@ -240,6 +241,7 @@ def test_what_heals_within_claudes_retries_is_never_seen(rig: Rig) -> None:
         assert len(bodies) == 2
 
 
+@pytest.mark.exhaustive
 def test_a_good_answer_after_a_refused_login_is_a_login(rig: Rig) -> None:
     rig.script(*[stub.error(401, "Invalid bearer token")] * 2)
     assert rig.ask().status == 401
@@ -264,12 +266,17 @@ BREAKS = {
 }
 
 
+#: Each kind of break is there, in the middle or at once.
+SOME_BREAKS = ("overloaded", "cut once", "cut at once")
+
+
 @pytest.fixture(scope="module")
 def break_outcomes(shared_rig: Rig) -> dict[str, Outcome]:
-    return outcomes(shared_rig, BREAKS)
+    names = by_depth(SOME_BREAKS, SOME_BREAKS, tuple(BREAKS))
+    return outcomes(shared_rig, {name: BREAKS[name] for name in names})
 
 
-@pytest.mark.parametrize("name", ["overloaded", "broken", "cut", "cut once"])
+@pytest.mark.parametrize("name", ["overloaded", "cut once", *rest("broken", "cut")])
 def test_a_broken_stream_ends_with_an_error_and_nothing_good(
     break_outcomes: dict[str, Outcome], name: str
 ) -> None:
@@ -282,7 +289,7 @@ def test_a_broken_stream_ends_with_an_error_and_nothing_good(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["overloaded at once", "cut at once"])
+@pytest.mark.parametrize("name", ["cut at once", *rest("overloaded at once")])
 def test_a_stream_broken_before_its_first_word_has_a_status(
     break_outcomes: dict[str, Outcome], name: str, mode: str
 ) -> None:
@@ -292,7 +299,7 @@ def test_a_stream_broken_before_its_first_word_has_a_status(
     assert len(bodies) <= 3
 
 
-@pytest.mark.parametrize("name", ["overloaded", "broken", "cut"])
+@pytest.mark.parametrize("name", ["overloaded", *rest("broken", "cut")])
 def test_half_an_answer_is_no_whole_answer(
     break_outcomes: dict[str, Outcome], shared_rig: Rig, name: str
 ) -> None:
@@ -321,7 +328,7 @@ def test_a_retry_replaces_what_a_cut_left(
 
 def test_a_network_that_is_down_is_told(claude: Claude, tmp_path: Path) -> None:
     with closed_port() as port, running_rig(
-        tmp_path, claude, CLAUDE_MAX_RETRIES="1", OCP_WARM_PROCESSES="0",
+        tmp_path, claude, CLAUDE_MAX_RETRIES="1",
         ANTHROPIC_BASE_URL=f"http://127.0.0.1:{port}",
     ) as rig:
         for answer in rig.ask_whole_and_streamed():
@@ -346,7 +353,7 @@ class closed_port:
 @pytest.mark.exhaustive
 def test_without_a_login_nothing_is_asked(claude: Claude, tmp_path: Path) -> None:
     with running_rig(
-            tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None, OCP_WARM_PROCESSES="0") as rig:
+            tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None) as rig:
         for answer in rig.ask_whole_and_streamed():
             assert_failed(answer, 401, "authentication_error", "upstream_login_required")
             assert answer.error and "claude auth login" in answer.error["message"]

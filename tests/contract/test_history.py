@@ -91,6 +91,7 @@ def test_whatever_the_ids_each_result_reaches_the_model_beside_its_call(
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_a_call_that_the_user_interrupted_goes_on_without_a_result(
     rig: Rig, dialect: Dialect
@@ -105,6 +106,7 @@ def test_a_call_that_the_user_interrupted_goes_on_without_a_result(
     assert upstream_messages(rig.last_body())[-1][1][-1] == "Never mind."
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_a_result_that_comes_late_is_told_beside_its_call(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.text("Oslo, then."))
@@ -160,6 +162,7 @@ def test_on_messages_a_history_that_ends_with_an_answer_is_refused(rig: Rig) -> 
     assert len(rig.bodies()) == 1
 
 
+@pytest.mark.exhaustive
 def test_results_of_tools_that_the_api_ran_are_told_to_the_model(rig: Rig) -> None:
     rig.script(stub.text("Paris."))
     talk = Conversation(rig, MESSAGES)

@@ -46,7 +46,7 @@ def logged_in_folder(folder: Path) -> Path:
 def house(folder: Path, claude: Claude) -> Iterator[Rig]:
     """A server of mode multi whose owner's claude knows an account."""
     settings = {name: value for name, value in MULTI.items() if name not in NO_IDLE}
-    with running_rig(folder, claude, OCP_WARM_PROCESSES="0", **settings) as rig:
+    with running_rig(folder, claude, **settings) as rig:
         (rig.server.home / ".claude.json").write_text(json.dumps(account("owner")))
         yield rig
 
@@ -105,6 +105,7 @@ def test_each_key_is_answered_with_its_own_login_and_tells_nothing_of_the_others
         assert set(kept) >= {".claude.json", ".credentials.json"}
 
 
+@pytest.mark.exhaustive
 def test_limits_and_a_lost_login_of_one_account_stay_with_it(
     claude: Claude, tmp_path: Path
 ) -> None:
@@ -140,7 +141,6 @@ def test_limits_and_a_lost_login_of_one_account_stay_with_it(
         assert tokens_sent(rig) == [OWNER_TOKEN, TOKEN, TOKEN, TOKEN, OWNER_TOKEN]
 
 
-@pytest.mark.differs_by_version
 def test_a_folder_without_a_login_is_never_answered_with_the_servers(
     claude: Claude, tmp_path: Path
 ) -> None:

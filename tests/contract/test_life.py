@@ -18,6 +18,7 @@ from http_client import http_request
 from processes import all_processes, kill_all, processes_with
 from rig import (
     MODEL,
+    WARM,
     Case,
     Claude,
     Rig,
@@ -79,7 +80,7 @@ def assert_nothing_left(rig: Rig, before: set[Path]) -> None:
 def test_the_first_answer_is_warm_and_the_spare_is_replaced(
     claude: Claude, tmp_path: Path
 ) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         wait_until(lambda: spares(rig) == 1)
         waiting = set(claude_pids(rig.server))
         assert rig.ask().finish == "stop"
@@ -89,7 +90,7 @@ def test_the_first_answer_is_warm_and_the_spare_is_replaced(
 
 @pytest.mark.exhaustive
 def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         wait_until(lambda: spares(rig) == 1)
         killed = set(claude_pids(rig.server))
         kill_all(sorted(killed))
@@ -99,11 +100,10 @@ def test_a_spare_that_was_killed_is_not_missed(claude: Claude, tmp_path: Path) -
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_claude_that_is_asked_whether_it_is_there_says_so_and_does_nothing_else(
     claude: Claude, tmp_path: Path
 ) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         wait_until(lambda: spares(rig) == 1)
         rig.script(stub.text("Late.", delay_s=40.0), stub.text("At once."))
         late = rig.ask("Are you there?")
@@ -117,7 +117,7 @@ def test_a_claude_that_is_asked_whether_it_is_there_says_so_and_does_nothing_els
 
 @pytest.mark.exhaustive
 def test_a_frozen_claude_is_replaced_in_time(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         wait_until(lambda: spares(rig) == 1)
         (frozen,) = claude_pids(rig.server)
         os.kill(frozen, signal.SIGSTOP)
@@ -129,7 +129,7 @@ def test_a_frozen_claude_is_replaced_in_time(claude: Claude, tmp_path: Path) -> 
 def test_the_socket_of_a_claude_that_was_killed_is_removed(claude: Claude, tmp_path: Path) -> None:
     # The path of a socket has room for some hundred characters, and the test's folder takes more.
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary, running_rig(
-        tmp_path, claude, CLAUDE_ALLOWED_TOOLS="Read", TMPDIR=temporary
+        tmp_path, claude, CLAUDE_ALLOWED_TOOLS="Read", TMPDIR=temporary, **WARM
     ) as rig:
         wait_until(lambda: spares(rig) == 1)
         sockets = Path(temporary) / "cc-socks"
@@ -171,7 +171,7 @@ def roles_and_texts(body: Mapping[str, Json]) -> list[Json]:
 def test_a_conversation_goes_on_though_its_claude_was_killed(
     claude: Claude, tmp_path: Path
 ) -> None:
-    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
+    with running_rig(tmp_path, claude) as rig:
         messages = [user("One?"), assistant(rig.ask("One?").text), user("Two?")]
         kill_all(claude_pids(rig.server))
         assert rig.ask(messages).finish == "stop"
@@ -246,8 +246,9 @@ def test_twenty_answers_leave_no_file_behind(rig: Rig) -> None:
 # Ends of the server
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 def test_a_stop_lets_a_running_answer_finish(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         rig.script(stub.text(list("abcdefgh"), gap_s=0.2))
         with rig.open() as stream:
             events = iter(stream)
@@ -263,7 +264,7 @@ def test_a_stop_lets_a_running_answer_finish(claude: Claude, tmp_path: Path) -> 
 
 
 def test_no_claude_outlives_a_server_that_is_killed(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         rig.ask("One?")
         rig.script(HALF)
         with rig.open("Two?") as stream:
@@ -299,7 +300,7 @@ UNWANTED = {
 
 def test_a_claude_knows_what_it_needs_and_no_more(claude: Claude, tmp_path: Path) -> None:
     wanted = {"OCP_PASS_ENV": "PASSED_ON,LC_ALL", "PASSED_ON": "yes", "TZ": "UTC"}
-    with running_rig(tmp_path, claude, **UNWANTED, **wanted) as rig:
+    with running_rig(tmp_path, claude, **UNWANTED, **wanted, **WARM) as rig:
         wait_until(lambda: claude_pids(rig.server))
         found = environment(claude_pids(rig.server)[0])
         assert not set(found) & set(UNWANTED)

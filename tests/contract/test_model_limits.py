@@ -26,7 +26,7 @@ from rig import ANSWER_S, Claude, Rig, running_rig
 Json = Any
 
 RIG_SETTINGS = {
-    "CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "2"}
+    "CLAUDE_MAX_RETRIES": "1"}
 #: One that only knows older models leaves nothing to see here.
 FIRST_WITH_5_5 = (2, 1, 293)
 ALWAYS, BETWEEN, SWITCHED, OLDER = (
@@ -114,6 +114,7 @@ DISABLED_REFUSED = stub.error(400, (
     '"output_config.effort" to control thinking behavior.'))
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_refuses_to_stop_thinking_is_remembered(own_rig: Rig) -> None:
     is_new = version_of(own_rig.claude) >= FIRST_WITH_5_5
     model = SWITCHED if is_new else OLDER
@@ -212,6 +213,7 @@ def test_after_two_answers_without_the_call_the_client_gets_the_second(
     assert len(new_rig.bodies()) == 2
 
 
+@pytest.mark.exhaustive
 @WHOLE_AND_STREAMED
 def test_an_answer_that_reached_its_limit_is_not_asked_for_again(
     new_rig: Rig, streams: bool
@@ -245,6 +247,7 @@ def test_a_model_that_lets_no_call_be_forced_is_remembered(own_rig: Rig) -> None
     assert (entry["model"], entry["refused"]) == (OLDER, "forced_tools")
 
 
+@pytest.mark.exhaustive
 def test_another_bad_request_teaches_nothing(own_rig: Rig) -> None:
     own_rig.script(then=stub.error(400, "tools.0.custom.name: String should match pattern"))
 

@@ -19,7 +19,6 @@ ocp = load_script("ocp_server.py")
 
 Json = Any
 
-RIG_SETTINGS = {"OCP_WARM_PROCESSES": "0"}
 
 MODELS = ocp.Models(ocp.BUILTIN_MODELS)
 #: Aliases, and what the oldest claude and the newest one resolve them to, by models.json.
@@ -69,6 +68,7 @@ def test_claude_lists_the_models_of_its_account(claude: Claude) -> None:
     assert fast == ({"opus"} if is_old else {"opus", "fable"})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.differs_by_version
 def test_a_process_for_the_model_of_an_alias_lists_its_id_alone(claude: Claude) -> None:
     model = ALIASES["fable"][0 if claude.version == "2.1.197" else 1]
@@ -78,6 +78,7 @@ def test_a_process_for_the_model_of_an_alias_lists_its_id_alone(claude: Claude) 
     assert found == [model]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.differs_by_version
 def test_claude_lists_whatever_model_it_was_started_for(claude: Claude) -> None:
     own = [row for row in rows_of(claude, "claude-nova-9") if row["value"] == "claude-nova-9"]
@@ -92,7 +93,7 @@ def test_claude_lists_whatever_model_it_was_started_for(claude: Claude) -> None:
 @pytest.mark.exhaustive
 def test_an_alias_is_the_model_that_claude_resolves_it_to(claude: Claude) -> None:
     with tempfile.TemporaryDirectory(prefix="ocp") as folder, running_rig(
-            Path(folder), claude, OCP_DEFAULT_MODEL=None, OCP_WARM_PROCESSES="0") as rig:
+            Path(folder), claude, OCP_DEFAULT_MODEL=None) as rig:
         for _ in ("before its report", "after it"):
             for alias, wanted in ALIASES.items():
                 rig.begin()
@@ -119,7 +120,6 @@ def test_an_old_claude_says_which_one_a_model_needs(rig: Rig) -> None:
         assert ".".join(map(str, model.first_cli)) in str(answer.error)
 
 
-@pytest.mark.differs_by_version
 def test_an_effort_in_the_name_reaches_the_api(rig: Rig) -> None:
     rig.ask(model="claude-sonnet-5:low")
 
@@ -127,7 +127,6 @@ def test_an_effort_in_the_name_reaches_the_api(rig: Rig) -> None:
     assert (body["model"], body["output_config"]["effort"]) == ("claude-sonnet-5", "low")
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("name", ["claude-sonnet-5", "claude-opus-4-8", "claude-sonnet-4-6",
                                   "claude-haiku-4-5"])
 def test_the_longest_answer_of_a_model_can_be_asked_for(rig: Rig, name: str) -> None:

@@ -14,7 +14,7 @@ from waiting import eventually
 Json = Any
 
 RIG_SETTINGS = {
-    "CLAUDE_MAX_RETRIES": "1", "OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "2"}
+    "CLAUDE_MAX_RETRIES": "1"}
 
 
 def body_for(rig: Rig, model: str, dialect: Dialect = CHAT, **fields: Json) -> dict[str, Json]:
@@ -78,7 +78,6 @@ def test_the_long_window_is_asked_for(rig: Rig, way: str) -> None:
 # Parameters
 # ---------------------------------------------------------------------------
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize(
     ("model", "top_p", "sent"),
     [("claude-sonnet-4-6", 0.97, 0.97), ("claude-sonnet-4-6", 0.5, None),
@@ -126,7 +125,6 @@ def test_a_limit_of_no_tokens_has_the_prompt_read_and_nothing_said(rig: Rig) -> 
     assert rig.only_body()["max_tokens"] == 1
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("dialect", [CHAT, MESSAGES, RESPONSES], ids=dialect_name)
 def test_a_shaped_answer_may_forbid_the_tools_of_its_history(rig: Rig, dialect: Dialect) -> None:
     tool = Tool("weather")

@@ -111,7 +111,6 @@ def test_the_name_of_a_server_that_never_comes_changes_no_byte_upstream(
     assert json.dumps(bodies[0]) == json.dumps(bodies[1])
 
 
-@pytest.mark.differs_by_version
 def test_a_command_runs_between_two_messages_that_are_one_answer(house: House) -> None:
     words = ["message", "send", "--target=-100", "--message", "a;b $(touch x) `y`\n'\"\\ \u00e9"]
     house.rig.script(stub.tool_calls([("openclaw_cli", {"args": words})], text="Let me send it."),
@@ -130,7 +129,7 @@ def test_a_command_runs_between_two_messages_that_are_one_answer(house: House) -
     assert house.rig.server.log_entries("answer_finished")[-1]["path"] == "continued"
 
 
-@pytest.mark.differs_by_version
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("is_own_first", [True, False], ids=["own first", "client's first"])
 def test_an_own_and_a_clients_call_of_one_message_both_get_their_results(
     house: House, is_own_first: bool
@@ -162,6 +161,7 @@ def test_a_clients_tool_of_the_same_name_has_another_one_upstream(house: House) 
     assert answer.call.name == "openclaw_cli"
 
 
+@pytest.mark.exhaustive
 def test_nothing_more_goes_upstream_when_the_client_leaves_during_a_command(house: House) -> None:
     house.relay.does("import time; time.sleep(600)")
     house.rig.script(stub.tool_calls([LOOKS], text="Let me look."), then=stub.text("Never."))
@@ -179,7 +179,6 @@ def test_nothing_more_goes_upstream_when_the_client_leaves_during_a_command(hous
     assert house.ask("And now?").text
 
 
-@pytest.mark.differs_by_version
 def test_a_hostile_skill_is_a_text(house: House, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     place = Path(house.rig.server.ocp_home) / "tenants" / "alice" / "skills" / "bad"

@@ -17,7 +17,7 @@ import pytest
 import stub_api as stub
 from plan_lines import UNKNOWN, UNKNOWN_EXTRA
 from project import load_script
-from rig import Claude, Rig, claude_pids, running_rig, wait_until
+from rig import WARM, Claude, Rig, claude_pids, running_rig, wait_until
 from server import Place
 from stub_api import Recorded
 from tls_proxy import Tunnel
@@ -50,7 +50,7 @@ def usage(rig: Rig) -> Json:
 @pytest.fixture(scope="module")
 def bare(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A rig whose claude is logged in by a token alone, and was asked for one answer."""
-    with running_rig(tmp_path_factory.mktemp("bare"), claude) as rig:
+    with running_rig(tmp_path_factory.mktemp("bare"), claude, **WARM) as rig:
         wait_until(lambda: has_spare(rig))
         before = usage(rig)["plan"]
         assert (before["currentSession"], before["weeklyLimits"]["allModels"]) == (UNKNOWN, UNKNOWN)
@@ -97,7 +97,7 @@ def test_looking_at_the_plan_asked_the_api_nothing(bare: Rig) -> None:
 
 
 def test_a_plan_that_is_used_up_is_told_with_its_reset(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude) as rig:
+    with running_rig(tmp_path, claude, **WARM) as rig:
         rig.script(then=stub.plan_limit(resets_in_s=7_200))
         answer = rig.ask()
         wait_until(lambda: usage(rig)["status"] == "rejected")
@@ -118,7 +118,7 @@ def extra_usage(rig: Rig) -> Json:
 
 @pytest.mark.exhaustive
 def test_extra_usage_is_told_stopped_and_allowed(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop") as rig:
+    with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop", **WARM) as rig:
         rig.script(then=stub.billed("Hello."))
         first = rig.ask()
         wait_until(lambda: extra_usage(rig) == "stopped")
@@ -138,7 +138,7 @@ def test_extra_usage_is_told_stopped_and_allowed(claude: Claude, tmp_path: Path)
 
 @pytest.mark.exhaustive
 def test_a_used_up_week_of_one_model_stops_that_model_only(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop") as rig:
+    with running_rig(tmp_path, claude, OCP_EXTRA_USAGE="stop", **WARM) as rig:
         rig.script(then=stub.billed("Hello.", claim="seven_day_opus"))
         assert rig.ask(model="opus").status == 200
         wait_until(lambda: extra_usage(rig) == "stopped")
@@ -175,7 +175,7 @@ def logged_in(folder: Path, claude: Claude, answer: Json) -> Iterator[tuple[Rig,
     credentials.chmod(0o600)
     with Tunnel({USAGE_PATH: answer}) as tunnel:
         env = {**tunnel.env(), "CLAUDE_CODE_OAUTH_TOKEN": None, "OCP_PARKED_PROCESSES": "0"}
-        with running_rig(place.folder, claude, **env) as rig:
+        with running_rig(place.folder, claude, **env, **WARM) as rig:
             wait_until(lambda: has_spare(rig))
             yield rig, tunnel
 
@@ -204,6 +204,7 @@ def test_a_spare_of_a_full_login_tells_the_whole_plan_and_nothing_is_spent(
         assert {line.partition(" ")[2] for line in tunnel.asked} <= {USAGE_URL, PROFILE_URL}
 
 
+@pytest.mark.exhaustive
 def test_a_spare_that_was_asked_asks_the_api_what_a_fresh_one_asks(
     claude: Claude, tmp_path: Path
 ) -> None:

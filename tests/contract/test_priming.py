@@ -18,7 +18,7 @@ from waiting import eventually
 Json = Any
 Body = dict[str, Json]
 
-RIG_SETTINGS = {"OCP_LOG_LEVEL": "debug", "OCP_WARM_PROCESSES": "0"}
+RIG_SETTINGS = {"OCP_LOG_LEVEL": "debug"}
 WEATHER = Tool("weather")
 
 #: What the first question of a process can bring.

@@ -55,7 +55,7 @@ def owned(claude: Claude, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     home = logged_in_home(folder)
     ocp_home = home / ".ocp"
     settings = {"HOME": str(home), "OCP_HOME": str(ocp_home), "CLAUDE_CODE_OAUTH_TOKEN": None,
-                "OCP_WARM_PROCESSES": "0", "SHELL": "/opt/ownerhome/xonsh"}
+                "SHELL": "/opt/ownerhome/xonsh"}
     with running_rig(folder, claude, **settings) as rig:
         yield rig
 
@@ -98,7 +98,7 @@ def test_no_word_of_a_conversation_stays_on_disk(
     with running_rig(tmp_path, claude, **settings) as rig:
         rig.script(
             stub.tool_calls([("weather", {"city": "zresult"}), ("weather", {"city": "b"})]),
-            stub.text("zanswer"), stub.text("zaborted", gap_s=30.0))
+            stub.text("zanswer"), stub.text("zaborted", gap_s=3.0))
         talk = Conversation(rig, dialect, [Tool("weather")], "zquestion: be kind.")
         first, second = talk.ask("zquestion").calls
         failed = Result("zfailed, on a rainy day", is_error=dialect.name == "messages")

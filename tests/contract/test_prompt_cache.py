@@ -86,7 +86,6 @@ def assert_same(rig: Rig, talk: Conversation, *results: tuple[str, Result]) -> A
     return said
 
 
-@pytest.mark.differs_by_version
 @EVERY_DIALECT
 @pytest.mark.parametrize("model", [BUDGET_MODEL, NEWEST_MODEL, *rest(MODEL)])
 def test_a_conversation_with_tools_and_thinking_is_the_same_elsewhere(
@@ -167,6 +166,7 @@ RESULTS: Sequence[tuple[Json, bool]] = (
 )
 
 
+@pytest.mark.exhaustive
 def test_every_kind_of_result_is_the_same_elsewhere(rig: Rig) -> None:
     rig.script(
         stub.tool_calls([("weather", {"z": 1, "a": [None, {"y": 0.5}]})] * len(RESULTS)),
@@ -201,6 +201,7 @@ def test_whatever_a_conversation_begins_with_it_is_the_same_elsewhere(
     assert len(rig.bodies()) == 3
 
 
+@pytest.mark.exhaustive
 def test_an_assistant_may_begin_the_conversation(rig: Rig) -> None:
     rig.script(then=stub.text("Yes."))
     talk = Conversation(rig, CHAT, system="Begin.")
@@ -289,6 +290,7 @@ def test_what_stands_before_an_edit_is_the_same(rig: Rig) -> None:
     assert len(rig.bodies()) == 6
 
 
+@pytest.mark.exhaustive
 def test_an_answer_of_a_given_shape_in_a_conversation_costs_one_request(rig: Rig) -> None:
     rig.script(stub.text("Hi."), stub.tool_calls([("StructuredOutput", {"a": 1})]))
     schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}
@@ -316,7 +318,7 @@ def test_a_claude_that_ignores_the_limit_answers_all_the_same(
     program.write_text(_FORGETFUL.format(claude=shlex.quote(str(claude.path))))
     program.chmod(0o755)
     other = Claude(claude.version, program)
-    with running_rig(tmp_path / "rig", other, OCP_WARM_PROCESSES="0") as rig:
+    with running_rig(tmp_path / "rig", other) as rig:
         def answer(body: Mapping[str, Json]) -> stub.Reply:
             # Slow enough to be stopped before it is complete.
             alone = stub.text(["Nobody ", "reads ", "this."], gap_s=5.0)

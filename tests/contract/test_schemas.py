@@ -41,7 +41,6 @@ def is_object(schema: Json) -> bool:
 # Tools
 # ---------------------------------------------------------------------------
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("description", ["Sagt es f\u00fcr Z\u00fcrich.", *rest("Tells it.")])
 def test_every_tool_reaches_the_api_whatever_its_schema(rig: Rig, description: str) -> None:
     names = [name for name, schema in SCHEMAS.items() if is_object(schema)]
@@ -141,6 +140,7 @@ SHAPED = (
 )
 
 
+@pytest.mark.exhaustive
 def test_answers_of_every_kind_of_schema_are_taken_at_once(rig: Rig) -> None:
     samples = by_depth(SHAPED[::3], SHAPED[::3], SHAPED)
     found = rig.run({

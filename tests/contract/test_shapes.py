@@ -96,6 +96,7 @@ ROOTS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [
     "array", "null", *rest(*[name for name in ROOTS if name not in ("array", "null")])])
 def test_a_root_of_another_kind_is_wrapped_and_unwrapped(rig: Rig, name: str) -> None:
@@ -209,6 +210,7 @@ def test_an_answer_that_is_cut_off_says_so(rig: Rig, streams: bool) -> None:
 # With tools
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @EVERY_RENDERER
 def test_tools_may_be_called_before_the_answer(
     rig: Rig, dialect: Dialect, streams: bool

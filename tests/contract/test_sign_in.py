@@ -15,7 +15,7 @@ import pytest
 from chat import CHAT_PATH, question
 from depth import rest
 from http_client import Reply
-from rig import Claude, Rig, running_rig
+from rig import WARM, Claude, Rig, running_rig
 from tls_proxy import Tunnel
 
 Json = Any
@@ -41,12 +41,15 @@ ROLES = {"organization_role": "admin", "workspace_role": None, "organization_nam
 
 
 @contextmanager
-def logged_out(folder: Path, claude: Claude, answer: Json) -> Iterator[tuple[Rig, Tunnel]]:
+def logged_out(
+    folder: Path, claude: Claude, answer: Json, **settings: str
+) -> Iterator[tuple[Rig, Tunnel]]:
     """A rig whose claude has no login, and the hosts of the login, which answer a code like
     this."""
     with Tunnel({TOKEN_PATH: answer, "/api/oauth/profile": PROFILE,
                  "/api/oauth/claude_cli/roles": ROLES}) as tunnel:
-        with running_rig(folder, claude, CLAUDE_CODE_OAUTH_TOKEN=None, **tunnel.env()) as rig:
+        env = {"CLAUDE_CODE_OAUTH_TOKEN": None, **tunnel.env(), **settings}
+        with running_rig(folder, claude, **env) as rig:
             yield rig, tunnel
 
 
@@ -63,7 +66,7 @@ def log_in(rig: Rig, code: str = CODE) -> Reply:
 def test_a_login_lands_where_its_owner_has_it_and_is_used_from_then_on(
     claude: Claude, tmp_path: Path
 ) -> None:
-    with logged_out(tmp_path, claude, TOKENS) as (rig, tunnel):
+    with logged_out(tmp_path, claude, TOKENS, **WARM) as (rig, tunnel):
         refused = rig.server.call("POST", CHAT_PATH, question())
         assert refused.json()["error"]["code"] == "upstream_login_required"
 
@@ -95,7 +98,6 @@ def test_a_login_lands_where_its_owner_has_it_and_is_used_from_then_on(
         assert TOKENS["access_token"] not in texts and CODE not in texts
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("expires_at_ms", [4_102_444_800_000, *rest(1_700_000_000_000)])
 def test_a_login_that_was_copied_without_its_account_fetches_no_address(
     claude: Claude, tmp_path: Path, expires_at_ms: int
@@ -130,6 +132,7 @@ def test_a_code_that_the_hosts_refuse_is_not_a_failure_of_the_network(
         assert not (rig.server.home / ".claude" / ".credentials.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_login_without_a_network_says_so(claude: Claude, tmp_path: Path) -> None:
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:1", "CLAUDE_CODE_OAUTH_TOKEN": None}
     with running_rig(tmp_path, claude, **nowhere) as rig:

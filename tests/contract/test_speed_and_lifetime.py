@@ -17,7 +17,7 @@ from stub_api import Reply
 Json = Any
 
 RIG_SETTINGS = {
-    "OCP_WARM_PROCESSES": "0", "OCP_PARKED_PROCESSES": "2", "OCP_FAST_MODE": "1",
+    "OCP_FAST_MODE": "1",
     "OCP_CACHE_LIFETIME": "client", "CLAUDE_MAX_RETRIES": "2"}
 #: For each dialect what asks for fast mode.
 WISHES: dict[Dialect, Json] = {
@@ -128,6 +128,7 @@ def test_a_model_that_has_lost_fast_mode_answers_and_is_remembered(
         assert "speed" in rig.bodies()[0] and "speed" not in rig.last_body()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [CHAT], ids=dialect_name)
 def test_an_account_without_credits_gets_a_final_error(
     rig: Rig, talk: Conversation, dialect: Dialect
@@ -141,7 +142,6 @@ def test_an_account_without_credits_gets_a_final_error(
 
 # -- lifetime ---------------------------------------------------------------------
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("dialect", [MESSAGES, *rest(CHAT)], ids=dialect_name)
 def test_a_lifetime_reaches_the_api_and_ends_with_its_request(rig: Rig, dialect: Dialect) -> None:
     talk = Conversation(rig, dialect, system="Be brief.", **PLAIN[dialect])
@@ -157,6 +157,7 @@ def test_a_lifetime_reaches_the_api_and_ends_with_its_request(rig: Rig, dialect:
     assert paths[1:] == ["continued"] * 3
 
 
+@pytest.mark.exhaustive
 def test_a_lifetime_changes_in_the_middle_of_a_turn(rig: Rig) -> None:
     rig.script(stub.tool_calls([("clock", {})]), stub.text("Noon."))
     talk = Conversation(rig, MESSAGES, [Tool("clock")], **PLAIN[MESSAGES])

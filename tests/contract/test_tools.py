@@ -37,7 +37,6 @@ from dialects import (
 from rig import (
     ANSWER_S,
     BUDGET_MODEL,
-    MODEL,
     Claude,
     Rig,
     claude_pids,
@@ -108,8 +107,6 @@ def test_a_loop_starts_no_process_after_its_first_request(rig: Rig) -> None:
     rig.script(stub.tool_calls([PARIS]), stub.tool_calls([ROME]), stub.text("So."))
     talk = Conversation(rig, CHAT, TOOLS)
     said = talk.ask("Where is it warm?")
-    # What was taken is replaced meanwhile.
-    wait_until(lambda: health(rig)["spares"].get(MODEL) == 1)
     rig.settle()
     before = stats(rig)
     for _ in range(2):
@@ -165,6 +162,7 @@ def test_what_a_tool_says_arrives_as_it_is(rig: Rig, text: str) -> None:
     assert found.content == (text or "(no output)")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("length", [60_000, *rest(200_000)])
 def test_long_results_arrive_whole(rig: Rig, length: int) -> None:
     rig.script(stub.tool_calls([PARIS, NOON]))
@@ -264,6 +262,7 @@ CHANGES = [
     (CHAT, other_description), (CHAT, other_answer)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("dialect", "change"), [*CHANGES[:6], *rest(*CHANGES[6:])],
     ids=[f"{each.name}-{how.__name__}" for each, how in CHANGES])
@@ -281,6 +280,7 @@ def test_what_was_changed_is_rebuilt(
     assert_rebuilt(rig, talk, said)
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_rounds_of_the_past_keep_their_order_when_they_are_rebuilt(
     rig: Rig, dialect: Dialect
@@ -313,12 +313,13 @@ def assert_rebuilt(rig: Rig, talk: Conversation, said: Answer) -> None:
         (tool.name, tool.description) for tool in talk.tools)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, *rest(signal.SIGTERM)], ids=lambda each: each.name)
 def test_a_process_that_died_in_its_sleep_is_rebuilt(
     claude: Claude, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with running_rig(tmp_path, claude, OCP_WARM_PROCESSES="0") as rig:
+    with running_rig(tmp_path, claude) as rig:
         rig.script(stub.tool_calls([PARIS]), stub.text("Done."))
         talk = Conversation(rig, CHAT, TOOLS)
         said = talk.ask("What is new?")
@@ -604,6 +605,7 @@ def cut_off(reply: stub.Reply) -> stub.Reply:
     return reply._replace(blocks=(*others, last), stop_reason="max_tokens")
 
 
+@pytest.mark.exhaustive
 @WHOLE_AND_STREAMED
 def test_an_answer_that_breaks_off_inside_a_call_is_a_failure(rig: Rig, streams: bool) -> None:
     broken = stub.tool_calls([PARIS], text="Look.")._replace(ending="cut", gap_s=0.05)

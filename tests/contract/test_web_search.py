@@ -14,6 +14,8 @@ from stub_api import Block, Reply
 
 Json = Any
 
+RIG_SETTINGS = {"OCP_PARKED_PROCESSES": "4"}
+
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 FOUND = [{"type": "web_search_result", "url": "https://yr.no", "title": "Yr",
           "encrypted_content": "abc", "page_age": None}]
@@ -75,6 +77,7 @@ def test_a_search_is_one_request_and_the_conversation_goes_on(
     assert (answer[0]["input"], answer[1]["content"]) == ({"query": "oslo"}, FOUND)
 
 
+@pytest.mark.exhaustive
 @EACH_WISH
 @pytest.mark.parametrize("model", [MODEL, NEWEST_MODEL])
 def test_the_sources_reach_the_client(rig: Rig, dialect: Dialect, model: str) -> None:
@@ -115,6 +118,7 @@ def test_a_structured_answer_can_search(rig: Rig, streams: bool) -> None:
     assert after == [*before, SEARCH]
 
 
+@pytest.mark.exhaustive
 def test_a_pause_ends_the_answer_and_the_client_lets_it_go_on(rig: Rig) -> None:
     rig.script(Reply(blocks=search_blocks(), stop_reason="pause_turn"), stub.text("It rains."))
     body = MESSAGES.body("Does it rain, after a pause?", **WISHES[MESSAGES])

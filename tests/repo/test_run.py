@@ -86,7 +86,6 @@ def test_a_skipped_test_and_a_skipped_file_are_failures_if_all_are_required(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 @each_way
 def test_an_expected_failure_is_none(tmp_path: Path, spread: tuple[str, ...]) -> None:
     (tmp_path / "test_one.py").write_text(

@@ -208,7 +208,7 @@ def pythons() -> list[str]:
     return sorted(set(works))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_python_here_runs_it_alone(server: Server, tmp_path: Path) -> None:
     for number, python in enumerate(pythons()):
         home = tmp_path / str(number)

@@ -383,7 +383,6 @@ def test_the_agent_of_the_chats_for_launchd_starts_again_only_after_a_failure(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine) -> None:
     linux.services.set("run")
     linux.ocp.mkdir()
@@ -405,7 +404,6 @@ def test_a_service_with_a_certificate_is_asked_over_https(linux: InstallMachine)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_openclaw_is_told_and_the_uninstaller_takes_that_back(openclaw: InstallMachine) -> None:
     done = openclaw.install("--skip-answer")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -613,7 +611,6 @@ def test_what_the_user_put_into_the_file_stays_and_options_change_only_theirs(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_changed_setting_restarts_the_service(linux: InstallMachine) -> None:
     linux.services.set("run")
     assert linux.install("--skip-answer").returncode == 0
@@ -738,7 +735,7 @@ def test_what_was_added_to_a_unit_of_the_original_is_taken_over_too(quick: Insta
     assert quick.settings()["CLAUDE_TIMEOUT"] == "9000"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_way_from_the_original_and_back_is_that_of_the_page(linux: InstallMachine) -> None:
     page = (REPO / "docs" / "migration.md").read_text("utf-8")
     for command in ("setup.py_install.py --dry-run", "setup.py_install.py", "uninstall.py",
@@ -809,7 +806,6 @@ def test_a_setting_of_the_original_with_another_effect_here_is_told(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_settings_of_the_original_that_the_server_refuses_are_left_out_and_told(
     linux: InstallMachine
 ) -> None:
@@ -824,7 +820,6 @@ def test_settings_of_the_original_that_the_server_refuses_are_left_out_and_told(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_mode_of_the_original_that_does_not_exist_is_no_open_door(linux: InstallMachine) -> None:
     original_unit(linux, "Environment=CLAUDE_AUTH_MODE=everybody")
     refused = linux.run("setup.py_install.py", "--yes", "--no-start")
@@ -847,7 +842,7 @@ def test_an_original_on_another_port_is_left_alone(quick: InstallMachine) -> Non
 # When something is missing or fails
 # ---------------------------------------------------------------------------
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_claude_all_is_installed_and_the_commands_are_named(linux: InstallMachine) -> None:
     linux.services.set("run")
     done = linux.install(env={"CLAUDE_BIN": "/nowhere/claude"})
@@ -1211,7 +1206,6 @@ def test_an_agent_that_was_installed_over_ssh_alone_stays_where_it_is(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_an_agent_of_the_original_gives_way_and_comes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1360,12 +1354,10 @@ def test_the_image_has_what_it_runs_and_runs_it_as_nobody_special() -> None:
     assert {"ocp_server.py", "models.json"} <= set(copied)
 
 
-@pytest.mark.few_cases
 @pytest.mark.parametrize(("settings", "mode"), [
     ({"PROXY_API_KEY": "a-long-text"}, "shared"),
-    ({"CLAUDE_AUTH_MODE": "multi"}, "multi"),
-    ({"CLAUDE_AUTH_MODE": "none"}, "none"),
     ({}, ""),
+    *rest(({"CLAUDE_AUTH_MODE": "multi"}, "multi"), ({"CLAUDE_AUTH_MODE": "none"}, "none")),
 ])
 def test_the_container_serves_in_each_mode_and_says_which_key_it_needs(
     tmp_path: Path, settings: dict[str, str], mode: str

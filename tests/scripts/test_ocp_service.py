@@ -734,7 +734,6 @@ def test_fix_without_anything_to_fix_says_so(healthy: Manager) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> None:
     key = healthy.home / ".ocp" / "admin-key"
     key.chmod(0o644)
@@ -751,7 +750,6 @@ def test_fix_leaves_files_of_others_and_what_links_lead_to(healthy: Manager) -> 
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_fix_restarts_no_server_that_answers_or_whose_port_is_taken(healthy: Manager) -> None:
     healthy.version = "0.0.9"
     done, levels = fixed(healthy)
@@ -775,7 +773,6 @@ def test_a_server_of_another_machine_is_not_mended_here(healthy: Manager) -> Non
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_fix_runs_nothing_with_sudo(healthy: Manager) -> None:
     healthy.record(platform="systemd-system")
     healthy.up.unlink()

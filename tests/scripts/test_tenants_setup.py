@@ -1004,6 +1004,7 @@ def test_the_real_docker_client_does_the_same_over_a_stand_in_for_its_daemon(
         assert (root / CONFIG_FILE).read_text() == CONFIG and not (root / KEY_FILE).exists()
 
 
+@pytest.mark.exhaustive
 def test_the_programs_themselves_do_the_same_as_in_one_process(tmp_path: Path) -> None:
     ends = []
     for quick in (True, False):

@@ -161,6 +161,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield running
 
 
+@pytest.mark.exhaustive
 def test_it_serves_out_of_an_archive_too(alone: Alone) -> None:
     archive = alone.script.with_name("ocp.zip")
     with zipfile.ZipFile(archive, "w") as file:

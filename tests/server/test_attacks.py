@@ -40,7 +40,6 @@ def attack(name: str, port: int, key: str) -> Iterator[None]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_beside_an_attacker_an_innocent_client_is_served(tmp_path: Path, name: str) -> None:
     env = {**MULTI, "CLAUDE_MAX_CONCURRENT": "4", "OCP_MAX_CONNECTIONS": "64"}

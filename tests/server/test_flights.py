@@ -664,7 +664,7 @@ class Crowd:
             self.wrong.append(f"round {number}: {found}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nobody_who_stays_ever_loses_an_answer(tmp_path: Path) -> None:
     player = ShellClaude(tmp_path)
     lines = lines_of_an_answer(*TEXTS)

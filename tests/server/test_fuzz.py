@@ -241,7 +241,7 @@ def test_what_is_left_behind_is_counted() -> None:
     assert fuzz.grown(before, after) == ["zombies: 0 before, 1 after", "threads: 2 before, 3 after"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_script_says_what_it_found() -> None:
     script = str(REPO / "tools" / "fuzz.py")
 

@@ -191,7 +191,6 @@ def test_a_flood_takes_a_bounded_memory(place: Place, patient: Callable[[], Pati
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_slow_start_is_no_hanging_one(
     place: Place, patient: Callable[[], Patient], monkeypatch: pytest.MonkeyPatch
 ) -> None:

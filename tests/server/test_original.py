@@ -113,7 +113,6 @@ def test_the_original_can_go_on_with_the_database_and_what_it_adds_stays_its_own
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_server_that_is_killed_while_it_takes_over_leaves_all_to_the_next(tmp_path: Path) -> None:
     for at in range(6):
         folder = tmp_path / str(at)

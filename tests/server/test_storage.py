@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from chat import HANG, encoded, error_of, question
+from depth import rest
 from disks import DISKS
 from http_client import Reply
 from keys import ADMIN_KEY, MULTI, as_admin, ask_as, bearer, new_key
@@ -185,7 +186,7 @@ def replace_database(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("take_away", [delete_home, delete_database, replace_database])
+@pytest.mark.parametrize("take_away", [delete_home, *rest(delete_database, replace_database)])
 def test_a_database_that_is_taken_away_is_noticed_and_told_everywhere(
     tmp_path: Path, take_away: Callable[[Path], None]
 ) -> None:
@@ -203,7 +204,6 @@ def test_a_database_that_is_taken_away_is_noticed_and_told_everywhere(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_a_database_that_comes_back_is_well_again(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
         server.ocp_home.rename(tmp_path / "aside")
@@ -438,7 +438,6 @@ def fill(database: Path, count: int) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.slow
 def test_heavy_reports_hold_nobody_up_and_are_bounded(tmp_path: Path) -> None:
     place = Place(tmp_path)
     fill(place.ocp_home / "ocp.db", ROWS)
