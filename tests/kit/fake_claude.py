@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     Step = dict[str, Json]
 
 
+#: What it says it is, unless its scenario has another one.
+VERSION = "2.1.329"
+
+
 class Blanks:
     """What json sees of re while it is imported. It looks for the blanks around a value with it;
     for all else it has C code."""
@@ -220,7 +224,7 @@ class Scenario:
 
     @property
     def version(self) -> str:
-        return str(self.fields.get("version", "2.1.329"))
+        return str(self.fields.get("version", VERSION))
 
     @property
     def is_recent(self) -> bool:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence, Union
 
+import fake_claude
 from forks import Fork, forker
 from http_client import Body, Reply, Stream, http_call, http_request
 from processes import Ran, descendants, kill_all, processes_with
@@ -25,6 +26,18 @@ FAKE_CLAUDE = REPO / "tests" / "kit" / "fake_claude.py"
 Turns = Sequence[Sequence[Mapping[str, Json]]]
 #: A server's own process.
 Process = Union["subprocess.Popen[bytes]", Fork]
+
+
+#: Every server asks for the version first, and a shell starts in a thirtieth of Python's time. A
+#: scenario with a version of its own has no file .plain.
+SHELL_CLAUDE = """\
+#!/bin/sh
+if [ "$*" = --version ] && [ -e "$FAKE_CLAUDE.plain" ]; then
+    echo "{version} (Claude Code)"
+    exit
+fi
+exec {command} "$@"
+"""
 
 
 @functools.cache
@@ -55,7 +68,7 @@ class Place:
         command = shlex.join([sys.executable, "-I", "-S", *run_compiled(FAKE_CLAUDE)])
         # Not over the old one: a claude of the server before may run it for a moment yet.
         draft = self.claude.with_suffix(".new")
-        draft.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        draft.write_text(SHELL_CLAUDE.format(version=fake_claude.VERSION, command=command))
         draft.chmod(0o755)
         draft.replace(self.claude)
         if not self.scenario.exists():
@@ -70,7 +83,11 @@ class Place:
         counter = Path(f"{self.scenario}.turns")
         if counter.exists():
             counter.unlink()
+        plain = Path(f"{self.scenario}.plain")
+        plain.unlink(missing_ok=True)
         os.replace(draft, self.scenario)
+        if not {"version", "notice"} & {*fields}:
+            plain.touch()
 
     def env(self, more: Mapping[str, Optional[str]], pass_env: Sequence[str]) -> dict[str, str]:
         """The environment of the server; a None in `more` takes a variable away."""
