@@ -144,6 +144,7 @@ def seed_aider(home: Path) -> None:
 EVERY_TOOL = pytest.mark.parametrize("tool", ["codex", *rest(*sorted({*CASES} - {"codex"}))])
 
 
+@pytest.mark.exhaustive
 @EVERY_TOOL
 def test_a_program_answers_with_only_what_was_written(desk: ConnectDesk, tool: str) -> None:
     programs, command, env = CASES[tool]

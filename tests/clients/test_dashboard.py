@@ -165,6 +165,7 @@ def test_the_chart_is_redrawn_by_model_and_read_with_the_arrow_keys(
         page.sees("one day: 0 tokens", "#readout")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_recent_requests_are_filtered(chrome: browser.Browser, busy: BusyServer) -> None:
     with opened(chrome, busy.server, "requests") as page:
@@ -197,6 +198,7 @@ def test_keys_sessions_settings_and_log_show_what_there_is(
         assert "by=admin" in page.text("#log")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_key_shows_the_state_of_its_own_login(chrome: browser.Browser, busy: BusyServer) -> None:
     busy.key("anna")
@@ -217,6 +219,7 @@ def test_a_key_shows_the_state_of_its_own_login(chrome: browser.Browser, busy: B
         busy.admin("DELETE", "/api/keys/anna")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_log_can_be_paused_and_cut_to_a_level(
     chrome: browser.Browser, busy: BusyServer
@@ -352,6 +355,7 @@ def test_a_key_of_a_device_is_told_that_it_is_not_the_admin_key(
         assert page.evaluate("sessionStorage.length") == 0
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_mode_none_from_another_machine_explains_itself(
     chrome: browser.Browser, shared_server: Server
@@ -372,6 +376,7 @@ def test_mode_none_from_another_machine_explains_itself(
 # 5 Coming and going
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_page_survives_a_restart_and_asks_again_when_the_key_has_changed(
     chrome: browser.Browser, tmp_path: Path
@@ -421,6 +426,7 @@ def again(folder: Path, port: int, env: Mapping[str, str]) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_key_that_ends_while_an_action_is_under_way_asks_for_the_key(
     chrome: browser.Browser, busy: BusyServer
@@ -438,6 +444,7 @@ def test_a_key_that_ends_while_an_action_is_under_way_asks_for_the_key(
         assert page.evaluate("document.querySelector('#asking').open")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_hidden_page_rests_and_goes_on_when_it_is_seen_again(
     chrome: browser.Browser, busy: BusyServer
@@ -472,6 +479,7 @@ def test_a_key_that_expires_soon_has_the_time_too(
         busy.admin("DELETE", "/api/keys/guest")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_updates_keep_rows_focus_and_selection(chrome: browser.Browser, busy: BusyServer) -> None:
     with opened(chrome, busy.server, "keys") as page:
@@ -565,6 +573,7 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_key_is_edited_and_only_what_changed_is_sent(
     chrome: browser.Browser, busy: BusyServer
@@ -610,6 +619,7 @@ def test_a_setting_out_of_range_is_explained_and_a_good_one_can_be_reset(
         assert busy.admin("PATCH", "/settings", {"cacheSampled": None})["results"]
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_source_that_fails_says_so_and_can_be_tried_again(
     chrome: browser.Browser, busy: BusyServer
@@ -628,6 +638,7 @@ def test_a_source_that_fails_says_so_and_can_be_tried_again(
         assert "phone" in page.text("#keys")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_session_is_cleared_after_a_question(chrome: browser.Browser, tmp_path: Path) -> None:
     with running_server(tmp_path, ANSWER) as server:
@@ -760,6 +771,7 @@ def test_a_conversation_is_streamed_and_goes_on_with_what_was_said(
         page.until("document.querySelector('#talk').children.length === 0")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_an_answer_that_is_stopped_ends_on_the_server_too(
     chrome: browser.Browser, tmp_path: Path
@@ -780,6 +792,7 @@ def test_an_answer_that_is_stopped_ends_on_the_server_too(
         assert page.evaluate("document.querySelector('#try-send').checkVisibility()")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_refusal_shows_in_the_conversation_and_locks_nothing(
     chrome: browser.Browser, busy: BusyServer
@@ -803,6 +816,7 @@ def test_a_refusal_shows_in_the_conversation_and_locks_nothing(
         assert key not in kept
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_anonymous_key_can_be_tried(chrome: browser.Browser, tmp_path: Path) -> None:
     env = {**MULTI, "PROXY_ANONYMOUS_KEY": "guests", "PROXY_ADVERTISE_ANON_KEY": "1"}
@@ -823,6 +837,7 @@ SNIPPETS = {"curl": ["bash", "-c"], "python": [sys.executable, "-c"],
 HARD_QUESTION = "It's \"quoted\" $HOME `id` \\n \u00fc and\na second line"
 
 
+@pytest.mark.exhaustive
 @needs_browser
 @pytest.mark.parametrize("form", ["python", *rest("curl", "javascript")])
 def test_the_code_to_copy_asks_the_same(
@@ -935,6 +950,7 @@ def test_the_code_on_the_screen_is_the_address_of_the_dashboard_and_no_key(
         page.until(f"!document.documentElement.outerHTML.includes('{key}')")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_server_without_keys_shows_the_command_at_once_and_keeps_the_focus_inside(
     chrome: browser.Browser, tmp_path: Path
@@ -995,6 +1011,7 @@ def test_the_pace_of_a_window_is_told_in_words(chrome: browser.Browser, busy: Bu
         assert told == [words for *_, words in FORECASTS]
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_command_names_the_fingerprint_of_a_certificate_that_nobody_vouches_for(
     chrome: browser.Browser, busy: BusyServer
@@ -1220,6 +1237,7 @@ SCAN = """async (shot) => {
 }"""
 
 
+@pytest.mark.exhaustive
 @needs_browser
 @needs_decoder
 @pytest.mark.parametrize(("width", "dark"), [(360, False), *rest((1280, False), (1280, True))])
@@ -1244,6 +1262,7 @@ def test_the_address_of_a_login_can_be_scanned_from_the_screen(
         assert (pixels, paper, is_too_wide) == (3, "rgb(255, 255, 255)", False)
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_login_that_waits_shows_its_state_and_is_ended_from_the_page(
     chrome: browser.Browser, tmp_path: Path

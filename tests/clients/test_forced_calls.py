@@ -173,6 +173,7 @@ def test_a_call_that_the_model_lets_nobody_force_comes_in_one_request(
     assert (body["model"], body.get("tool_choice")) == (MODEL_ID, None)
 
 
+@pytest.mark.exhaustive
 @manners((MESSAGES, False))
 def test_an_answer_without_the_call_never_reaches_the_client(
     rig: Rig, ask: Callable[..., Got], way: Way, streams: bool

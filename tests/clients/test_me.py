@@ -157,6 +157,7 @@ def test_the_operator_is_led_to_the_dashboard(chrome: browser.Browser, house: Se
         assert page.evaluate("document.querySelector('#facts a').href") == f"{house.url}/dashboard"
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_the_shared_key_opens_it_and_without_keys_it_is_open(
     chrome: browser.Browser, tmp_path: Path, shared_server: Server
@@ -205,6 +206,7 @@ def test_quotas_are_bars_with_what_is_left_and_their_resets(
         assert page.evaluate("document.querySelectorAll('#days tbody tr').length") == 1
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_budgets_in_money_are_at_list_price_and_turn_amber_at_their_warning_level(
     chrome: browser.Browser, house: Server
@@ -324,6 +326,7 @@ def test_a_conversation_goes_on_and_ends_at_the_quota_with_what_to_do(
         page.until("document.querySelector('#talk').children.length === 0")
 
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_an_answer_can_be_stopped(chrome: browser.Browser, house: Server) -> None:
     made = new_key(house)
@@ -342,6 +345,7 @@ def test_an_answer_can_be_stopped(chrome: browser.Browser, house: Server) -> Non
 # 4 Coming and going
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @needs_browser
 def test_a_server_that_is_away_is_told_and_found_again(
     chrome: browser.Browser, tmp_path: Path

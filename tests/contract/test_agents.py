@@ -282,6 +282,7 @@ WRITE = textwrap.dedent("""
 """)
 
 
+@pytest.mark.exhaustive
 @NEEDS_SANDBOX
 def test_what_a_tenant_writes_changes_nothing_for_its_next_process(
     house: House, tmp_path: Path

@@ -114,6 +114,7 @@ def test_a_conversation_is_as_it_was_before_the_question(rig: Rig, moment: str) 
     assert "nterrupt" not in json.dumps(rig.last_body())
 
 
+@pytest.mark.exhaustive
 def test_a_question_is_forgotten_while_claude_waits_to_ask_the_api_again(rig: Rig) -> None:
     messages = [user("One, with an overloaded API?")]
     messages += [assistant(rig.ask(messages).text)]

@@ -75,6 +75,7 @@ def test_deltas_arrive_one_by_one_as_the_api_sends_them(rig: Rig) -> None:
     assert came == ["", *pieces, None]
 
 
+@pytest.mark.exhaustive
 def test_a_stream_has_a_role_its_pieces_one_finish_and_an_end(rig: Rig) -> None:
     rig.script(stub.text(["a", "b"]))
     with rig.open() as stream:
@@ -105,6 +106,7 @@ def test_several_text_blocks_are_one_answer(rig: Rig) -> None:
 # Conversations
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @BOTH_FORMS
 def test_instructions_are_apart_and_in_order(rig: Rig, model: str) -> None:
     rig.ask([
@@ -130,7 +132,6 @@ def test_history_is_the_same_turns_upstream(rig: Rig, model: str, count: int) ->
     assert turns(rig.only_body()) == [*wanted, ("user", ["And now?"])]
 
 
-@pytest.mark.differs_by_version
 def test_neighbours_of_one_role_keep_their_texts_and_order(rig: Rig) -> None:
     rig.ask([
         user("one"), user([CHAT.text("two"), CHAT.text("three")]),
@@ -395,6 +396,7 @@ def test_a_refusal_before_the_first_word_is_an_answer(rig: Rig) -> None:
 # Models and size
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("named", "wanted"), [
     ("claude-next-9-20300101", "claude-next-9-20300101"),
     *rest(("claude-haiku-4-5", "claude-haiku-4-5-20251001"),

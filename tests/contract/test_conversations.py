@@ -110,7 +110,6 @@ def assert_stable(bodies: Sequence[Mapping[str, Json]]) -> None:
         assert later[:len(sooner)] == sooner
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("model", [NEWEST_MODEL, *rest(MODEL)])
 def test_a_rebuilt_conversation_has_the_turns_of_a_continued_one(rig: Rig, model: str) -> None:
     talk = Conversation(rig, CHAT, system="Be kind.", model=model)
@@ -123,6 +122,7 @@ def test_a_rebuilt_conversation_has_the_turns_of_a_continued_one(rig: Rig, model
     assert turns(rig.last_body()) == dialogue(*[f"Question {number}?" for number in range(4)])
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_thinking_does_not_part_a_conversation(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.thinking("Hm, let me see.", "It is so."), stub.text("Bye."))

@@ -174,7 +174,6 @@ def test_a_lost_login_names_the_command_that_helps(failure_outcomes: dict[str, O
 TOO_LONG = "prompt is too long: 250123 tokens > 200000 maximum"
 
 
-@pytest.mark.differs_by_version
 @EVERY_DIALECT
 @WHOLE_AND_STREAMED
 def test_a_prompt_that_is_too_long_is_one_request_and_told_in_the_apis_words(
@@ -326,6 +325,7 @@ def test_a_retry_replaces_what_a_cut_left(
 # No API, no login
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 def test_a_network_that_is_down_is_told(claude: Claude, tmp_path: Path) -> None:
     with closed_port() as port, running_rig(
         tmp_path, claude, CLAUDE_MAX_RETRIES="1",

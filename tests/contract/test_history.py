@@ -74,7 +74,6 @@ ROUNDS: dict[str, list[list[tuple[str, str]]]] = {
 }
 
 
-@pytest.mark.differs_by_version
 @EVERY_DIALECT
 @pytest.mark.parametrize(
     "rounds", [*list(ROUNDS.values())[:2], *rest(*list(ROUNDS.values())[2:])], ids=ROUNDS)
@@ -141,6 +140,7 @@ def test_late_instructions_stay_where_they_stand_and_the_conversation_goes_on(
         ("assistant", ["Ok."]), ("user", ["Bye!"])]
 
 
+@pytest.mark.exhaustive
 @GOING_ON
 def test_a_history_that_ends_with_an_answer_is_continued(rig: Rig, dialect: Dialect) -> None:
     rig.script(stub.text("Once upon"), stub.text(" a time."))

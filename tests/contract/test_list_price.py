@@ -52,8 +52,8 @@ ANSWERS: dict[str, Json] = {
 @pytest.mark.parametrize("newest", each_claude()[-1:])
 @pytest.mark.parametrize(("model_id", "names"), [
     ("claude-haiku-5-5", [name for name in ANSWERS if name != "fast"]),
-    ("claude-opus-5-5", ["both lifetimes", "a long prompt", "searches", "fast"]),
-    *rest(("claude-fable-5-2", ["both lifetimes", "fast"]),
+    *rest(("claude-opus-5-5", ["both lifetimes", "a long prompt", "searches", "fast"]),
+          ("claude-fable-5-2", ["both lifetimes", "fast"]),
           ("claude-opus-5", ["both lifetimes", "fast"]),
           ("claude-sonnet-5-5", ["both lifetimes", "searches"]),
           ("claude-haiku-4-5-20251001", ["both lifetimes"])),
@@ -91,6 +91,7 @@ def test_an_answer_tells_the_price_of_what_the_api_reports(rig: Rig) -> None:
     assert headers["X-OCP-List-Price"] == "0.034377"
 
 
+@pytest.mark.exhaustive
 def test_what_goes_into_the_cache_is_there_for_an_hour_unless_somebody_says_otherwise(
     rig: Rig
 ) -> None:

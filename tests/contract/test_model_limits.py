@@ -152,6 +152,7 @@ def asked(
         tool_choice=dialect.choice(choice), **counts)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("choice", ["required", ForcedTool("clock")], ids=str)
 @pytest.mark.parametrize("dialect", [CHAT, *rest(MESSAGES, RESPONSES)], ids=dialect_name)
 @WHOLE_AND_STREAMED

@@ -51,6 +51,7 @@ def test_an_older_model_gets_its_temperature_and_no_budget_of_claude_s_own(
     assert body["thinking"] == {"type": "disabled"} and body["max_tokens"] == 4_000
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", ["claude-opus-4-5", *rest("claude-haiku-4-5")])
 def test_a_budget_of_the_client_s_reaches_an_older_model_as_it_is(rig: Rig, model: str) -> None:
     body = body_for(
@@ -61,7 +62,6 @@ def test_a_budget_of_the_client_s_reaches_an_older_model_as_it_is(rig: Rig, mode
     assert body["max_tokens"] == 4_096
 
 
-@pytest.mark.differs_by_version
 @pytest.mark.parametrize("way", ["suffix", *rest("beta")])
 def test_the_long_window_is_asked_for(rig: Rig, way: str) -> None:
     model = "claude-sonnet-4-6" + ("[1m]" if way == "suffix" else "")
@@ -191,6 +191,7 @@ def test_a_failure_of_the_account_is_final_and_no_fault_of_the_request(rig: Rig)
     assert told == {name: (status, "false") for name, (_, _, status) in ACCOUNT.items()}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_the_details_of_a_refusal_and_of_the_cache_reach_the_client(rig: Rig, stream: bool) -> None:
     details = {"type": "refusal", "category": "cyber", "explanation": "No."}

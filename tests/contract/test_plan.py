@@ -96,6 +96,7 @@ def test_looking_at_the_plan_asked_the_api_nothing(bare: Rig) -> None:
     assert len(bare.stub.requests) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_plan_that_is_used_up_is_told_with_its_reset(claude: Claude, tmp_path: Path) -> None:
     with running_rig(tmp_path, claude, **WARM) as rig:
         rig.script(then=stub.plan_limit(resets_in_s=7_200))

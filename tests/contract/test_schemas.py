@@ -167,6 +167,7 @@ def test_an_answer_has_the_names_of_the_client(
     assert json.loads(talk.ask("Which one?").text) == AS_CLIENT
 
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 @WHOLE_AND_STREAMED
 def test_an_answer_that_the_client_could_not_take_is_an_error(

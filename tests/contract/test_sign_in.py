@@ -119,6 +119,7 @@ def test_a_login_that_was_copied_without_its_account_fetches_no_address(
         assert "emailAddress" not in own["oauthAccount"]
 
 
+@pytest.mark.exhaustive
 def test_a_code_that_the_hosts_refuse_is_not_a_failure_of_the_network(
     claude: Claude, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_every_model_with_fast_mode_gets_it(rig: Rig, model: str) -> None:
     assert rig.only_body()["speed"] == "fast"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.differs_by_version
 @pytest.mark.parametrize("dialect", [CHAT], ids=dialect_name)
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ def test_an_account_without_credits_gets_a_final_error(
 
 # -- lifetime ---------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dialect", [MESSAGES, *rest(CHAT)], ids=dialect_name)
 def test_a_lifetime_reaches_the_api_and_ends_with_its_request(rig: Rig, dialect: Dialect) -> None:
     talk = Conversation(rig, dialect, system="Be brief.", **PLAIN[dialect])

@@ -205,6 +205,7 @@ def test_a_conversation_goes_on_after_its_loop(rig: Rig) -> None:
 # Ids
 # ---------------------------------------------------------------------------
 
+@pytest.mark.exhaustive
 @EVERY_DIALECT
 def test_ids_are_letters_and_digits_and_come_back_in_any_form(
     rig: Rig, dialect: Dialect

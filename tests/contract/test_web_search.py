@@ -132,6 +132,7 @@ def test_a_pause_ends_the_answer_and_the_client_lets_it_go_on(rig: Rig) -> None:
     assert "[web_search_tool_result]" in history and "srvtoolu" not in history
 
 
+@pytest.mark.exhaustive
 def test_what_the_api_counts_is_counted(rig: Rig) -> None:
     rig.script(searched(web_search_requests=2))
     before = rig.server.call("GET", "/api/usage").json()["totals"]["web_search_requests"]

@@ -162,7 +162,7 @@ def test_from_a_pipe_no_list_of_models_is_taken_from_the_current_folder(
     assert ran.code == 0 and "claude-haiku" in ran.stdout and "planted" not in ran.stdout, ran
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_download_that_was_cut_does_nothing(server: Server, free_home: Path) -> None:
     tail = len(SOURCE) - 400
     step, last_step = by_depth((9_000, 199), (9_000, 199), (1_000, 57))

@@ -473,7 +473,7 @@ def test_files_are_for_the_right_eyes_only(quick: InstallMachine) -> None:
     assert mode(quick.launcher) == 0o755
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_launcher_runs_ocp_with_its_arguments(linux: InstallMachine) -> None:
     assert linux.install("--no-start", env={"OCP_HOME": f"{linux.home}/else where"}).returncode == 0
     done = subprocess.run(
@@ -863,7 +863,7 @@ def test_a_lost_login_is_told_with_the_commands_that_mend_it(linux: InstallMachi
     assert "claude setup-token" in done.stdout and "claude auth login" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_service_that_does_not_come_up_is_a_failure_that_says_where_to_look(
     linux: InstallMachine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -914,7 +914,7 @@ def test_an_unreachable_systemd_is_told_and_files_are_installed_all_the_same(
     assert not quick.unit.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_a_service_manager_the_command_to_start_by_hand_works(bare: InstallMachine) -> None:
     done = bare.install("--auth-mode", "multi", "--bind", "0.0.0.0")
     assert done.returncode == 0, done.stderr
@@ -1157,7 +1157,7 @@ def test_a_killed_installer_leaves_a_record_that_undoes_everything(linux: Instal
 # launchd, and services of the machine
 # ---------------------------------------------------------------------------
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_agent_is_installed_started_and_taken_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

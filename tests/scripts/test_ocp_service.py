@@ -565,7 +565,7 @@ def test_a_damaged_database_is_not_a_locked_one(healthy: Manager) -> None:
     assert "could not check" in answer["messages"]["database"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_database_that_is_gone_while_the_server_uses_it(healthy: Manager) -> None:
     (healthy.home / ".ocp/ocp.db").unlink()
     assert examined(healthy)["levels"]["database"] == "INFO"

@@ -206,6 +206,7 @@ def test_the_demo_answers_one_question_after_the_other_in_the_same_processes(dem
     assert demo.get("/health")["stats"]["rewound"] >= 2
 
 
+@pytest.mark.exhaustive
 def test_the_demo_says_what_it_is_everywhere(demo: Serving) -> None:
     answer = content_of(demo.ask("hello"))
     started = eventually(lambda: [
@@ -241,6 +242,7 @@ def test_the_demo_keeps_a_limit_and_a_history(demo: Serving) -> None:
     assert "third" in last and "first" not in last
 
 
+@pytest.mark.exhaustive
 def test_the_demo_ends_an_answer_at_the_first_stop_sequence(demo: Serving) -> None:
     stopped = demo.ask("hello", stop=["account", "no model"]).json()["choices"][0]
     both = [demo.ask("hello", stop=["no model"], max_tokens=count).json()["choices"][0]
@@ -306,6 +308,7 @@ def test_a_client_that_leaves_the_demo_frees_its_place(demo: Serving) -> None:
     assert eventually(lambda: demo.get("/health")["concurrency"]["inflight"] == 0)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_demo_leaves_no_process(alone: Alone) -> None:
     with alone.serving("--demo") as demo:
         demo.ask("hello")
@@ -465,6 +468,7 @@ def test_a_check_names_what_is_no_setting(alone: Alone, name: str, meant: str) -
     assert [line for line in done.stdout.splitlines() if "ATTENTION" in line] == [advice]
 
 
+@pytest.mark.exhaustive
 def test_a_start_logs_what_is_no_setting(alone: Alone) -> None:
     with alone.serving("--demo", OCP_WARM_PROCESES="3", OCP_URL="http://127.0.0.1:1") as demo:
         logged = [entry for entry in demo.get("/logs?level=warn")["entries"]
@@ -484,6 +488,7 @@ def claude_with(alone: Alone, status: str) -> str:
     return str(path)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("status", "words"), [
     ('{"loggedIn": true}', "login: logged in\nall good\n"),
     ('{"loggedIn": false}', "login: not logged in: run `claude auth login` as this user\n"
@@ -547,6 +552,7 @@ def test_a_check_says_where_each_value_comes_from(alone: Alone) -> None:
     assert "a-long-secret" not in done.stdout + printed.stdout
 
 
+@pytest.mark.exhaustive
 def test_a_demo_reads_no_settings_file_and_leaves_real_data_alone(alone: Alone) -> None:
     path = with_settings_file(alone, "CLAUDE_AUTH_MODE=multi\n")
     with alone.serving("--demo") as demo:
@@ -653,6 +659,7 @@ def test_an_address_that_does_not_exist_stops_the_start(alone: Alone) -> None:
     assert "CLAUDE_BIND" in done.stderr and "already" not in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_home_that_cannot_be_written_is_a_warning_and_no_more(alone: Alone) -> None:
     # A file where a folder should be stops the superuser as well.
     (alone.folder / "file").write_text("")
@@ -676,6 +683,7 @@ def test_a_server_without_claude_starts_and_says_what_to_do(alone: Alone) -> Non
         assert "curl" not in server.output
 
 
+@pytest.mark.exhaustive
 def test_the_banner_of_a_server_with_keys_has_a_command_that_works(alone: Alone) -> None:
     with alone.serving(
         "--demo", CLAUDE_BIND="0.0.0.0", CLAUDE_AUTH_MODE="multi", PATH=os.environ["PATH"]
@@ -689,12 +697,14 @@ def test_the_banner_of_a_server_with_keys_has_a_command_that_works(alone: Alone)
         assert re.search(r"^Other devices: ", demo.output, re.MULTILINE)
 
 
+@pytest.mark.exhaustive
 def test_the_banner_has_no_command_where_none_would_work(alone: Alone) -> None:
     with alone.serving("--demo", CLAUDE_AUTH_MODE="multi", OCP_ADMIN_KEY="only-mine") as demo:
         eventually(lambda: "with OCP_ADMIN_KEY" in demo.output)
         assert "curl" not in demo.output and "Other devices" not in demo.output
 
 
+@pytest.mark.exhaustive
 def test_whoever_opens_the_server_to_all_is_warned(alone: Alone) -> None:
     with alone.serving("--demo", CLAUDE_BIND="0.0.0.0") as demo:
         assert "ATTENTION" in demo.output and "PROXY_API_KEY" in demo.output
@@ -703,6 +713,7 @@ def test_whoever_opens_the_server_to_all_is_warned(alone: Alone) -> None:
         assert "ATTENTION" not in demo.output
 
 
+@pytest.mark.exhaustive
 def test_a_models_file_beside_the_script_is_used(alone: Alone) -> None:
     text = (REPO / "models.json").read_text().replace("Claude Opus 5.5", "Claude Opus Five")
     (alone.script.parent / "models.json").write_text(text)
@@ -711,6 +722,7 @@ def test_a_models_file_beside_the_script_is_used(alone: Alone) -> None:
         assert demo.get("/v1/models/opus")["display_name"] == "Claude Opus Five"
 
 
+@pytest.mark.exhaustive
 def test_a_models_file_that_is_broken_stops_the_start(alone: Alone) -> None:
     (alone.script.parent / "models.json").write_text('{"models": []')
 

@@ -398,7 +398,7 @@ def test_a_follower_that_leaves_hurts_nobody(common: Server, doors: Doors) -> No
     assert (row["outcome"], row["path"], row["output_tokens"]) == ("abandoned", "shared", 0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_that_does_not_read_holds_up_nobody(common: Server, doors: Doors) -> None:
     # More than the buffers between server and client take.
     common.write_scenario([[doors.door("0"), {"say": "x" * 16_000_000, "chunks": 40}]])
@@ -573,7 +573,7 @@ def test_a_whole_answer_that_is_followed_gets_white_space_in_silence(
 # Ends
 # ---------------------------------------------------------------------------
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_server_that_stops_lets_everybody_have_a_shared_answer(tmp_path: Path) -> None:
     doors = Doors(tmp_path)
     scenario = [[doors.door("0"), {"say": "x" * 16_000_000, "chunks": 40}]]

@@ -268,7 +268,7 @@ def test_a_frozen_spare_and_a_frozen_conversation_cost_one_turn_some_seconds(
             assert health(server)["stats"]["errors"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_that_hangs_at_its_start_is_replaced_and_two_are_an_error(
     tmp_path: Path,
 ) -> None:

@@ -917,7 +917,7 @@ def answers(server: Server, count: int) -> None:
     eventually(lambda: spares(server) == {SONNET: 1})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_hundreds_of_answers_leave_no_memory_no_files_and_no_threads(tmp_path: Path) -> None:
     claude = ShellClaude(tmp_path)
     claude.play(WORD)

@@ -52,7 +52,7 @@ def audited(server: Server) -> list[str]:
 # -- the log ------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_thousands_of_refusals_push_nothing_out_of_the_log(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
         made = new_key(server, name="phone")

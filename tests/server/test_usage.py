@@ -904,7 +904,7 @@ def test_a_damaged_database_is_told_and_does_not_stop_the_start(tmp_path: Path) 
         assert "move ocp.db away" in told_about_the_database(server)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nobody_is_told_to_move_a_database_away_that_is_only_locked(tmp_path: Path) -> None:
     with running_server(tmp_path, env=MULTI) as server:
         key = new_key(server, name="laptop")["key"]
