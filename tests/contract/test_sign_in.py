@@ -15,7 +15,7 @@ import pytest
 from chat import CHAT_PATH, question
 from depth import rest
 from http_client import Reply
-from rig import WARM, Claude, Rig, running_rig
+from rig import Claude, Rig, running_rig
 from tls_proxy import Tunnel
 
 Json = Any
@@ -41,14 +41,12 @@ ROLES = {"organization_role": "admin", "workspace_role": None, "organization_nam
 
 
 @contextmanager
-def logged_out(
-    folder: Path, claude: Claude, answer: Json, **settings: str
-) -> Iterator[tuple[Rig, Tunnel]]:
+def logged_out(folder: Path, claude: Claude, answer: Json) -> Iterator[tuple[Rig, Tunnel]]:
     """A rig whose claude has no login, and the hosts of the login, which answer a code like
     this."""
     with Tunnel({TOKEN_PATH: answer, "/api/oauth/profile": PROFILE,
                  "/api/oauth/claude_cli/roles": ROLES}) as tunnel:
-        env = {"CLAUDE_CODE_OAUTH_TOKEN": None, **tunnel.env(), **settings}
+        env = {"CLAUDE_CODE_OAUTH_TOKEN": None, **tunnel.env()}
         with running_rig(folder, claude, **env) as rig:
             yield rig, tunnel
 
@@ -66,7 +64,7 @@ def log_in(rig: Rig, code: str = CODE) -> Reply:
 def test_a_login_lands_where_its_owner_has_it_and_is_used_from_then_on(
     claude: Claude, tmp_path: Path
 ) -> None:
-    with logged_out(tmp_path, claude, TOKENS, **WARM) as (rig, tunnel):
+    with logged_out(tmp_path, claude, TOKENS) as (rig, tunnel):
         refused = rig.server.call("POST", CHAT_PATH, question())
         assert refused.json()["error"]["code"] == "upstream_login_required"
 

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 # Every test of a server starts this program, so it imports nothing that takes long: not typing,
 # and neither signal nor json as they are, because these import enum and re.
-import _signal as signal
+import _signal as signal  # type: ignore[import-not-found]
 import os
 import select
 import sys
