@@ -14,8 +14,6 @@ from stub_api import Block, Reply
 
 Json = Any
 
-RIG_SETTINGS = {"OCP_PARKED_PROCESSES": "4"}
-
 SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 FOUND = [{"type": "web_search_result", "url": "https://yr.no", "title": "Yr",
           "encrypted_content": "abc", "page_age": None}]

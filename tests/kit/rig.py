@@ -45,7 +45,7 @@ NO_HEARTBEATS = {"CLAUDE_HEARTBEAT_INTERVAL": "0", "OCP_WHOLE_SILENCE": "0"}
 #: What would follow the memory of the machine. A claude that only waits takes a hundredth of a
 #: core, and more in its first seconds: a test of spares asks for them.
 SAME_EVERYWHERE = {
-    "OCP_PARKED_PROCESSES": "2", "OCP_WARM_TOTAL": "4", "OCP_WARM_PROCESSES": "0"}
+    "OCP_PARKED_PROCESSES": "4", "OCP_WARM_TOTAL": "4", "OCP_WARM_PROCESSES": "0"}
 #: For a test of spares.
 WARM = {"OCP_WARM_PROCESSES": "1"}
 
