@@ -2666,7 +2666,6 @@ _CANONICAL_FORMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-@functools.lru_cache(maxsize=1024)
 def canonical_name(name: str) -> str:
     """Return the form of a model's name in which names are compared."""
     text = name.strip().lower()
@@ -8756,7 +8755,9 @@ def tool_definition(entry: Fields) -> tuple[Fields, str]:
     if entry.has("input_schema"):
         # Anthropic's form. Cursor gives it the type "custom", which OpenAI has for free text.
         kind = "function"
-    return (nested or entry if kind in ("function", "custom") else entry), kind
+    if nested is not None and kind in ("function", "custom"):
+        return nested, kind
+    return entry, kind
 
 
 def read_tool(entry: Fields, name: str) -> Tool:
@@ -21423,8 +21424,8 @@ def allowed_methods(matches: Iterable[Match]) -> list[str]:
 
 
 def _arguments(wanted: list[str], given: list[str]) -> dict[str, str] | None:
-    """Return what a path has for the names in braces of a route, both as their segments; None if
-    the path is another one. Raises BadRequest."""
+    """Return the percent-decoded arguments of a path, by their names in the route; None if the
+    route has another path. Both are split into segments. Raises BadRequest."""
     if len(wanted) != len(given):
         return None
     values = {}

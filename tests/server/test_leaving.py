@@ -339,6 +339,14 @@ def test_what_a_client_left_unread_is_given_back_when_it_leaves(tmp_path: Path) 
         assert eventually(lambda: memory_kb(server.pid) < before + 20_000)
 
 
+def test_a_name_of_no_model_is_not_kept(tmp_path: Path) -> None:
+    with running_server(tmp_path, env=NO_IDLE) as server:
+        before = memory_kb(server.pid)
+        for number in range(30):
+            assert ask(server, model=f"claude-{number}-" + "x" * 1_000_000).status == 404
+        assert memory_kb(server.pid) < before + 20_000
+
+
 def unread_bytes(connection: socket.socket) -> int:
     """How much has come that nobody has read."""
     found = fcntl.ioctl(connection, termios.FIONREAD, struct.pack("i", 0))
