@@ -265,7 +265,7 @@ BREAKS = {
 }
 
 
-#: Each kind of break is there, in the middle or at once.
+#: What the gate runs: an error of the API and a cut, in the middle and before the first word.
 SOME_BREAKS = ("overloaded", "cut once", "cut at once")
 
 
@@ -352,8 +352,7 @@ class closed_port:
 
 @pytest.mark.exhaustive
 def test_without_a_login_nothing_is_asked(claude: Claude, tmp_path: Path) -> None:
-    with running_rig(
-            tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None) as rig:
+    with running_rig(tmp_path, claude, CLAUDE_CODE_OAUTH_TOKEN=None) as rig:
         for answer in rig.ask_whole_and_streamed():
             assert_failed(answer, 401, "authentication_error", "upstream_login_required")
             assert answer.error and "claude auth login" in answer.error["message"]

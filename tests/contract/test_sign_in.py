@@ -46,8 +46,7 @@ def logged_out(folder: Path, claude: Claude, answer: Json) -> Iterator[tuple[Rig
     this."""
     with Tunnel({TOKEN_PATH: answer, "/api/oauth/profile": PROFILE,
                  "/api/oauth/claude_cli/roles": ROLES}) as tunnel:
-        env = {"CLAUDE_CODE_OAUTH_TOKEN": None, **tunnel.env()}
-        with running_rig(folder, claude, **env) as rig:
+        with running_rig(folder, claude, CLAUDE_CODE_OAUTH_TOKEN=None, **tunnel.env()) as rig:
             yield rig, tunnel
 
 
@@ -110,7 +109,7 @@ def test_a_login_that_was_copied_without_its_account_fetches_no_address(
             answered = rig.server.call("POST", CHAT_PATH, question(text))
             assert answered.status == 200, answered.text
         assert all("owner@example.com" not in json.dumps(body) for body in rig.bodies())
-        # A renewed login may have a new profile, but never puts its address into the folder.
+        # claude fetches the profile when it renews a login, and keeps no address of it.
         is_renewed = f"POST https://platform.claude.com{TOKEN_PATH}" in tunnel.asked
         assert is_renewed or f"GET {PROFILE_URL}" not in tunnel.asked
         own = json.loads((rig.server.ocp_home / "claude" / ".claude.json").read_text())

@@ -93,12 +93,12 @@ def forker(script: Path) -> Forker:
 
 
 def wait_for_end(pid: int, timeout_s: float) -> None:
-    """Return when a process has ended, or after this time; or soon, where no system tells of the
-    end of another's child."""
+    """Return when a process has ended or the time is over. Without pidfd, as on macOS, return
+    after 5 ms."""
     if not hasattr(os, "pidfd_open"):
         time.sleep(0.005)
         return
-    # It is still there: nobody has asked for its exit code.
+    # The number is still its own, because nobody has asked for its exit code.
     descriptor = os.pidfd_open(pid)
     try:
         select.select([descriptor], [], [], timeout_s)

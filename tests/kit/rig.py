@@ -42,11 +42,11 @@ BUDGET_MODEL = "claude-haiku-4-5"
 #: Where claude is slow, a sign of life would send the headers before there is a failure to tell.
 NO_HEARTBEATS = {"CLAUDE_HEARTBEAT_INTERVAL": "0", "OCP_WHOLE_SILENCE": "0"}
 
-#: What would follow the memory of the machine. A claude that only waits takes a hundredth of a
-#: core, and more in its first seconds: a test of spares asks for them.
+#: Two of these would otherwise depend on the memory of the machine. There are no spares, because a
+#: claude that only waits takes a hundredth of a core, and more in its first seconds.
 SAME_EVERYWHERE = {
     "OCP_PARKED_PROCESSES": "4", "OCP_WARM_TOTAL": "4", "OCP_WARM_PROCESSES": "0"}
-#: For a test of spares.
+#: Settings for a test of spares.
 WARM = {"OCP_WARM_PROCESSES": "1"}
 
 

@@ -27,7 +27,7 @@ def eventually(check: Callable[[], Found], timeout_s: float = 25) -> Found:
         waited_s = time.monotonic() - begun_s
         if waited_s > timeout_s:
             raise failure or AssertionError(f"not within {timeout_s} s: {check}")
-        # A check may cost more than the moment between two: the longer it takes, the fewer.
+        # A check takes processor time, so the pauses grow with the wait.
         time.sleep(min(max(0.01, waited_s / 10), 0.1))
 #: A turn has to be over within a second; the rest is for a busy machine.
 SOON_S = 10.0

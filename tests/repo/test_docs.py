@@ -168,7 +168,7 @@ def test_the_readme_names_the_oldest_python_and_claude_that_will_do() -> None:
     assert "Python 3.9 or later" in text
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_the_python_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
     pytest.importorskip("openai", reason="the package openai: python3 .ci/install.py .venv")
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
@@ -194,7 +194,7 @@ def test_the_curl_example_works_as_pasted_with_the_demo(tmp_path: Path) -> None:
             assert done.stdout.count('"content":') > 5
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_the_command_for_tools_works_as_pasted(tmp_path: Path, free_home: Path) -> None:
     (command,) = [block.strip() for block in shell_blocks() if "/connect |" in block]
     with running_server(tmp_path, args=("--demo",)) as server:

@@ -68,7 +68,7 @@ def run_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @each_way
 def test_a_skipped_test_and_a_skipped_file_are_failures_if_all_are_required(
     tmp_path: Path, spread: tuple[str, ...],
